@@ -1,0 +1,64 @@
+# Every command of the workbook; `make` alone lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+PYTHON ?= python3
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/installed
+# Extra arguments of the command behind a target: make course ARGS="--set profile=sam3"
+ARGS ?=
+
+.PHONY: help setup course test lint lab notebooks bench base data lock newest
+
+help: ## list the commands
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: $(STAMP) ## create .venv and install the exact versions of requirements.lock
+
+# Runs again only when the lock or the project file changed since the last installation.
+$(STAMP): requirements.lock pyproject.toml
+	test -x $(RUN) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Set it with: make PYTHON=python3.12 ...")'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --requirement requirements.lock
+	$(RUN) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+course: $(STAMP) ## execute the whole course; executed notebooks and summary.json go to runs/course/
+	$(RUN) -m helpers.course run $(ARGS)
+
+test: $(STAMP) ## run every test, the notebooks included
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest -q $(ARGS)
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout 900 notebooks
+
+lint: $(STAMP) ## check style, formatting and the stored form of the notebooks
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m helpers.course verify
+
+lab: $(STAMP) ## open the notebooks in JupyterLab
+	$(RUN) -m jupyter lab --notebook-dir . notebooks/00_start_here.ipynb
+
+notebooks: $(STAMP) ## run the notebooks with their defaults and store the outputs in notebooks/
+	$(RUN) -m helpers.course refresh $(ARGS)
+
+bench: $(STAMP) ## time the embedded base: vision pass, prompt pass, training step -> runs/bench.json
+	$(RUN) -m helpers.bench $(ARGS)
+
+base: $(STAMP) ## train the embedded base data/tiny_sam3 again, from nothing (hours on a CPU)
+	$(RUN) -m helpers.tiny_base $(ARGS)
+
+data: $(STAMP) ## generate data/wall_cracks again
+	$(RUN) -m helpers.wall_cracks $(ARGS)
+
+lock: ## write requirements.lock from the newest versions the ranges in pyproject.toml allow
+	$(PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/python -m pip install --quiet '.[dev]'
+	printf '%s\n' '# Exact versions of the whole environment, written by `make lock`. Install with' '# `pip install -r requirements.lock`; the ranges they were chosen from are in pyproject.toml.' > requirements.lock
+	.venv-lock/bin/python -m pip freeze --all | grep -vE '^(pip==|sam3-lora-workbook)' | sed -E '/^(nvidia-|cuda-|triton)/s/$$/; sys_platform == "linux"/' >> requirements.lock
+	rm -rf .venv-lock
+
+newest: $(STAMP) ## upgrade .venv past the lock and the ranges, to see what the future breaks
+	$(RUN) -m helpers.environment names | xargs $(RUN) -m pip install --quiet --upgrade --upgrade-strategy eager

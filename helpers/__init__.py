@@ -1,0 +1,1 @@
+"""Helper package of the workbook: data, adapters, training, prediction and evaluation of SAM3."""

@@ -1,0 +1,228 @@
+"""Read a split from either of two layouts into the same records.
+
+``coco``: ``{split}/_annotations.coco.json`` with the images beside it or in ``images/``.
+``per_image``: ``{split}/images/*.jpg`` with ``{split}/annotations/<stem>.json``.
+
+What makes reading impossible raises `InputError`. What can be read but is wrong is read as it is:
+`helpers.data_checks` finds it.
+"""
+
+from __future__ import annotations
+
+import json
+
+from helpers.coco_entries import category_names, image_record, is_id
+from helpers.errors import InputError
+from helpers.images import IMAGE_SUFFIXES
+from helpers.paths import resolve
+from helpers.records import ImageRecord, ObjectAnnotation, Split
+
+__all__ = ["ImageRecord", "ObjectAnnotation", "Split", "find_splits", "read_split"]
+
+COCO_FILE = "_annotations.coco.json"
+LAYOUTS = ("coco", "per_image")
+SPLIT_FOLDERS = {"train": ("train",), "valid": ("valid", "val"), "test": ("test",)}
+
+
+def find_splits(data_dir):
+    """List the splits of a dataset.
+
+    Parameters
+    ----------
+    data_dir : str or os.PathLike
+        A folder with one folder per split, see `helpers.paths.resolve`.
+
+    Returns
+    -------
+    list of str
+        ``train``, ``valid`` (also for a folder called ``val``) and ``test`` first, then any other
+        folder that holds annotations.
+
+    Raises
+    ------
+    InputError
+        If the folder is missing or no folder in it holds annotations.
+    """
+    data_dir = resolve(data_dir)
+    if not data_dir.is_dir():
+        raise InputError("no such folder", where=data_dir, fix="check the path of the dataset")
+    folders = {path.name for path in data_dir.iterdir() if path.is_dir() and _layouts_of(path)}
+    names = [name for name, known in SPLIT_FOLDERS.items() if folders.intersection(known)]
+    known = {folder for group in SPLIT_FOLDERS.values() for folder in group}
+    names += sorted(folders - known)
+    if not names:
+        raise InputError(
+            "holds no split",
+            where=data_dir,
+            fix=f"put {COCO_FILE}, or images/ and annotations/, into {data_dir.name}/train",
+        )
+    return names
+
+
+def read_split(data_dir, split, layout=None):
+    """Read all images and objects of one split; image files are not opened.
+
+    Parameters
+    ----------
+    data_dir : str or os.PathLike
+        A folder with one folder per split, see `helpers.paths.resolve`.
+    split : str
+        Name of the split; ``val`` and ``valid`` mean the same.
+    layout : {"coco", "per_image"}, optional
+        Which annotations to read if both are there; by default ``coco``.
+
+    Returns
+    -------
+    Split
+        Both layouts give the same records for the same annotations.
+
+    Raises
+    ------
+    InputError
+        If folder, file or layout is missing, the JSON is truncated or lacks the keys that hold the
+        objects, a category has no name, or an entry cannot be understood.
+    """
+    if layout is not None and layout not in LAYOUTS:
+        raise InputError(f"there is no layout {layout!r}", fix=f"use one of {', '.join(LAYOUTS)}")
+    name, root = _split_folder(resolve(data_dir), split)
+    present = _layouts_of(root)
+    if not present or (layout is not None and layout not in present):
+        raise InputError(
+            f"holds no annotations in the layout {layout or ' or '.join(LAYOUTS)}",
+            where=root,
+            fix=f"put {COCO_FILE}, or annotations/<image name>.json, into this folder",
+        )
+    layout = layout or present[0]
+    entries = _coco_entries(root) if layout == "coco" else _per_image_entries(root)
+    records, table = [], {}
+    for where, image, objects, categories in entries:
+        names = category_names(categories, where, table)
+        records.append(image_record(where, image, objects, names, root))
+    return _assemble(name, root, layout, records, list(table.values()))
+
+
+def _split_folder(data_dir, split):
+    """Find the folder of a split; returns its usual name and its path."""
+    name = next((name for name, folders in SPLIT_FOLDERS.items() if split in folders), split)
+    for folder in SPLIT_FOLDERS.get(name, (split,)):
+        if (data_dir / folder).is_dir():
+            return name, data_dir / folder
+    found = ", ".join(find_splits(data_dir))  # raises if the dataset itself is missing
+    raise InputError(f"there is no split {split!r}", where=data_dir, fix=f"use one of {found}")
+
+
+def _layouts_of(root):
+    """List the layouts whose annotation files a folder holds, the default one first."""
+    layouts = ["coco"] if (root / COCO_FILE).is_file() else []
+    if (root / "annotations").is_dir():
+        layouts.append("per_image")
+    return layouts
+
+
+def _read_json(path):
+    """Read a JSON file whose top level is an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(
+            f"is no complete JSON ({error})", where=path, fix="export the annotations again"
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError("is a JSON without keys", where=path, fix="write a COCO object")
+    return content
+
+
+def _list_of(content, key, where):
+    """Return ``content[key]``, which must be a list of objects; a missing key is no empty list."""
+    if key not in content:
+        raise InputError(
+            f"has no key '{key}' but only {', '.join(sorted(content)) or 'nothing'}",
+            where=where,
+            fix=f"write the COCO key '{key}'; a missing key must not pass for an empty picture",
+        )
+    values = content[key]
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise InputError(f"'{key}' is no list of objects", where=where, fix="write it as COCO does")
+    return values
+
+
+def _coco_entries(root):
+    """Yield (place, image entry, annotation entries, category entries) for each image of a COCO file."""
+    where = root / COCO_FILE
+    content = _read_json(where)
+    categories = _list_of(content, "categories", where)
+    by_image = {}
+    for image in _list_of(content, "images", where):
+        if not is_id(image.get("id")) or image["id"] in by_image:
+            raise InputError(
+                f"image id {image.get('id')!r} is missing or given twice",
+                where=where,
+                fix="give each image entry an id of its own",
+            )
+        by_image[image["id"]] = (image, [])
+    for annotation in _list_of(content, "annotations", where):
+        if not is_id(annotation.get("image_id")) or annotation["image_id"] not in by_image:
+            raise InputError(
+                f"annotation {annotation.get('id')!r} belongs to image "
+                f"{annotation.get('image_id')!r}, which the file does not list",
+                where=where,
+                fix="add the image entry or remove the annotation",
+            )
+        by_image[annotation["image_id"]][1].append(annotation)
+    for image, objects in by_image.values():
+        yield where, image, objects, categories
+
+
+def _per_image_entries(root):
+    """Yield (place, image entry, annotation entries, category entries) for each per-image file."""
+    images = {path.stem: path for path in _image_files(root / "images")}
+    for where in sorted((root / "annotations").glob("*.json")):
+        content = _read_json(where)
+        listed = content.get("images", [{}])
+        if not isinstance(listed, list) or len(listed) != 1 or not isinstance(listed[0], dict):
+            raise InputError(
+                "'images' must list exactly one image", where=where, fix="write one file per image"
+            )
+        top = {key: content[key] for key in ("width", "height", "contents") if key in content}
+        image = {**top, **listed[0]}
+        if where.stem in images:
+            image["file_name"] = images[where.stem].name
+        image.setdefault("file_name", f"{where.stem}.jpg")
+        objects = _list_of(content, "annotations", where)
+        yield where, image, objects, _list_of(content, "categories", where)
+
+
+def _assemble(name, root, layout, records, table):
+    """Put a split together: order the images, leave out empty parents, list unused files."""
+    records = sorted(records, key=lambda record: record.image_id)
+    for first, second in zip(records, records[1:], strict=False):
+        if first.image_id == second.image_id:
+            raise InputError(
+                f"image {first.image_id} is listed twice", where=root, fix="merge the two entries"
+            )
+    used = {item.category for record in records for item in record.objects}
+    parents = {entry.supercategory for entry in table if entry.supercategory != entry.name}
+    asked = [entry.name for entry in table if entry.name in used or entry.name not in parents]
+    annotated = {record.path for record in records}
+    unannotated = [
+        path
+        for folder in (root, root / "images")
+        for path in _image_files(folder)
+        if path not in annotated
+    ]
+    return Split(
+        name,
+        root,
+        layout,
+        tuple(dict.fromkeys(asked)),
+        tuple(records),
+        tuple(table),
+        tuple(unannotated),
+    )
+
+
+def _image_files(folder):
+    """List the image files directly in a folder, in order of name; none if it is missing."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)

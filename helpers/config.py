@@ -1,0 +1,209 @@
+"""The configuration of a run: strict sections, overlays, and errors that name the closest key."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from helpers.config_sections import (
+    DataSection,
+    EvaluationSection,
+    LoraSection,
+    LossSection,
+    ModelSection,
+    OutputSection,
+    ScaleSection,
+    Section,
+    TrainingSection,
+)
+from helpers.errors import InputError
+from helpers.paths import CONFIGS, resolve
+from helpers.yaml_files import parse_yaml, read_yaml
+
+
+class Config(Section):
+    """A resolved configuration, read-only; `load_config` builds it.
+
+    Attributes
+    ----------
+    model, lora, data, training, loss, evaluation, output, scale : Section
+        The sections of the YAML file; ``config.training.num_epochs`` is a value in it.
+    """
+
+    model: ModelSection
+    lora: LoraSection
+    data: DataSection
+    training: TrainingSection
+    loss: LossSection
+    evaluation: EvaluationSection
+    output: OutputSection
+    scale: ScaleSection
+
+    @property
+    def effective_learning_rate(self):
+        """float: peak learning rate after the profile's multiplier."""
+        return self.training.learning_rate * self.scale.learning_rate
+
+    @property
+    def effective_num_epochs(self):
+        """int: epochs after the profile's multiplier, rounded, at least 1."""
+        return max(1, round(self.training.num_epochs * self.scale.num_epochs))
+
+    @property
+    def effective_warmup_steps(self):
+        """int: optimiser steps of warm-up after the profile's multiplier, rounded, at least 0."""
+        return round(self.training.warmup_steps * self.scale.warmup_steps)
+
+    def to_yaml(self):
+        """Return the resolved configuration as YAML text that `load_config` reads back.
+
+        Returns
+        -------
+        str
+            Sections and keys in the order of the classes.
+        """
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def save(self, path):
+        """Write the resolved configuration; `load_config` on the file gives an equal one.
+
+        Parameters
+        ----------
+        path : os.PathLike
+            Its folder is made if need be.
+
+        Returns
+        -------
+        pathlib.Path
+            The file written.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.to_yaml(), encoding="utf-8")
+        return path
+
+    def fingerprint(self):
+        """Return 12 hexadecimal digits of the SHA-256 of the resolved YAML.
+
+        Returns
+        -------
+        str
+            Equal for equal configurations, whatever files and overlays they came from.
+        """
+        return hashlib.sha256(self.to_yaml().encode("utf-8")).hexdigest()[:12]
+
+
+def load_config(path, profile=None, overrides=()):
+    """Read a config file, lay a profile and overrides over it, and check everything.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        The YAML file, see `helpers.paths.resolve`.
+    profile : str or os.PathLike, optional
+        Name of a file in ``configs/profiles`` without its ending, or a path.
+    overrides : sequence of str
+        ``"section.key=value"``, the value in YAML: ``"training.num_epochs=3"``.
+
+    Returns
+    -------
+    Config
+        The resolved configuration.
+
+    Raises
+    ------
+    InputError
+        If a file is missing or no YAML, a key is unknown (the closest valid one is named) or
+        missing, or a value has the wrong type or is impossible.
+    """
+    path = resolve(path)
+    values, origins = {}, {}
+    _overlay(values, origins, read_yaml(path), path)
+    if profile is not None:
+        profile_path = _profile_path(profile)
+        _overlay(values, origins, read_yaml(profile_path), profile_path)
+    for override in overrides:
+        _overlay(values, origins, _parse_override(override), f"override {override!r}")
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error.errors()[0], origins, path) from error
+
+
+def _profile_path(profile):
+    """Find a profile by name in `CONFIGS` or by path, or raise an InputError that lists them."""
+    named = CONFIGS / "profiles" / f"{profile}.yaml"
+    if named.is_file():
+        return named
+    if resolve(profile).is_file():
+        return resolve(profile)
+    names = sorted(file.stem for file in named.parent.glob("*.yaml"))
+    raise InputError(f"there is no profile {str(profile)!r}", fix=f"use one of {', '.join(names)}")
+
+
+def _parse_override(text):
+    """Turn ``section.key=value`` into ``{section: {key: value}}``."""
+    name, equals, value = text.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise InputError(
+            f"the override {text!r} is not understood",
+            fix="write section.key=value, for example training.num_epochs=3",
+        )
+    return {section: {key: parse_yaml(value, where=f"override {text!r}")}}
+
+
+def _overlay(values, origins, layer, where):
+    """Merge one layer into ``values`` in place; ``origins`` maps (section, key) to who set it last."""
+    for section, keys in layer.items():
+        if section not in Config.model_fields:
+            raise _unknown_key(str(section), str(section), Config.model_fields, where)
+        if not isinstance(keys, dict):
+            raise InputError(
+                f"section '{section}' holds {keys!r} and no keys",
+                where=where,
+                fix=f"indent its keys below '{section}:'",
+            )
+        valid = Config.model_fields[section].annotation.model_fields
+        for key, value in keys.items():
+            if key not in valid:
+                raise _unknown_key(f"{section}.{key}", str(key), valid, where)
+            values.setdefault(section, {})[key] = value
+            origins.pop((section, key), None)  # the newest setter comes last in the dict
+            origins[section, key] = where
+
+
+def _unknown_key(full_name, key, valid, where):
+    """Build the InputError for a key that no section has, naming the closest valid one."""
+    elsewhere = [
+        f"{section}.{key}"
+        for section, field in Config.model_fields.items()
+        if key in field.annotation.model_fields
+    ]
+    close = elsewhere or difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    fix = f"did you mean '{close[0]}'?" if close else f"valid keys are {', '.join(valid)}"
+    return InputError(f"unknown key '{full_name}'", where=where, fix=fix)
+
+
+def _explain(problem, origins, path):
+    """Turn the first problem pydantic reports into an InputError naming file, key and value."""
+    section, *rest = problem["loc"]
+    key = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "string_pattern_mismatch":
+        message = "the text must not be blank"
+    if problem["type"] == "missing":
+        return InputError(f"the key '{key}' is missing", where=path, fix="add it to the file")
+    if not rest:  # a rule between keys: the one set last is the likely culprit
+        where = [setter for (name, _), setter in origins.items() if name == section][-1]
+        return InputError(f"section '{section}': {message}", where=where, fix="change one of them")
+    kind = type(problem["input"]).__name__
+    return InputError(
+        f"'{key}' is {problem['input']!r} ({kind}): {message}",
+        where=origins[section, rest[0]],
+        fix=f"correct the value of '{section}.{rest[0]}'",
+    )

@@ -1,0 +1,261 @@
+"""Check a whole dataset before training: files, images, and what is left after the real loader."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+
+from tqdm.auto import tqdm
+from transformers.models.sam3.image_processing_sam3 import Sam3ImageProcessor
+
+from helpers.annotation_checks import check_annotations
+from helpers.annotations import COCO_FILE, find_splits, read_split
+from helpers.category_checks import check_categories, check_prompts, check_splits_agree
+from helpers.datasets import PromptCollator, PromptDataset, join_queries
+from helpers.errors import InputError
+from helpers.findings import CODES, SEVERITIES, Finding, Report
+from helpers.image_checks import check_images, check_leakage
+from helpers.paths import resolve
+
+MIN_KEPT = 0.99  # share of the objects in the files that must reach the loss
+
+
+def check_dataset(
+    data_dir,
+    *,
+    resolution,
+    mask_size,
+    processor=None,
+    num_queries=200,
+    prompt=None,
+    num_negatives=0,
+    negative_prompts=(),
+    layout=None,
+    disable_progress=False,
+):
+    """Look for every fault of a dataset that makes a fine-tuned SAM3 detect nothing.
+
+    Parameters
+    ----------
+    data_dir : str or os.PathLike
+        A folder with one folder per split.
+    resolution : int
+        Side of the model's square input in pixels.
+    mask_size : int
+        Cells per side of its mask grid.
+    processor : transformers.Sam3Processor, optional
+        The one training will use. Without it images are prepared by a default image processor and
+        prompts are not turned into tokens.
+    num_queries : int
+        Objects the model can find per prompt.
+    prompt, num_negatives, negative_prompts
+        As in `helpers.datasets.PromptDataset`.
+    layout : {"coco", "per_image"}, optional
+        As in `helpers.annotations.read_split`.
+    disable_progress : bool
+        True for no progress bar on stderr.
+
+    Returns
+    -------
+    Report
+        Errors first. Codes, severities and the rows of the cause catalogue are in
+        `helpers.findings.CODES`.
+
+    Raises
+    ------
+    InputError
+        If the folder is missing or holds no split. Anything wrong inside a split is a finding.
+    """
+    names = find_splits(data_dir)
+    findings, splits, counts, digests = _missing_splits(names, data_dir), {}, {}, {}
+    settings = {
+        "resolution": resolution,
+        "mask_size": mask_size,
+        "prompt": prompt,
+        "num_negatives": num_negatives,
+        "negative_prompts": negative_prompts,
+    }
+    for name in names:
+        try:
+            split = read_split(data_dir, name, layout)
+        except InputError as error:
+            findings.append(
+                Finding("D03_UNREADABLE", error.where or name, error.message, error.fix)
+            )
+            continue
+        splits[name] = split
+        findings += check_annotations(split, mask_size=mask_size, num_queries=num_queries)
+        findings += check_categories(split)
+        image_findings, digests[name], queries = _open_and_load(
+            split, processor, settings, disable_progress
+        )
+        counts[name] = _counts(split, queries)
+        findings += image_findings + check_objects_arrive(split, counts[name])
+        if queries:
+            absent = counts[name]["absent_queries"]
+            findings += check_prompts(split, absent, num_negatives, negative_prompts)
+    findings += check_splits_agree(splits) + check_leakage(splits, digests)
+    order = list(CODES)
+    findings.sort(key=lambda f: (SEVERITIES.index(f.severity), order.index(f.code)))
+    return Report(resolve(data_dir), tuple(findings), counts)
+
+
+def _missing_splits(names, data_dir):
+    """Report the usual splits that a dataset lacks."""
+    findings = []
+    if "train" not in names:
+        findings.append(
+            Finding(
+                "D04_NO_TRAIN_SPLIT",
+                str(resolve(data_dir)),
+                f"there is no folder 'train' with annotations, only {', '.join(names)}",
+                f"put the training images with {COCO_FILE} into 'train'",
+            )
+        )
+    for name in ("valid", "test"):
+        if name not in names:
+            findings.append(
+                Finding(
+                    "D05_MISSING_SPLIT",
+                    str(resolve(data_dir)),
+                    f"there is no folder '{name}' with annotations",
+                    "set images of other scenes aside, or nothing can be measured on it",
+                )
+            )
+    return findings
+
+
+def _open_and_load(split, processor, settings, disable_progress):
+    """Open every image by itself and then through the real dataset; one progress bar for both.
+
+    Returns
+    -------
+    findings : list of Finding
+        From both passes.
+    digests : dict of str to ImageRecord
+        From `helpers.image_checks.check_images`.
+    queries : list of (dict, dict)
+        From `_load_all`.
+    """
+    collate = PromptCollator(processor) if processor else join_queries
+    processor = processor or SimpleNamespace(image_processor=Sam3ImageProcessor())
+    total = 2 * len(split.records)
+    with tqdm(total=total, desc=f"check {split.name}", disable=disable_progress) as bar:
+        findings, digests = check_images(split, bar)
+        seen = {place.path for finding in findings for place in finding.places}
+        dataset, refusal = _real_dataset(split, processor, **settings)
+        queries, loading = _load_all(dataset, collate, seen, bar) if dataset else ([], refusal)
+        bar.update(total - bar.n)
+    return findings + loading, digests, queries
+
+
+def _real_dataset(split, processor, **settings):
+    """Build the dataset training would use; None and a finding if it refuses the split."""
+    try:
+        return PromptDataset(split, processor, **settings), []
+    except InputError as error:
+        if not split.records:  # reported as D06_EMPTY_SPLIT
+            return None, []
+        where = error.where or split.name
+        return None, [Finding("D09_LOADER_REFUSES", where, error.message, error.fix)]
+
+
+def _load_all(dataset, collate, seen, bar):
+    """Pass every image through the real dataset and collate.
+
+    Parameters
+    ----------
+    dataset : PromptDataset
+        As training would use it.
+    collate : callable
+        A `PromptCollator` or `helpers.datasets.join_queries`.
+    seen : set of pathlib.Path
+        Images already reported; that they fail again is no news.
+    bar : tqdm.tqdm
+        Advanced by one per image.
+
+    Returns
+    -------
+    queries : list of (dict, dict)
+        Description and target of each query that would reach the loss.
+    findings : list of Finding
+        ``D09_LOADER_REFUSES``, one per reason.
+    """
+    queries, findings = [], {}
+    for index, record in enumerate(dataset.records):
+        bar.update()
+        try:
+            batch = collate([dataset[index]])
+        except InputError as error:
+            if record.path not in seen:
+                where = error.where or f"{dataset.split.name}/{record.image_id}"
+                finding = Finding("D09_LOADER_REFUSES", where, error.message, error.fix)
+                findings.setdefault(error.message, finding)
+            continue
+        queries += zip(batch["queries"], batch["targets"], strict=True)
+    return queries, list(findings.values())
+
+
+def _counts(split, queries):
+    """Count what the files of a split hold and what is left of it before the loss."""
+    objects = [item for record in split.records for item in record.objects]
+    names = Counter(item.category for item in objects)
+    return {
+        "images": len(split.records),
+        "images_without_objects": sum(not record.objects for record in split.records),
+        "objects_in_files": len(objects),
+        "crowd_objects": sum(item.is_crowd for item in objects),
+        "objects_after_collate": sum(len(target["boxes_cxcywh"]) for _, target in queries),
+        "masks_after_collate": sum(int(target["mask_valid"].sum()) for _, target in queries),
+        "present_queries": sum(query["is_positive"] for query, _ in queries),
+        "absent_queries": sum(not query["is_positive"] for query, _ in queries),
+        "objects_per_category": {name: names[name] for name in sorted(names)},
+    }
+
+
+def check_objects_arrive(split, counts):
+    """Compare the objects in the files with the objects that reach the loss.
+
+    Parameters
+    ----------
+    split : Split
+        For the places.
+    counts : dict
+        ``objects_in_files``, ``objects_after_collate`` and ``crowd_objects`` of the split.
+
+    Returns
+    -------
+    list of Finding
+        ``D06_EMPTY_SPLIT``, ``D01_NO_OBJECTS``, ``D02_OBJECTS_LOST``.
+    """
+    total, kept = counts["objects_in_files"], counts["objects_after_collate"]
+    if not split.records:
+        return [
+            Finding(
+                "D06_EMPTY_SPLIT",
+                str(split.root),
+                "the annotations list no image",
+                "export the split again, or remove its folder",
+            )
+        ]
+    if total == 0:
+        return [
+            Finding(
+                "D01_NO_OBJECTS",
+                str(split.root),
+                f"{len(split.records)} images are listed and no object in any of them",
+                "look at 'annotations' in the file; training on it teaches to detect nothing",
+            )
+        ]
+    if kept >= MIN_KEPT * total:
+        return []
+    return [
+        Finding(
+            "D02_OBJECTS_LOST",
+            str(split.root),
+            f"{total} objects are in the files, {kept} reach the loss ({kept / total:.1%}); "
+            f"{counts['crowd_objects']} are crowd regions, the others have a box without area in "
+            "the image or an image that cannot be loaded",
+            "mend the other errors of this split; training on it teaches to detect less",
+        )
+    ]

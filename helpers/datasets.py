@@ -1,0 +1,322 @@
+"""One item per image with all its queries, one query per (image, category), ready for the model."""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+from torch.utils.data import Dataset
+from torchvision.ops import box_convert
+
+from helpers.errors import InputError
+from helpers.images import open_upright
+from helpers.nouns import nouns_overlap
+from helpers.prompts import absent_candidates, absent_prompts, clip_box, present_prompts
+from helpers.segmentations import masks_on_grid, rle_area
+
+MAX_TOKENS = 32  # context of SAM3's text encoder; its processor would cut or fail beyond it
+SAME_SHAPE = 0.01  # relative difference of aspects that rounding to whole pixels can make
+
+
+class PromptDataset(Dataset):
+    """The images of a split with their prompts and targets.
+
+    Parameters
+    ----------
+    split : Split
+        From `helpers.annotations.read_split`.
+    processor : transformers.Sam3Processor
+        Its ``image_processor`` resizes to a square, rescales and normalises.
+    resolution : int
+        Side of the square input in pixels.
+    mask_size : int
+        Cells per side of the grid the model predicts masks on.
+    prompt : str, optional
+        Replaces every category name; one query then gets all objects of the image.
+    num_negatives : int
+        Absent prompts per image, see `helpers.prompts.absent_prompts`.
+    negative_prompts : sequence of str
+        Nouns to draw absent prompts from, beside the dataset's own absent categories. One that is
+        annotated in the image or listed in its ``contents`` is never drawn.
+    seed : int
+        For the draw.
+    resample_negatives : bool
+        True draws anew in each epoch (`set_epoch`), False always draws the same.
+
+    Attributes
+    ----------
+    records : list of ImageRecord
+        The images that have at least one query.
+    skipped : list of ImageRecord
+        The images left out: all their objects are crowd regions or lie outside, and no absent
+        prompt is asked.
+
+    Raises
+    ------
+    InputError
+        If no image has a query, or absent prompts are wanted and there is none to draw.
+    """
+
+    def __init__(
+        self,
+        split,
+        processor,
+        *,
+        resolution,
+        mask_size,
+        prompt=None,
+        num_negatives=0,
+        negative_prompts=(),
+        seed=42,
+        resample_negatives=True,
+    ):
+        self.split, self.processor = split, processor
+        self.resolution, self.mask_size = resolution, mask_size
+        self.prompt, self.num_negatives = prompt, num_negatives
+        self.negative_prompts = tuple(
+            noun for noun in negative_prompts if prompt is None or not nouns_overlap(noun, prompt)
+        )
+        self.seed, self.resample_negatives = seed, resample_negatives
+        self.epoch = 0
+        self.own_names = split.categories if prompt is None else (prompt,)
+        self.records, self.skipped = [], []
+        for record in split.records:
+            (self.records if self._prompts(record) else self.skipped).append(record)
+        if not self.records:
+            raise InputError(
+                f"the {len(split.records)} images of split '{split.name}' give no query to train on",
+                where=split.root,
+                fix="run 'python -m helpers check' on the dataset",
+            )
+        nouns = (*self.own_names, *self.negative_prompts)
+        if num_negatives > 0 and not any(absent_candidates(r, nouns) for r in self.records):
+            raise InputError(
+                f"num_negatives is {num_negatives}, but no noun is absent from any image",
+                where=split.root,
+                fix="list nouns in data.negative_prompts that the images do not show",
+            )
+
+    def __len__(self):
+        """Return the number of images with a query."""
+        return len(self.records)
+
+    def set_epoch(self, epoch):
+        """Choose the draw of absent prompts.
+
+        Parameters
+        ----------
+        epoch : int
+            Number of the epoch, from 0; without effect if ``resample_negatives`` is False.
+        """
+        self.epoch = epoch
+
+    def __getitem__(self, index):
+        """Load one image.
+
+        Parameters
+        ----------
+        index : int
+            Position in `records`.
+
+        Returns
+        -------
+        dict
+            ``pixel_values``: float32 ``(3, resolution, resolution)``, normalised.
+            ``queries``: list of dict with ``image_id``, ``prompt``, ``category`` (the name asked
+            for), ``is_positive``, ``boxes_cxcywh`` float32 ``(n, 4)`` in [0, 1], ``masks`` uint8
+            ``(n, mask_size, mask_size)``, ``mask_valid`` bool ``(n,)``, False where a box has no
+            usable mask. Positive queries come first and have n >= 1, the others n = 0.
+
+        Raises
+        ------
+        InputError
+            If the image cannot be opened or its shape is not the annotated one.
+        """
+        record = self.records[index]
+        image = open_upright(record.path)
+        if not same_shape(image.size, (record.width, record.height)):
+            raise InputError(
+                f"the upright image is {image.width} x {image.height} pixels, its annotation says "
+                f"{record.width} x {record.height}",
+                where=record.path,
+                fix="annotate the upright image, or save the image without an EXIF orientation",
+            )
+        pixel_values = self.processor.image_processor(
+            images=image,
+            size={"height": self.resolution, "width": self.resolution},
+            return_tensors="pt",
+        )["pixel_values"][0]
+        queries = [
+            {
+                "image_id": record.image_id,
+                "prompt": prompt,
+                "category": prompt,
+                "is_positive": bool(objects),
+                **_targets(objects, record, self.mask_size),
+            }
+            for prompt, objects in self._prompts(record).items()
+        ]
+        return {"pixel_values": pixel_values, "queries": queries}
+
+    def _prompts(self, record):
+        """Map each prompt of an image to its objects, absent prompts to none."""
+        prompts = present_prompts(record, self.split.categories, self.prompt)
+        # A replaced prompt means any object: it is absent only where nothing is annotated.
+        own_names = self.own_names if self.prompt is None or not record.objects else ()
+        absent = absent_prompts(
+            record,
+            own_names,
+            self.negative_prompts,
+            self.num_negatives,
+            seed=self.seed,
+            epoch=self.epoch if self.resample_negatives else 0,
+        )
+        return {**prompts, **{noun: [] for noun in absent}}
+
+
+def same_shape(size, stated):
+    """Tell whether two sizes have the same aspect, so that one may be a resized copy of the other.
+
+    Parameters
+    ----------
+    size, stated : tuple of int
+        (width, height) in pixels.
+
+    Returns
+    -------
+    bool
+        True up to a relative difference of 1 %.
+    """
+    (width, height), (stated_width, stated_height) = size, stated
+    product = width * stated_height
+    return abs(product - height * stated_width) <= SAME_SHAPE * product
+
+
+def _targets(objects, record, mask_size):
+    """Build boxes, masks and mask validity of n objects of one image."""
+    boxes_xyxy = [clip_box(item.box_xyxy, record.width, record.height) for item in objects]
+    scale = torch.tensor([record.width, record.height, record.width, record.height])
+    boxes_cxcywh = box_convert(
+        torch.tensor(boxes_xyxy, dtype=torch.float32).reshape(-1, 4) / scale, "xyxy", "cxcywh"
+    )
+    valid = [_has_usable_mask(item, record) for item in objects]
+    masks = torch.zeros((len(objects), mask_size, mask_size), dtype=torch.uint8)
+    rles = [item.rle for item, usable in zip(objects, valid, strict=True) if usable]
+    mask_valid = torch.tensor(valid, dtype=torch.bool)
+    masks[mask_valid] = masks_on_grid(rles, mask_size)
+    return {"boxes_cxcywh": boxes_cxcywh, "masks": masks, "mask_valid": mask_valid}
+
+
+def _has_usable_mask(item, record):
+    """Tell whether an object has a mask with a pixel in it, drawn on an image of this size."""
+    if item.rle is None or list(item.rle["size"]) != [record.height, record.width]:
+        return False
+    return rle_area(item.rle) > 0
+
+
+class PromptCollator:
+    """Join items to a batch in which every query knows its image, so that each is encoded once.
+
+    Parameters
+    ----------
+    processor : transformers.Sam3Processor
+        Its ``tokenizer`` turns prompts into 32 token ids.
+    """
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, items):
+        """Collate items of a `PromptDataset`.
+
+        Parameters
+        ----------
+        items : list of dict
+            I items with B queries in all.
+
+        Returns
+        -------
+        dict
+            ``pixel_values`` ``(I, 3, S, S)``; ``input_ids`` and ``attention_mask`` int64
+            ``(B, 32)``; ``image_index`` int64 ``(B,)``, the image of each query; ``targets``, B
+            dicts ``boxes_cxcywh``, ``masks``, ``mask_valid``; ``queries``, B dicts ``image_id``,
+            ``prompt``, ``category``, ``is_positive``.
+
+        Raises
+        ------
+        InputError
+            If a prompt is longer than 32 tokens.
+        """
+        batch = join_queries(items)
+        prompts = [query["prompt"] for query in batch["queries"]]
+        return {**batch, **self._tokenize(prompts)}
+
+    def _tokenize(self, prompts):
+        """Return ``input_ids`` and ``attention_mask``, refusing what SAM3 would cut silently."""
+        tokens = self.processor.tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS)
+        for prompt, ids in zip(prompts, tokens["input_ids"], strict=True):
+            if len(ids) > MAX_TOKENS:
+                raise InputError(
+                    f"the prompt {prompt!r} has {len(ids)} tokens, SAM3 reads {MAX_TOKENS}",
+                    fix="use a short noun phrase",
+                )
+        return {key: torch.tensor(tokens[key]) for key in ("input_ids", "attention_mask")}
+
+
+def join_queries(items):
+    """Collate everything but the tokens; see `PromptCollator` for the keys.
+
+    Parameters
+    ----------
+    items : list of dict
+        Items of a `PromptDataset`.
+
+    Returns
+    -------
+    dict
+        ``pixel_values``, ``image_index``, ``targets``, ``queries``.
+    """
+    targets, described, image_index = [], [], []
+    for index, item in enumerate(items):
+        for query in item["queries"]:
+            targets.append({key: query[key] for key in ("boxes_cxcywh", "masks", "mask_valid")})
+            described.append(
+                {key: query[key] for key in ("image_id", "prompt", "category", "is_positive")}
+            )
+            image_index.append(index)
+    return {
+        "pixel_values": torch.stack([item["pixel_values"] for item in items]),
+        "image_index": torch.tensor(image_index, dtype=torch.long),
+        "targets": targets,
+        "queries": described,
+    }
+
+
+def count_objects(batches):
+    """Count the objects that reach the loss.
+
+    Parameters
+    ----------
+    batches : torch.utils.data.DataLoader or PromptDataset
+        A loader with a `PromptCollator`, or a dataset, which is then collated image by image.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per query: ``image_id``, ``prompt``, ``is_positive``, ``num_objects``,
+        ``num_masks`` (of which with a usable mask).
+    """
+    if isinstance(batches, PromptDataset):
+        batches = (join_queries([batches[index]]) for index in range(len(batches)))
+    rows = [
+        (
+            query["image_id"],
+            query["prompt"],
+            query["is_positive"],
+            len(target["boxes_cxcywh"]),
+            int(target["mask_valid"].sum()),
+        )
+        for batch in batches
+        for query, target in zip(batch["queries"], batch["targets"], strict=True)
+    ]
+    columns = ["image_id", "prompt", "is_positive", "num_objects", "num_masks"]
+    return pd.DataFrame(rows, columns=columns)

@@ -1,0 +1,52 @@
+"""The one error that a user of the workbook can cause and mend."""
+
+from __future__ import annotations
+
+
+class InputError(Exception):
+    """Unusable input: a wrong file, value or combination that the user can put right.
+
+    Library tracebacks are translated into this error, so that the command line prints one line
+    and exits with status 2.
+
+    Parameters
+    ----------
+    message : str
+        What is wrong, naming the offending value.
+    where : str or os.PathLike, optional
+        The file, key or row the message is about; printed first.
+    fix : str, optional
+        What to do about it; printed last.
+
+    Attributes
+    ----------
+    message : str
+        The bare message, without place and fix.
+    where : str or None
+        The place as text.
+    fix : str or None
+        The remedy.
+    """
+
+    def __init__(self, message, *, where=None, fix=None):
+        self.message = " ".join(str(message).split())
+        self.where = None if where is None else str(where)
+        self.fix = None if fix is None else " ".join(str(fix).split())
+        super().__init__(self.message)
+
+    def __str__(self):
+        """Return one line, ``where: message. Fix: fix``, leaving out the parts not given."""
+        line = self.message if self.where is None else f"{self.where}: {self.message}"
+        if self.fix is None:
+            return line
+        end = "" if line.endswith((".", "!", "?")) else "."
+        return f"{line}{end} Fix: {self.fix}"
+
+    def __reduce__(self):
+        """Keep place and fix when the error crosses a process border (data loader workers)."""
+        return _rebuild, (self.message, self.where, self.fix)
+
+
+def _rebuild(message, where, fix):
+    """Build an `InputError` from the three parts `InputError.__reduce__` stored."""
+    return InputError(message, where=where, fix=fix)

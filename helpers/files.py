@@ -1,0 +1,95 @@
+"""Write files so that a reader, or a restart after a kill, never meets half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from helpers.errors import InputError
+
+
+@contextmanager
+def staged_folder(folder):
+    """Collect files in a hidden folder and move them into place only when all are written.
+
+    Parameters
+    ----------
+    folder : os.PathLike
+        Destination; made if need be. Files of the same name are replaced, others stay.
+
+    Yields
+    ------
+    pathlib.Path
+        The folder to write into. If the block raises, it is removed and `folder` is as before.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+    try:
+        yield staging
+        for path in sorted(staging.iterdir()):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_text(path, text):
+    """Write text to a file, replacing it in one step.
+
+    Parameters
+    ----------
+    path : os.PathLike
+        Its folder must exist.
+    text : str
+        UTF-8 is written.
+
+    Returns
+    -------
+    pathlib.Path
+        The file written.
+    """
+    path = Path(path)
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def write_json(path, content):
+    """Write `content` as indented JSON, see `write_text`; NaN and infinity are refused."""
+    return write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path, fix):
+    """Read a JSON object.
+
+    Parameters
+    ----------
+    path : os.PathLike
+        The file.
+    fix : str
+        Advice for the error message.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    InputError
+        If the file is missing, is no JSON, or its top level is not an object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError("no such file", where=path, fix=fix)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"is no complete JSON ({error})", where=path, fix=fix) from error
+    if not isinstance(content, dict):
+        raise InputError("is a JSON without keys", where=path, fix=fix)
+    return content

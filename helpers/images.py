@@ -1,0 +1,81 @@
+"""Open photographs the way a person sees them: upright, as 8-bit RGB."""
+
+from __future__ import annotations
+
+from PIL import ExifTags, Image, ImageOps
+
+from helpers.errors import InputError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow clips these to white in RGB
+TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+def open_upright(path):
+    """Open an image, decode it fully, and apply its EXIF orientation.
+
+    Parameters
+    ----------
+    path : os.PathLike
+        An image file with 8 bits per channel.
+
+    Returns
+    -------
+    PIL.Image.Image
+        Mode RGB; its ``size`` is (width, height) in pixels after turning.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, corrupt or truncated, or holds more than 8 bits per channel.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode in DEEP_MODES:
+                raise InputError(
+                    f"has mode {image.mode}, which a conversion to 8 bits would clip to white",
+                    where=path,
+                    fix="convert the image to 8 bits per channel",
+                )
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(
+            "no such image", where=path, fix="restore the file or remove its annotation entry"
+        ) from error
+    except Exception as error:  # Pillow raises a different type for each way a file can be broken
+        raise InputError(
+            f"is no readable image ({error})", where=path, fix="replace or remove the file"
+        ) from error
+
+
+def upright_size(path):
+    """Read the size an image has once its EXIF orientation is applied, from the header alone.
+
+    Parameters
+    ----------
+    path : os.PathLike
+        An image file.
+
+    Returns
+    -------
+    size : tuple of int
+        (width, height) in pixels.
+    orientation : int
+        The EXIF orientation, 1 for upright.
+
+    Raises
+    ------
+    InputError
+        If the header cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception as error:  # as in `open_upright`
+        raise InputError(
+            f"is no readable image ({error})", where=path, fix="replace or remove the file"
+        ) from error
+    return ((height, width) if orientation in TURNED else (width, height)), orientation

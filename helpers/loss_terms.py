@@ -1,0 +1,198 @@
+"""The single terms of SAM3's loss: boxes, scores, masks, semantic map.
+
+Forms and constants are those of facebookresearch/sam3 at 99d02f2,
+``sam3/train/loss/loss_fns.py``. Everything is computed in float32. `helpers.losses` sums them up.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torchvision.ops import box_convert, box_iou, generalized_box_iou, sigmoid_focal_loss
+
+POSITIVE_WEIGHT = 10.0
+POSITIVE_ALPHA_EARLY = 0.5
+NEGATIVE_GAMMA = 2.0
+MIN_QUERIES_IN_MEAN = 200
+SOFT_TARGET_ALPHA = 0.25
+SOFT_TARGET_MIN = 0.01
+PRESENCE_ALPHA = 0.5
+MASK_FOCAL = {"alpha": 0.25, "gamma": 2.0}
+SEMANTIC_FOCAL = {"alpha": 0.6, "gamma": 2.0}
+EPSILON = 1e-6
+
+
+def box_terms(pred_boxes_cxcywh, targets, matches, num_boxes):
+    """Compute L1 and GIoU of the matched boxes, and the IoU of each pair.
+
+    Parameters
+    ----------
+    pred_boxes_cxcywh : torch.Tensor
+        (B, Q, 4) in [0, 1].
+    targets : list of dict
+        See `helpers.losses.sam3_losses`.
+    matches : list of tuple of torch.Tensor
+        See `helpers.matching.hungarian_match`.
+    num_boxes : float
+        Denominator.
+
+    Returns
+    -------
+    terms : dict of str to torch.Tensor
+        ``loss_bbox``, the sum over pairs and coordinates of absolute difference, and ``loss_giou``,
+        the sum of 1 - GIoU, both divided by `num_boxes`.
+    ious : torch.Tensor
+        (pairs,) in [0, 1], without gradient, in the order of the rows.
+    """
+    device = pred_boxes_cxcywh.device
+    predicted = torch.cat([pred_boxes_cxcywh[b, q] for b, (q, _) in enumerate(matches)]).float()
+    target = torch.cat(
+        [t["boxes_cxcywh"].to(device)[i] for t, (_, i) in zip(targets, matches, strict=True)]
+    ).float()
+    predicted_xyxy = box_convert(predicted, "cxcywh", "xyxy")
+    target_xyxy = box_convert(target, "cxcywh", "xyxy")
+    giou = generalized_box_iou(predicted_xyxy, target_xyxy).diagonal()
+    terms = {
+        "loss_bbox": F.l1_loss(predicted, target, reduction="sum") / num_boxes,
+        "loss_giou": (1 - giou).sum() / num_boxes,
+    }
+    return terms, box_iou(predicted_xyxy.detach(), target_xyxy).diagonal()
+
+
+def score_terms(pred_logits, presence_logits, targets, matches, ious, variant):
+    """Compute the loss of the query scores and of the presence token.
+
+    Parameters
+    ----------
+    pred_logits : torch.Tensor
+        (B, Q).
+    presence_logits : torch.Tensor
+        (B, 1).
+    targets, matches : list
+        See `helpers.losses.sam3_losses`.
+    ious : torch.Tensor
+        (pairs,) IoU of the matched boxes, from `box_terms`.
+    variant : {"native", "early"}
+        ``native``: matched ``10 BCE(z, t)``, others ``p^2 BCE(z, 0)`` with p^2 differentiated;
+        rows without objects count as zeros in the mean over B * max(Q, 200). ``early``: matched
+        ``0.5 BCE(z, t)``, others ``BCE(z, 0)``, divided by B * Q + 1e-6, all rows alike, and no
+        presence loss. In both ``t = max(0.01, p^0.25 IoU^0.75)`` without gradient.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        ``loss_ce`` and ``presence_loss``; the latter is ``0.5 BCE`` averaged over all rows
+        (in ``early`` a constant 0). A row is present if an object has width and height.
+    """
+    logits = pred_logits.float()
+    prob = logits.sigmoid()
+    rows = torch.cat([torch.full_like(q, b) for b, (q, _) in enumerate(matches)])
+    queries = torch.cat([q for q, _ in matches])
+    soft = prob.detach()[rows, queries] ** SOFT_TARGET_ALPHA * ious ** (1 - SOFT_TARGET_ALPHA)
+    soft_target = torch.zeros_like(logits)
+    soft_target[rows, queries] = soft.clamp(min=SOFT_TARGET_MIN)
+    matched = torch.zeros_like(logits, dtype=torch.bool)
+    matched[rows, queries] = True
+
+    bce = F.binary_cross_entropy_with_logits(logits, soft_target, reduction="none")
+    if variant == "early":
+        loss = torch.where(matched, POSITIVE_ALPHA_EARLY * bce, bce)
+        loss_ce = loss.sum() / (loss.numel() + EPSILON)
+        return {"loss_ce": loss_ce, "presence_loss": torch.zeros_like(loss_ce.detach())}
+
+    present = _present(targets).to(logits)
+    loss = torch.where(matched, POSITIVE_WEIGHT * bce, prob**NEGATIVE_GAMMA * bce)
+    loss = loss * present[:, None]
+    num_rows, num_queries = logits.shape
+    presence = F.binary_cross_entropy_with_logits(presence_logits.float()[:, 0], present)
+    return {
+        "loss_ce": loss.sum() / (num_rows * max(num_queries, MIN_QUERIES_IN_MEAN)),
+        "presence_loss": PRESENCE_ALPHA * presence,
+    }
+
+
+def mask_terms(pred_masks, targets, matches, num_boxes):
+    """Compute focal and dice loss of the matched masks, at the size of the targets.
+
+    Parameters
+    ----------
+    pred_masks : torch.Tensor
+        (B, Q, h, w) logits; only matched ones are brought to the targets' size.
+    targets, matches : list
+        See `helpers.losses.sam3_losses`.
+    num_boxes : float
+        Denominator.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        ``loss_mask``: focal loss (alpha 0.25, gamma 2) averaged over pixels; ``loss_dice``:
+        1 - (2 sum(p y) + 1) / (sum p + sum y + 1); both summed over the pairs whose mask is
+        valid and divided by `num_boxes`.
+    """
+    nothing = pred_masks[:0].float().sum()
+    loss_mask, loss_dice = [nothing], [nothing]
+    for row, (target, (query_idx, target_idx)) in enumerate(zip(targets, matches, strict=True)):
+        if "mask_valid" in target:
+            valid = target["mask_valid"].to(target_idx.device)[target_idx] > 0
+            query_idx, target_idx = query_idx[valid], target_idx[valid]
+        if len(query_idx) == 0:
+            continue
+        masks = target["masks"].to(pred_masks.device)[target_idx].float()
+        logits = _resize(pred_masks[row, query_idx][:, None], masks.shape[-2:])[:, 0]
+        loss_mask.append(sigmoid_focal_loss(logits, masks, **MASK_FOCAL).mean((1, 2)).sum())
+        loss_dice.append(_dice(logits, masks).sum())
+    return {
+        "loss_mask": torch.stack(loss_mask).sum() / num_boxes,
+        "loss_dice": torch.stack(loss_dice).sum() / num_boxes,
+    }
+
+
+def semantic_terms(semantic_logits, targets):
+    """Compute focal and dice loss of the semantic map against the union of a row's masks.
+
+    Parameters
+    ----------
+    semantic_logits : torch.Tensor
+        (B, 1, h, w), brought to the size of each row's masks.
+    targets : list of dict
+        See `helpers.losses.sam3_losses`.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        ``loss_semantic_seg`` (alpha 0.6, gamma 2) and ``loss_semantic_dice``, summed over the
+        rows whose union is not empty and divided by (their number + 1e-6); 0 without such a row.
+    """
+    nothing = semantic_logits[:0].float().sum()
+    focal, dice = [nothing], [nothing]
+    for row, target in enumerate(targets):
+        masks = target["masks"].to(semantic_logits.device)
+        if not masks.any():
+            continue
+        union = (masks > 0).any(0, keepdim=True).float()
+        logits = _resize(semantic_logits[row : row + 1], union.shape[-2:])[0]
+        focal.append(sigmoid_focal_loss(logits, union, **SEMANTIC_FOCAL).mean())
+        dice.append(_dice(logits, union).sum())
+    num_rows = len(focal) - 1 + EPSILON
+    return {
+        "loss_semantic_seg": torch.stack(focal).sum() / num_rows,
+        "loss_semantic_dice": torch.stack(dice).sum() / num_rows,
+    }
+
+
+def _present(targets):
+    """Tell for each row whether an object with positive width and height is there, (B,) bool."""
+    return torch.stack([(t["boxes_cxcywh"][:, 2:] > 0).all(1).any() for t in targets])
+
+
+def _resize(logits, size):
+    """Bring (n, 1, h, w) logits to `size` bilinearly, in float32."""
+    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+
+
+def _dice(logits, masks):
+    """Compute the dice loss, smoothed by 1, of (n, H, W) logits, one value per mask."""
+    prob, masks = logits.sigmoid().flatten(1), masks.flatten(1)
+    intersection = (prob * masks).sum(1)
+    return 1 - (2 * intersection + 1) / (prob.sum(1) + masks.sum(1) + 1)

@@ -1,0 +1,211 @@
+"""Pictures: ground truth and detections side by side, and figures shown with a sentence.
+
+Charts of numbers are in `helpers.charts`. Every panel says in its title what it shows, so that
+nothing depends on telling two colours apart.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from IPython.display import Image as DisplayImage
+from IPython.display import display
+from matplotlib.figure import Figure
+
+from helpers.errors import InputError
+from helpers.overlays import TRUTH_COLOUR, annotate, annotate_detections, as_picture, decode_mask
+
+PANEL_INCHES = 3.4
+MAX_COLUMNS = 3
+_TITLE_POINTS = 10.5
+_TITLE_CHARACTERS = 40
+_DPI = 100
+
+
+def draw_objects(ax, image, objects, title=None):
+    """Draw the annotated objects of an image.
+
+    Parameters
+    ----------
+    ax : matplotlib.axes.Axes
+    image : PIL.Image.Image, numpy.ndarray or os.PathLike
+        See `as_picture`.
+    objects : sequence of helpers.records.ObjectAnnotation
+        May be empty. One without a readable mask is drawn as its box.
+    title : str, optional
+        Default: the number of objects of each category.
+    """
+    picture = as_picture(image)
+    counts = Counter(item.category for item in objects)
+    listed = ", ".join(f"{count} × {name}" for name, count in sorted(counts.items())) or "no object"
+    labels = [item.category if len(counts) > 1 else "" for item in objects]
+    boxes_xyxy = [item.box_xyxy for item in objects]
+    masks = [decode_mask(item.rle, picture.size, where=item.annotation_id) for item in objects]
+    canvas = annotate(picture, boxes_xyxy, masks or None, labels, TRUTH_COLOUR)
+    _show(ax, canvas, f"ground truth: {listed}" if title is None else title)
+
+
+def draw_prediction(ax, image, prediction):
+    """Draw what was detected for one prompt on one image.
+
+    Parameters
+    ----------
+    ax : matplotlib.axes.Axes
+    image : PIL.Image.Image, numpy.ndarray or os.PathLike
+        See `as_picture`.
+    prediction : dict
+        ``prompt``, ``presence_prob``, ``max_score`` (both in
+        [0, 1]) and ``detections``, a list of ``score``, ``box_xyxy`` (pixels) and ``mask_rle``
+        (COCO compressed RLE at the size of the image), as `python -m helpers predict` writes it.
+    """
+    found = prediction["detections"]
+    canvas = annotate_detections(image, found)
+    count = f"{len(found)} detection{'' if len(found) == 1 else 's'}"
+    scores = f"max score {prediction['max_score']:.3f}, presence {prediction['presence_prob']:.3f}"
+    _show(ax, canvas, f'"{prediction["prompt"]}": {count}', scores)
+
+
+def prediction_figure(image, predictions, objects=None):
+    """Draw one panel per prompt for one image, after the ground truth where it is known.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image, numpy.ndarray or os.PathLike
+        See `as_picture`.
+    predictions : sequence of dict
+        See `draw_prediction`; at least one.
+    objects : sequence of helpers.records.ObjectAnnotation, optional
+        Ground truth.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        At most three panels in a row.
+    """
+    return _grid(_panels(image, objects, predictions), MAX_COLUMNS)
+
+
+def save_prediction_figure(path, image, predictions):
+    """Write the picture of `prediction_figure`, without ground truth, to a file.
+
+    Parameters
+    ----------
+    path : os.PathLike
+        The ending decides the format, for example ``.png`` or ``.jpg``; folders are made.
+    image : PIL.Image.Image, numpy.ndarray or os.PathLike
+        See `as_picture`.
+    predictions : sequence of dict
+        See `draw_prediction`.
+
+    Raises
+    ------
+    InputError
+        When the ending names no image format.
+    """
+    path = Path(path)
+    figure = prediction_figure(image, predictions)
+    known = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        endings = ", ".join(f".{ending}" for ending in sorted(known))
+        raise InputError(
+            f"no picture can be written as {path.suffix!r}", where=path, fix=f"end it in {endings}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def comparison_figure(rows):
+    """Draw ground truth beside the predictions, one image per row.
+
+    Parameters
+    ----------
+    rows : sequence of tuple
+        ``(image, objects, predictions)`` of each image, see `draw_objects` and `draw_prediction`;
+        objects may be None.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        As many columns as the longest row has panels.
+    """
+    panels = [_panels(*row) for row in rows]
+    columns = max(map(len, panels), default=0)
+    return _grid(
+        [panel for row in panels for panel in row + [None] * (columns - len(row))], columns
+    )
+
+
+def gallery_figure(items, columns=MAX_COLUMNS):
+    """Draw annotated images with a caption each, for example the worst findings of the data check.
+
+    Parameters
+    ----------
+    items : sequence of tuple
+        ``(image, objects, caption)``, see `draw_objects`; a caption of None counts the objects.
+    columns : int
+        Pictures per row.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    return _grid([(draw_objects, *item) for item in items], columns)
+
+
+def describe(figure, sentence):
+    """Show a figure in a notebook with a sentence that says what it shows, then close it.
+
+    The sentence is printed, for everyone, and stored as the alternative text of the picture.
+    The picture is stored as PNG or JPEG, whichever is smaller, so that notebooks stay small.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+    sentence : str
+    """
+    encoded = {kind: io.BytesIO() for kind in ("png", "jpeg")}
+    for kind, stream in encoded.items():
+        options = {"pil_kwargs": {"quality": 85}} if kind == "jpeg" else {}
+        figure.savefig(stream, format=kind, dpi=_DPI, **options)
+    kind = min(encoded, key=lambda kind: encoded[kind].tell())
+    display(DisplayImage(data=encoded[kind].getvalue(), format=kind, alt=sentence))
+    print(sentence)
+    plt.close(figure)
+
+
+def _panels(image, objects, predictions):
+    """Return what `_grid` draws for one image: the ground truth, then one panel per prompt."""
+    picture = as_picture(image)
+    truth = [] if objects is None else [(draw_objects, picture, objects)]
+    return truth + [(draw_prediction, picture, prediction) for prediction in predictions]
+
+
+def _grid(panels, columns):
+    """Lay ``(draw, image, *arguments)`` out in a grid; None leaves a place empty."""
+    if not panels:
+        raise InputError("nothing to draw", fix="pass at least one image with something to show")
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (columns * PANEL_INCHES, rows * (PANEL_INCHES + 0.55))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax, panel in itertools.zip_longest(axes, panels):
+        if panel is None:
+            ax.remove()
+        else:
+            draw, *arguments = panel
+            draw(ax, *arguments)
+    return figure
+
+
+def _show(ax, picture, *title_lines):
+    """Put a picture on axes without ticks, under a title wrapped to the width of a panel."""
+    ax.imshow(picture)
+    ax.set_axis_off()
+    wrapped = [textwrap.fill(line, _TITLE_CHARACTERS) for line in title_lines]
+    ax.set_title("\n".join(wrapped), fontsize=_TITLE_POINTS, loc="left")

@@ -1,0 +1,209 @@
+"""SAM3 with several prompts per image and with the outputs of every decoder layer.
+
+`PromptedSam3` is `transformers.Sam3Model` module for module and key for key. It adds what training
+and prompting need: the vision encoder runs once per image whatever the number of prompts, and the
+outputs of all decoder layers are returned, not only those of the last one.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+
+import torch
+from transformers import Sam3Model
+from transformers.models.sam3.modeling_sam3 import (
+    Sam3ImageSegmentationOutput,
+    inverse_sigmoid,
+)
+
+SCORE_LOGIT_CLAMP = 12.0
+"""Query logits are clamped to plus or minus this value; beyond it their gradient is zero."""
+PRESENCE_LOGIT_CLAMP = 10.0
+"""Presence logits are clamped to plus or minus this value; beyond it their gradient is zero."""
+
+
+@dataclass
+class PromptedSam3Output(Sam3ImageSegmentationOutput):
+    """`Sam3ImageSegmentationOutput` with the names that `helpers.losses.sam3_losses` reads.
+
+    Attributes
+    ----------
+    pred_boxes_cxcywh : torch.Tensor
+        (B, Q, 4) boxes of the last decoder layer, centre and size as fractions of the image.
+    semantic_logits : torch.Tensor
+        (B, 1, h, w), the same tensor as ``semantic_seg``.
+    aux : list of dict
+        ``pred_logits`` (B, Q), ``pred_boxes_cxcywh`` (B, Q, 4) and ``presence_logits`` (B, 1) of
+        every decoder layer but the last, first layer first.
+    """
+
+    pred_boxes_cxcywh: torch.Tensor | None = None
+    semantic_logits: torch.Tensor | None = None
+    aux: list | None = None
+
+
+class PromptedSam3(Sam3Model):
+    """A `Sam3Model` that takes I images with B prompts and returns every decoder layer.
+
+    Parameters, modules and checkpoint keys are those of `Sam3Model`, so the weights of one load
+    into the other.
+    """
+
+    # The ViT and text layers can be checkpointed, the class just does not say so.
+    supports_gradient_checkpointing = True
+    # Our losses are means over the batch: the trainer has to divide them by the accumulation steps.
+    accepts_loss_kwargs = False
+
+    @property
+    def mask_size(self):
+        """Side of the predicted masks in cells: the grid of ViT patches times the finest scale."""
+        vision = self.config.vision_config
+        return int(self.resolution // vision.backbone_config.patch_size * max(vision.scale_factors))
+
+    @property
+    def resolution(self):
+        """Side of the square input image in pixels."""
+        return int(self.config.vision_config.image_size)
+
+    def forward(
+        self,
+        pixel_values=None,
+        vision_embeds=None,
+        input_ids=None,
+        attention_mask=None,
+        image_index=None,
+        **kwargs,
+    ):
+        """Segment B prompts on I images.
+
+        Parameters
+        ----------
+        pixel_values : torch.Tensor, optional
+            (I, 3, S, S) images as the processor makes them; or `vision_embeds`.
+        vision_embeds : Sam3VisionEncoderOutput, optional
+            Output of ``get_vision_features`` for the I images; replaces `pixel_values`.
+        input_ids, attention_mask : torch.Tensor
+            (B, T) tokens of the prompts. The mask is required: without it the padding would be
+            read as part of the prompt and change every score.
+        image_index : torch.Tensor, optional
+            (B,) int64, the image of each prompt. Without it I must equal B, or be 1.
+        **kwargs
+            Passed on to `Sam3Model.forward` (for example ``text_embeds`` or ``input_boxes``).
+
+        Returns
+        -------
+        PromptedSam3Output
+            Rows are prompts. ``pred_masks`` (B, Q, h, w), ``pred_boxes`` (B, Q, 4) xyxy in [0, 1],
+            ``pred_logits`` (B, Q), ``presence_logits`` (B, 1), ``semantic_logits`` (B, 1, h, w),
+            and the fields of `PromptedSam3Output`.
+
+        Raises
+        ------
+        ValueError
+            Without `attention_mask`, or with images and prompts that cannot be paired.
+        """
+        if attention_mask is None:
+            raise ValueError(
+                "pass attention_mask with the prompts: padding would change the scores"
+            )
+        if vision_embeds is None:
+            if pixel_values is None:
+                raise ValueError("pass pixel_values or vision_embeds")
+            vision_embeds = self.vision_encoder(pixel_values)
+        vision_embeds = repeat_vision_embeds(vision_embeds, image_index, len(attention_mask))
+        with self._capture_decoder() as captured:
+            outputs = super().forward(
+                vision_embeds=vision_embeds,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                **{**kwargs, "return_dict": True},
+            )
+        layers = _decoder_layers(captured)
+        return PromptedSam3Output(
+            **{field.name: getattr(outputs, field.name) for field in fields(outputs)},
+            pred_boxes_cxcywh=layers[-1]["pred_boxes_cxcywh"],
+            semantic_logits=outputs.semantic_seg,
+            aux=layers[:-1],
+        )
+
+    @contextmanager
+    def _capture_decoder(self):
+        """Collect what the decoder and its heads return inside `Sam3Model.forward`.
+
+        Capturing rather than computing again keeps the dropout of the scoring head the same for
+        the last layer and the others. The box head is called once per layer inside the decoder
+        and then once for all layers; the last call is kept.
+        """
+        captured = {}
+        modules = {
+            "decoder": self.detr_decoder,
+            "box_offsets": self.detr_decoder.box_head,
+            "logits": self.dot_product_scoring,
+        }
+        handles = [
+            module.register_forward_hook(
+                lambda _module, _args, output, name=name: captured.__setitem__(name, output)
+            )
+            for name, module in modules.items()
+        ]
+        try:
+            yield captured
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _decoder_layers(captured):
+    """Return one dict of logits, boxes and presence for each decoder layer, first layer first."""
+    reference_logits = inverse_sigmoid(captured["decoder"].reference_boxes)
+    boxes_cxcywh = (reference_logits + captured["box_offsets"]).sigmoid()
+    stacked = (captured["logits"].squeeze(-1), boxes_cxcywh, captured["decoder"].presence_logits)
+    names = ("pred_logits", "pred_boxes_cxcywh", "presence_logits")
+    return [dict(zip(names, layer, strict=True)) for layer in zip(*stacked, strict=True)]
+
+
+def repeat_vision_embeds(vision_embeds, image_index, num_prompts):
+    """Give every prompt the features of its image.
+
+    Parameters
+    ----------
+    vision_embeds : Sam3VisionEncoderOutput
+        Features of I images.
+    image_index : torch.Tensor or None
+        (B,) int64 in [0, I). None pairs image i with prompt i, or one image with all prompts.
+    num_prompts : int
+        B.
+
+    Returns
+    -------
+    Sam3VisionEncoderOutput
+        With feature maps of B rows.
+
+    Raises
+    ------
+    ValueError
+        When the index does not fit the images and prompts.
+    """
+    features = vision_embeds.fpn_hidden_states
+    num_images = len(features[0])
+    if image_index is None:
+        if num_images == num_prompts:
+            return vision_embeds
+        if num_images != 1:
+            raise ValueError(f"{num_images} images and {num_prompts} prompts need an image_index")
+        image_index = torch.zeros(num_prompts, dtype=torch.long)
+    if len(image_index) != num_prompts or int(image_index.max()) >= num_images:
+        raise ValueError(
+            f"image_index {image_index.tolist()} does not pair {num_prompts} prompts with {num_images} images"
+        )
+    index = image_index.to(features[0].device)
+    positions = vision_embeds.fpn_position_encoding
+    return replace(
+        vision_embeds,
+        fpn_hidden_states=tuple(level[index] for level in features),
+        # Position encodings depend on the size of the map only, so all rows are equal.
+        fpn_position_encoding=tuple(
+            level[:1].expand(num_prompts, -1, -1, -1) for level in positions
+        ),
+    )

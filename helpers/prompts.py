@@ -1,0 +1,120 @@
+"""Which prompts are asked about an image: the present ones, and absent ones drawn at random."""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import numpy as np
+
+from helpers.nouns import nouns_overlap
+
+
+def clip_box(box_xyxy, width, height):
+    """Clip a box to its image.
+
+    Parameters
+    ----------
+    box_xyxy : tuple of float
+        Pixels.
+    width, height : int
+        Size of the image in pixels.
+
+    Returns
+    -------
+    tuple of float or None
+        The part of the box inside the image in pixels; None if a side is zero or negative there
+        or a number is not finite.
+    """
+    if not all(math.isfinite(number) for number in box_xyxy):
+        return None
+    x0, y0, x1, y1 = box_xyxy
+    x0, x1 = (min(max(x, 0.0), float(width)) for x in (x0, x1))
+    y0, y1 = (min(max(y, 0.0), float(height)) for y in (y0, y1))
+    return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
+
+
+def present_prompts(record, categories, prompt=None):
+    """Group the usable objects of an image by the prompt that asks for them.
+
+    Crowd regions and boxes that keep no area inside the image are no targets. A prompt that loses
+    all its objects this way is not asked at all: asked as absent, it would teach the opposite.
+
+    Parameters
+    ----------
+    record : ImageRecord
+        The image.
+    categories : sequence of str
+        Names to ask about; each is its own prompt.
+    prompt : str, optional
+        Replaces every category name, so that one query gets all objects.
+
+    Returns
+    -------
+    dict of str to list of ObjectAnnotation
+        Prompts in the order of ``categories``.
+    """
+    usable = [
+        item
+        for item in record.objects
+        if not item.is_crowd and clip_box(item.box_xyxy, record.width, record.height) is not None
+    ]
+    if prompt is not None:
+        return {prompt: usable} if usable else {}
+    groups = {name: [item for item in usable if item.category == name] for name in categories}
+    return {name: items for name, items in groups.items() if items}
+
+
+def absent_candidates(record, nouns):
+    """Keep the nouns that nothing in the picture answers to.
+
+    Parameters
+    ----------
+    record : ImageRecord
+        Its annotated categories, crowd regions included, and its ``contents`` are in the picture.
+    nouns : sequence of str
+        Candidates.
+
+    Returns
+    -------
+    list of str
+        Without any noun that overlaps (`helpers.nouns.nouns_overlap`) something in the picture.
+    """
+    in_picture = {item.category for item in record.objects} | record.contents
+    return [
+        noun for noun in nouns if not any(nouns_overlap(noun, present) for present in in_picture)
+    ]
+
+
+def absent_prompts(record, own_names, other_nouns, count, *, seed, epoch):
+    """Draw the absent prompts of an image.
+
+    Parameters
+    ----------
+    record : ImageRecord
+        The image.
+    own_names : sequence of str
+        What the dataset asks for: its category names, or the prompt that replaces them.
+    other_nouns : sequence of str
+        Further nouns to draw from.
+    count : int
+        How many to draw; fewer if fewer candidates are left. An image without any object is asked
+        for at least one of the dataset's own names, even at 0: nothing else can come of it.
+    seed, epoch : int
+        The draw depends on these two and the image only, so neither on the number of workers nor
+        on the order of the images.
+
+    Returns
+    -------
+    list of str
+        Distinct prompts, an own name first if the image has no object.
+    """
+    own = absent_candidates(record, own_names)
+    others = [noun for noun in absent_candidates(record, other_nouns) if noun not in own]
+    generator = np.random.default_rng([seed, epoch, zlib.crc32(record.image_id.encode("utf-8"))])
+    first = []
+    if not record.objects and own:
+        first = [own.pop(int(generator.integers(len(own))))]
+    pool = own + others
+    drawn = generator.permutation(len(pool))[: max(count - len(first), 0)]
+    return first + [pool[index] for index in drawn]

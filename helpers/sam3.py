@@ -1,0 +1,178 @@
+"""Load a SAM3 base, the embedded one or facebook/sam3, completely or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from transformers import Sam3Config, Sam3Processor
+
+from helpers.errors import InputError
+from helpers.paths import ROOT, resolve
+from helpers.prompted_sam3 import PromptedSam3
+
+__all__ = ["PromptedSam3", "base_fingerprint", "load_base"]
+
+_MODEL_TYPES = ("sam3", "sam3_video")
+_NUM_FINGERPRINT_TENSORS = 12
+
+
+def load_base(name_or_path, revision=None, dtype=None, resolution=None):
+    """Load a SAM3 base and its processor, in eval mode.
+
+    Parameters
+    ----------
+    name_or_path : str or pathlib.Path
+        A folder, absolute, or relative to the working directory or the repository; or a name on
+        the Hugging Face hub such as ``facebook/sam3``.
+    revision : str, optional
+        Branch, tag or commit on the hub.
+    dtype : torch.dtype, optional
+        Type of the weights, float32 by default.
+    resolution : int, optional
+        Side of the square input in pixels, the base's own by default; a multiple of its patch.
+
+    Returns
+    -------
+    model : PromptedSam3
+    processor : transformers.Sam3Processor
+        Set to the same resolution.
+
+    Raises
+    ------
+    InputError
+        When the folder is missing or holds no SAM3, when the hub refuses access, or when a weight
+        is missing, unexpected or of another shape: a base is loaded completely or not at all.
+    """
+    source = _locate(name_or_path)
+    options = {} if revision is None else {"revision": revision}
+    config = _load_part(source, Sam3Config, options)
+    if config.model_type not in _MODEL_TYPES:
+        raise InputError(
+            f"holds a model of type {config.model_type!r}, expected 'sam3'",
+            where=name_or_path,
+            fix="name a SAM3 base, for example data/tiny_sam3 or facebook/sam3",
+        )
+    config = _detector_config(config)
+    if resolution is not None:
+        _set_resolution(config, resolution, name_or_path)
+    model, info = _load_part(
+        source,
+        PromptedSam3,
+        {**options, "config": config, "dtype": dtype or torch.float32, "output_loading_info": True},
+    )
+    _check_loaded(info, name_or_path)
+    processor = _load_part(source, Sam3Processor, options)
+    side = {"height": model.resolution, "width": model.resolution}
+    processor.image_processor.size = side
+    processor.target_size = model.resolution
+    return model.eval(), processor
+
+
+def base_fingerprint(model):
+    """Return 16 hex digits that tell two bases of equal shape apart.
+
+    The names and shapes of all tensors and the bfloat16 values of a dozen of them go in; an
+    adapter's own tensors do not, so the fingerprint is the same before and after `add_lora`.
+
+    Parameters
+    ----------
+    model : PromptedSam3 or peft.PeftModel
+
+    Returns
+    -------
+    str
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    tensors = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in model.state_dict().items()
+        if ".lora_" not in name
+    }
+    names = sorted(tensors)
+    digest = hashlib.sha256(repr([(n, tuple(tensors[n].shape)) for n in names]).encode())
+    for name in names[:: max(len(names) // _NUM_FINGERPRINT_TENSORS, 1)]:
+        values = tensors[name].detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _locate(name_or_path):
+    """Return the folder, or the name unchanged when it can only be a name on the hub."""
+    path = resolve(name_or_path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(
+                "the folder has no config.json, so it is not a model",
+                where=path,
+                fix="name the folder that holds config.json and model.safetensors",
+            )
+        return str(path)
+    name = str(name_or_path)
+    looks_like_hub_name = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    first = Path(name).parts[0] if name else ""
+    if not looks_like_hub_name or (ROOT / first).is_dir() or Path(first).is_dir():
+        raise InputError(
+            "no such folder",
+            where=name_or_path,
+            fix="check model.name; the embedded base is data/tiny_sam3",
+        )
+    return name
+
+
+def _load_part(source, cls, options):
+    """Call ``cls.from_pretrained`` and put every way it can fail into one sentence."""
+    try:
+        return cls.from_pretrained(source, **options)
+    except Exception as error:  # damaged files raise classes of five libraries
+        if Path(source).is_dir():
+            raise InputError(
+                f"cannot load {cls.__name__}: {_first_line(error)}",
+                where=source,
+                fix="restore the folder; a base holds config.json, model.safetensors, "
+                "the processor and the tokenizer",
+            ) from error
+        raise InputError(
+            f"the hub gave no access ({_first_line(error)})",
+            where=source,
+            fix=f"ask for access at https://huggingface.co/{source}, run 'hf auth login', and try "
+            "again; the profile 'tiny' needs none of this",
+        ) from error
+
+
+def _detector_config(config):
+    """Return the image model's part of a ``sam3_video`` configuration, or `config` itself."""
+    detector = getattr(config, "detector_config", None)
+    if detector is None:
+        return config
+    return Sam3Config(**detector) if isinstance(detector, dict) else detector
+
+
+def _set_resolution(config, resolution, name):
+    """Set the input size, refusing one that the patches do not divide."""
+    patch = config.vision_config.backbone_config.patch_size
+    if resolution % patch:
+        raise InputError(
+            f"resolution {resolution} is not a multiple of the patch of {patch} pixels",
+            where=name,
+            fix=f"use {round(resolution / patch) * patch}",
+        )
+    config.image_size = resolution
+
+
+def _check_loaded(info, name):
+    """Refuse a base of which some weights stayed random or were thrown away."""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(str(key) for key in info.get(kind) or ())
+        if keys:
+            raise InputError(
+                f"{len(keys)} {kind.replace('_', ' ')} in the weights, for example {keys[0]}",
+                where=name,
+                fix="the weights do not belong to config.json; restore the folder",
+            )
+
+
+def _first_line(error):
+    """Return the first line of an error's text, at most 200 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,111 @@
+"""A random SAM3 of a few thousand parameters with a processor of its own, for unit tests."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, Sam3Config, Sam3ImageProcessor, Sam3Processor
+
+from helpers.sam3 import PromptedSam3
+
+RESOLUTION = 56
+MASK_SIZE = 28
+NUM_QUERIES = 10
+VOCABULARY = [
+    "<start>",
+    "<end>",
+    "<unk>",
+    "crack",
+    "joint",
+    "moss",
+    "dog",
+    "object",
+    "hole",
+    "wall",
+]
+
+
+def tiny_config():
+    """Return the configuration: 56 px, patch 8, hidden 32, 10 queries, 2 decoder layers."""
+    width = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    backbone = {
+        "model_type": "sam3_vit_model",
+        "num_hidden_layers": 2,
+        "image_size": RESOLUTION,
+        "patch_size": 8,
+        "pretrain_image_size": RESOLUTION,
+        "window_size": 4,
+        "global_attn_indexes": [1],
+        **width,
+    }
+    return Sam3Config(
+        vision_config={
+            "backbone_config": backbone,
+            "fpn_hidden_size": 32,
+            "backbone_feature_sizes": [[28, 28], [14, 14], [7, 7]],
+        },
+        text_config={
+            "vocab_size": len(VOCABULARY),
+            "projection_dim": 16,
+            "num_hidden_layers": 2,
+            "max_position_embeddings": 32,
+            "hidden_act": "gelu",
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 1,
+            **width,
+        },
+        geometry_encoder_config={"num_layers": 1, **width},
+        detr_encoder_config={"num_layers": 1, **width},
+        detr_decoder_config={"num_layers": 2, "num_queries": NUM_QUERIES, **width},
+        mask_decoder_config={"hidden_size": 32, "num_attention_heads": 2},
+    )
+
+
+def tiny_model(seed=0):
+    """Return the random model in eval mode; equal seeds give equal weights.
+
+    The weights are wider than the library's, so that scores and masks differ visibly.
+    """
+    torch.manual_seed(seed)
+    model = PromptedSam3(tiny_config()).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        elif isinstance(module, torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight)
+    return model
+
+
+def tiny_processor():
+    """Return a `Sam3Processor` whose tokenizer knows the words of `VOCABULARY`."""
+    vocabulary = {word: index for index, word in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 0), ("<end>", 1)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<start>",
+        eos_token="<end>",
+        unk_token="<unk>",
+        pad_token="<end>",
+        model_max_length=32,
+    )
+    size = {"height": RESOLUTION, "width": RESOLUTION}
+    mask_size = {"height": MASK_SIZE, "width": MASK_SIZE}
+    return Sam3Processor(Sam3ImageProcessor(size=size, mask_size=mask_size), fast)
+
+
+def save_tiny_base(folder, seed=0):
+    """Write a random base into `folder`, loadable by `helpers.sam3.load_base`, and return it."""
+    folder = Path(folder)
+    tiny_model(seed).save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+def token_inputs(prompts):
+    """Return ``input_ids`` and ``attention_mask`` (B, 32) of some prompts."""
+    return dict(tiny_processor()(text=list(prompts), return_tensors="pt"))

@@ -122,7 +122,7 @@ def _layouts_of(root):
 def _read_json(path):
     """Read a JSON file whose top level is an object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"), parse_int=_parse_int)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(
             f"is no complete JSON ({error})", where=path, fix="export the annotations again"
@@ -130,6 +130,11 @@ def _read_json(path):
     if not isinstance(content, dict):
         raise InputError("is a JSON without keys", where=path, fix="write a COCO object")
     return content
+
+
+def _parse_int(digits):
+    """Read a whole number; one beyond 64 bits becomes a float, which no check mistakes for a pixel."""
+    return int(digits) if len(digits) < 19 else float(digits)
 
 
 def _list_of(content, key, where):

@@ -31,59 +31,46 @@ def check_categories(split):
         ``D30_ROOT_CATEGORY``, ``D31_SIMILAR_NAMES``, ``D32_NO_NOUN``, ``D33_UNUSED_CATEGORY``,
         ``D34_ZERO_BASED_IDS``.
     """
-    asked, where = split.categories, f"{split.name}/categories"
+    where, table = f"{split.name}/categories", split.category_table
     used = {item.category for record in split.records for item in record.objects}
-    roots = [entry.name for entry in split.category_table if entry.name not in asked]
-    findings = []
-    for name in roots:
-        findings.append(
-            Finding(
-                "D30_ROOT_CATEGORY",
-                where,
-                f"'{name}' is the parent of other categories and is never annotated; it is left out",
-                "remove it from the export: asked as absent it would contradict its children",
-            )
+    unused = [name for name in split.categories if name not in used]
+    asked = [entry for entry in table if entry.name in split.categories]
+    found = [
+        (
+            "D30_ROOT_CATEGORY",
+            f"'{entry.name}' is the parent of other categories, is never annotated, and is left out",
+            "remove it from the export: asked as absent it would contradict its children",
         )
-    for first, second in combinations([entry.name for entry in split.category_table], 2):
-        if _similar(first, second):
-            findings.append(
-                Finding(
-                    "D31_SIMILAR_NAMES",
-                    where,
-                    f"'{first}' and '{second}' are nearly the same, yet one can be asked as absent "
-                    "where the other is",
-                    "merge them, or choose names that differ in more than ending and case",
-                )
-            )
-    for name in filter(_is_no_noun, asked):
-        findings.append(
-            Finding(
-                "D32_NO_NOUN",
-                where,
-                f"'{name}' is the prompt for its objects and is no noun a person would use",
-                "rename it to what the picture shows, for example 'crack'",
-            )
+        for entry in table
+        if entry.name not in split.categories
+    ]
+    found += [
+        (
+            "D31_SIMILAR_NAMES",
+            f"'{first.name}' and '{second.name}' are nearly the same, yet are asked apart",
+            "merge them, or choose names that differ in more than ending and case",
         )
-    unused = [name for name in asked if name not in used]
+        for first, second in combinations(asked, 2)
+        if _similar(first.name, second.name)
+    ]
+    found += [
+        (
+            "D32_NO_NOUN",
+            f"'{name}' is the prompt for its objects and is no noun a person would use",
+            "rename it to what the picture shows, for example 'crack'",
+        )
+        for name in split.categories
+        if _is_no_noun(name)
+    ]
     if unused and used:
-        findings.append(
-            Finding(
-                "D33_UNUSED_CATEGORY",
-                where,
-                f"never annotated in this split: {', '.join(unused)}",
-                "remove what was never labelled; it may be asked as absent on every image",
-            )
-        )
-    if any(entry.category_id == 0 for entry in split.category_table):
-        findings.append(
-            Finding(
-                "D34_ZERO_BASED_IDS",
-                where,
-                "category ids start at 0; here only names matter, other tools expect 1",
-                "nothing to do unless another tool reads the file",
-            )
-        )
-    return findings
+        message = f"never annotated in this split: {', '.join(unused)}"
+        fix = "remove what was never labelled; it may be asked as absent on every image"
+        found.append(("D33_UNUSED_CATEGORY", message, fix))
+    if any(entry.category_id == 0 for entry in table):
+        message = "category ids start at 0; here only names matter, other tools expect 1"
+        fix = "nothing to do unless another tool reads the file"
+        found.append(("D34_ZERO_BASED_IDS", message, fix))
+    return [Finding(code, where, message, fix) for code, message, fix in found]
 
 
 def _similar(first, second):
@@ -134,11 +121,16 @@ def check_prompts(split, absent_queries, num_negatives, negative_prompts):
         "make sure that they really show none",
     )
     if not absent_queries:
+        consequence = (
+            "the model learns to say yes to anything"
+            if split.name == "train"
+            else "whether the model can say no is not measured"
+        )
         findings.append(
             Finding(
                 "D61_NO_ABSENT_PROMPT",
                 split.name,
-                "every prompt is present in its image, so the model learns to say yes to anything",
+                "every prompt is present in its image; " + consequence,
                 "set data.num_negatives to 2 to 4 and list nouns in data.negative_prompts",
             )
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from types import SimpleNamespace
 
-from tqdm.auto import tqdm
-from transformers.models.sam3.image_processing_sam3 import Sam3ImageProcessor
+from tqdm import tqdm
+from transformers import Sam3ImageProcessor
 
 from helpers.annotation_checks import check_annotations
 from helpers.annotations import COCO_FILE, find_splits, read_split
@@ -253,9 +253,9 @@ def check_objects_arrive(split, counts):
         Finding(
             "D02_OBJECTS_LOST",
             str(split.root),
-            f"{total} objects are in the files, {kept} reach the loss ({kept / total:.1%}); "
-            f"{counts['crowd_objects']} are crowd regions, the others have a box without area in "
-            "the image or an image that cannot be loaded",
+            f"{total} objects are in the files, {kept} reach the loss ({kept / total:.1%}); lost "
+            f"are {counts['crowd_objects']} crowd regions, boxes without area in the image, and "
+            "what is in images that cannot be loaded",
             "mend the other errors of this split; training on it teaches to detect less",
         )
     ]

@@ -5,16 +5,14 @@ from __future__ import annotations
 import pandas as pd
 import torch
 from torch.utils.data import Dataset
-from torchvision.ops import box_convert
 
 from helpers.errors import InputError
-from helpers.images import open_upright
+from helpers.images import open_upright, same_shape
 from helpers.nouns import nouns_overlap
-from helpers.prompts import absent_candidates, absent_prompts, clip_box, present_prompts
-from helpers.segmentations import masks_on_grid, rle_area
+from helpers.prompts import absent_candidates, absent_prompts, present_prompts
+from helpers.targets import object_targets
 
 MAX_TOKENS = 32  # context of SAM3's text encoder; its processor would cut or fail beyond it
-SAME_SHAPE = 0.01  # relative difference of aspects that rounding to whole pixels can make
 
 
 class PromptDataset(Dataset):
@@ -85,7 +83,7 @@ class PromptDataset(Dataset):
             raise InputError(
                 f"the {len(split.records)} images of split '{split.name}' give no query to train on",
                 where=split.root,
-                fix="run 'python -m helpers check' on the dataset",
+                fix="annotate objects inside the images that are not marked as crowd",
             )
         nouns = (*self.own_names, *self.negative_prompts)
         if num_negatives > 0 and not any(absent_candidates(r, nouns) for r in self.records):
@@ -151,7 +149,7 @@ class PromptDataset(Dataset):
                 "prompt": prompt,
                 "category": prompt,
                 "is_positive": bool(objects),
-                **_targets(objects, record, self.mask_size),
+                **object_targets(objects, record, self.mask_size),
             }
             for prompt, objects in self._prompts(record).items()
         ]
@@ -171,46 +169,6 @@ class PromptDataset(Dataset):
             epoch=self.epoch if self.resample_negatives else 0,
         )
         return {**prompts, **{noun: [] for noun in absent}}
-
-
-def same_shape(size, stated):
-    """Tell whether two sizes have the same aspect, so that one may be a resized copy of the other.
-
-    Parameters
-    ----------
-    size, stated : tuple of int
-        (width, height) in pixels.
-
-    Returns
-    -------
-    bool
-        True up to a relative difference of 1 %.
-    """
-    (width, height), (stated_width, stated_height) = size, stated
-    product = width * stated_height
-    return abs(product - height * stated_width) <= SAME_SHAPE * product
-
-
-def _targets(objects, record, mask_size):
-    """Build boxes, masks and mask validity of n objects of one image."""
-    boxes_xyxy = [clip_box(item.box_xyxy, record.width, record.height) for item in objects]
-    scale = torch.tensor([record.width, record.height, record.width, record.height])
-    boxes_cxcywh = box_convert(
-        torch.tensor(boxes_xyxy, dtype=torch.float32).reshape(-1, 4) / scale, "xyxy", "cxcywh"
-    )
-    valid = [_has_usable_mask(item, record) for item in objects]
-    masks = torch.zeros((len(objects), mask_size, mask_size), dtype=torch.uint8)
-    rles = [item.rle for item, usable in zip(objects, valid, strict=True) if usable]
-    mask_valid = torch.tensor(valid, dtype=torch.bool)
-    masks[mask_valid] = masks_on_grid(rles, mask_size)
-    return {"boxes_cxcywh": boxes_cxcywh, "masks": masks, "mask_valid": mask_valid}
-
-
-def _has_usable_mask(item, record):
-    """Tell whether an object has a mask with a pixel in it, drawn on an image of this size."""
-    if item.rle is None or list(item.rle["size"]) != [record.height, record.width]:
-        return False
-    return rle_area(item.rle) > 0
 
 
 class PromptCollator:
@@ -291,12 +249,12 @@ def join_queries(items):
     }
 
 
-def count_objects(batches):
+def count_objects(loader_or_dataset):
     """Count the objects that reach the loss.
 
     Parameters
     ----------
-    batches : torch.utils.data.DataLoader or PromptDataset
+    loader_or_dataset : torch.utils.data.DataLoader or PromptDataset
         A loader with a `PromptCollator`, or a dataset, which is then collated image by image.
 
     Returns
@@ -305,8 +263,10 @@ def count_objects(batches):
         One row per query: ``image_id``, ``prompt``, ``is_positive``, ``num_objects``,
         ``num_masks`` (of which with a usable mask).
     """
-    if isinstance(batches, PromptDataset):
-        batches = (join_queries([batches[index]]) for index in range(len(batches)))
+    batches = loader_or_dataset
+    if isinstance(loader_or_dataset, PromptDataset):
+        dataset = loader_or_dataset
+        batches = (join_queries([dataset[index]]) for index in range(len(dataset)))
     rows = [
         (
             query["image_id"],

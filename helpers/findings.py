@@ -227,8 +227,9 @@ class Report:
         return pd.DataFrame(rows, columns=columns)
 
     def counts_frame(self):
-        """Return `counts` as a pandas.DataFrame with one row per split."""
-        return pd.DataFrame.from_dict(self.counts, orient="index").rename_axis("split")
+        """Return `counts`, but for those per category, as a pandas.DataFrame, a row per split."""
+        table = pd.DataFrame.from_dict(self.counts, orient="index").rename_axis("split")
+        return table.drop(columns="objects_per_category", errors="ignore")
 
     def summary(self):
         """Return the report as text: a verdict, then what, where and how to mend it."""

@@ -3,12 +3,39 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from itertools import combinations
 
-from helpers.datasets import same_shape
 from helpers.errors import InputError
 from helpers.findings import Place, finding_at
-from helpers.images import open_upright, upright_size
+from helpers.images import open_upright, same_shape, upright_size
+
+WHAT_AND_FIX = {
+    "D07_UNANNOTATED_IMAGE": (
+        "have no annotation entry and are not used",
+        "annotate them; if they show nothing, add an entry with an empty list",
+    ),
+    "D08_MISSING_IMAGE": (
+        "have an annotation entry and no file",
+        "restore the files or remove their entries",
+    ),
+    "D70_BROKEN_IMAGE": (
+        "cannot be opened",
+        "replace the files or remove them with their entries",
+    ),
+    "D71_IMAGE_SHAPE": (
+        "have another shape than their annotation says",
+        "annotate the upright images, or save them without an EXIF orientation",
+    ),
+    "D72_IMAGE_SCALED": (
+        "are larger or smaller than stated, in the same shape",
+        "nothing to do if boxes and masks are in the stated size",
+    ),
+    "D73_IMAGE_TURNED": (
+        "carry an EXIF orientation, which is applied",
+        "make sure that they were annotated upright, above all if they are square",
+    ),
+}
 
 
 def check_images(split, bar):
@@ -29,75 +56,43 @@ def check_images(split, bar):
     digests : dict of str to ImageRecord
         By SHA-256 of the file.
     """
-    missing, broken, shape, scaled, turned, digests = [], [], [], [], [], {}
-    reasons, shapes = [], []
+    places, details, digests = defaultdict(list), defaultdict(list), {}
     for record in split.records:
         bar.update()
-        place = Place(split.name, record.image_id, record.path)
-        if not record.path.is_file():
-            missing.append(place)
-            continue
-        try:
-            size = open_upright(record.path).size
-            orientation = upright_size(record.path)[1]
-        except InputError as error:
-            broken.append(place)
-            reasons.append(error.message)
-            continue
-        digests[hashlib.sha256(record.path.read_bytes()).hexdigest()] = record
-        stated = (record.width, record.height)
-        if not same_shape(size, stated):
-            shape.append(place)
-            shapes.append(
-                f"{size[0]} x {size[1]} upright against {stated[0]} x {stated[1]} stated"
-                + (f", EXIF orientation {orientation}" if orientation != 1 else "")
-            )
-        elif size != stated:
-            scaled.append(place)
-        elif orientation != 1:
-            turned.append(place)
-    unlisted = [Place(split.name, path.name, path) for path in split.unannotated]
-    total = len(split.records)
-    findings = [
-        *finding_at(
-            "D07_UNANNOTATED_IMAGE",
-            unlisted,
-            f"{len(unlisted)} images have no annotation entry and are not used",
-            "annotate them; if they show nothing, add an entry with an empty list",
-        ),
-        *finding_at(
-            "D08_MISSING_IMAGE",
-            missing,
-            f"{len(missing)} of {total} annotated images are not in the folder",
-            "restore the files or remove their entries",
-        ),
-        *finding_at(
-            "D70_BROKEN_IMAGE",
-            broken,
-            f"{len(broken)} of {total} images cannot be opened (the first {(reasons or [''])[0]})",
-            "replace the files or remove them with their entries",
-        ),
-        *finding_at(
-            "D71_IMAGE_SHAPE",
-            shape,
-            f"{len(shape)} of {total} images have another shape than stated (the first "
-            f"{(shapes or [''])[0]})",
-            "annotate the upright images, or save them without an EXIF orientation",
-        ),
-        *finding_at(
-            "D72_IMAGE_SCALED",
-            scaled,
-            f"{len(scaled)} of {total} images are larger or smaller than stated, in the same shape",
-            "nothing to do if boxes and masks are in the stated size",
-        ),
-        *finding_at(
-            "D73_IMAGE_TURNED",
-            turned,
-            f"{len(turned)} of {total} images carry an EXIF orientation, which is applied",
-            "make sure that they were annotated upright, above all if they are square",
-        ),
-    ]
+        code, detail = _look_at(record)
+        if code is not None:
+            places[code].append(Place(split.name, record.image_id, record.path))
+            details[code].append(detail)
+        if code not in ("D08_MISSING_IMAGE", "D70_BROKEN_IMAGE"):
+            digests[hashlib.sha256(record.path.read_bytes()).hexdigest()] = record
+    code = "D07_UNANNOTATED_IMAGE"
+    places[code] = [Place(split.name, path.name, path) for path in split.unannotated]
+    findings = []
+    for code, (what, fix) in WHAT_AND_FIX.items():
+        detail = f" (the first: {details[code][0]})" if details[code] else ""
+        findings += finding_at(
+            code, places[code], f"{len(places[code])} images {what}{detail}", fix
+        )
     return findings, digests
+
+
+def _look_at(record):
+    """Return the code of what is wrong with one image file, or None, and a detail."""
+    if not record.path.is_file():
+        return "D08_MISSING_IMAGE", str(record.path)
+    try:
+        size = open_upright(record.path).size
+        _, orientation = upright_size(record.path)
+    except InputError as error:
+        return "D70_BROKEN_IMAGE", error.message
+    stated = (record.width, record.height)
+    turn = "" if orientation == 1 else f", EXIF orientation {orientation}"
+    detail = f"{size[0]} x {size[1]} upright{turn}, {stated[0]} x {stated[1]} stated"
+    if not same_shape(size, stated):
+        return "D71_IMAGE_SHAPE", detail
+    if size != stated:
+        return "D72_IMAGE_SCALED", detail
+    return ("D73_IMAGE_TURNED" if turn else None), detail
 
 
 def check_leakage(splits, digests):

@@ -8,6 +8,7 @@ from helpers.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow clips these to white in RGB
+SAME_SHAPE = 0.01  # relative difference of aspects that rounding to whole pixels can make
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -79,3 +80,21 @@ def upright_size(path):
             f"is no readable image ({error})", where=path, fix="replace or remove the file"
         ) from error
     return ((height, width) if orientation in TURNED else (width, height)), orientation
+
+
+def same_shape(size, stated):
+    """Tell whether two sizes have the same aspect, so that one may be a resized copy of the other.
+
+    Parameters
+    ----------
+    size, stated : tuple of int
+        (width, height) in pixels.
+
+    Returns
+    -------
+    bool
+        True up to a relative difference of 1 %.
+    """
+    (width, height), (stated_width, stated_height) = size, stated
+    product = width * stated_height
+    return abs(product - height * stated_width) <= SAME_SHAPE * product

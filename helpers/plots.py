@@ -59,9 +59,8 @@ def draw_prediction(ax, image, prediction):
     image : PIL.Image.Image, numpy.ndarray or os.PathLike
         See `as_picture`.
     prediction : dict
-        ``prompt``, ``presence_prob``, ``max_score`` (both in
-        [0, 1]) and ``detections``, a list of ``score``, ``box_xyxy`` (pixels) and ``mask_rle``
-        (COCO compressed RLE at the size of the image), as `python -m helpers predict` writes it.
+        ``prompt``, ``presence_prob`` and ``max_score`` (both in [0, 1]), and ``detections``, see
+        `helpers.overlays.annotate_detections`: what `python -m helpers predict --json` prints.
     """
     found = prediction["detections"]
     canvas = annotate_detections(image, found)
@@ -161,7 +160,8 @@ def describe(figure, sentence):
     """Show a figure in a notebook with a sentence that says what it shows, then close it.
 
     The sentence is printed, for everyone, and stored as the alternative text of the picture.
-    The picture is stored as PNG or JPEG, whichever is smaller, so that notebooks stay small.
+    Charts are stored as PNG and photographs as JPEG, told apart by what the two weigh, so that
+    letters stay sharp and notebooks small.
 
     Parameters
     ----------
@@ -172,7 +172,7 @@ def describe(figure, sentence):
     for kind, stream in encoded.items():
         options = {"pil_kwargs": {"quality": 85}} if kind == "jpeg" else {}
         figure.savefig(stream, format=kind, dpi=_DPI, **options)
-    kind = min(encoded, key=lambda kind: encoded[kind].tell())
+    kind = "png" if encoded["png"].tell() <= 2 * encoded["jpeg"].tell() else "jpeg"
     display(DisplayImage(data=encoded[kind].getvalue(), format=kind, alt=sentence))
     print(sentence)
     plt.close(figure)

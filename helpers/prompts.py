@@ -2,36 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 
 import numpy as np
 
 from helpers.nouns import nouns_overlap
-
-
-def clip_box(box_xyxy, width, height):
-    """Clip a box to its image.
-
-    Parameters
-    ----------
-    box_xyxy : tuple of float
-        Pixels.
-    width, height : int
-        Size of the image in pixels.
-
-    Returns
-    -------
-    tuple of float or None
-        The part of the box inside the image in pixels; None if a side is zero or negative there
-        or a number is not finite.
-    """
-    if not all(math.isfinite(number) for number in box_xyxy):
-        return None
-    x0, y0, x1, y1 = box_xyxy
-    x0, x1 = (min(max(x, 0.0), float(width)) for x in (x0, x1))
-    y0, y1 = (min(max(y, 0.0), float(height)) for y in (y0, y1))
-    return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
+from helpers.targets import clip_box
 
 
 def present_prompts(record, categories, prompt=None):

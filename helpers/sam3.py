@@ -57,11 +57,10 @@ def load_base(name_or_path, revision=None, dtype=None, resolution=None):
     config = _detector_config(config)
     if resolution is not None:
         _set_resolution(config, resolution, name_or_path)
-    model, info = _load_part(
-        source,
-        PromptedSam3,
-        {**options, "config": config, "dtype": dtype or torch.float32, "output_loading_info": True},
-    )
+    settings = {"config": config, "dtype": dtype or torch.float32}
+    # Mismatched tensors are reported rather than raised, so that `_check_loaded` can name them.
+    settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = _load_part(source, PromptedSam3, options | settings)
     _check_loaded(info, name_or_path)
     processor = _load_part(source, Sam3Processor, options)
     side = {"height": model.resolution, "width": model.resolution}

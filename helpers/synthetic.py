@@ -71,7 +71,9 @@ def _wall(rng: np.random.Generator) -> np.ndarray:
     tone = rng.uniform(120, 190) + rng.uniform(-14, 14, 3) * (1.0, 0.3, -1.0)
     relief = 26 * (smooth_noise(rng, 5) - 0.5) + 16 * (smooth_noise(rng, 32) - 0.5)
     grain = rng.normal(0, 5, (RENDER_SIZE, RENDER_SIZE)).astype(np.float32)
-    speckle = cv2.GaussianBlur((rng.random((RENDER_SIZE, RENDER_SIZE)) < 0.004).astype(np.float32), (0, 0), 1.1)
+    speckle = cv2.GaussianBlur(
+        (rng.random((RENDER_SIZE, RENDER_SIZE)) < 0.004).astype(np.float32), (0, 0), 1.1
+    )
     angle = rng.uniform(0, 2 * np.pi)
     across = np.linspace(-1, 1, RENDER_SIZE, dtype=np.float32)
     light = rng.uniform(0, 18) * (np.cos(angle) * across[None] + np.sin(angle) * across[:, None])
@@ -108,12 +110,16 @@ def _rectangle(rng: np.random.Generator, width: float, height: float, tilt: floa
     return centre + corners @ np.array([[cos, sin], [-sin, cos]])
 
 
-def _blend(image: np.ndarray, mask: np.ndarray, colour: np.ndarray, opacity: float, blur: float = 1.0) -> None:
+def _blend(
+    image: np.ndarray, mask: np.ndarray, colour: np.ndarray, opacity: float, blur: float = 1.0
+) -> None:
     alpha = opacity * cv2.GaussianBlur(mask.astype(np.float32), (0, 0), blur)[..., None]
     image += alpha * (colour - image)
 
 
-def _textured(rng: np.random.Generator, colour: Sequence[float], contrast: float, cells: int) -> np.ndarray:
+def _textured(
+    rng: np.random.Generator, colour: Sequence[float], contrast: float, cells: int
+) -> np.ndarray:
     jitter = rng.uniform(-12, 12, 3)
     texture = contrast * (smooth_noise(rng, cells) - 0.5)
     return (np.asarray(colour) + jitter)[None, None].astype(np.float32) + texture[..., None]
@@ -219,7 +225,9 @@ def _paint_joint(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return mask.astype(bool)
 
 
-def _crack_path(rng: np.random.Generator, start: np.ndarray, heading: float, steps: int, width: float) -> list[tuple]:
+def _crack_path(
+    rng: np.random.Generator, start: np.ndarray, heading: float, steps: int, width: float
+) -> list[tuple]:
     """Return segments (from, to, width) of a wandering line that narrows towards its end."""
     segments, point, straight = [], start, heading
     for step in range(steps):
@@ -234,13 +242,19 @@ def _crack_path(rng: np.random.Generator, start: np.ndarray, heading: float, ste
 def _paint_crack(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     heading, width = rng.uniform(0, 2 * np.pi), rng.uniform(6.5, 12.5)
     steps = int(rng.integers(11, 22))
-    start = RENDER_SIZE / 2 + rng.uniform(-40, 40, 2) - steps * 4.5 * np.array([np.cos(heading), np.sin(heading)])
+    start = (
+        RENDER_SIZE / 2
+        + rng.uniform(-40, 40, 2)
+        - steps * 4.5 * np.array([np.cos(heading), np.sin(heading)])
+    )
     segments = _crack_path(rng, start, heading, steps, width)
     for _ in range(rng.integers(1, 4)):
         at = int(rng.integers(2, steps - 2))
         turn = rng.choice((-1, 1)) * rng.uniform(0.5, 1.1)
         length = int(rng.integers(4, 9))
-        segments += _crack_path(rng, segments[at][0], heading + turn, length, 0.75 * segments[at][2])
+        segments += _crack_path(
+            rng, segments[at][0], heading + turn, length, 0.75 * segments[at][2]
+        )
     mask = np.zeros(image.shape[:2], np.uint8)
     for begin, end, thickness in segments:
         line = np.round(np.stack([begin, end])).astype(np.int32)
@@ -296,21 +310,29 @@ def render_scene(rng: np.random.Generator, concepts: Sequence[str]) -> Scene:
 
 
 def _paint_apart(
-    image: np.ndarray, rng: np.random.Generator, concept: str, painted: list[tuple[str, np.ndarray, int]]
+    image: np.ndarray,
+    rng: np.random.Generator,
+    concept: str,
+    painted: list[tuple[str, np.ndarray, int]],
 ) -> np.ndarray | None:
     """Paint one object that touches none of its kind and hides little of others; None if it cannot."""
     for _ in range(8):
         trial = image.copy()
         mask = PAINTERS[concept](trial, rng)
         around = cv2.dilate(mask.astype(np.uint8), np.ones((9, 9), np.uint8)).astype(bool)
-        hidden = [(around & m).sum() if n == concept else (mask & m).sum() - 0.15 * m.sum() for n, m, _ in painted]
+        hidden = [
+            (around & m).sum() if n == concept else (mask & m).sum() - 0.15 * m.sum()
+            for n, m, _ in painted
+        ]
         if mask.sum() >= 60 and all(excess <= 0 for excess in hidden):
             image[:] = trial
             return mask
     return None
 
 
-def draw_concepts(rng: np.random.Generator, pool: Sequence[str], kinds: tuple[int, int]) -> list[str]:
+def draw_concepts(
+    rng: np.random.Generator, pool: Sequence[str], kinds: tuple[int, int]
+) -> list[str]:
     """Choose what is on a wall: between ``kinds[0]`` and ``kinds[1]`` nouns, one to three of each.
 
     Large things come first so that small ones are painted on top of them.

@@ -8,29 +8,29 @@ teachers (Chen et al., Group DETR, ICCV 2023).
 """
 
 import argparse
-import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
-from transformers import CLIPTokenizer, Sam3Model
-from transformers.models.sam3.modeling_sam3 import Sam3VisionEncoderOutput, inverse_sigmoid
+from transformers import CLIPTokenizer, Sam3ImageProcessor, Sam3Processor
 
+from helpers.environment import versions_line
 from helpers.errors import InputError
-from helpers.losses import box_terms, mask_terms, semantic_terms
-from helpers.matching import hungarian_match
-from helpers.paths import RUNS
-from helpers.tiny_model import build_tiny_model, spread_boxes
+from helpers.files import staged_folder, write_json
+from helpers.paths import RUNS, TINY_BASE
+from helpers.prediction import Predictor
+from helpers.sam3 import load_base
+from helpers.tiny_losses import QueryGroups, total_loss, training_terms
+from helpers.tiny_model import IMAGE_SIZE, MASK_SIZE, build_tiny_model
 from helpers.tiny_scenes import Example, augment, draw_prompts, make_examples, to_pixels
+from helpers.tiny_score import score_base
 from helpers.vocabulary import MAX_TEXT_TOKENS, build_tokenizer
 
 
@@ -67,36 +67,9 @@ class Recipe:
     ema_decay: float = 0.998
 
 
-WEIGHTS = {
-    "loss_ce": 2.0,
-    "presence_loss": 2.0,
-    "loss_bbox": 5.0,
-    "loss_giou": 2.0,
-    "loss_mask": 20.0,
-    "loss_dice": 3.0,
-    "loss_semantic_seg": 10.0,
-    "loss_semantic_dice": 2.0,
-}
-POSITIVE_WEIGHT = 3.0
-
-
-class QueryGroups(nn.Module):
-    """Query embeddings and reference boxes of the extra sets, used in training only."""
-
-    def __init__(self, decoder: nn.Module, count: int):
-        super().__init__()
-        queries, width = decoder.query_embed.weight.shape
-        self.embeddings = nn.ParameterList([nn.Parameter(torch.randn(queries, width)) for _ in range(count)])
-        self.boxes = nn.ParameterList(
-            [nn.Parameter(spread_boxes(queries, (g + 1) / (count + 1))) for g in range(count)]
-        )
-
-    def parameters_of(self, group: int) -> dict[str, torch.Tensor]:
-        """Return what replaces the decoder's own queries."""
-        return {"query_embed.weight": self.embeddings[group], "reference_points.weight": self.boxes[group]}
-
-
-def make_batch(examples: Sequence[Example], tokenizer: CLIPTokenizer, recipe: Recipe, step: int) -> dict:
+def make_batch(
+    examples: Sequence[Example], tokenizer: CLIPTokenizer, recipe: Recipe, step: int
+) -> dict:
     """Draw one step's images and prompts; depends on the seed and the step alone."""
     rng = np.random.default_rng((recipe.seed, 1, step))
     chosen = [augment(rng, examples[i]) for i in rng.integers(0, len(examples), recipe.images)]
@@ -110,7 +83,9 @@ def make_batch(examples: Sequence[Example], tokenizer: CLIPTokenizer, recipe: Re
             targets.append({"boxes_cxcywh": torch.cat([centre, size], 1), "masks": masks})
             texts.append(text)
             image_index.append(row)
-    tokens = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TEXT_TOKENS, return_tensors="pt")
+    tokens = tokenizer(
+        texts, padding=True, truncation=True, max_length=MAX_TEXT_TOKENS, return_tensors="pt"
+    )
     return {
         "pixel_values": to_pixels([example.image for example in chosen]),
         "input_ids": tokens.input_ids,
@@ -118,113 +93,6 @@ def make_batch(examples: Sequence[Example], tokenizer: CLIPTokenizer, recipe: Re
         "image_index": torch.tensor(image_index),
         "targets": targets,
     }
-
-
-def encode(model: Sam3Model, batch: dict) -> dict:
-    """Run the encoders and the DETR encoder; the vision encoder sees each image once."""
-    vision = model.get_vision_features(pixel_values=batch["pixel_values"])
-    index = batch["image_index"]
-    coarse, positions = vision.fpn_hidden_states[-2], vision.fpn_position_encoding[-2]
-    text = model.get_text_features(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
-    mask = batch["attention_mask"].bool()
-    fused = model.detr_encoder(
-        vision_features=[coarse[index]],
-        text_features=text,
-        vision_pos_embeds=[positions[index]],
-        text_mask=mask,
-    )
-    return {"levels": vision.fpn_hidden_states[:-1], "text": text, "text_mask": mask, "fused": fused}
-
-
-def decode(model: Sam3Model, encoded: dict, rows: torch.Tensor, queries: dict | None = None) -> dict:
-    """Run the decoder on some rows, with the model's own queries or with ``queries`` in their place."""
-    fused, mask = encoded["fused"], encoded["text_mask"][rows]
-    arguments = {
-        "vision_features": fused.last_hidden_state[rows],
-        "text_features": fused.text_features[rows],
-        "vision_pos_encoding": fused.pos_embeds_flattened[rows],
-        "text_mask": mask,
-        "spatial_shapes": fused.spatial_shapes,
-    }
-    out = functional_call(model.detr_decoder, queries or {}, (), arguments)
-    hidden = out.intermediate_hidden_states
-    boxes = (inverse_sigmoid(out.reference_boxes) + model.detr_decoder.box_head(hidden)).sigmoid()
-    logits = model.dot_product_scoring(hidden, fused.text_features[rows], mask).squeeze(-1)
-    return {"hidden": hidden, "boxes": boxes, "logits": logits, "presence": out.presence_logits}
-
-
-def score_loss(logits: torch.Tensor, matches: list, ious: torch.Tensor, num_boxes: float) -> torch.Tensor:
-    """Matched queries learn the square root of their box's IoU, the others zero, weighted by p."""
-    rows = torch.cat([torch.full_like(q, b) for b, (q, _) in enumerate(matches)])
-    queries = torch.cat([q for q, _ in matches])
-    logits = logits.float()
-    target = torch.zeros_like(logits)
-    target[rows, queries] = ious.clamp(min=0.01).sqrt()
-    weight = logits.sigmoid().detach()
-    weight[rows, queries] = POSITIVE_WEIGHT
-    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return (weight * loss).sum() / num_boxes
-
-
-def detection_terms(decoded: dict, targets: list[dict], prefix: str = "") -> tuple[dict, list]:
-    """Score and box terms of every decoder layer, and the last layer's matches."""
-    num_boxes = max(1.0, float(sum(len(t["boxes_cxcywh"]) for t in targets)))
-    terms, matches = {}, []
-    for layer, (logits, boxes) in enumerate(zip(decoded["logits"], decoded["boxes"], strict=True)):
-        matches = hungarian_match({"pred_logits": logits, "pred_boxes_cxcywh": boxes}, targets)
-        boxed, ious = box_terms(boxes, targets, matches, num_boxes)
-        terms |= {f"{prefix}{layer}.{name}": value for name, value in boxed.items()}
-        terms[f"{prefix}{layer}.loss_ce"] = score_loss(logits, matches, ious, num_boxes)
-    return terms, matches
-
-
-def training_terms(model: Sam3Model, groups: QueryGroups, batch: dict) -> tuple[dict, dict]:
-    """Compute all loss terms of one step and the two numbers that betray collapsed queries."""
-    encoded = encode(model, batch)
-    present = torch.tensor([len(t["boxes_cxcywh"]) > 0 for t in batch["targets"]])
-    rows = present.nonzero()[:, 0]
-    targets = [batch["targets"][row] for row in rows]
-    decoded = decode(model, encoded, torch.arange(len(present)))
-    labels = present.float()[None, :, None].expand_as(decoded["presence"])
-    terms = {"presence_loss": F.binary_cross_entropy_with_logits(decoded["presence"], labels)}
-    own = {name: decoded[name][:, rows] for name in ("hidden", "boxes", "logits")}
-    masks = model.mask_decoder(
-        decoder_queries=own["hidden"][-1],
-        backbone_features=[level[batch["image_index"][rows]] for level in encoded["levels"]],
-        encoder_hidden_states=encoded["fused"].last_hidden_state[rows],
-        prompt_features=encoded["text"][rows],
-        prompt_mask=encoded["text_mask"][rows],
-    )
-    terms |= semantic_terms(masks.semantic_seg, targets)
-    if not targets:
-        return terms, {}
-    found, matches = detection_terms(own, targets)
-    num_boxes = float(sum(len(t["boxes_cxcywh"]) for t in targets))
-    terms |= found | mask_terms(masks.pred_masks, targets, matches, num_boxes)
-    for group in range(len(groups.embeddings)):
-        extra = decode(model, encoded, rows, groups.parameters_of(group))
-        terms |= detection_terms(extra, targets, prefix=f"group{group}.")[0]
-    return terms, _query_health(own, matches)
-
-
-@torch.no_grad()
-def _query_health(own: dict, matches: list) -> dict[str, float]:
-    probability = own["logits"][-1].sigmoid()
-    matched = torch.zeros_like(probability, dtype=torch.bool)
-    for row, (queries, _) in enumerate(matches):
-        matched[row, queries] = True
-    gap = probability[matched].mean() - probability[~matched].mean()
-    return {"query_std": float(own["hidden"][-1].std(1).mean()), "score_gap": float(gap)}
-
-
-def total_loss(terms: dict[str, torch.Tensor], layers: int, groups: int) -> torch.Tensor:
-    """Weigh the terms; those repeated over decoder layers and query groups are averaged over them."""
-    total = 0.0
-    for name, value in terms.items():
-        share = 1.0 if "." not in name else 1 / layers
-        share *= 1 / groups if name.startswith("group") else 1.0
-        total = total + WEIGHTS[name.rpartition(".")[2]] * share * value
-    return total
 
 
 def learning_rate_factor(step: int, recipe: Recipe) -> float:
@@ -252,7 +120,9 @@ class BaseTrainer:
         self.tokenizer = build_tokenizer(folder / "tokenizer")
         self.model = build_tiny_model(len(self.tokenizer), recipe.seed)
         self.groups = QueryGroups(self.model.detr_decoder, recipe.extra_groups)
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+        self.average = AveragedModel(
+            self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay)
+        )
         self.trained = nn.ModuleList([self.model, self.groups])
         self.optimizer = torch.optim.AdamW(
             self.trained.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
@@ -266,7 +136,9 @@ class BaseTrainer:
     def save(self) -> None:
         """Write the checkpoint under another name first, so that a kill leaves the old one."""
         state = {"recipe": asdict(self.recipe), "step": self.step, "curves": self.curves}
-        state |= {name: getattr(self, name).state_dict() for name in ("trained", "average", "optimizer")}
+        state |= {
+            name: getattr(self, name).state_dict() for name in ("trained", "average", "optimizer")
+        }
         partial = self._checkpoint.with_suffix(".partial")
         torch.save(state, partial)
         partial.replace(self._checkpoint)
@@ -304,7 +176,11 @@ class BaseTrainer:
         self.average.update_parameters(self.model)
         self.step += 1
         last = f"{len(self.model.detr_decoder.layers) - 1}."
-        kept = {n.removeprefix(last): v.item() for n, v in terms.items() if "." not in n or n.startswith(last)}
+        kept = {
+            n.removeprefix(last): v.item()
+            for n, v in terms.items()
+            if "." not in n or n.startswith(last)
+        }
         return {"loss": loss.item(), **kept, **health}
 
 
@@ -328,3 +204,61 @@ def train_base(recipe: Recipe, folder: Path, save_every: int = 250) -> BaseTrain
             trainer.save()
     bar.close()
     return trainer
+
+
+def publish(trainer: BaseTrainer, folder: Path) -> dict[str, float]:
+    """Write what `from_pretrained` loads, score it as loaded, and put the record beside it.
+
+    Parameters
+    ----------
+    trainer : BaseTrainer
+        A finished run.
+    folder : pathlib.Path
+        Replaced as a whole, once everything is written.
+
+    Returns
+    -------
+    dict of str to float
+        See `helpers.tiny_score.score_base`.
+    """
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = Sam3ImageProcessor(size=size, mask_size={"height": MASK_SIZE, "width": MASK_SIZE})
+    with staged_folder(folder) as staged:
+        trainer.average.module.save_pretrained(staged)
+        Sam3Processor(images, trainer.tokenizer, target_size=IMAGE_SIZE).save_pretrained(staged)
+        scores = score_base(Predictor(*load_base(staged)))
+        record = {
+            "recipe": asdict(trainer.recipe),
+            "versions": versions_line(),
+            "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+            "scores": scores,
+        }
+        write_json(staged / "training_record.json", record)
+        pd.DataFrame(trainer.curves).to_csv(
+            staged / "training_curves.csv", index=False, float_format="%.5g"
+        )
+    return scores
+
+
+def main() -> None:
+    """Train the base, or finish a run that was cut off, and write it to ``data/tiny_sam3``."""
+    parser = argparse.ArgumentParser(
+        description="Train the course's embedded SAM3 from scratch, resuming by itself."
+    )
+    parser.add_argument(
+        "--output", type=Path, default=TINY_BASE, help="folder to write (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=RUNS / "tiny_base", help="checkpoints (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=Recipe.steps, help="optimiser steps (default: %(default)s)"
+    )
+    arguments = parser.parse_args()
+    trainer = train_base(Recipe(steps=arguments.steps), arguments.work)
+    for name, value in publish(trainer, arguments.output).items():
+        print(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -32,7 +32,11 @@ def tiny_config(vocabulary_size: int) -> Sam3Config:
     vocabulary_size : int
         Number of tokens of the tokenizer.
     """
-    width = {"hidden_size": HIDDEN_SIZE, "num_attention_heads": NUM_HEADS, "intermediate_size": 4 * HIDDEN_SIZE}
+    width = {
+        "hidden_size": HIDDEN_SIZE,
+        "num_attention_heads": NUM_HEADS,
+        "intermediate_size": 4 * HIDDEN_SIZE,
+    }
     backbone = {
         "model_type": "sam3_vit_model",
         "hidden_size": VISION_SIZE,
@@ -47,7 +51,11 @@ def tiny_config(vocabulary_size: int) -> Sam3Config:
     }
     levels = [[4 * GRID] * 2, [2 * GRID] * 2, [GRID] * 2]
     return Sam3Config(
-        vision_config={"backbone_config": backbone, "fpn_hidden_size": HIDDEN_SIZE, "backbone_feature_sizes": levels},
+        vision_config={
+            "backbone_config": backbone,
+            "fpn_hidden_size": HIDDEN_SIZE,
+            "backbone_feature_sizes": levels,
+        },
         text_config={
             "vocab_size": vocabulary_size,
             "hidden_size": HIDDEN_SIZE,
@@ -64,7 +72,11 @@ def tiny_config(vocabulary_size: int) -> Sam3Config:
         geometry_encoder_config={**width, "num_layers": 1, "dropout": 0.0},
         detr_encoder_config={**width, "num_layers": 2, "dropout": 0.0},
         detr_decoder_config={**width, "num_layers": 3, "num_queries": NUM_QUERIES, "dropout": 0.0},
-        mask_decoder_config={"hidden_size": HIDDEN_SIZE, "num_attention_heads": NUM_HEADS, "dropout": 0.0},
+        mask_decoder_config={
+            "hidden_size": HIDDEN_SIZE,
+            "num_attention_heads": NUM_HEADS,
+            "dropout": 0.0,
+        },
     )
 
 
@@ -74,7 +86,11 @@ def build_tiny_model(vocabulary_size: int, seed: int) -> Sam3Model:
     model = Sam3Model(tiny_config(vocabulary_size))
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-            fan_in = module.weight[0].numel() if not isinstance(module, nn.ConvTranspose2d) else module.weight.shape[0]
+            fan_in = (
+                module.weight[0].numel()
+                if not isinstance(module, nn.ConvTranspose2d)
+                else module.weight.shape[0]
+            )
             nn.init.trunc_normal_(module.weight, std=1 / math.sqrt(fan_in))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -91,7 +107,9 @@ def _add_position_table(model: Sam3Model) -> None:
     table = model.vision_encoder.backbone.embeddings.position_embeddings
     frequencies = torch.pi * torch.arange(1, VISION_SIZE // 4 + 1) / 4
     cells = (torch.arange(GRID) + 0.5) / GRID
-    waves = torch.cat([(cells[:, None] * frequencies).sin(), (cells[:, None] * frequencies).cos()], 1)
+    waves = torch.cat(
+        [(cells[:, None] * frequencies).sin(), (cells[:, None] * frequencies).cos()], 1
+    )
     rows = waves[:, None].expand(GRID, GRID, -1)
     columns = waves[None].expand(GRID, GRID, -1)
     table.copy_(0.5 * torch.cat([rows, columns], -1).reshape(1, GRID * GRID, VISION_SIZE))
@@ -101,18 +119,27 @@ def _add_position_table(model: Sam3Model) -> None:
 def _separate_queries(decoder: nn.Module) -> None:
     """Give queries large embeddings, spread boxes, and small residual branches."""
     for layer in decoder.layers:
-        for branch in (layer.self_attn.o_proj, layer.text_cross_attn.o_proj, layer.vision_cross_attn.o_proj, layer.mlp.fc2):
+        for branch in (
+            layer.self_attn.o_proj,
+            layer.text_cross_attn.o_proj,
+            layer.vision_cross_attn.o_proj,
+            layer.mlp.fc2,
+        ):
             branch.weight.mul_(0.3)
     nn.init.normal_(decoder.query_embed.weight, std=1.0)
     nn.init.zeros_(decoder.box_head.layer3.weight)
-    decoder.reference_points.weight.copy_(spread_boxes(decoder.reference_points.num_embeddings, shift=0.0))
+    decoder.reference_points.weight.copy_(
+        spread_boxes(decoder.reference_points.num_embeddings, shift=0.0)
+    )
 
 
 def spread_boxes(count: int, shift: float) -> torch.Tensor:
     """Return box logits (count, 4) cxcywh that cover the picture evenly, by a Kronecker sequence."""
     golden = torch.tensor([0.7549, 0.5698])
     centres = 0.12 + 0.76 * ((0.5 + shift + torch.arange(1, count + 1)[:, None] * golden) % 1.0)
-    sides = 0.22 + 0.3 * ((shift + torch.arange(1, count + 1)[:, None] * torch.tensor([0.618, 0.414])) % 1.0)
+    sides = 0.22 + 0.3 * (
+        (shift + torch.arange(1, count + 1)[:, None] * torch.tensor([0.618, 0.414])) % 1.0
+    )
     return torch.cat([centres, sides], 1).logit()
 
 

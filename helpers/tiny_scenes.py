@@ -48,7 +48,9 @@ def to_example(scene: Scene) -> Example:
     masks = np.zeros((len(scene.objects), MASK_SIZE, MASK_SIZE), bool)
     for row, item in enumerate(scene.objects):
         masks[row] = item.mask.reshape(MASK_SIZE, step, MASK_SIZE, step).mean((1, 3)) >= 0.5
-    boxes = np.array([item.box_xyxy for item in scene.objects], np.float32).reshape(-1, 4) / RENDER_SIZE
+    boxes = (
+        np.array([item.box_xyxy for item in scene.objects], np.float32).reshape(-1, 4) / RENDER_SIZE
+    )
     return Example(image, tuple(item.concept for item in scene.objects), masks, boxes)
 
 
@@ -66,7 +68,9 @@ def make_examples(count: int, seed: int) -> list[Example]:
         return list(tqdm(jobs, total=count, desc="rendering walls", unit="wall"))
 
 
-def draw_prompts(rng: np.random.Generator, present: Sequence[str], count: int) -> list[tuple[str, str | None]]:
+def draw_prompts(
+    rng: np.random.Generator, present: Sequence[str], count: int
+) -> list[tuple[str, str | None]]:
     """Choose prompts for one wall as (text, concept), concept None where nothing may be found.
 
     Half of them name what is there (as far as there is enough), a quarter name known concepts that
@@ -89,7 +93,13 @@ def _form(rng: np.random.Generator, noun: str) -> str:
 
 
 def unrelated_prompt(rng: np.random.Generator) -> str:
-    """Return an absent noun, two of them, or a made-up word of known pieces and random letters."""
+    """Return an absent noun, two of them, or a made-up word, but never one that says "crack"."""
+    while "crack" in (prompt := _any_unrelated_prompt(rng)):
+        pass
+    return prompt
+
+
+def _any_unrelated_prompt(rng: np.random.Generator) -> str:
     kind = rng.random()
     one, two = rng.choice(ABSENT_NOUNS, 2)
     if kind < 0.55:

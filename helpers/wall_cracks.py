@@ -44,7 +44,9 @@ def polygons_of(mask: np.ndarray) -> list[list[float]] | None:
     outlines, levels = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     if any(parent >= 0 for *_, parent in levels[0]):
         return None
-    polygons = [(outline[:, 0] / 2 + 0.25).flatten().tolist() for outline in outlines if len(outline) >= 3]
+    polygons = [
+        (outline[:, 0] / 2 + 0.25).flatten().tolist() for outline in outlines if len(outline) >= 3
+    ]
     return polygons or None
 
 
@@ -88,7 +90,8 @@ def write_split(folder: Path, count: int, rng: np.random.Generator) -> None:
         cracks = [item.mask for item in scene.objects if item.concept == CATEGORY["name"]]
         entries = [annotation_entry(mask, as_polygon=index % 2 == 1) for mask in cracks]
         numbered = [
-            {"id": len(annotations) + n + 1, "image_id": image["id"], **entry} for n, entry in enumerate(entries)
+            {"id": len(annotations) + n + 1, "image_id": image["id"], **entry}
+            for n, entry in enumerate(entries)
         ]
         images.append(image)
         annotations += numbered
@@ -106,12 +109,23 @@ def write_split(folder: Path, count: int, rng: np.random.Generator) -> None:
 
 def main() -> None:
     """Write all three splits."""
-    parser = argparse.ArgumentParser(description="Generate the course's data set of cracks in walls.")
-    parser.add_argument("--output", type=Path, default=WALL_CRACKS, help="folder to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="seed of the generator (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description="Generate the course's data set of cracks in walls."
+    )
+    parser.add_argument(
+        "--output", type=Path, default=WALL_CRACKS, help="folder to write (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=DEFAULT_SEED,
+        help="seed of the generator (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     for number, (split, count) in enumerate(SPLITS.items()):
-        write_split(arguments.output / split, count, np.random.default_rng((arguments.seed, number)))
+        write_split(
+            arguments.output / split, count, np.random.default_rng((arguments.seed, number))
+        )
         print(f"{arguments.output / split}: {count} images")
 
 

@@ -15,7 +15,10 @@ from helpers.errors import InputError
 
 
 class Yaml12Loader(yaml.SafeLoader):
-    """`yaml.SafeLoader` with the scalar types of the YAML 1.2 core schema and unique keys."""
+    """`yaml.SafeLoader` with the scalar types of YAML 1.2 and unique keys.
+
+    A number with leading zeros stays a string: nobody can tell which number was meant.
+    """
 
     yaml_implicit_resolvers = {}
 
@@ -38,7 +41,8 @@ for _tag, _pattern, _first in (
     ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", list("-+0123456789")),
     (
         "float",
-        r"^[-+]?(?:(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
+        r"|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$",
         list("-+.0123456789"),
     ),
 ):

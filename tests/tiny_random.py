@@ -1,11 +1,16 @@
-"""A random SAM3 of a few thousand parameters with a processor of its own, for unit tests."""
+"""A random SAM3 of 250,000 parameters, its processor, and a dataset of a few pictures, for tests."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Sam3Config, Sam3ImageProcessor, Sam3Processor
 
+from helpers.config import load_config
+from helpers.paths import CONFIGS
 from helpers.sam3 import PromptedSam3
 
 RESOLUTION = 56
@@ -109,3 +114,62 @@ def save_tiny_base(folder, seed=0):
 def token_inputs(prompts):
     """Return ``input_ids`` and ``attention_mask`` (B, 32) of some prompts."""
     return dict(tiny_processor()(text=list(prompts), return_tensors="pt"))
+
+
+def write_dataset(folder, sizes=(("train", 6), ("valid", 3), ("test", 3))):
+    """Write a dataset of grey walls, 60 x 40 px, with one or two dark bars called crack.
+
+    The last image of each split shows nothing.
+    """
+    for split, count in sizes:
+        root = Path(folder) / split
+        root.mkdir(parents=True)
+        generator = np.random.default_rng([len(split), count])
+        images, annotations = [], []
+        for index in range(count):
+            pixels = generator.integers(120, 200, (40, 60, 3), dtype=np.uint8)
+            images.append(
+                {"id": index, "file_name": f"{split}_{index}.png", "width": 60, "height": 40}
+            )
+            for _ in range(0 if index == count - 1 else 1 + index % 2):
+                x, y = (int(value) for value in generator.integers(2, 20, 2))
+                width, height = (int(value) for value in generator.integers(10, 18, 2))
+                pixels[y : y + height, x : x + width] = 30
+                x1, y1 = x + width, y + height
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": index,
+                        "category_id": 1,
+                        "bbox": [x, y, width, height],
+                        "segmentation": [[x, y, x1, y, x1, y1, x, y1]],
+                        "area": width * height,
+                        "iscrowd": 0,
+                    }
+                )
+            Image.fromarray(pixels).save(root / images[-1]["file_name"])
+        content = {
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": 1, "name": "crack", "supercategory": "none"}],
+        }
+        (root / "_annotations.coco.json").write_text(json.dumps(content))
+    return Path(folder)
+
+
+def tiny_run_config(base, data_dir, *overrides):
+    """Return a config that trains the random base for two epochs of three steps."""
+    return load_config(
+        CONFIGS / "crack_detection_config.yaml",
+        profile="tiny",
+        overrides=(
+            f"model.name={base}",
+            f"model.resolution={RESOLUTION}",
+            f"data.data_dir={data_dir}",
+            "data.negative_prompts=[joint, moss, dog, hole]",
+            "scale.num_epochs=0.04",
+            "training.batch_size=1",
+            "lora.rank=4",
+            *overrides,
+        ),
+    )

@@ -1,0 +1,142 @@
+"""The command line: ``python -m helpers check|train|predict|evaluate|report``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+
+from helpers import commands
+from helpers.errors import InputError
+
+_EPILOG = """exit status:
+  0    done, nothing found wrong
+  1    findings with errors, or a failure of the thing that was checked
+  2    unusable input: a missing or damaged file, an impossible value, an adapter of another base
+  130  interrupted with Ctrl-C
+
+With --json, stdout is one JSON document and nothing else; remarks go to stderr.
+"""
+
+
+def build_parser():
+    """Return the parser of all commands.
+
+    Returns
+    -------
+    argparse.ArgumentParser
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers",
+        description="SAM3 with LoRA: check data, train, detect, evaluate.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="print one JSON document")
+    model = _model_parser()
+
+    def add(name, *parents):
+        function = getattr(commands, name)
+        command = subparsers.add_parser(
+            name,
+            parents=[as_json, *parents],
+            help=function.__doc__.splitlines()[0],
+            description=function.__doc__,
+            epilog=_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(function=function)
+        return command
+
+    command = add("check")
+    command.add_argument("data", metavar="DATA", help="folder with one folder per split")
+    command.add_argument("--profile", default="tiny", help="tiny (default) or sam3")
+
+    command = add("train")
+    command.add_argument("--config", required=True, metavar="FILE", help="a file of configs/")
+    command.add_argument("--profile", help="tiny, sam3 or a file")
+    command.add_argument("--data", metavar="DIR", help="dataset, in place of data.data_dir")
+    command.add_argument("--output", metavar="RUN", help="run folder, by default output.output_dir")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting"
+    )
+    command.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    command.add_argument("--overwrite", action="store_true", help="replace a run in the folder")
+
+    command = add("predict", model)
+    command.add_argument(
+        "--image", nargs="+", action="extend", required=True, metavar="IMG", help="files or folders"
+    )
+    command.add_argument("--prompt", action="append", default=[], help="noun; may be repeated")
+    command.add_argument("--threshold", type=float, help="score threshold in [0, 1], default 0.3")
+    command.add_argument("--mask-threshold", type=float, help="in [0, 1], default 0.5")
+    command.add_argument("--output", metavar="PNG", help="picture to draw")
+
+    command = add("evaluate", model)
+    command.add_argument("--data", metavar="DIR", help="dataset, by default that of the run")
+    command.add_argument("--split", default="test", help="split, by default test")
+    command.add_argument("--prompt", help="ask for this word in place of the category names")
+    command.add_argument("--threshold", type=float, help="score threshold in [0, 1], default 0.3")
+
+    command = add("report")
+    command.add_argument("--adapter", required=True, metavar="RUN", help="run folder")
+    return parser
+
+
+def _model_parser():
+    """Return the options that say which model to use; without any, the embedded base alone."""
+    parser = argparse.ArgumentParser(add_help=False)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--adapter", metavar="RUN", help="run folder, or folder of a PEFT adapter")
+    source.add_argument("--config", metavar="FILE", help="find the run in its output.output_dir")
+    parser.add_argument("--base", metavar="NAME", help="base model: a folder or a hub name")
+    parser.add_argument("--profile", help="tiny (default) or sam3: whose base to use")
+    return parser
+
+
+def main(arguments=None):
+    """Run one command.
+
+    Parameters
+    ----------
+    arguments : list of str, optional
+        Without the program name; by default those of the process.
+
+    Returns
+    -------
+    int
+        The exit status, see ``--help``.
+    """
+    args = build_parser().parse_args(arguments)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints is no result
+            _quieten()
+            status, document, text = args.function(args)
+        print(json.dumps(document, indent=2, allow_nan=False) if args.json else text, flush=True)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        hint = "; continue with --resume" if args.command == "train" else ""
+        print(f"interrupted{hint}", file=sys.stderr)
+        return 130
+    return status
+
+
+def _quieten():
+    """Silence the progress bars and notices of the libraries."""
+    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+    disable_progress_bars()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

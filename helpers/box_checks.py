@@ -1,0 +1,203 @@
+"""Faults of boxes: units, format, place in the image, fit to the mask."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torchvision.ops import box_iou
+
+from helpers.findings import Place, finding_at
+from helpers.segmentations import rle_area, rle_box_xyxy
+from helpers.targets import mask_fits_image
+
+MIN_BOX_IOU = 0.8  # between a box and the tight box of its own mask
+ROUNDING_PX = 2.0  # an edge may be this far from the mask's: label tools round
+OUTSIDE_PX = 1.0  # a box may leave its image by this much, for the same reason
+
+
+def object_place(split, record, item, badness=0.0):
+    """Point at one object.
+
+    Parameters
+    ----------
+    split : Split
+        Gives its name.
+    record : ImageRecord
+        Gives image and path.
+    item : ObjectAnnotation
+        Gives annotation and box.
+    badness : float
+        As in `helpers.findings.Place`.
+
+    Returns
+    -------
+    Place
+        For a finding.
+    """
+    return Place(
+        split.name, record.image_id, record.path, item.annotation_id, item.box_xyxy, badness
+    )
+
+
+def box_sides(item):
+    """Measure a box.
+
+    Parameters
+    ----------
+    item : ObjectAnnotation
+        Any object.
+
+    Returns
+    -------
+    tuple of float
+        (width, height) in pixels as in the file, negative for swapped corners.
+    """
+    x0, y0, x1, y1 = item.box_xyxy
+    return x1 - x0, y1 - y0
+
+
+def is_usable(item):
+    """Tell whether the numbers of a box can be pixels at all.
+
+    Parameters
+    ----------
+    item : ObjectAnnotation
+        Any object.
+
+    Returns
+    -------
+    bool
+        False for NaN, infinity, and a box inside the first pixel, whose numbers are fractions.
+    """
+    return _is_finite(item) and not _is_normalised(item)
+
+
+def _is_finite(item):
+    """Tell whether all four numbers of a box are finite."""
+    return all(math.isfinite(number) for number in item.box_xyxy)
+
+
+def _is_normalised(item):
+    """Tell whether a box lies in the first pixel: then its numbers are fractions, not pixels."""
+    numbers = (*item.box_xyxy[:2], *box_sides(item))
+    return all(0 <= number <= 1 for number in numbers) and min(box_sides(item)) > 0
+
+
+def _overhang(record, item):
+    """Return by how many pixels a box leaves its image, at most 0 if it does not."""
+    x0, y0, x1, y1 = item.box_xyxy
+    return max(-x0, -y0, x1 - record.width, y1 - record.height)
+
+
+def check_box_numbers(split, objects):
+    """Find boxes that are not finite, not in pixels, without area, or outside their image.
+
+    Parameters
+    ----------
+    split : Split
+        For the places.
+    objects : list of (ImageRecord, ObjectAnnotation)
+        What to look at.
+
+    Returns
+    -------
+    list of Finding
+        ``D41_NOT_FINITE``, ``D21_BOX_NORMALISED``, ``D40_DEGENERATE_BOX``, ``D20_BOX_OUTSIDE``.
+    """
+    infinite, normalised, thin, outside, farthest = [], [], [], [], 0.0
+    for record, item in objects:
+        if not _is_finite(item):
+            infinite.append(object_place(split, record, item))
+        elif _is_normalised(item):
+            normalised.append(object_place(split, record, item))
+        else:
+            if min(box_sides(item)) < 1:
+                thin.append(object_place(split, record, item, -min(box_sides(item))))
+            overhang = _overhang(record, item)
+            if overhang > OUTSIDE_PX:
+                farthest = max(farthest, overhang)
+                outside.append(object_place(split, record, item, overhang))
+    total = len(objects)
+    return [
+        *finding_at(
+            "D41_NOT_FINITE",
+            infinite,
+            f"{len(infinite)} of {total} boxes hold NaN or infinity",
+            "write x, y, width, height in pixels or remove the annotation",
+        ),
+        *finding_at(
+            "D21_BOX_NORMALISED",
+            normalised,
+            f"{len(normalised)} of {total} boxes have numbers between 0 and 1 only",
+            "multiply x and width by the image's width, y and height by its height",
+        ),
+        *finding_at(
+            "D40_DEGENERATE_BOX",
+            thin,
+            f"{len(thin)} of {total} boxes are less than 1 pixel wide or high",
+            "draw the box again or remove the annotation",
+        ),
+        *finding_at(
+            "D20_BOX_OUTSIDE",
+            outside,
+            f"{len(outside)} of {total} boxes leave their image, the farthest by {farthest:.0f} px",
+            "write [x, y, width, height] in pixels of this image, not [x0, y0, x1, y1]",
+        ),
+    ]
+
+
+def check_boxes_fit_masks(split, objects):
+    """Compare each box with the tight box of its own mask, which catches a wrong box format.
+
+    Parameters
+    ----------
+    split : Split
+        For the places.
+    objects : list of (ImageRecord, ObjectAnnotation)
+        What to look at; objects with another fault of box or mask are left to that check.
+
+    Returns
+    -------
+    list of Finding
+        ``D22_BOX_OFF_MASK``, ``D23_BOX_FROM_MASK``.
+    """
+    derived = [
+        object_place(split, record, item) for record, item in objects if not item.has_own_box
+    ]
+    off, as_corners, compared = [], 0, 0
+    for record, item in objects:
+        if not (item.has_own_box and is_usable(item) and mask_fits_image(record, item)):
+            continue
+        if min(box_sides(item)) < 1 or rle_area(item.rle) == 0:
+            continue
+        compared += 1
+        tight = rle_box_xyxy(item.rle)
+        corners = (
+            *item.box_xyxy[:2],
+            *box_sides(item),
+        )  # the file's numbers, read as x0, y0, x1, y1
+        iou, iou_corners = box_iou(
+            torch.tensor([item.box_xyxy, corners], dtype=torch.float64),
+            torch.tensor([tight], dtype=torch.float64),
+        )[:, 0].tolist()
+        apart = max(abs(a - b) for a, b in zip(item.box_xyxy, tight, strict=True))
+        if iou < MIN_BOX_IOU and apart > ROUNDING_PX:
+            off.append(object_place(split, record, item, 1 - iou))
+            as_corners += iou_corners >= MIN_BOX_IOU
+    hint = f"; {as_corners} of them fit if read as [x0, y0, x1, y1]" if as_corners else ""
+    return [
+        *finding_at(
+            "D22_BOX_OFF_MASK",
+            off,
+            f"{len(off)} of {compared} boxes overlap the tight box of their own mask by less than "
+            f"{MIN_BOX_IOU} (IoU){hint}",
+            "write [x, y, width, height] in pixels around the mask",
+        ),
+        *finding_at(
+            "D23_BOX_FROM_MASK",
+            derived,
+            f"{len(derived)} of {len(objects)} objects have no bbox; the tight box of the mask is used",
+            "nothing to do if the masks are right",
+        ),
+    ]

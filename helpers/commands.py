@@ -1,0 +1,278 @@
+"""What the commands of ``python -m helpers`` do; the parser is in `helpers.__main__`.
+
+Every function takes the parsed arguments and returns ``(exit status, JSON document, text)``. The
+libraries are imported inside, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from helpers.errors import InputError
+from helpers.paths import CONFIGS, resolve
+
+DEFAULT_CONFIG = CONFIGS / "crack_detection_config.yaml"
+_HEADLINES = (
+    "AP",
+    "AP50",
+    "AP75",
+    "cgF1",
+    "pmF1",
+    "IL_MCC",
+    "union_iou",
+    "max_score_present",
+    "max_score_absent",
+)
+
+
+class Loaded(NamedTuple):
+    """A model ready to be asked, and the run it came from if there is one."""
+
+    model: object
+    processor: object
+    run: object
+    name: str
+
+
+def check(args):
+    """Check a dataset; status 1 if a finding is an error."""
+    from helpers.config import load_config
+    from helpers.data_checks import check_dataset
+    from helpers.sam3 import load_base
+
+    config = load_config(DEFAULT_CONFIG, profile=args.profile)
+    settings = {
+        "resolution": config.model.resolution,
+        "mask_size": config.model.resolution // 14 * 4,
+    }
+    if resolve(config.model.name).is_dir():  # else a gated model, which a data check does not need
+        model, processor = load_base(config.model.name, resolution=config.model.resolution)
+        num_queries = model.config.detr_decoder_config.num_queries
+        settings |= {"mask_size": model.mask_size, "processor": processor}
+        settings |= {"num_queries": num_queries}
+    report = check_dataset(
+        args.data,
+        **settings,
+        num_negatives=config.data.num_negatives,
+        negative_prompts=config.data.negative_prompts,
+        disable_progress=not sys.stderr.isatty(),
+    )
+    return (0 if report.ok else 1), report.to_json(), report.summary()
+
+
+def train(args):
+    """Train and report; unusable input is refused before anything is written."""
+    from helpers.config import load_config
+    from helpers.run_report import report, report_text
+    from helpers.training import train as run_training
+
+    overrides = list(args.set)
+    if args.data is not None:
+        overrides.append(f"data.data_dir={resolve(args.data)}")
+    config = load_config(args.config, profile=args.profile, overrides=overrides)
+    output_dir = None if args.output is None else Path(args.output).expanduser().absolute()
+    result = run_training(
+        config, output_dir=output_dir, resume=args.resume, overwrite=args.overwrite
+    )
+    content = report(result)
+    return 0, content, report_text(content)
+
+
+def predict(args):
+    """Detect prompts on images, and draw them if asked to."""
+    from helpers.prediction import GENERIC_PROMPT, PROMPTLESS_THRESHOLD, Predictor
+    from helpers.prediction import untrained_prompts as untrained
+
+    images = _image_files(args.image)
+    loaded = load_model(args)
+    settings = loaded.run.config.evaluation if loaded.run else None
+    threshold, mask_threshold = args.threshold, args.mask_threshold
+    if not args.prompt:
+        threshold = PROMPTLESS_THRESHOLD if threshold is None else threshold
+        _say(
+            f"no prompt given: asking for '{GENERIC_PROMPT}' at threshold {threshold:g}. The model "
+            "outlines what that word means to it; no class comes back, and scores near 0 mean "
+            "that it found nothing"
+        )
+    elif threshold is None:
+        threshold = settings.score_threshold if settings else 0.3
+    if mask_threshold is None:
+        mask_threshold = settings.mask_threshold if settings else 0.5
+    if loaded.run:
+        known = [*loaded.run.prompts["prompts"], *loaded.run.prompts["negatives"]]
+        for prompt, close in untrained(args.prompt or [GENERIC_PROMPT], known).items():
+            hint = f"; the closest trained prompt is '{close}'" if close else ""
+            _say(f"warning: '{prompt}' was never asked in training{hint}")
+    predictor = Predictor(loaded.model, loaded.processor)
+    found = predictor.predict(images, args.prompt or None, threshold, mask_threshold)
+    document = [prediction.to_dict() for prediction in found]
+    if args.output is not None:
+        _draw(args.output, images, document)
+    return 0, document, "\n".join(_line(entry) for entry in document)
+
+
+def evaluate(args):
+    """Judge a model on a split; status 1 if the split has nothing to find."""
+    from helpers.annotations import read_split
+    from helpers.config import load_config
+    from helpers.evaluation import evaluate_queries
+    from helpers.prediction import untrained_prompts as untrained
+    from helpers.prediction_queries import predict_split
+
+    loaded = load_model(args)
+    config = loaded.run.config if loaded.run else load_config(DEFAULT_CONFIG)
+    settings = config.evaluation
+    data_dir = args.data or config.data.data_dir
+    split = read_split(data_dir, args.split)
+    if loaded.run:
+        asked = [args.prompt] if args.prompt else split.categories
+        for prompt in untrained(asked, loaded.run.prompts["prompts"]):
+            _say(f"warning: '{prompt}' was never trained as a present prompt")
+    queries = predict_split(
+        loaded.model,
+        loaded.processor,
+        split,
+        prompt=args.prompt,
+        absent_prompts=settings.absent_prompts,
+        mask_threshold=settings.mask_threshold,
+    )
+    threshold = settings.score_threshold if args.threshold is None else args.threshold
+    metrics = evaluate_queries(queries, threshold)
+    document = {"model": loaded.name, "data": str(data_dir), "split": split.name, **metrics}
+    lines = [f"{loaded.name} on {data_dir}, {split.name}: {len(split.records)} images"]
+    for name in _HEADLINES:
+        value = metrics[name]
+        reason = metrics.get(f"{name}_reason", "")
+        lines.append(f"  {name:<18}{'undefined  ' + reason if value is None else f'{value:.4f}'}")
+    return (0 if metrics["num_present"] else 1), document, "\n".join(lines)
+
+
+def report(args):
+    """Summarise a finished run."""
+    from helpers.run_folder import read_run
+    from helpers.run_report import report as gather
+    from helpers.run_report import report_text
+
+    content = gather(read_run(args.adapter))
+    return 0, content, report_text(content)
+
+
+def load_model(args):
+    """Load what ``--adapter``, ``--config``, ``--base`` and ``--profile`` describe.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        ``adapter``: a run folder or any folder with a PEFT adapter. ``config``: its output folder
+        holds the run. Without both the base alone is loaded: ``base``, else that of ``profile``,
+        else the embedded one.
+
+    Returns
+    -------
+    Loaded
+        On the GPU if there is one.
+
+    Raises
+    ------
+    InputError
+        If any of it is missing, damaged, or does not belong together.
+    """
+    import torch
+
+    from helpers.config import load_config
+    from helpers.run_folder import load_run
+
+    folder = args.adapter
+    if args.config is not None:
+        folder = load_config(args.config, profile=args.profile).output.output_dir
+    if folder is None:
+        model, processor = _base(args)
+        run, name = None, f"base {model.name_or_path}"
+    elif _is_bare_adapter(resolve(folder)):
+        from helpers.adapters import load_adapter
+
+        model, processor = _base(args, adapter=resolve(folder))
+        model, run, name = load_adapter(model, resolve(folder)), None, str(folder)
+    else:
+        run = load_run(folder, base=args.base)
+        model, processor, name = run.model, run.processor, str(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Loaded(model.to(device), processor, run, name)
+
+
+def _is_bare_adapter(folder):
+    """Tell whether a folder holds a PEFT adapter but not the rest of a run."""
+    from helpers.adapters import CONFIG_FILE
+    from helpers.run_folder import RUN_CONFIG
+
+    return (folder / CONFIG_FILE).is_file() and not (folder / RUN_CONFIG).is_file()
+
+
+def _base(args, adapter=None):
+    """Load the base that the arguments name, or the one an adapter says it was made for."""
+    from helpers.adapters import BASE_FILE
+    from helpers.config import load_config
+    from helpers.files import read_json
+    from helpers.sam3 import load_base
+
+    if args.base is not None:
+        return load_base(args.base)
+    if args.profile is None and adapter is not None and (adapter / BASE_FILE).is_file():
+        made_for = read_json(adapter / BASE_FILE, fix="name the base with --base")
+        return load_base(
+            made_for["name"], revision=made_for["revision"], resolution=made_for["resolution"]
+        )
+    settings = load_config(DEFAULT_CONFIG, profile=args.profile or "tiny").model
+    return load_base(settings.name, revision=settings.revision, resolution=settings.resolution)
+
+
+def _image_files(paths):
+    """Return the images that paths name; a folder stands for the images directly in it."""
+    from helpers.images import IMAGE_SUFFIXES
+
+    files = []
+    for given in paths:
+        path = Path(given).expanduser()
+        path = path if path.exists() else resolve(given)
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise InputError("the folder holds no image", where=path, fix="name image files")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise InputError("no such image", where=path, fix="check the path")
+    return files
+
+
+def _draw(output, images, document):
+    """Write one picture per image; with several images the name of each is put into the file's."""
+    from helpers.plots import save_prediction_figure
+
+    output = Path(output).expanduser()
+    for image in images:
+        path = output
+        if len(images) > 1:
+            path = output.with_name(f"{output.stem}_{image.stem}{output.suffix}")
+        if path.resolve() == image.resolve():
+            raise InputError("would overwrite the image", where=path, fix="choose another --output")
+        entries = [entry for entry in document if entry["image"] == str(image)]
+        save_prediction_figure(path, image, entries)
+
+
+def _line(entry):
+    """Describe one prediction in a line."""
+    count = len(entry["detections"])
+    return (
+        f"{entry['image']}  '{entry['prompt']}': {count} detection{'' if count == 1 else 's'}, "
+        f"max score {entry['max_score']:.3f} = presence {entry['presence_prob']:.3f} x "
+        f"query {entry['max_query_prob']:.3f}"
+    )
+
+
+def _say(text):
+    """Print a remark for people on stderr."""
+    print(text, file=sys.stderr)

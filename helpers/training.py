@@ -1,0 +1,274 @@
+"""Fine-tune a SAM3 with LoRA: from a config to a run folder."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import DataLoader
+from transformers import set_seed
+
+from helpers.adapters import (
+    adapter_report,
+    add_lora,
+    load_adapter_weights,
+    read_adapter_weights,
+    save_adapter,
+)
+from helpers.annotations import read_split
+from helpers.data_checks import check_dataset
+from helpers.datasets import PromptCollator, PromptDataset, count_objects
+from helpers.environment import SUBJECT_PACKAGES, device
+from helpers.errors import InputError
+from helpers.files import write_json, write_text
+from helpers.paths import resolve
+from helpers.prediction_queries import evaluation_dataset
+from helpers.run_folder import (
+    AUDIT_FILE,
+    METRICS_FILE,
+    PROMPTS_FILE,
+    RUN_CONFIG,
+    VERSIONS_FILE,
+    RunResult,
+    clear_run,
+    last_checkpoint,
+    load_run,
+    state_of,
+    trained_prompts,
+)
+from helpers.run_metrics import run_metrics, run_notes
+from helpers.sam3 import load_base
+from helpers.trainer import CHECKPOINTS, Sam3Trainer, training_arguments
+from helpers.training_callbacks import CurvesFile, FirstStepAudit, ProgressBar, SetEpoch
+
+__all__ = ["RunResult", "Sam3Trainer", "train"]
+
+
+@dataclass(frozen=True)
+class _Ingredients:
+    """What a run needs, built before anything is written."""
+
+    model: torch.nn.Module
+    processor: object
+    collator: PromptCollator
+    train_dataset: PromptDataset
+    val_dataset: PromptDataset
+    objects: dict
+
+
+def train(
+    config,
+    *,
+    output_dir=None,
+    resume=False,
+    overwrite=False,
+    train_split=None,
+    val_split=None,
+    callbacks=(),
+    allow_empty=False,
+    progress=None,
+):
+    """Fine-tune a base with LoRA and write everything a user of the result needs.
+
+    Parameters
+    ----------
+    config : helpers.config.Config
+    output_dir : os.PathLike, optional
+        Run folder; by default ``output.output_dir`` of the config.
+    resume : bool
+        True to continue an interrupted run from its last complete checkpoint, which gives the
+        losses an uninterrupted run would have given. A finished run is returned as it is.
+    overwrite : bool
+        True to replace a run that is in the folder.
+    train_split, val_split : helpers.records.Split, optional
+        Data in memory, for example a doctored split. By default both are read from
+        ``data.data_dir``, and the dataset is checked first.
+    callbacks : sequence of transformers.TrainerCallback
+        For example `helpers.panels.LivePlotCallback`.
+    allow_empty : bool
+        True to train although no object reaches the loss: it teaches to detect nothing.
+    progress : bool, optional
+        Progress bar on stderr; by default if stderr is a terminal.
+
+    Returns
+    -------
+    RunResult
+        With the kept checkpoint loaded: the one with the best ``evaluation.metric_for_best`` on
+        the validation split, or the last if that metric never rose above 0.
+
+    Raises
+    ------
+    InputError
+        If base, data or settings cannot be used (nothing is written then), if no object reaches
+        the loss, if the loss stops being finite, or if memory runs out.
+    """
+    folder = resolve(output_dir or config.output.output_dir)
+    state = state_of(folder, config, resume=resume, overwrite=overwrite)
+    if state == "finished":
+        return load_run(folder)
+    ingredients = _prepare(config, train_split, val_split, allow_empty)
+    audit = FirstStepAudit()
+    own = [SetEpoch(ingredients.train_dataset), audit, CurvesFile(folder)]
+    if sys.stderr.isatty() if progress is None else progress:
+        own.append(ProgressBar())
+    arguments = training_arguments(config, folder)
+    processes = PartialState()
+    processes.wait_for_everyone()  # all have looked at the folder before one writes to it
+    if state == "new" and processes.is_main_process:
+        _write_start(folder, config, ingredients.train_dataset)
+    trainer = Sam3Trainer(
+        config,
+        model=ingredients.model,
+        args=arguments,
+        train_dataset=ingredients.train_dataset,
+        eval_dataset=ingredients.val_dataset,
+        data_collator=ingredients.collator,
+        callbacks=[*own, *callbacks],
+    )
+    _run(trainer, last_checkpoint(folder) if state == "interrupted" else None)
+    result = _result(trainer, folder, config, ingredients, audit)
+    if processes.is_main_process:
+        _write_result(result)
+    return result
+
+
+def _prepare(config, train_split, val_split, allow_empty):
+    """Load base and data, put LoRA on, and make sure that objects arrive."""
+    set_seed(config.training.seed)  # before LoRA draws A
+    model, processor = load_base(
+        config.model.name, config.model.revision, resolution=config.model.resolution
+    )
+    data = config.data
+    read_from_files = train_split is None or val_split is None
+    if read_from_files and not allow_empty:
+        _check_data(config, model, processor)
+    train_split = (
+        read_split(data.data_dir, data.train_split) if train_split is None else train_split
+    )
+    val_split = read_split(data.data_dir, data.val_split) if val_split is None else val_split
+    train_dataset = PromptDataset(
+        train_split,
+        processor,
+        resolution=model.resolution,
+        mask_size=model.mask_size,
+        prompt=data.prompt,
+        num_negatives=data.num_negatives,
+        negative_prompts=data.negative_prompts,
+        seed=config.training.seed,
+    )
+    val_dataset = evaluation_dataset(
+        val_split,
+        processor,
+        model,
+        prompt=data.prompt,
+        absent_prompts=config.evaluation.absent_prompts,
+    )
+    collator = PromptCollator(processor)
+    objects = {}
+    for name, dataset in (("train", train_dataset), ("valid", val_dataset)):
+        loader = DataLoader(dataset, collate_fn=collator, num_workers=config.training.num_workers)
+        objects[name] = int(count_objects(loader)["num_objects"].sum())
+    if not objects["train"] and not allow_empty:
+        raise InputError(
+            f"no object of {len(train_split.records)} images reaches the loss "
+            "(row 1 of the cause catalogue); training would teach to detect nothing",
+            where=train_split.root,
+            fix="run 'python -m helpers check' on the dataset, or pass allow_empty=True on purpose",
+        )
+    peft_model = add_lora(model, config.lora)
+    if config.training.gradient_checkpointing:
+        _checkpoint_activations(model)
+    return _Ingredients(peft_model, processor, collator, train_dataset, val_dataset, objects)
+
+
+def _check_data(config, model, processor):
+    """Refuse a dataset with errors before any time is spent on it."""
+    check_dataset(
+        config.data.data_dir,
+        resolution=model.resolution,
+        mask_size=model.mask_size,
+        processor=processor,
+        num_queries=model.config.detr_decoder_config.num_queries,
+        prompt=config.data.prompt,
+        num_negatives=config.data.num_negatives,
+        negative_prompts=config.data.negative_prompts,
+        disable_progress=not sys.stderr.isatty(),
+    ).raise_for_errors()
+
+
+def _checkpoint_activations(model):
+    """Compute the activations of vision and text layers again in the backward pass."""
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _write_start(folder, config, train_dataset):
+    """Write what is known before training, in place of an earlier run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clear_run(folder)
+    packages = {name: version(name) for name in SUBJECT_PACKAGES}
+    write_json(folder / VERSIONS_FILE, {"packages": packages, "machine": device()})
+    write_json(folder / PROMPTS_FILE, trained_prompts(train_dataset))
+    write_text(folder / RUN_CONFIG, config.to_yaml())
+
+
+def _run(trainer, checkpoint):
+    """Train, and translate running out of memory."""
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"out of memory at step {trainer.state.global_step}: {str(error).splitlines()[0]}",
+            where=trainer.args.output_dir,
+            fix="lower training.batch_size (and raise gradient_accumulation_steps) or "
+            "data.num_negatives, set training.gradient_checkpointing=true, or lower "
+            "model.resolution",
+        ) from error
+
+
+def _is_out_of_memory(error):
+    """Tell whether an error says that the GPU's or the machine's memory is full."""
+    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return out_of_memory or "allocate memory" in str(error)
+
+
+def _result(trainer, folder, config, ingredients, audit):
+    """Load the chosen checkpoint and gather the numbers of the run."""
+    state = trainer.state
+    model = ingredients.model
+    best = folder / CHECKPOINTS / f"checkpoint-{state.best_global_step}"
+    best_step = state.best_global_step if state.best_global_step and best.is_dir() else None
+    report = adapter_report(model)  # of the last state: did every module move?
+    if audit.report is not None:
+        report["grad_norm"] = audit.report["grad_norm"]
+    if best_step is not None:
+        load_adapter_weights(model, read_adapter_weights(best), best)
+    metrics = run_metrics(state, config, best_step) | {"objects": ingredients.objects}
+    metrics["notes"] = run_notes(state, config, best_step, report)
+    return RunResult(
+        folder=folder,
+        config=config,
+        model=model.eval(),
+        processor=ingredients.processor,
+        prompts=trained_prompts(ingredients.train_dataset),
+        metrics=metrics,
+        history=state.log_history,
+        adapter=report,
+    )
+
+
+def _write_result(result):
+    """Write adapter, report and metrics; the metrics come last and mark the run as finished."""
+    base = result.config.model
+    save_adapter(result.model, result.folder, base.name, base.revision)
+    write_text(result.folder / AUDIT_FILE, result.adapter.to_csv())
+    write_json(result.folder / METRICS_FILE, result.metrics)

@@ -1,0 +1,311 @@
+"""Every fault that is planted is found under its code; a clean dataset gives none."""
+
+import json
+import shutil
+
+import pytest
+from builders import (
+    HEIGHT,
+    WIDTH,
+    edit_coco,
+    make_processor,
+    mask_of,
+    segmentation_of,
+    write_coco,
+    write_image,
+    write_per_image,
+)
+from PIL import Image
+
+from helpers.data_checks import check_dataset
+from helpers.errors import InputError
+from helpers.findings import CODES, SEVERITIES
+from helpers.paths import ROOT
+
+REAL_DATA = ROOT.parent / "shared" / "data"
+
+
+def check(root, **settings):
+    settings = {"resolution": 56, "mask_size": 32, "processor": make_processor(), **settings}
+    return check_dataset(root, disable_progress=True, **settings)
+
+
+def codes_of(report):
+    return {finding.code for finding in report.findings}
+
+
+def exif_of(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def change(index, **values):
+    """Plant values in one training annotation."""
+    return lambda root: edit_coco(root, "train", lambda c: c["annotations"][index].update(values))
+
+
+def change_all(**values):
+    """Plant values in every training annotation."""
+
+    def plant(root):
+        edit_coco(root, "train", lambda c: [a.update(values) for a in c["annotations"]])
+
+    return plant
+
+
+def content(function):
+    """Plant a change of the parsed training file."""
+    return lambda root: edit_coco(root, "train", function)
+
+
+def as_corners(c):
+    for annotation in c["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        annotation["bbox"] = [x, y, x + width, y + height]
+
+
+def normalised(c):
+    for annotation in c["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        annotation["bbox"] = [x / WIDTH, y / HEIGHT, width / WIDTH, height / HEIGHT]
+
+
+def rename(**names):
+    return content(
+        lambda c: [e.update(name=names.get(e["name"], e["name"])) for e in c["categories"]]
+    )
+
+
+def add_category(category_id, name, parent="none"):
+    entry = {"id": category_id, "name": name, "supercategory": parent}
+    return content(lambda c: c["categories"].append(entry))
+
+
+def remove(*parts):
+    return lambda root: shutil.rmtree(root.joinpath(*parts))
+
+
+def image(*parts, **options):
+    return lambda root: write_image(root.joinpath(*parts), **options)
+
+
+def copy_to_test(root):
+    shutil.copy(root / "train" / "a.png", root / "test" / "g.png")
+
+
+def make_tiny(c):
+    c["annotations"][0].update(bbox=[8, 8, 3, 3], segmentation=[[8, 8, 11, 8, 11, 11, 8, 11]])
+
+
+SWAPPED = segmentation_of(mask_of(8, 8, 16, 32, (WIDTH, HEIGHT)), "rle")
+NOTHING = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}
+FAULTS = [
+    ("D01_NO_OBJECTS", content(lambda c: c["annotations"].clear()), "4 images are listed"),
+    ("D02_OBJECTS_LOST", change_all(iscrowd=1), "5 objects are in the files, 0 reach the loss"),
+    ("D02_OBJECTS_LOST", change(0, bbox=[200, 8, 16, 32]), "4 reach the loss (80.0%)"),
+    ("D03_UNREADABLE", content(lambda c: c["categories"][0].pop("name")), "category 1 has no name"),
+    ("D03_UNREADABLE", change(0, category_id=9), "category_id 9 has no name"),
+    ("D04_NO_TRAIN_SPLIT", remove("train"), "no folder 'train'"),
+    ("D05_MISSING_SPLIT", remove("valid"), "no folder 'valid'"),
+    (
+        "D06_EMPTY_SPLIT",
+        content(lambda c: (c["images"].clear(), c["annotations"].clear())),
+        "no image",
+    ),
+    ("D07_UNANNOTATED_IMAGE", image("train", "z.png"), "1 images have no annotation entry"),
+    (
+        "D08_MISSING_IMAGE",
+        lambda root: (root / "train" / "a.png").unlink(),
+        "have an annotation entry",
+    ),
+    ("D09_LOADER_REFUSES", rename(crack="crack " * 31), "33 tokens"),
+    ("D10_ALL_CROWD", change(0, iscrowd=1), "1 annotations with iscrowd 1"),
+    ("D11_CROWD", change(3, iscrowd=1), "1 of 5 annotations have iscrowd 1"),
+    ("D20_BOX_OUTSIDE", change(0, bbox=[80, 8, 40, 32]), "the farthest by 24 px"),
+    ("D20_BOX_OUTSIDE", content(as_corners), "[x, y, width, height] in pixels"),
+    ("D21_BOX_NORMALISED", content(normalised), "5 of 5 boxes have numbers between 0 and 1"),
+    (
+        "D22_BOX_OFF_MASK",
+        change(0, bbox=[8, 8, 24, 40]),
+        "1 of them fit if read as [x0, y0, x1, y1]",
+    ),
+    ("D22_BOX_OFF_MASK", change(0, bbox=[40, 8, 16, 32]), "1 of 5 boxes overlap"),
+    ("D23_BOX_FROM_MASK", change(0, bbox=None), "1 of 5 objects have no bbox"),
+    ("D30_ROOT_CATEGORY", add_category(0, "defect"), "'defect' is the parent"),
+    ("D31_SIMILAR_NAMES", add_category(3, "Cracks"), "'crack' and 'Cracks' are nearly the same"),
+    ("D31_SIMILAR_NAMES", add_category(3, "joints"), "'joint' and 'joints'"),
+    ("D31_SIMILAR_NAMES", add_category(3, "craack"), "'crack' and 'craack'"),
+    ("D32_NO_NOUN", rename(crack="object"), "'object' is the prompt"),
+    ("D32_NO_NOUN", rename(crack="0"), "'0' is the prompt"),
+    ("D32_NO_NOUN", rename(crack="class_3"), "'class_3' is the prompt"),
+    ("D33_UNUSED_CATEGORY", add_category(3, "moss"), "never annotated in this split: moss"),
+    ("D34_ZERO_BASED_IDS", add_category(0, "moss"), "start at 0"),
+    ("D35_CATEGORIES_DIFFER", change(2, category_id=1), "annotated only here: joint"),
+    ("D40_DEGENERATE_BOX", change(0, bbox=[8, 8, 0, 32]), "1 of 5 boxes are less than 1 pixel"),
+    (
+        "D40_DEGENERATE_BOX",
+        change(0, bbox=[24, 40, -16, -32]),
+        "1 of 5 boxes are less than 1 pixel",
+    ),
+    ("D41_NOT_FINITE", change(0, bbox=[8, float("nan"), 16, 32]), "1 of 5 boxes hold NaN"),
+    ("D42_EMPTY_MASK", change(0, segmentation=NOTHING), "1 of 5 masks have no pixel"),
+    ("D43_MASK_SIZE", change(0, segmentation=SWAPPED), "1 of them with width and height swapped"),
+    ("D44_BAD_MASK", change(0, segmentation=[[1, 2, 3]]), "at least 6 numbers"),
+    ("D45_NO_MASK", change(0, segmentation=[]), "1 of 5 objects have a box only"),
+    ("D50_TOO_SMALL", content(make_tiny), "1 of 5 objects span less than 2 of the 32 cells"),
+    (
+        "D70_BROKEN_IMAGE",
+        lambda root: (root / "train" / "a.png").write_bytes(b""),
+        "cannot be opened",
+    ),
+    ("D71_IMAGE_SHAPE", image("train", "a.png", size=(HEIGHT, WIDTH)), "64 x 96 upright, 96 x 64"),
+    ("D71_IMAGE_SHAPE", image("train", "a.png", exif=exif_of(6)), "EXIF orientation 6"),
+    (
+        "D72_IMAGE_SCALED",
+        image("train", "a.png", size=(2 * WIDTH, 2 * HEIGHT)),
+        "192 x 128 upright",
+    ),
+    (
+        "D73_IMAGE_TURNED",
+        image("train", "a.png", size=(HEIGHT, WIDTH), exif=exif_of(6)),
+        "orientation",
+    ),
+    ("D80_LEAKAGE", copy_to_test, "1 of 2 images of 'test' are also in 'train'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("code", "plant", "expected"), FAULTS, ids=[f"{f[0]}-{n}" for n, f in enumerate(FAULTS)]
+)
+def test_a_planted_fault_is_found(code, plant, expected, tmp_path):
+    plant(write_coco(tmp_path))
+    report = check(tmp_path)
+    finding = next(finding for finding in report.findings if finding.code == code)
+    assert expected in f"{finding.message} {finding.fix}"
+    assert finding.where
+    assert finding.fix
+    assert finding.severity == CODES[code].severity
+    assert report.ok == (not any(CODES[c].severity == "error" for c in codes_of(report)))
+    if CODES[code].severity == "error":
+        assert not report.ok
+
+
+def test_a_clean_dataset_has_neither_errors_nor_warnings(tmp_path):
+    write_coco(tmp_path / "coco")
+    write_per_image(tmp_path / "single")
+    reports = [check(tmp_path / layout, num_negatives=1, negative_prompts=["dog"]) for layout in ("coco", "single")]  # fmt: skip
+    for report in reports:
+        assert report.ok
+        assert codes_of(report) == {"D60_IMAGES_WITHOUT_OBJECTS", "D62_UNVERIFIED_NEGATIVES"}
+    assert reports[0].counts == reports[1].counts
+    assert reports[0].counts["train"] == {
+        "images": 4,
+        "images_without_objects": 1,
+        "objects_in_files": 5,
+        "crowd_objects": 0,
+        "objects_after_collate": 5,
+        "masks_after_collate": 5,
+        "present_queries": 4,
+        "absent_queries": 4,
+        "objects_per_category": {"crack": 4, "joint": 1},
+    }
+
+
+def test_settings_have_their_findings(tmp_path):
+    write_coco(tmp_path, {"train": {"a.png": [("crack", 8, 8, 16, 32), ("crack", 50, 8, 16, 32)]}})
+    report = check(tmp_path, num_queries=1)
+    assert "D51_TOO_MANY" in codes_of(report)
+    assert "D61_NO_ABSENT_PROMPT" in codes_of(report)
+    report = check(tmp_path, num_queries=2, num_negatives=1, negative_prompts=["dog"])
+    assert not {"D51_TOO_MANY", "D61_NO_ABSENT_PROMPT"} & codes_of(report)
+    assert "D62_UNVERIFIED_NEGATIVES" in codes_of(report)
+    edit_coco(tmp_path, "train", lambda c: c["images"][0].update(contents=["joint"]))
+    report = check(tmp_path, num_negatives=1, negative_prompts=["dog"])
+    assert "D62_UNVERIFIED_NEGATIVES" not in codes_of(report)
+    edit_coco(tmp_path, "train", lambda c: c["images"][0].update(contents=["joint", "dog"]))
+    report = check(tmp_path, num_negatives=1, negative_prompts=["dog"])
+    assert "no noun is absent" in json.dumps(report.to_json())
+
+
+def test_every_code_is_covered():
+    other = {"D51_TOO_MANY", "D60_IMAGES_WITHOUT_OBJECTS", "D61_NO_ABSENT_PROMPT", "D62_UNVERIFIED_NEGATIVES"}  # fmt: skip
+    assert {code for code, _, _ in FAULTS} | other == set(CODES)
+    assert {code.severity for code in CODES.values()} == set(SEVERITIES)
+
+
+def test_a_finding_names_the_worst_place_first(tmp_path):
+    write_coco(tmp_path)
+    change(0, bbox=[80, 8, 20, 32])(tmp_path)
+    change(3, bbox=[10, 10, 20, 500])(tmp_path)
+    report = check(tmp_path)
+    finding = next(finding for finding in report.findings if finding.code == "D20_BOX_OUTSIDE")
+    assert finding.where == "train/d.png, annotation 4 and 1 more"
+    assert [place.annotation_id for place in finding.places] == [4, 1]
+    worst = report.worst(2)
+    assert [image.name for image in worst] == ["train/d.png", "train/a.png"]
+    assert worst[0].path == tmp_path / "train" / "d.png"
+    assert (10, 10, 30, 510) in worst[0].boxes_xyxy
+    assert len(worst[0].boxes_xyxy) == len(worst[0].labels)
+    assert "D20 annotation 4" in worst[0].labels
+    assert report.worst(0) == []
+
+
+def test_one_unreadable_split_does_not_hide_the_others(tmp_path):
+    write_coco(tmp_path)
+    path = tmp_path / "train" / "_annotations.coco.json"
+    path.write_text(path.read_text(encoding="utf-8")[:100], encoding="utf-8")
+    edit_coco(tmp_path, "valid", lambda c: c["annotations"][0].update(bbox=[90, 8, 40, 10]))
+    report = check(tmp_path)
+    assert {"D03_UNREADABLE", "D20_BOX_OUTSIDE"} <= codes_of(report)
+    assert set(report.counts) == {"valid", "test"}
+    unreadable = next(f for f in report.findings if f.code == "D03_UNREADABLE")
+    assert unreadable.where == str(path)
+
+
+def test_forms_of_the_report(tmp_path):
+    write_coco(tmp_path)
+    assert check(tmp_path).raise_for_errors() is None
+    change(0, iscrowd=1)(tmp_path)
+    report = check(tmp_path)
+    data = json.loads(json.dumps(report.to_json()))
+    assert set(data) == {"ok", "findings", "counts"}
+    assert data["ok"] is False
+    assert all(set(f) == {"code", "severity", "where", "message", "fix"} for f in data["findings"])
+    severities = [SEVERITIES.index(f["severity"]) for f in data["findings"]]
+    assert severities == sorted(severities)
+    table = report.to_frame()
+    assert list(table["code"]) == [f["code"] for f in data["findings"]]
+    assert table.set_index("code").loc["D10_ALL_CROWD", "row"] == "1b"
+    assert report.counts_frame().loc["train", "crowd_objects"] == 1
+    text = report.summary()
+    assert "NOT OK" in text
+    assert all(f["fix"] in text for f in data["findings"])
+    with pytest.raises(InputError, match=r"1 further errors\) \[D02_OBJECTS_LOST\]"):
+        report.raise_for_errors()
+
+
+def test_missing_dataset_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        check(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="holds no split"):
+        check(tmp_path)
+
+
+def test_progress_goes_to_stderr_or_nowhere(tmp_path, capsys):
+    write_coco(tmp_path)
+    check_dataset(tmp_path, resolution=56, mask_size=32)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "check train" in captured.err
+    check(tmp_path)
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the real datasets are not beside the project")
+@pytest.mark.parametrize("name", ["masonry224", "pothole90"])
+def test_real_datasets_have_no_errors(name):
+    report = check(REAL_DATA / name, mask_size=64)
+    assert report.ok, report.summary()
+    assert all(c["objects_in_files"] == c["objects_after_collate"] for c in report.counts.values())

@@ -1,0 +1,79 @@
+"""Every notebook executes: with its defaults, at the edge, and not at all with nonsense."""
+
+import json
+
+import pytest
+from papermill.exceptions import PapermillExecutionError
+
+from helpers.course import execute, find_notebooks, parameter_names
+from helpers.errors import InputError
+
+PATHS = find_notebooks()
+WITH_THRESHOLD = [path for path in PATHS if "score_threshold" in parameter_names(path)]
+CELL_TIMEOUT = 900  # seconds
+
+pytestmark = pytest.mark.notebook
+
+
+def by_name(path):
+    return path.stem
+
+
+class Course:
+    """One pass through the course in a temporary folder, run as far as a test needs it.
+
+    Later notebooks read what earlier ones trained, so the runs are shared.
+    """
+
+    def __init__(self, output_dir):
+        self.output_dir = output_dir
+        self.executed = {}
+
+    def run_until(self, path):
+        for earlier in PATHS[: PATHS.index(path) + 1]:
+            if earlier not in self.executed:
+                self.executed[earlier] = None  # a notebook that fails is not tried again
+                self.executed[earlier] = self.execute(earlier)
+        assert self.executed[path] is not None, f"{path.stem} has failed before"
+        return self.executed[path]
+
+    def execute(self, path, **parameters):
+        copy = self.output_dir / f"{path.stem}{'_edge' if parameters else ''}.ipynb"
+        parameters = {"output_dir": str(self.output_dir), **parameters}
+        return execute(path, copy, parameters, cell_timeout=CELL_TIMEOUT)
+
+
+@pytest.fixture(scope="session")
+def course(tmp_path_factory):
+    return Course(tmp_path_factory.mktemp("course"))
+
+
+@pytest.mark.parametrize("path", PATHS, ids=by_name)
+def test_runs_with_its_defaults(course, path):
+    notebook = course.run_until(path)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    results = json.loads((course.output_dir / path.stem / "results.json").read_text())
+    assert results
+
+
+@pytest.mark.parametrize("path", WITH_THRESHOLD, ids=by_name)
+def test_runs_where_nothing_reaches_the_threshold(course, path):
+    course.run_until(path)
+    course.execute(path, score_threshold=0.99)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=by_name)
+def test_refuses_an_unknown_parameter(tmp_path, path):
+    with pytest.raises(InputError, match="no parameter treshold"):
+        execute(path, tmp_path / "out.ipynb", {"treshold": 0.5})
+
+
+@pytest.mark.parametrize("path", PATHS, ids=by_name)
+def test_refuses_an_impossible_value(tmp_path, path):
+    impossible = {"score_threshold": 1.5} if path in WITH_THRESHOLD else {"seed": -1}
+    name, value = next(iter(impossible.items()))
+    with pytest.raises(PapermillExecutionError) as refusal:
+        execute(path, tmp_path / "out.ipynb", {"output_dir": str(tmp_path), **impossible})
+    assert refusal.value.ename == "InputError"
+    assert f"{name} is {value}" in refusal.value.evalue

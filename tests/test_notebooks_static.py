@@ -1,0 +1,197 @@
+"""What can be said of the committed notebooks without running them."""
+
+import ast
+import re
+from functools import cache
+
+import nbformat
+import pytest
+
+from helpers.course import NOTEBOOKS, find_notebooks, parameter_names, strip
+
+PATHS = find_notebooks(NOTEBOOKS)
+REQUIRED_PARAMETERS = {"profile", "data_dir", "seed", "output_dir", "fast_run"}
+MAX_CODE_LINES = 20
+MAX_BYTES = 500_000
+MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|work|tmp|Users|mnt|opt)/\w|\b[A-Z]:\\\\?\w")
+MARKDOWN_LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)[^)]*\)")
+HTML_IMAGE = re.compile(r"<img\b[^>]*>")
+
+pytestmark = pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
+
+
+@cache
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def cells_of(path, kind):
+    return [cell for cell in read(path).cells if cell.cell_type == kind]
+
+
+def tags_of(cell):
+    return set(cell.metadata.get("tags", []))
+
+
+def outputs_of(path):
+    return [output for cell in cells_of(path, "code") for output in cell.outputs]
+
+
+def headings_of(path):
+    """Return (level, text) of all headings, leaving fenced code out."""
+    prose = "\n".join(
+        re.sub(r"```.*?```", "", cell.source, flags=re.S) for cell in cells_of(path, "markdown")
+    )
+    return [
+        (len(marks), text.strip())
+        for marks, text in re.findall(r"^(#+)\s+(.+)$", prose, flags=re.M)
+    ]
+
+
+def parameters_cell(path):
+    tagged = [cell for cell in cells_of(path, "code") if "parameters" in tags_of(cell)]
+    assert len(tagged) == 1, f"{len(tagged)} cells are tagged 'parameters'"
+    return tagged[0]
+
+
+def text_outputs(path):
+    for output in outputs_of(path):
+        yield output.get("text", "")
+        for kind, data in output.get("data", {}).items():
+            if kind.startswith("text/"):
+                yield data
+
+
+def test_is_a_valid_python_notebook(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.metadata.kernelspec.language == "python"
+
+
+def test_is_small(path):
+    assert path.stat().st_size < MAX_BYTES
+
+
+def test_was_run_from_top_to_bottom(path):
+    counts = [cell.execution_count for cell in cells_of(path, "code") if cell.source.strip()]
+    assert counts == list(range(1, len(counts) + 1)), "run `make notebooks`"
+
+
+def test_holds_no_error_that_is_not_meant(path):
+    for cell in cells_of(path, "code"):
+        errors = [output.ename for output in cell.outputs if output.output_type == "error"]
+        assert not errors or "raises-exception" in tags_of(cell), errors
+
+
+def test_holds_no_noise_of_libraries(path):
+    noise = [output.text for output in outputs_of(path) if output.get("name") == "stderr"]
+    assert not noise, noise
+
+
+def test_is_in_the_stored_form(path):
+    assert "widgets" not in read(path).metadata, "GitHub may refuse to show it"
+    assert strip([path], verify=True), "run `make notebooks`"
+
+
+def test_first_cell_says_what_why_and_how_long(path):
+    first = read(path).cells[0]
+    assert first.cell_type == "markdown"
+    number = path.stem.split("_")[0]
+    assert re.match(rf"# {number} · \S", first.source)
+    for part in ("**You will**", "**You need**", "**Time"):
+        assert part in first.source, part
+    assert any(target.endswith(".ipynb") for _, _, target in MARKDOWN_LINK.findall(first.source))
+
+
+def test_ends_with_recap_exercise_next(path):
+    assert [text for level, text in headings_of(path) if level == 2][-3:] == [
+        "Recap",
+        "Exercise",
+        "Next",
+    ]
+
+
+def test_headings_do_not_skip_a_level(path):
+    levels = [level for level, _ in headings_of(path)]
+    assert levels.count(1) == 1
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+
+
+def test_parameters_cell_only_assigns_annotated_literals_with_help(path):
+    source = parameters_cell(path).source
+    for statement in ast.parse(source).body:
+        assert isinstance(statement, ast.AnnAssign), ast.unparse(statement)
+        ast.literal_eval(statement.value)
+    for line in source.splitlines():
+        assert not line.strip() or "  # " in line or line.startswith("#"), f"no help: {line}"
+
+
+def test_has_the_required_parameters(path):
+    assert parameter_names(path) >= REQUIRED_PARAMETERS
+    assert "score_threshold" in parameter_names(path) or not path.stem.startswith("05")
+
+
+def test_cell_after_the_parameters_validates_them_all(path):
+    code = cells_of(path, "code")
+    following = code[code.index(parameters_cell(path)) + 1]
+    calls = [node for node in ast.walk(ast.parse(following.source)) if isinstance(node, ast.Call)]
+    start = next(call for call in calls if getattr(call.func, "id", None) == "start")
+    assert ast.literal_eval(start.args[0]) == path.stem
+    given = {keyword.arg for keyword in start.keywords}
+    thresholds = {name for name in parameter_names(path) if name.endswith("_threshold")}
+    assert given >= REQUIRED_PARAMETERS | thresholds
+
+
+def test_saves_results(path):
+    assert any(".save_results(" in cell.source for cell in cells_of(path, "code"))
+
+
+def test_has_numbers_that_nbval_compares(path):
+    marked = [cell for cell in cells_of(path, "code") if "# NBVAL_CHECK_OUTPUT" in cell.source]
+    assert marked
+    assert all(cell.outputs for cell in marked)
+
+
+def test_panels_are_not_compared(path):
+    for cell in cells_of(path, "code"):
+        if re.search(r"(threshold_panel|LossPanel)\(", cell.source):
+            assert "nbval-ignore-output" in tags_of(cell), cell.source
+            assert "NBVAL_CHECK_OUTPUT" not in cell.source
+
+
+def test_code_cells_are_short_and_plain(path):
+    for cell in cells_of(path, "code"):
+        lines = cell.source.splitlines()
+        assert len(lines) <= MAX_CODE_LINES, cell.source
+        assert not any(re.match(r"\s*[!%]", line) for line in lines), "no shell or magic commands"
+        assert not cell.source.rstrip().endswith(";"), "assign to _ instead"
+
+
+def test_shows_no_path_of_a_machine(path):
+    texts = [cell.source for cell in read(path).cells] + list(text_outputs(path))
+    assert not [found.group(0) for text in texts for found in MACHINE_PATH.finditer(text)]
+
+
+def test_links_and_images_resolve(path):
+    for cell in cells_of(path, "markdown"):
+        for _, text, target in MARKDOWN_LINK.findall(cell.source):
+            if not re.match(r"https?://|mailto:|#|attachment:", target):
+                assert (path.parent / target.split("#")[0]).exists(), f"[{text}]({target})"
+
+
+def test_images_have_alternative_text(path):
+    for cell in cells_of(path, "markdown"):
+        assert all(text.strip() for mark, text, _ in MARKDOWN_LINK.findall(cell.source) if mark)
+        assert all(re.search(r'alt="[^"]+"', image) for image in HTML_IMAGE.findall(cell.source))
+
+
+def test_figures_have_alternative_text_and_a_printed_sentence(path):
+    for cell in cells_of(path, "code"):
+        printed = "".join(output.get("text", "") for output in cell.outputs)
+        for output in cell.outputs:
+            for kind in [kind for kind in output.get("data", {}) if kind.startswith("image/")]:
+                alt = output.metadata.get(kind, {}).get("alt")
+                assert alt, "show figures with helpers.plots.describe"
+                assert alt in printed, alt

@@ -1,0 +1,447 @@
+import json
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from peft import PeftModel
+from tiny_random import save_tiny_base, tiny_run_config, write_dataset
+from transformers import Sam3Model, TrainerCallback
+
+from helpers.adapters import add_lora
+from helpers.annotations import read_split
+from helpers.config import load_config
+from helpers.datasets import PromptCollator, PromptDataset
+from helpers.errors import InputError
+from helpers.prediction import Predictor
+from helpers.run_folder import last_checkpoint, load_run, read_history, read_run
+from helpers.run_report import checklist, report, report_text
+from helpers.sam3 import load_base
+from helpers.trainer import Sam3Trainer, training_arguments
+from helpers.training import train
+
+FILES = {
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "base.json",
+    "config.yaml",
+    "prompts.json",
+    "metrics.json",
+    "curves.csv",
+    "adapter_report.csv",
+    "environment.json",
+    "checkpoints",
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data") / "bars")
+
+
+@pytest.fixture(scope="module")
+def config(base, data_dir):
+    return tiny_run_config(base, data_dir)
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    return train(config, output_dir=tmp_path_factory.mktemp("runs") / "finished")
+
+
+def losses(history):
+    return [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+
+
+class StopAfter(TrainerCallback):
+    """Stands in for a kill: stops without a word at a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def without_objects(split):
+    return replace(split, records=tuple(replace(r, objects=()) for r in split.records))
+
+
+def test_run_folder_is_complete(finished):
+    assert {path.name for path in finished.folder.iterdir()} == FILES
+    assert load_config(finished.folder / "config.yaml") == finished.config
+    metrics = json.loads((finished.folder / "metrics.json").read_text())
+    assert metrics == finished.metrics
+    assert metrics["steps"] == 6
+    assert metrics["epochs"] == 2
+    assert metrics["objects"] == {"train": 8, "valid": 3}
+    assert {"AP50", "cgF1", "max_score_present", "max_score_absent", "loss"} <= set(
+        metrics["valid"]
+    )
+    environment = json.loads((finished.folder / "environment.json").read_text())
+    assert set(environment["packages"]) == {"torch", "transformers", "peft"}
+
+
+def test_prompts_file_says_what_was_asked(finished):
+    prompts = json.loads((finished.folder / "prompts.json").read_text())
+    assert prompts["prompts"] == {"crack": 5}
+    assert prompts["negatives"] == {"crack": 1, "joint": 6, "moss": 6, "dog": 6, "hole": 6}
+    assert prompts["negatives_per_image"] == 3
+
+
+def test_schedule_and_batches_are_those_of_the_config(finished, config):
+    rates = [entry["learning_rate"] for entry in finished.history if "loss" in entry]
+    assert len(rates) == 6  # 6 images, batch 1, accumulation 2, 2 epochs
+    assert rates[0] == 0
+    peak = config.effective_learning_rate
+    assert rates[1] == pytest.approx(peak / config.effective_warmup_steps)
+
+
+def test_every_term_is_logged_and_adds_up(finished):
+    weights = {
+        "loss_ce": 20,
+        "presence_loss": 20,
+        "loss_bbox": 5,
+        "loss_giou": 2,
+        "loss_mask": 200,
+        "loss_dice": 10,
+        "loss_semantic_seg": 20,
+        "loss_semantic_dice": 30,
+    }
+    for entry in finished.history:
+        if "loss" in entry:
+            total = sum(
+                weights[name.rpartition(".")[2]] * value
+                for name, value in entry.items()
+                if name.rpartition(".")[2] in weights
+            )
+            assert entry["loss"] == pytest.approx(total, rel=1e-5)
+            assert "aux0.loss_giou" in entry
+
+
+def test_every_module_learns(finished):
+    report_table = finished.adapter
+    assert report_table.loc["total", "B_nonzero"] == 1
+    for component in ("vision_encoder", "text_encoder", "mask_decoder"):
+        assert report_table.loc[component, "grad_norm"] > 0
+    assert report_table.loc["detr_decoder", "modules"] == 0
+    assert finished.metrics["notes"] == [] or "cgF1" in finished.metrics["notes"][0]
+
+
+def test_loss_falls(config, tmp_path):
+    longer = config.model_copy(
+        update={"scale": config.scale.model_copy(update={"num_epochs": 0.3})}
+    )
+    result = train(longer, output_dir=tmp_path / "run")
+    assert result.metrics["train_loss"]["last"] < 0.8 * result.metrics["train_loss"]["first"]
+
+
+def test_loaded_run_predicts_what_the_live_one_predicts(finished, data_dir):
+    image = data_dir / "test" / "test_0.png"
+    loaded = load_run(finished.folder)
+    raw = [Predictor(r.model, r.processor).raw(image, ["crack"])[0] for r in (finished, loaded)]
+    assert (raw[0].query_logits == raw[1].query_logits).all()
+    assert (raw[0].mask_logits == raw[1].mask_logits).all()
+    assert loaded.history == pytest.approx(finished.history)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_run_folder_is_a_plain_peft_adapter(finished, base):
+    model = PeftModel.from_pretrained(Sam3Model.from_pretrained(base), finished.folder)
+    ours = dict(finished.model.named_parameters())
+    theirs = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    assert theirs
+    for name, parameter in theirs.items():
+        torch.testing.assert_close(parameter, ours[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stop", [2, 4, 5])
+def test_resumed_run_equals_an_uninterrupted_one(config, finished, tmp_path, stop):
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(config, output_dir=folder, callbacks=[StopAfter(stop)])
+    assert not (folder / "metrics.json").exists()
+    with pytest.raises(InputError, match="interrupted"):
+        load_run(folder)
+    resumed = train(config, output_dir=folder, resume=True)
+    assert losses(resumed.history) == pytest.approx(losses(finished.history))
+    assert resumed.metrics == pytest.approx(finished.metrics)
+    ours, theirs = resumed.model.state_dict(), finished.model.state_dict()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0)
+
+
+def test_half_written_checkpoint_is_passed_over(config, finished, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(config, output_dir=folder, callbacks=[StopAfter(5)])
+    half = folder / "checkpoints" / "checkpoint-6"
+    half.mkdir()
+    (half / "trainer_state.json").write_text('{"epoch": 2.')
+    assert last_checkpoint(folder).name == "checkpoint-3"
+    resumed = train(config, output_dir=folder, resume=True)
+    assert losses(resumed.history) == pytest.approx(losses(finished.history))
+
+
+def test_equal_seeds_give_equal_runs(config, finished, tmp_path):
+    again = train(config, output_dir=tmp_path / "run")
+    assert losses(again.history) == losses(finished.history)
+
+
+def test_resuming_a_finished_run_returns_it(finished, config):
+    written = (finished.folder / "metrics.json").stat().st_mtime_ns
+    again = train(config, output_dir=finished.folder, resume=True)
+    assert again.metrics == finished.metrics
+    assert (finished.folder / "metrics.json").stat().st_mtime_ns == written
+
+
+def test_resuming_with_other_settings_is_refused(finished, base, data_dir):
+    other = tiny_run_config(base, data_dir, "training.weight_decay=0.5")
+    with pytest.raises(InputError, match=r"training\.weight_decay was 0\.01 and is 0\.5"):
+        train(other, output_dir=finished.folder, resume=True)
+
+
+def test_nothing_to_resume_is_refused(config, tmp_path):
+    with pytest.raises(InputError, match="no run to resume"):
+        train(config, output_dir=tmp_path / "none", resume=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_run_is_not_overwritten_by_accident(finished, config):
+    with pytest.raises(InputError, match="already holds a run"):
+        train(config, output_dir=finished.folder)
+
+
+def test_overwriting_removes_the_old_run_and_nothing_else(config, tmp_path):
+    folder = tmp_path / "run"
+    train(config, output_dir=folder)
+    (folder / "mine.txt").write_text("keep")
+    (folder / "checkpoints" / "checkpoint-99").mkdir()
+    train(config, output_dir=folder, overwrite=True)
+    assert (folder / "mine.txt").read_text() == "keep"
+    assert not (folder / "checkpoints" / "checkpoint-99").exists()
+
+
+def test_no_object_is_refused_unless_wanted(config, data_dir, tmp_path):
+    empty = {
+        f"{name}_split": without_objects(read_split(data_dir, folder))
+        for name, folder in (("train", "train"), ("val", "valid"))
+    }
+    with pytest.raises(InputError, match="row 1 of the cause catalogue"):
+        train(config, output_dir=tmp_path / "run", **empty)
+    assert not (tmp_path / "run").exists()
+    result = train(config, output_dir=tmp_path / "run", allow_empty=True, **empty)
+    assert result.metrics["objects"] == {"train": 0, "valid": 0}
+    assert result.metrics["best_step"] is None
+    assert "never rose above 0" in result.metrics["notes"][0]
+    assert load_run(tmp_path / "run").prompts["prompts"] == {}
+
+
+def test_early_loss_without_objects_is_the_softplus_of_the_logits(base, data_dir, tmp_path):
+    config = tiny_run_config(
+        base, data_dir, "loss.variant=early", "data.num_negatives=0", "data.prompt=object"
+    )
+    empty = {
+        f"{name}_split": without_objects(read_split(data_dir, folder))
+        for name, folder in (("train", "train"), ("val", "valid"))
+    }
+    result = train(config, output_dir=tmp_path / "run", allow_empty=True, **empty)
+    for entry in result.history:
+        if "loss" in entry:
+            assert entry["loss"] == pytest.approx(2 * entry["train_softplus_mean"], rel=1e-5)
+    assert result.prompts["negatives"] == {"object": 6}
+
+
+def test_doctored_split_is_what_is_trained_on(config, data_dir, tmp_path):
+    split = read_split(data_dir, "train")
+    half = replace(split, records=split.records[:2])
+    result = train(config, output_dir=tmp_path / "run", train_split=half)
+    assert result.metrics["objects"]["train"] == 3
+    assert result.metrics["steps"] == 2
+
+
+class FixedMetric(Sam3Trainer):
+    """Gives cgF1 in place of what was measured."""
+
+    values = ()
+
+    def evaluate(self, *args, **kwargs):
+        metrics = super().evaluate(*args, **kwargs)
+        return metrics | {"eval_selection": self.values[round(self.state.epoch) - 1]}
+
+
+@pytest.mark.parametrize(
+    ("values", "step"), [((0.5, 0.2), 3), ((0.2, 0.5), 6), ((float("nan"),) * 2, None)]
+)
+def test_best_checkpoint_is_kept(config, tmp_path, monkeypatch, values, step):
+    monkeypatch.setattr(
+        "helpers.training.Sam3Trainer", type("Fixed", (FixedMetric,), {"values": values})
+    )
+    result = train(config, output_dir=tmp_path / "run")
+    assert result.metrics["best_step"] == step
+    kept = last_checkpoint(tmp_path / "run") if step is None else None
+    kept = kept or tmp_path / "run" / "checkpoints" / f"checkpoint-{step}"
+    saved = (kept / "adapter_model.safetensors").read_bytes()
+    assert saved == (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
+    judged = [entry for entry in result.history if "eval_loss" in entry]
+    wanted = next((entry for entry in judged if entry["step"] == step), judged[-1])
+    assert result.metrics["valid"]["loss"] == wanted["eval_loss"]
+
+
+def test_validation_is_in_eval_mode_and_repeatable(config, base, data_dir, tmp_path):
+    model, processor = load_base(base)
+    peft_model = add_lora(model, config.lora)
+    settings = {"resolution": model.resolution, "mask_size": model.mask_size, "prompt": None}
+    datasets = [
+        PromptDataset(read_split(data_dir, n), processor, **settings) for n in ("train", "valid")
+    ]
+    trainer = Sam3Trainer(
+        config,
+        model=peft_model,
+        args=training_arguments(config, tmp_path),
+        train_dataset=datasets[0],
+        eval_dataset=datasets[1],
+        data_collator=PromptCollator(processor),
+    )
+    peft_model.train()
+    torch.manual_seed(0)
+    first = trainer.evaluate()
+    state = torch.get_rng_state()
+    second = trainer.evaluate()
+    assert not peft_model.training
+    assert first["eval_loss"] == second["eval_loss"]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_only_adapter_parameters_are_optimised(config, base, data_dir, tmp_path):
+    model, processor = load_base(base)
+    peft_model = add_lora(model, config.lora)
+    dataset = PromptDataset(
+        read_split(data_dir, "train"), processor, resolution=56, mask_size=model.mask_size
+    )
+    trainer = Sam3Trainer(
+        config,
+        model=peft_model,
+        args=training_arguments(config, tmp_path),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        data_collator=PromptCollator(processor),
+    )
+    optimised = {
+        id(p) for group in trainer.create_optimizer().param_groups for p in group["params"]
+    }
+    lora = {id(p) for name, p in peft_model.named_parameters() if ".lora_" in name}
+    assert optimised == lora
+
+
+def test_activation_checkpointing_gives_the_same_losses(base, data_dir, tmp_path, finished):
+    config = tiny_run_config(base, data_dir, "training.gradient_checkpointing=true")
+    result = train(config, output_dir=tmp_path / "run")
+    blocks = result.model.get_base_model().vision_encoder.backbone.layers
+    assert all(block.gradient_checkpointing for block in blocks)
+    assert losses(result.history) == pytest.approx(losses(finished.history), rel=1e-4)
+
+
+def test_bf16_on_a_cpu_trains(base, data_dir, tmp_path, finished):
+    config = tiny_run_config(base, data_dir, "training.mixed_precision=bf16")
+    result = train(config, output_dir=tmp_path / "run")
+    first, exact = losses(result.history)[0][1], losses(finished.history)[0][1]
+    assert first == pytest.approx(exact, rel=0.05)
+    assert first != exact
+    assert {p.dtype for p in result.model.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works on a GPU")
+def test_fp16_without_a_gpu_is_refused_before_anything_is_written(base, data_dir, tmp_path):
+    config = tiny_run_config(base, data_dir, "training.mixed_precision=fp16")
+    with pytest.raises(InputError, match="needs a GPU"):
+        train(config, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_workers_load_the_same_data(base, data_dir, tmp_path, finished):
+    config = tiny_run_config(base, data_dir, "training.num_workers=1")
+    result = train(config, output_dir=tmp_path / "run")
+    assert losses(result.history) == pytest.approx(losses(finished.history))
+
+
+class Failing(TrainerCallback):
+    def __init__(self, error):
+        self.error = error
+
+    def on_step_end(self, args, state, control, **kwargs):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError("no memory"),
+    ],
+)
+def test_full_memory_says_what_to_change(config, tmp_path, error):
+    with pytest.raises(InputError, match=r"out of memory at step 1.*batch_size.*checkpointing"):
+        train(config, output_dir=tmp_path / "run", callbacks=[Failing(error)])
+
+
+def test_other_runtime_errors_are_not_dressed_up(config, tmp_path):
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(config, output_dir=tmp_path / "run", callbacks=[Failing(RuntimeError("a bug"))])
+
+
+def test_loss_that_is_not_finite_names_the_image(config, tmp_path, monkeypatch):
+    def infinite(outputs, targets, variant, num_boxes):
+        return {"total": outputs["pred_logits"].sum() * float("inf")}
+
+    monkeypatch.setattr("helpers.trainer.sam3_losses", infinite)
+    with pytest.raises(InputError, match=r"train_\d.png: the loss is .*(inf|nan) at step 0"):
+        train(config, output_dir=tmp_path / "run")
+
+
+def test_warm_up_longer_than_the_run_is_noted(base, data_dir, tmp_path):
+    config = tiny_run_config(base, data_dir, "training.warmup_steps=1000", "scale.warmup_steps=1.0")
+    result = train(config, output_dir=tmp_path / "run")
+    assert any("never reached its peak" in note for note in result.metrics["notes"])
+
+
+def test_nothing_is_written_to_stdout(config, tmp_path, capfd):
+    train(config, output_dir=tmp_path / "run", progress=True)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "train" in captured.err
+
+
+def test_curves_file_is_the_log(finished):
+    history = read_history(finished.folder)
+    assert [sorted(entry) for entry in history] == [sorted(entry) for entry in finished.history]
+    table = pd.read_csv(finished.folder / "curves.csv")
+    assert table["eval_loss"].notna().sum() == 2
+
+
+def test_report_has_the_checklist_with_numbers(finished):
+    run = read_run(finished.folder)
+    rows = {row["item"]: row for row in checklist(run)}
+    assert rows["Training completed all epochs without errors"]["passed"] is True
+    assert rows["Trainable params"]["measured"].endswith("%")
+    assert rows["Final training loss"]["passed"] is None  # native weights: another scale
+    text = report_text(report(run))
+    json.dumps(report(run), allow_nan=False)
+    for part in ("vision_encoder", "checklist", "AP50", "crack"):
+        assert part in text
+
+
+def test_checklist_compares_losses_of_the_early_weights(finished):
+    run = read_run(finished.folder)
+    early = run.config.model_copy(
+        update={"loss": run.config.loss.model_copy(update={"variant": "early"})}
+    )
+    run = replace(run, config=early)
+    assert {row["item"]: row for row in checklist(run)}["Final training loss"]["passed"] is False

@@ -30,9 +30,9 @@ class Fault(NamedTuple):
     ----------
     what : str
         What was done to the copy.
-    code : str or None
-        The finding it must cause, a key of `helpers.findings.CODES`; None if no check of numbers
-        can see it.
+    codes : tuple of str
+        Findings of which it must cause at least one, keys of `helpers.findings.CODES`; empty if no
+        check of numbers can see it.
     symptom : str
         What training on such data leads to.
     plant : callable
@@ -40,7 +40,7 @@ class Fault(NamedTuple):
     """
 
     what: str
-    code: str | None
+    codes: tuple[str, ...]
     symptom: str
     plant: Callable[[Path], None]
 
@@ -222,73 +222,73 @@ def _mirror_annotations(folder):
 FAULTS = {
     "key": Fault(
         "the list of objects is called 'objects', not 'annotations'",
-        "D03_UNREADABLE",
+        ("D03_UNREADABLE",),
         "0 objects for a loader that reads missing keys as empty: scores fall to 0.000",
         _in_every_file(_rename_key),
     ),
     "empty": Fault(
         "every list of objects is empty",
-        "D01_NO_OBJECTS",
+        ("D01_NO_OBJECTS",),
         "the same: the loss is smallest for a model that says no to everything",
         _in_every_file(_remove_objects),
     ),
     "crowd": Fault(
         "iscrowd is 1 on every object",
-        "D10_ALL_CROWD",
+        ("D10_ALL_CROWD",),
         "a loader that drops crowds asks for present things as if they were absent",
         _in_every_file(_mark_as_crowd),
     ),
     "corners": Fault(
         "boxes are [x0, y0, x1, y1], not [x, y, width, height]",
-        "D22_BOX_OFF_MASK",
+        ("D22_BOX_OFF_MASK",),
         "the loss looks sane, boxes deviate, AP50 stays low",
         _in_every_file(_boxes_as_corners),
     ),
     "fractions": Fault(
         "boxes are fractions of the image, not pixels",
-        "D21_BOX_NORMALISED",
+        ("D21_BOX_NORMALISED",),
         "boxes of less than a pixel: nothing can be matched to them",
         _in_every_file(_boxes_as_fractions),
     ),
     "transposed": Fault(
         "masks were run-length encoded row by row, not column by column",
-        "D22_BOX_OFF_MASK",
+        ("D22_BOX_OFF_MASK", "D43_MASK_SIZE"),
         "masks lie mirrored at the diagonal, or have height and width swapped",
         _in_every_mask(lambda mask: mask.T),
     ),
     "half size": Fault(
         "masks were drawn on a copy of half the size",
-        "D43_MASK_SIZE",
+        ("D43_MASK_SIZE",),
         "no mask fits its image: no outline is learned",
         _in_every_mask(lambda mask: mask[::2, ::2]),
     ),
     "object": Fault(
         "every category is called 'object'",
-        "D32_NO_NOUN",
+        ("D32_NO_NOUN",),
         "trained on one word, asked for another: nothing is found",
         _in_every_file(_call_all_object),
     ),
     "spelling": Fault(
         "every second object has the plural of the first category's name",
-        "D31_SIMILAR_NAMES",
+        ("D31_SIMILAR_NAMES",),
         "one spelling is asked as absent where the other is present",
         _in_every_file(_two_spellings),
     ),
     "truncated": Fault(
         "one image file is cut off in the middle",
-        "D70_BROKEN_IMAGE",
+        ("D70_BROKEN_IMAGE",),
         "a crash in the middle of an epoch, or an image that is silently left out",
         _truncate_image,
     ),
     "leakage": Fault(
         "the training images are the validation images too",
-        "D80_LEAKAGE",
+        ("D80_LEAKAGE",),
         "validation rewards learning by heart",
         _repeat_in_valid,
     ),
     "mirrored": Fault(
         "boxes and masks are flipped left-right, the images are not",
-        None,
+        (),
         "boxes deviate, the loss does not fall far",
         _mirror_annotations,
     ),

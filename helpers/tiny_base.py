@@ -10,7 +10,7 @@ teachers (Chen et al., Group DETR, ICCV 2023).
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +55,9 @@ class Recipe:
 
     seed: int = 7
     walls: int = 9000
-    steps: int = 5500
+    steps: int = 3000
     warmup_steps: int = 200
-    decay_steps: int = 1600
+    decay_steps: int = 1000
     images: int = 8
     prompts: int = 4
     extra_groups: int = 2
@@ -65,6 +65,11 @@ class Recipe:
     weight_decay: float = 0.02
     max_grad_norm: float = 1.0
     ema_decay: float = 0.998
+
+    @property
+    def plateau_end(self) -> int:
+        """The step at which the learning rate begins to fall."""
+        return self.steps - self.decay_steps
 
 
 def make_batch(
@@ -144,11 +149,17 @@ class BaseTrainer:
         partial.replace(self._checkpoint)
 
     def resume(self) -> bool:
-        """Load the checkpoint if there is one of the same recipe; tell whether there was."""
+        """Load the checkpoint if there is one of the same recipe; tell whether there was.
+
+        Until the decay begins, a run with another number of steps is the same run so far.
+        """
         if not self._checkpoint.exists():
             return False
         state = torch.load(self._checkpoint, weights_only=True)
-        if state["recipe"] != asdict(self.recipe):
+        started, wanted = Recipe(**state["recipe"]), self.recipe
+        if state["step"] <= min(started.plateau_end, wanted.plateau_end):
+            started = replace(started, steps=wanted.steps, decay_steps=wanted.decay_steps)
+        if started != wanted:
             raise InputError(
                 "the checkpoint comes from another recipe",
                 where=str(self._checkpoint),

@@ -44,7 +44,9 @@ def choose_prompts(rng: np.random.Generator, present: Sequence[str]) -> list[str
     return here + [missing[0], unrelated_prompt(rng)][: len(here)]
 
 
-def detection_queries(predictor: Predictor, count: int) -> list[dict]:
+def detection_queries(
+    predictor: Predictor, count: int, disable_progress: bool = False
+) -> list[dict]:
     """Ask half present, half absent prompts on ``count`` held-out walls.
 
     Returns
@@ -53,9 +55,8 @@ def detection_queries(predictor: Predictor, count: int) -> list[dict]:
         See `helpers.evaluation_queries`.
     """
     queries = []
-    for index, scene in enumerate(
-        tqdm(held_out_walls(count), total=count, desc="held-out walls", unit="wall")
-    ):
+    bar = {"total": count, "unit": "wall", "disable": disable_progress}
+    for index, scene in enumerate(tqdm(held_out_walls(count), desc="held-out walls", **bar)):
         prompts = choose_prompts(np.random.default_rng((HELD_OUT_SEED, 2, index)), scene.concepts)
         for raw in predictor.raw(Image.fromarray(scene.image), list(dict.fromkeys(prompts))):
             found = detect(raw, SCORE_FLOOR)
@@ -75,16 +76,21 @@ def detection_queries(predictor: Predictor, count: int) -> list[dict]:
     return queries
 
 
-def rejection_scores(predictor: Predictor, count: int) -> dict[str, list[float]]:
+def rejection_scores(
+    predictor: Predictor, count: int, disable_progress: bool = False
+) -> dict[str, list[float]]:
     """Return, per word kept out of training, the highest score on each of ``count`` crack walls."""
     scores: dict[str, list[float]] = {noun: [] for noun in HELD_OUT_NOUNS}
-    for scene in tqdm(crack_walls(count), total=count, desc="crack walls", unit="wall"):
+    bar = {"total": count, "unit": "wall", "disable": disable_progress}
+    for scene in tqdm(crack_walls(count), desc="crack walls", **bar):
         for raw in predictor.raw(Image.fromarray(scene.image), list(HELD_OUT_NOUNS)):
             scores[raw.prompt].append(raw.max_score)
     return scores
 
 
-def score_base(predictor: Predictor, walls: int = 300, cracks: int = 100) -> dict[str, float]:
+def score_base(
+    predictor: Predictor, walls: int = 300, cracks: int = 100, disable_progress: bool = False
+) -> dict[str, float]:
     """Measure detection of known concepts and rejection of unknown words.
 
     Parameters
@@ -93,6 +99,8 @@ def score_base(predictor: Predictor, walls: int = 300, cracks: int = 100) -> dic
         Around the embedded base.
     walls, cracks : int
         Number of held-out walls, and of walls with cracks.
+    disable_progress : bool
+        True for no progress bars.
 
     Returns
     -------
@@ -102,12 +110,12 @@ def score_base(predictor: Predictor, walls: int = 300, cracks: int = 100) -> dic
         ``unknown_rejected``, the share of images on which "crack" and, over all held-out words,
         any of them scores below 0.05.
     """
-    queries = detection_queries(predictor, walls)
+    queries = detection_queries(predictor, walls, disable_progress)
     sweep = threshold_sweep(queries, [SCORE_THRESHOLD]).iloc[0]
     concept = cgf1(queries, SCORE_THRESHOLD)
     rejected = {
         n: float(np.mean(np.array(s) < REJECTED_BELOW))
-        for n, s in rejection_scores(predictor, cracks).items()
+        for n, s in rejection_scores(predictor, cracks, disable_progress).items()
     }
     return {
         "walls": walls,

@@ -1,7 +1,12 @@
+from pathlib import Path
+
 import pytest
 
 from helpers.errors import InputError
-from helpers.prompt_scores import prompt_scores
+from helpers.evaluation import union_iou
+from helpers.prediction import Prediction
+from helpers.prompt_scores import as_queries, prompt_scores
+from helpers.records import ImageRecord, ObjectAnnotation
 
 RLE = {"size": [4, 4], "counts": "02>"}
 
@@ -40,3 +45,27 @@ def test_a_score_at_the_threshold_reaches_it():
 def test_refuses_what_has_no_answer(queries, threshold):
     with pytest.raises(InputError):
         prompt_scores(queries, threshold)
+
+
+def test_predictions_become_queries_of_their_own_image():
+    objects = (
+        ObjectAnnotation("crack", (0, 0, 1, 2), RLE),
+        ObjectAnnotation("x", (0, 0, 1, 1), None),
+    )
+    records = [
+        ImageRecord("a", Path("a.png"), 4, 4, ()),
+        ImageRecord("b", Path("b.png"), 4, 4, objects),
+    ]
+    found = [{"score": 0.7, "box_xyxy": [0, 0, 1, 2], "mask_rle": RLE}]
+    predictions = [
+        Prediction(name, "object", 4, 4, 0.8, 0.9, 0.72, one)
+        for name, one in (("b.png", found), ("a.png", []))
+    ]
+    queries = as_queries(predictions, records)
+    assert [query["image_id"] for query in queries] == ["b", "a"]
+    assert [len(query["gt"]) for query in queries] == [1, 0]
+    assert union_iou(queries, 0.5) == 1.0
+    assert union_iou(queries, 0.8) == 0.0
+    assert prompt_scores(queries, 0.3).loc[("object", "present"), "max score"] == 0.72
+    with pytest.raises(InputError, match="no record of this image"):
+        as_queries(predictions, records[:1])

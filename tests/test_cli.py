@@ -1,0 +1,482 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+from tiny_random import RESOLUTION, save_tiny_base, tiny_run_config, write_dataset
+
+from helpers.__main__ import main
+from helpers.config import load_config
+from helpers.paths import ROOT
+from helpers.training import train
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data") / "bars")
+
+
+@pytest.fixture(scope="module")
+def config_file(base, data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("config")
+    output = f"output.output_dir={folder / 'run'}"
+    return tiny_run_config(base, data_dir, output).save(folder / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def run(config_file):
+    return train(load_config(config_file)).folder
+
+
+@pytest.fixture
+def data_copy(data_dir, tmp_path):
+    return shutil.copytree(data_dir, tmp_path / "copy")
+
+
+def call(capfd, *arguments):
+    """Run a command; return status, stdout and stderr."""
+    capfd.readouterr()
+    status = main([str(argument) for argument in arguments])
+    captured = capfd.readouterr()
+    return status, captured.out, captured.err
+
+
+def refused(capfd, *arguments, naming):
+    """Run a command that has to fail with one clear message."""
+    status, out, err = call(capfd, *arguments)
+    assert status == 2
+    assert out == ""
+    assert "Traceback" not in err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert str(naming) in errors[0]
+    return errors[0]
+
+
+def edit_annotations(data_dir, split, edit):
+    path = data_dir / split / "_annotations.coco.json"
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def test_help_is_fast_and_documents_the_exit_statuses():
+    script = (
+        "import sys\n"
+        "from helpers.__main__ import main\n"
+        "try:\n"
+        "    main(['--help'])\n"
+        "except SystemExit as stop:\n"
+        "    assert stop.code == 0\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    for part in ("exit status", "130", "unusable input", "check", "predict", "report"):
+        assert part in done.stdout
+
+
+@pytest.mark.parametrize("command", ["check", "train", "predict", "evaluate", "report"])
+def test_every_command_has_help(capfd, command):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "exit status" in capfd.readouterr().out
+
+
+def test_check_a_good_dataset(capfd, data_dir):
+    status, out, _ = call(capfd, "check", data_dir, "--json")
+    content = json.loads(out)
+    assert status == 0
+    assert content["ok"] is True
+    assert set(content) == {"ok", "findings", "counts"}
+    assert content["counts"]["train"]["objects_after_collate"] == 8
+    status, out, _ = call(capfd, "check", data_dir)
+    assert status == 0
+    assert "ok" in out
+
+
+def test_check_a_bad_dataset_has_status_1(capfd, data_copy):
+    edit_annotations(
+        data_copy, "train", lambda c: c["annotations"][0].update(bbox=[50, 30, 40, 40])
+    )
+    status, out, _ = call(capfd, "check", data_copy, "--json")
+    content = json.loads(out)
+    assert status == 1
+    assert content["ok"] is False
+    assert set(content["findings"][0]) == {"code", "severity", "where", "message", "fix"}
+
+
+def test_train_predict_report_as_one_story(capfd, config_file, data_dir, tmp_path):
+    folder = tmp_path / "run"
+    arguments = ("train", "--config", config_file, "--output", folder, "--data", data_dir)
+    status, out, _ = call(capfd, *arguments, "--set", "training.seed=3", "--json")
+    assert status == 0
+    assert json.loads(out)["metrics"]["steps"] == 6
+    assert load_config(folder / "config.yaml").training.seed == 3
+    refused(capfd, *arguments, naming="already holds a run")
+    status, out, _ = call(capfd, *arguments, "--set", "training.seed=3", "--resume")
+    assert status == 0
+    assert "checklist" in out
+    status, out, _ = call(capfd, "report", "--adapter", folder)
+    assert status == 0
+    assert "vision_encoder" in out
+
+
+def test_predict_prints_the_documented_json(capfd, run, data_dir, tmp_path):
+    image, picture = data_dir / "test" / "test_0.png", tmp_path / "out.png"
+    status, out, err = call(
+        capfd,
+        *("predict", "--adapter", run, "--image", image, "--prompt", "crack", "--prompt", "dog"),
+        *("--threshold", "0.0001", "--output", picture, "--json"),
+    )
+    assert status == 0
+    content = json.loads(out)
+    assert [entry["prompt"] for entry in content] == ["crack", "dog"]
+    assert content[0]["image"] == str(image)
+    assert set(content[0]) == {
+        "image",
+        "prompt",
+        "presence_prob",
+        "max_query_prob",
+        "max_score",
+        "detections",
+    }
+    found = content[0]["detections"][0]
+    assert set(found) == {"score", "box_xyxy", "mask_rle"}
+    assert found["score"] == content[0]["max_score"]
+    assert coco_mask.decode(found["mask_rle"]).shape == (40, 60)
+    assert Image.open(picture).size[0] > 100
+
+
+def test_predict_warns_of_prompts_that_were_never_trained(capfd, run, data_dir):
+    image = data_dir / "test" / "test_0.png"
+    common = ("predict", "--adapter", run, "--image", image, "--json")
+    status, out, err = call(capfd, *common, "--prompt", "cracks", "--prompt", "Dog")
+    assert status == 0
+    assert len(json.loads(out)) == 2
+    assert "'cracks' was never asked in training; the closest trained prompt is 'crack'" in err
+    assert "'Dog'" not in err
+
+
+def test_predict_finds_the_run_of_a_config(capfd, run, config_file, data_dir):
+    image = data_dir / "test" / "test_0.png"
+    common = ("--image", image, "--prompt", "crack", "--json")
+    by_config = call(capfd, "predict", "--config", config_file, *common)
+    by_folder = call(capfd, "predict", "--adapter", run, *common)
+    assert by_config[0] == 0
+    assert by_config[1] == by_folder[1]
+
+
+def test_predict_without_adapter_asks_the_base(capfd, run, base, data_dir):
+    image = data_dir / "test" / "test_0.png"
+    common = ("--image", image, "--prompt", "crack", "--threshold", "0", "--json")
+    alone = call(capfd, "predict", "--base", base, *common)
+    tuned = call(capfd, "predict", "--adapter", run, *common)
+    assert alone[0] == 0
+    assert json.loads(alone[1])[0]["max_score"] != json.loads(tuned[1])[0]["max_score"]
+
+
+def test_predict_reads_a_bare_peft_adapter(capfd, run, data_dir, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "base.json"):
+        shutil.copy(run / name, bare / name)
+    image = data_dir / "test" / "test_0.png"
+    common = ("--image", image, "--prompt", "crack", "--json")
+    outs = [call(capfd, "predict", "--adapter", folder, *common)[1] for folder in (bare, run)]
+    assert outs[0] == outs[1]
+
+
+def test_predict_promptless_says_what_to_expect(capfd, run, data_dir):
+    image = data_dir / "test" / "test_0.png"
+    status, out, err = call(capfd, "predict", "--adapter", run, "--image", image, "--json")
+    assert status == 0
+    assert json.loads(out)[0]["prompt"] == "object"
+    assert "no prompt given" in err
+    assert "0.0001" in err
+
+
+def test_predict_takes_folders_and_names_pictures_after_images(capfd, run, data_dir, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("test_0.png", "test_1.png"):
+        shutil.copy(data_dir / "test" / name, images / name)
+    arguments = ("predict", "--adapter", run, "--image", images, "--prompt", "crack", "--json")
+    status, out, _ = call(capfd, *arguments, "--output", tmp_path / "o.png")
+    assert status == 0
+    assert len(json.loads(out)) == 2
+    assert (tmp_path / "o_test_0.png").is_file()
+    assert (tmp_path / "o_test_1.png").is_file()
+
+
+def test_evaluate_prints_the_documented_json(capfd, run, data_dir):
+    arguments = ("evaluate", "--adapter", run, "--data", data_dir, "--split", "test")
+    status, out, _ = call(capfd, *arguments, "--json")
+    assert status == 0
+    names = {"AP", "AP50", "AP75", "cgF1", "pmF1", "IL_MCC", "union_iou"}
+    names |= {"max_score_present", "max_score_absent"}
+    assert names <= set(json.loads(out))
+    status, out, _ = call(capfd, *arguments)
+    assert status == 0
+    assert "union_iou" in out
+
+
+def test_evaluate_a_split_without_objects_has_status_1(capfd, run, data_copy):
+    edit_annotations(data_copy, "test", lambda content: content.update(annotations=[]))
+    status, out, _ = call(capfd, "evaluate", "--adapter", run, "--data", data_copy, "--json")
+    assert status == 1
+    assert json.loads(out)["AP"] is None
+
+
+# -- unusable data ---------------------------------------------------------------------------
+
+
+def missing_folder(data):
+    shutil.rmtree(data)
+
+
+def empty_folder(data):
+    shutil.rmtree(data)
+    data.mkdir()
+
+
+def truncated_json(data):
+    path = data / "train" / "_annotations.coco.json"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def corrupt_image(data):
+    (data / "train" / "train_0.png").write_bytes(b"no picture")
+
+
+def box_outside(data):
+    edit_annotations(data, "train", lambda c: c["annotations"][0].update(bbox=[50, 30, 40, 40]))
+
+
+def nameless_category(data):
+    edit_annotations(data, "train", lambda c: c["categories"][0].update(name=""))
+
+
+FAULTS = {
+    missing_folder: "no such folder",
+    empty_folder: "holds no split",
+    truncated_json: "_annotations.coco.json",
+    corrupt_image: "train_0.png",
+    box_outside: "box",
+    nameless_category: "name",
+}
+
+
+@pytest.mark.parametrize("spoil", FAULTS, ids=lambda spoil: spoil.__name__)
+def test_train_refuses_bad_data_and_writes_nothing(capfd, config_file, data_copy, tmp_path, spoil):
+    spoil(data_copy)
+    folder = tmp_path / "run"
+    arguments = ("train", "--config", config_file, "--data", data_copy, "--output", folder)
+    refused(capfd, *arguments, naming=FAULTS[spoil])
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("spoil", FAULTS, ids=lambda spoil: spoil.__name__)
+def test_check_reports_bad_data(capfd, data_copy, spoil):
+    spoil(data_copy)
+    if spoil in (missing_folder, empty_folder):
+        refused(capfd, "check", data_copy, "--json", naming=FAULTS[spoil])
+        return
+    status, out, err = call(capfd, "check", data_copy, "--json")
+    assert status == 1
+    assert "Traceback" not in err
+    first = json.loads(out)["findings"][0]
+    assert FAULTS[spoil] in f"{first['where']} {first['message']}"
+
+
+def test_predict_refuses_bad_images(capfd, run, tmp_path):
+    picture = tmp_path / "out.png"
+    common = ("--prompt", "crack", "--output", picture)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    for image, part in (
+        ("nothing.png", "no such image"),
+        ("empty", "holds no image"),
+        ("bad.jpg", "no readable image"),
+    ):
+        refused(
+            capfd, "predict", "--adapter", run, "--image", tmp_path / image, *common, naming=part
+        )
+    assert not picture.exists()
+
+
+def test_corrupt_image_among_good_ones_leaves_no_picture(capfd, run, data_dir, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    shutil.copy(data_dir / "test" / "test_0.png", images / "a.png")
+    (images / "b.png").write_bytes(b"no picture")
+    arguments = ("predict", "--adapter", run, "--image", images, "--prompt", "crack")
+    refused(capfd, *arguments, "--output", tmp_path / "o.png", naming="b.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--prompt", ""), "prompt"),
+        (("--prompt", "crack", "--threshold", "1.5"), "threshold"),
+        (("--prompt", "crack", "--threshold", "nan"), "threshold"),
+        (("--prompt", "crack", "--mask-threshold", "-1"), "mask_threshold"),
+        (("--prompt", "crack", "--output", "out.xyz"), ".xyz"),
+    ],
+)
+def test_predict_refuses_impossible_values(
+    capfd, run, data_dir, tmp_path, monkeypatch, arguments, part
+):
+    monkeypatch.chdir(tmp_path)
+    image = data_dir / "test" / "test_0.png"
+    refused(capfd, "predict", "--adapter", run, "--image", image, *arguments, naming=part)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_predict_does_not_draw_over_its_image(capfd, run, data_dir, tmp_path):
+    image = shutil.copy(data_dir / "test" / "test_0.png", tmp_path / "mine.png")
+    before = image.read_bytes()
+    arguments = ("predict", "--adapter", run, "--image", image, "--prompt", "crack")
+    refused(capfd, *arguments, "--output", image, naming="overwrite")
+    assert image.read_bytes() == before
+
+
+# -- unusable adapters -----------------------------------------------------------------------
+
+
+def test_adapter_folders_that_are_none(capfd, run, config_file, data_dir, tmp_path):
+    image = data_dir / "test" / "test_0.png"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "interrupted").mkdir()
+    shutil.copy(run / "config.yaml", tmp_path / "interrupted")
+    for folder, part in (
+        ("nothing", "no such folder"),
+        ("empty", "metrics.json"),
+        ("interrupted", "--resume"),
+    ):
+        for command in (
+            ("predict", "--image", image, "--prompt", "crack"),
+            ("evaluate", "--data", data_dir),
+            ("report",),
+        ):
+            refused(capfd, *command, "--adapter", tmp_path / folder, naming=part)
+
+
+def test_adapter_of_another_model_is_refused(capfd, run, data_dir, tmp_path):
+    other = save_tiny_base(tmp_path / "other", seed=1)
+    image = data_dir / "test" / "test_0.png"
+    common = ("--adapter", run, "--base", other)
+    refused(capfd, "predict", "--image", image, "--prompt", "crack", *common, naming="another base")
+    refused(capfd, "evaluate", "--data", data_dir, *common, naming="another base")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "base.json",
+        "prompts.json",
+        "metrics.json",
+        "config.yaml",
+    ],
+)
+def test_damaged_run_is_refused_by_file(capfd, run, data_dir, tmp_path, name):
+    copied = shutil.copytree(run, tmp_path / "run")
+    (copied / name).write_bytes((copied / name).read_bytes()[:40])
+    image = data_dir / "test" / "test_0.png"
+    arguments = ("predict", "--adapter", copied, "--image", image, "--prompt", "crack")
+    refused(capfd, *arguments, naming=name)
+
+
+def test_resuming_from_a_run_of_another_base_is_refused(capfd, run, base, config_file, tmp_path):
+    copied = shutil.copytree(run, tmp_path / "run")
+    (copied / "metrics.json").unlink()
+    other = save_tiny_base(tmp_path / "other", seed=1)
+    arguments = ("train", "--config", config_file, "--output", copied, "--resume")
+    refused(capfd, *arguments, "--set", f"model.name={other}", naming="model.name was")
+
+
+# -- unusable settings -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "part"),
+    [
+        ("training.epochs=3", "num_epochs"),
+        ("training.num_epochs=0", "num_epochs"),
+        ("training.num_epochs=many", "num_epochs"),
+        ("nonsense", "section.key=value"),
+        ("lora.target_modules=[qkv]", "qkv"),
+        (f"model.resolution={RESOLUTION + 1}", "resolution"),
+        ("model.name=data/no_such_base", "no such folder"),
+        ("data.train_split=training", "training"),
+    ],
+)
+def test_train_refuses_bad_settings_and_writes_nothing(capfd, config_file, tmp_path, setting, part):
+    folder = tmp_path / "run"
+    arguments = ("train", "--config", config_file, "--output", folder, "--set", setting)
+    refused(capfd, *arguments, naming=part)
+    assert not folder.exists()
+
+
+def test_gated_base_says_that_the_tiny_profile_needs_no_access(capfd, config_file, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    arguments = ("train", "--config", config_file, "--set", "model.name=facebook/no-such-model")
+    line = refused(capfd, *arguments, "--overwrite", naming="facebook/no-such-model")
+    assert "tiny" in line
+
+
+def test_adapter_and_config_exclude_each_other(run, config_file, data_dir):
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "--adapter", str(run), "--config", str(config_file)])
+    assert stop.value.code == 2
+
+
+def test_ctrl_c_is_no_traceback(capfd, monkeypatch, data_dir):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("helpers.data_checks.check_dataset", interrupt)
+    status, out, err = call(capfd, "check", data_dir)
+    assert (status, out) == (130, "")
+    assert err.strip().endswith("interrupted")
+
+
+def test_libraries_that_print_do_not_reach_stdout(capfd, monkeypatch, data_dir):
+    from helpers.data_checks import check_dataset
+
+    def chatty(*args, **kwargs):
+        print("loading annotations into memory...")
+        return check_dataset(*args, **kwargs)
+
+    monkeypatch.setattr("helpers.data_checks.check_dataset", chatty)
+    _, out, err = call(capfd, "check", data_dir, "--json")
+    json.loads(out)
+    assert "loading annotations" in err
+
+
+def test_module_runs_as_a_command(data_dir):
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers", "check", str(data_dir / "nothing"), "--json"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert np.char.count(done.stderr, "\n") == 1

@@ -93,7 +93,7 @@ def targets_figure(batch, image_processor, columns=MAX_COLUMNS):
         (
             target_picture(batch, row, image_processor),
             (),
-            f"{query['image_id']}\n{describe_target(batch, row)}",
+            f"{query['image_id']}: {describe_target(batch, row)}",
         )
         for row, query in enumerate(batch["queries"])
     ]
@@ -126,14 +126,15 @@ class BrowsePanel:
         self.image = widgets.SelectionSlider(
             options=list(self._rows), description="image", continuous_update=False, **_WIDE
         )
-        self.prompt = widgets.Dropdown(description="prompt", **_WIDE)
+        first = next(iter(self._rows.values()))
+        self.prompt = widgets.Dropdown(options=list(first), description="prompt", **_WIDE)
         self.readout, self.picture = widgets.Label(), widgets.HTML()
         self.widget = widgets.VBox([self.image, self.prompt, self.readout, self.picture])
         self.image.observe(self._offer_prompts, names="value")
         self.prompt.observe(self._draw, names="value")
-        self._offer_prompts()
+        self._draw()
 
-    def _offer_prompts(self, _change=None):
+    def _offer_prompts(self, _change):
         self.prompt.options = list(self._rows[self.image.value])
         self._draw()  # the first prompt may be the same word as before, which is no change
 

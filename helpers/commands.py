@@ -188,12 +188,12 @@ def load_model(args):
     if args.config is not None:
         folder = load_config(args.config, profile=args.profile).output.output_dir
     if folder is None:
-        model, processor = _base(args)
-        run, name = None, f"base {model.name_or_path}"
+        model, processor, name = _base(args)
+        run, name = None, f"base {name}"
     elif _is_bare_adapter(resolve(folder)):
         from helpers.adapters import load_adapter
 
-        model, processor = _base(args, adapter=resolve(folder))
+        model, processor, _ = _base(args, adapter=resolve(folder))
         model, run, name = load_adapter(model, resolve(folder)), None, str(folder)
     else:
         run = load_run(folder, base=args.base)
@@ -211,21 +211,22 @@ def _is_bare_adapter(folder):
 
 
 def _base(args, adapter=None):
-    """Load the base that the arguments name, or the one an adapter says it was made for."""
+    """Load the base that the arguments name, or that an adapter was made for; also its name."""
     from helpers.adapters import BASE_FILE
     from helpers.config import load_config
     from helpers.files import read_json
     from helpers.sam3 import load_base
 
     if args.base is not None:
-        return load_base(args.base)
-    if args.profile is None and adapter is not None and (adapter / BASE_FILE).is_file():
+        name, settings = args.base, {}
+    elif args.profile is None and adapter is not None and (adapter / BASE_FILE).is_file():
         made_for = read_json(adapter / BASE_FILE, fix="name the base with --base")
-        return load_base(
-            made_for["name"], revision=made_for["revision"], resolution=made_for["resolution"]
-        )
-    settings = load_config(DEFAULT_CONFIG, profile=args.profile or "tiny").model
-    return load_base(settings.name, revision=settings.revision, resolution=settings.resolution)
+        name = str(made_for.get("name"))
+        settings = {key: made_for.get(key) for key in ("revision", "resolution")}
+    else:
+        settings = load_config(DEFAULT_CONFIG, profile=args.profile or "tiny").model.model_dump()
+        name = settings.pop("name")
+    return *load_base(name, **settings), name
 
 
 def _image_files(paths):

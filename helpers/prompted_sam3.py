@@ -195,7 +195,8 @@ def repeat_vision_embeds(vision_embeds, image_index, num_prompts):
         image_index = torch.zeros(num_prompts, dtype=torch.long)
     if len(image_index) != num_prompts or int(image_index.max()) >= num_images:
         raise ValueError(
-            f"image_index {image_index.tolist()} does not pair {num_prompts} prompts with {num_images} images"
+            f"image_index {image_index.tolist()} does not pair {num_prompts} prompts with "
+            f"{num_images} images"
         )
     index = image_index.to(features[0].device)
     positions = vision_embeds.fpn_position_encoding

@@ -88,19 +88,17 @@ def rejection_scores(
     return scores
 
 
-def score_base(
-    predictor: Predictor, walls: int = 300, cracks: int = 100, disable_progress: bool = False
+def summarise_scores(
+    queries: Sequence[dict], rejections: dict[str, Sequence[float]]
 ) -> dict[str, float]:
-    """Measure detection of known concepts and rejection of unknown words.
+    """Put detection of known concepts and rejection of unknown words into numbers.
 
     Parameters
     ----------
-    predictor : helpers.prediction.Predictor
-        Around the embedded base.
-    walls, cracks : int
-        Number of held-out walls, and of walls with cracks.
-    disable_progress : bool
-        True for no progress bars.
+    queries : sequence of dict
+        From `detection_queries`.
+    rejections : dict of str to sequence of float
+        From `rejection_scores`.
 
     Returns
     -------
@@ -110,15 +108,11 @@ def score_base(
         ``unknown_rejected``, the share of images on which "crack" and, over all held-out words,
         any of them scores below 0.05.
     """
-    queries = detection_queries(predictor, walls, disable_progress)
     sweep = threshold_sweep(queries, [SCORE_THRESHOLD]).iloc[0]
     concept = cgf1(queries, SCORE_THRESHOLD)
-    rejected = {
-        n: float(np.mean(np.array(s) < REJECTED_BELOW))
-        for n, s in rejection_scores(predictor, cracks, disable_progress).items()
-    }
+    rejected = {n: float(np.mean(np.array(s) < REJECTED_BELOW)) for n, s in rejections.items()}
     return {
-        "walls": walls,
+        "walls": len({query["image_id"] for query in queries}),
         "prompts": len(queries),
         "f1": float(sweep["f1"]),
         "precision": float(sweep["precision"]),
@@ -126,12 +120,32 @@ def score_base(
         "IL_MCC": concept["IL_MCC"],
         "cgF1": concept["cgF1"],
         "AP50": coco_ap(queries)["AP50"],
-        "crack_walls": cracks,
+        "crack_walls": len(rejections["crack"]),
         "crack_rejected": rejected["crack"],
         "unknown_rejected": float(np.mean(list(rejected.values()))),
         "least_rejected_word": min(rejected, key=rejected.get),
         "least_rejected_share": min(rejected.values()),
     }
+
+
+def score_base(predictor: Predictor, walls: int = 300, cracks: int = 100) -> dict[str, float]:
+    """Measure the base as its record states it.
+
+    Parameters
+    ----------
+    predictor : helpers.prediction.Predictor
+        Around the embedded base.
+    walls, cracks : int
+        Number of held-out walls, and of walls with cracks.
+
+    Returns
+    -------
+    dict of str to float
+        See `summarise_scores`.
+    """
+    return summarise_scores(
+        detection_queries(predictor, walls), rejection_scores(predictor, cracks)
+    )
 
 
 def _rle(mask: np.ndarray) -> dict:

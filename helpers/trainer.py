@@ -59,6 +59,7 @@ def training_arguments(config, folder):
             adam_beta2=training.adam_beta2,
             adam_epsilon=training.adam_epsilon,
             max_grad_norm=training.max_grad_norm,
+            use_cpu=not torch.accelerator.is_available(),
             bf16=training.mixed_precision == "bf16",
             fp16=training.mixed_precision == "fp16",
             dataloader_num_workers=training.num_workers,

@@ -59,9 +59,12 @@ class CurvesFile(TrainerCallback):
         self.write(state)
 
     def write(self, state):
-        """Replace the file."""
+        """Replace the file; its columns have one order, resumed or not."""
         if state.is_world_process_zero:
-            write_text(self.path, pd.DataFrame(state.log_history).to_csv(index=False))
+            table = pd.DataFrame(state.log_history)
+            first = [name for name in ("step", "epoch", "loss", "eval_loss") if name in table]
+            names = [*first, *sorted(set(table) - set(first))]
+            write_text(self.path, table[names].to_csv(index=False))
 
 
 class ProgressBar(TrainerCallback):

@@ -45,7 +45,11 @@ HELD_OUT_NOUNS: tuple[str, ...] = tuple(
     basin pebble helmet laptop sandal trolley wallet cactus violet puddle canoe scooter
     """.split()
 )
-"""Nouns kept out of training, "crack" first: the base has to reject them all unseen."""
+"""Nouns kept out of the word list, "crack" first: the base has to reject them all.
+
+"crack" never occurs in training, not even inside a made-up word. Of the others one turned up as a
+made-up word in the shipped run: "dog", once in 96,000 prompts (counted by drawing them all again).
+"""
 
 MAX_TEXT_TOKENS = 32
 """What `Sam3Processor` pads every prompt to."""

@@ -15,7 +15,7 @@ from helpers.datasets import PromptCollator, PromptDataset
 from helpers.errors import InputError
 from helpers.prediction import Predictor
 from helpers.run_folder import last_checkpoint, load_run, read_history, read_run
-from helpers.run_report import checklist, report, report_text
+from helpers.run_report import report, report_text
 from helpers.sam3 import load_base
 from helpers.trainer import Sam3Trainer, training_arguments
 from helpers.training import train
@@ -55,7 +55,7 @@ def finished(config, tmp_path_factory):
 
 
 def losses(history):
-    return [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
 class StopAfter(TrainerCallback):
@@ -80,7 +80,7 @@ def test_run_folder_is_complete(finished):
     assert metrics == finished.metrics
     assert metrics["steps"] == 6
     assert metrics["epochs"] == 2
-    assert metrics["objects"] == {"train": 8, "valid": 3}
+    assert metrics["objects"] == {"train": 7, "valid": 3}
     assert {"AP50", "cgF1", "max_score_present", "max_score_absent", "loss"} <= set(
         metrics["valid"]
     )
@@ -148,7 +148,6 @@ def test_loaded_run_predicts_what_the_live_one_predicts(finished, data_dir):
     raw = [Predictor(r.model, r.processor).raw(image, ["crack"])[0] for r in (finished, loaded)]
     assert (raw[0].query_logits == raw[1].query_logits).all()
     assert (raw[0].mask_logits == raw[1].mask_logits).all()
-    assert loaded.history == pytest.approx(finished.history)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -171,7 +170,7 @@ def test_resumed_run_equals_an_uninterrupted_one(config, finished, tmp_path, sto
         load_run(folder)
     resumed = train(config, output_dir=folder, resume=True)
     assert losses(resumed.history) == pytest.approx(losses(finished.history))
-    assert resumed.metrics == pytest.approx(finished.metrics)
+    assert resumed.metrics == finished.metrics
     ours, theirs = resumed.model.state_dict(), finished.model.state_dict()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0)
@@ -351,7 +350,7 @@ def test_activation_checkpointing_gives_the_same_losses(base, data_dir, tmp_path
 def test_bf16_on_a_cpu_trains(base, data_dir, tmp_path, finished):
     config = tiny_run_config(base, data_dir, "training.mixed_precision=bf16")
     result = train(config, output_dir=tmp_path / "run")
-    first, exact = losses(result.history)[0][1], losses(finished.history)[0][1]
+    first, exact = losses(result.history)[1], losses(finished.history)[1]
     assert first == pytest.approx(exact, rel=0.05)
     assert first != exact
     assert {p.dtype for p in result.model.parameters() if p.requires_grad} == {torch.float32}
@@ -421,27 +420,18 @@ def test_nothing_is_written_to_stdout(config, tmp_path, capfd):
 
 def test_curves_file_is_the_log(finished):
     history = read_history(finished.folder)
-    assert [sorted(entry) for entry in history] == [sorted(entry) for entry in finished.history]
+    assert len(history) == len(finished.history)
+    for read, logged in zip(history, finished.history, strict=True):
+        assert read == pytest.approx(logged)
     table = pd.read_csv(finished.folder / "curves.csv")
+    assert list(table)[:4] == ["step", "epoch", "loss", "eval_loss"]
     assert table["eval_loss"].notna().sum() == 2
 
 
-def test_report_has_the_checklist_with_numbers(finished):
-    run = read_run(finished.folder)
-    rows = {row["item"]: row for row in checklist(run)}
-    assert rows["Training completed all epochs without errors"]["passed"] is True
-    assert rows["Trainable params"]["measured"].endswith("%")
-    assert rows["Final training loss"]["passed"] is None  # native weights: another scale
-    text = report_text(report(run))
-    json.dumps(report(run), allow_nan=False)
-    for part in ("vision_encoder", "checklist", "AP50", "crack"):
+def test_report_has_everything_in_both_forms(finished):
+    content = report(read_run(finished.folder))
+    assert json.loads(json.dumps(content, allow_nan=False)) == content
+    assert len(content["checklist"]) > 5
+    text = report_text(content)
+    for part in ("vision_encoder", "checklist", "AP50", "crack", "2 of 2 epochs"):
         assert part in text
-
-
-def test_checklist_compares_losses_of_the_early_weights(finished):
-    run = read_run(finished.folder)
-    early = run.config.model_copy(
-        update={"loss": run.config.loss.model_copy(update={"variant": "early"})}
-    )
-    run = replace(run, config=early)
-    assert {row["item"]: row for row in checklist(run)}["Final training loss"]["passed"] is False

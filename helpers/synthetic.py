@@ -234,13 +234,13 @@ def _crack_path(
         heading = straight + 0.6 * (heading - straight) + rng.normal(0, 0.42)
         nxt = point + rng.uniform(7, 13) * np.array([np.cos(heading), np.sin(heading)])
         narrowing = 1 - 0.55 * step / steps
-        segments.append((point, nxt, max(3.0, width * narrowing * rng.uniform(0.75, 1.25))))
+        segments.append((point, nxt, max(4.0, width * narrowing * rng.uniform(0.75, 1.25))))
         point = nxt
     return segments
 
 
 def _paint_crack(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    heading, width = rng.uniform(0, 2 * np.pi), rng.uniform(6.5, 12.5)
+    heading, width = rng.uniform(0, 2 * np.pi), rng.uniform(8.5, 14.5)
     steps = int(rng.integers(11, 22))
     start = (
         RENDER_SIZE / 2

@@ -95,7 +95,8 @@ def check_dataset(
             absent = counts[name]["absent_queries"]
             findings += check_prompts(split, absent, num_negatives, negative_prompts)
     findings += check_splits_agree(splits) + check_leakage(splits, digests)
-    order = list(CODES)
+    # Lost objects are what other errors lead to, so the causes come first.
+    order = sorted(CODES, key=lambda code: (code == "D02_OBJECTS_LOST", code))
     findings.sort(key=lambda f: (SEVERITIES.index(f.severity), order.index(f.code)))
     return Report(resolve(data_dir), tuple(findings), counts)
 

@@ -206,10 +206,26 @@ class PromptCollator:
         """
         batch = join_queries(items)
         prompts = [query["prompt"] for query in batch["queries"]]
-        return {**batch, **self._tokenize(prompts)}
+        return {**batch, **self.tokenize(prompts)}
 
-    def _tokenize(self, prompts):
-        """Return ``input_ids`` and ``attention_mask``, refusing what SAM3 would cut silently."""
+    def tokenize(self, prompts):
+        """Turn prompts into token ids, refusing what SAM3 would cut silently.
+
+        Parameters
+        ----------
+        prompts : sequence of str
+            B prompts.
+
+        Returns
+        -------
+        dict of str to torch.Tensor
+            ``input_ids`` and ``attention_mask``, int64 ``(B, 32)``.
+
+        Raises
+        ------
+        InputError
+            If a prompt is longer than 32 tokens.
+        """
         tokens = self.processor.tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS)
         for prompt, ids in zip(prompts, tokens["input_ids"], strict=True):
             if len(ids) > MAX_TOKENS:

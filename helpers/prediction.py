@@ -78,7 +78,7 @@ class Predictor:
 
     def __init__(self, model, processor):
         self.model, self.processor = model.eval(), processor
-        self.tokenize = PromptCollator(processor)._tokenize
+        self.tokenize = PromptCollator(processor).tokenize
 
     @torch.no_grad()
     def raw(self, image, prompts, name=None):

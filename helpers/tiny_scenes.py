@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from helpers.synthetic import BASE_CONCEPTS, RENDER_SIZE, Scene, draw_concepts, render_scene
+from helpers.painters import RENDER_SIZE
+from helpers.synthetic import BASE_CONCEPTS, Scene, draw_concepts, render_scene
 from helpers.tiny_model import IMAGE_SIZE, MASK_SIZE
 from helpers.vocabulary import ABSENT_NOUNS, plural
 

@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from helpers.painters import RENDER_SIZE
 from helpers.paths import WALL_CRACKS
-from helpers.synthetic import BASE_CONCEPTS, RENDER_SIZE, Scene, draw_concepts, render_scene
+from helpers.synthetic import BASE_CONCEPTS, Scene, draw_concepts, render_scene
 
 SPLITS = {"train": 64, "valid": 24, "test": 32}
 CATEGORY = {"id": 1, "name": "crack", "supercategory": "defect"}

@@ -283,8 +283,7 @@ def test_train_refuses_bad_data_and_writes_nothing(capfd, config_file, data_copy
     spoil(data_copy)
     folder = tmp_path / "run"
     arguments = ("train", "--config", config_file, "--data", data_copy, "--output", folder)
-    # A corrupt image may be named by what is lost with it.
-    refused(capfd, *arguments, naming="train" if spoil is corrupt_image else FAULTS[spoil])
+    refused(capfd, *arguments, naming=FAULTS[spoil])
     assert not folder.exists()
 
 

@@ -281,7 +281,7 @@ def test_forms_of_the_report(tmp_path):
     text = report.summary()
     assert "NOT OK" in text
     assert all(f["fix"] in text for f in data["findings"])
-    with pytest.raises(InputError, match=r"1 further errors\) \[D02_OBJECTS_LOST\]"):
+    with pytest.raises(InputError, match=r"1 further errors\) \[D10_ALL_CROWD\]"):
         report.raise_for_errors()
 
 

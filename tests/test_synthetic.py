@@ -3,14 +3,8 @@
 import numpy as np
 import pytest
 
-from helpers.synthetic import (
-    BASE_CONCEPTS,
-    MIN_VISIBLE_SHARE,
-    PAINTERS,
-    RENDER_SIZE,
-    draw_concepts,
-    render_scene,
-)
+from helpers.painters import PAINTERS, RENDER_SIZE
+from helpers.synthetic import BASE_CONCEPTS, MIN_VISIBLE_SHARE, draw_concepts, render_scene
 
 
 def test_base_concepts_leave_out_the_crack():

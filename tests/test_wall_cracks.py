@@ -7,8 +7,8 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from helpers.annotations import read_split
+from helpers.painters import RENDER_SIZE
 from helpers.paths import WALL_CRACKS
-from helpers.synthetic import RENDER_SIZE
 from helpers.wall_cracks import DEFAULT_SEED, SPLITS, annotation_entry, polygons_of, write_split
 
 

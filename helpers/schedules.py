@@ -7,7 +7,8 @@ import math
 import pandas as pd
 from matplotlib.figure import Figure
 
-from helpers.training_curves import draw_lines, history_frame
+from helpers.checklist import epoch_means
+from helpers.training_curves import draw_lines
 
 
 def schedule_frame(configs, num_images):
@@ -45,7 +46,7 @@ def schedule_frame(configs, num_images):
 
 
 def runs_figure(histories, names):
-    """Draw some logged numbers of several runs on common axes.
+    """Draw some logged numbers of several runs by epoch, on common axes.
 
     Parameters
     ----------
@@ -53,17 +54,17 @@ def runs_figure(histories, names):
         Name of a run to its ``trainer.state.log_history``.
     names : dict of str to str
         Logged name, for example ``"loss"`` or ``"eval_AP50"``, to the label of its axis; one panel
-        each. Losses get a logarithmic axis.
+        each. Numbers logged more than once in an epoch are averaged over it. Losses get a
+        logarithmic axis.
 
     Returns
     -------
     matplotlib.figure.Figure
     """
-    tables = {run: history_frame(history) for run, history in histories.items()}
-    figure = Figure(figsize=(1 + 3.9 * len(names), 4.2), layout="constrained")
+    figure = Figure(figsize=(1 + 3.4 * len(names), 4.2), layout="constrained")
     axes = figure.subplots(1, len(names), squeeze=False)[0]
     for ax, (name, label) in zip(axes, names.items(), strict=True):
-        together = pd.DataFrame({run: table[name] for run, table in tables.items()})
+        means = {run: pd.Series(epoch_means(log, name)) for run, log in histories.items()}
         log = name.endswith("loss")
-        draw_lines(ax, together, list(tables), xlabel="optimiser step", ylabel=label, log=log)
+        draw_lines(ax, pd.DataFrame(means), list(means), xlabel="epoch", ylabel=label, log=log)
     return figure

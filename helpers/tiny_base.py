@@ -122,7 +122,7 @@ class BaseTrainer:
     def __init__(self, recipe: Recipe, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.recipe, self.folder = recipe, folder
-        self.tokenizer = build_tokenizer(folder / "tokenizer")
+        self.tokenizer = self._own_tokenizer(folder / "tokenizer")
         self.model = build_tiny_model(len(self.tokenizer), recipe.seed)
         self.groups = QueryGroups(self.model.detr_decoder, recipe.extra_groups)
         self.average = AveragedModel(
@@ -133,6 +133,13 @@ class BaseTrainer:
             self.trained.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
         self.step, self.curves = 0, []
+
+    @staticmethod
+    def _own_tokenizer(folder: Path) -> CLIPTokenizer:
+        """Load the run's tokenizer, or make it: ties in its training are broken differently each time."""
+        if folder.is_dir():
+            return CLIPTokenizer.from_pretrained(folder)
+        return build_tokenizer(folder)
 
     @property
     def _checkpoint(self) -> Path:

@@ -24,19 +24,20 @@ def test_incomplete_batches_count_and_no_warm_up_is_complete():
     assert table.loc["one", "reached"] == 1
 
 
-def test_runs_share_their_axes():
+def test_runs_share_their_axes_and_are_averaged_by_epoch():
     histories = {
-        "long": [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_AP50": 0.5}],
-        "short": [{"step": 1, "loss": 3.0}, {"step": 1, "eval_AP50": 0.1}],
+        "long": [
+            {"epoch": 0.5, "loss": 4.0},
+            {"epoch": 1.0, "loss": 2.0},
+            {"epoch": 2.0, "loss": 1.0},
+            {"epoch": 2.0, "eval_AP50": 0.5},
+        ],
+        "short": [{"epoch": 1.0, "loss": 5.0}, {"epoch": 1.0, "eval_AP50": 0.1}],
     }
     figure = runs_figure(histories, {"loss": "training loss", "eval_AP50": "AP50"})
     losses, metrics = figure.axes
     assert losses.get_yscale() == "log"
     assert metrics.get_yscale() == "linear"
-    assert [line.get_ydata().tolist() for line in losses.lines] == [[4.0, 2.0], [3.0]]
+    assert [line.get_ydata().tolist() for line in losses.lines] == [[3.0, 1.0], [5.0]]
+    assert [line.get_xdata().tolist() for line in metrics.lines] == [[2], [1]]
     assert [line.get_label() for line in metrics.lines] == ["long", "short"]
-
-
-def test_a_number_that_was_never_logged_is_an_error():
-    with pytest.raises(KeyError, match="eval_AP50"):
-        runs_figure({"run": [{"step": 1, "loss": 1.0}]}, {"eval_AP50": "AP50"})

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from shutil import copytree
 
 import numpy as np
 import pandas as pd
@@ -80,6 +81,7 @@ def test_queries_start_apart_and_differ_in_what_they_see(tokenizer, examples):
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, examples):
     whole = BaseTrainer(SMALL, tmp_path / "whole")
     losses = [whole.train_step(examples)["loss"] for _ in range(SMALL.steps)]
+    copytree(tmp_path / "whole" / "tokenizer", tmp_path / "parts" / "tokenizer")
     first = BaseTrainer(SMALL, tmp_path / "parts")
     for _ in range(2):
         first.train_step(examples)

@@ -40,23 +40,7 @@ def bench(profile="tiny", min_seconds=2.0):
     config = load_config(CONFIGS / "crack_detection_config.yaml", profile=profile)
     torch.manual_seed(config.training.seed)
     place = device()["device"]
-    model, processor = load_base(
-        config.model.name, config.model.revision, resolution=config.model.resolution
-    )
-    dataset = PromptDataset(
-        read_split(config.data.data_dir, config.data.train_split),
-        processor,
-        resolution=model.resolution,
-        mask_size=model.mask_size,
-        num_negatives=config.data.num_negatives,
-        negative_prompts=config.data.negative_prompts,
-    )
-    batch = PromptCollator(processor)([dataset[0]])
-    keys = ("pixel_values", "input_ids", "attention_mask", "image_index")
-    inputs = {key: batch[key].to(place) for key in keys}
-    targets = [
-        {key: value.to(place) for key, value in target.items()} for target in batch["targets"]
-    ]
+    model, inputs, targets = _first_image(config, place)
     model = add_lora(model, config.lora).to(place)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -81,10 +65,32 @@ def bench(profile="tiny", min_seconds=2.0):
     return {
         "versions": versions_line(),
         "device": device(),
-        "image_pixels": model.resolution,
+        "image_pixels": config.model.resolution,
         "prompts": len(targets),
         "median_seconds": {name: _median(part, min_seconds) for name, part in parts.items()},
     }
+
+
+def _first_image(config, place):
+    """Load the base, and the first training image with all its prompts, onto a device."""
+    model, processor = load_base(
+        config.model.name, config.model.revision, resolution=config.model.resolution
+    )
+    dataset = PromptDataset(
+        read_split(config.data.data_dir, config.data.train_split),
+        processor,
+        resolution=model.resolution,
+        mask_size=model.mask_size,
+        num_negatives=config.data.num_negatives,
+        negative_prompts=config.data.negative_prompts,
+    )
+    batch = PromptCollator(processor)([dataset[0]])
+    keys = ("pixel_values", "input_ids", "attention_mask", "image_index")
+    inputs = {key: batch[key].to(place) for key in keys}
+    targets = [
+        {key: value.to(place) for key, value in target.items()} for target in batch["targets"]
+    ]
+    return model, inputs, targets
 
 
 def _median(part, min_seconds):

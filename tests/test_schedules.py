@@ -1,5 +1,3 @@
-import pytest
-
 from helpers.config import load_config
 from helpers.paths import CONFIGS
 from helpers.schedules import runs_figure, schedule_frame

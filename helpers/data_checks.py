@@ -13,7 +13,7 @@ from helpers.annotations import COCO_FILE, find_splits, read_split
 from helpers.category_checks import check_categories, check_prompts, check_splits_agree
 from helpers.datasets import PromptCollator, PromptDataset, join_queries
 from helpers.errors import InputError
-from helpers.findings import CODES, SEVERITIES, Finding, Report
+from helpers.findings import SEVERITIES, Finding, Report
 from helpers.image_checks import check_images, check_leakage
 from helpers.paths import resolve
 
@@ -85,20 +85,30 @@ def check_dataset(
             continue
         splits[name] = split
         findings += check_annotations(split, mask_size=mask_size, num_queries=num_queries)
-        findings += check_categories(split)
-        image_findings, digests[name], queries = _open_and_load(
+        loaded, digests[name], counts[name] = _check_loading(
             split, processor, settings, disable_progress
         )
-        counts[name] = _counts(split, queries)
-        findings += image_findings + check_objects_arrive(split, counts[name])
-        if queries:
-            absent = counts[name]["absent_queries"]
-            findings += check_prompts(split, absent, num_negatives, negative_prompts)
+        findings += check_categories(split) + loaded
     findings += check_splits_agree(splits) + check_leakage(splits, digests)
-    # Lost objects are what other errors lead to, so the causes come first.
-    order = sorted(CODES, key=lambda code: (code == "D02_OBJECTS_LOST", code))
-    findings.sort(key=lambda f: (SEVERITIES.index(f.severity), order.index(f.code)))
-    return Report(resolve(data_dir), tuple(findings), counts)
+    return Report(resolve(data_dir), tuple(sorted(findings, key=_by_urgency)), counts)
+
+
+def _by_urgency(finding):
+    """Put errors first, and lost objects behind the errors that they follow from."""
+    is_consequence = finding.code == "D02_OBJECTS_LOST"
+    return SEVERITIES.index(finding.severity), is_consequence, finding.code
+
+
+def _check_loading(split, processor, settings, disable_progress):
+    """Return the findings of one split's images and prompts, the images' digests, and its counts."""
+    findings, digests, queries = _open_and_load(split, processor, settings, disable_progress)
+    counts = _counts(split, queries)
+    findings = findings + check_objects_arrive(split, counts)
+    if queries:
+        absent = counts["absent_queries"]
+        nouns = settings["negative_prompts"]
+        findings += check_prompts(split, absent, settings["num_negatives"], nouns)
+    return findings, digests, counts
 
 
 def _missing_splits(names, data_dir):

@@ -20,10 +20,11 @@ from helpers.config import load_config
 from helpers.environment import require, versions_line
 from helpers.errors import InputError
 from helpers.evaluation_queries import check_probability
-from helpers.paths import CONFIGS, resolve
+from helpers.paths import CONFIGS, ROOT, resolve
 
 RESULTS_FILE = "results.json"
 _LARGEST_SEED = 2**32 - 1
+_NOTEBOOKS = ROOT / "notebooks"
 
 
 @dataclass(frozen=True)
@@ -139,11 +140,13 @@ def start(name, *, profile, data_dir, seed, output_dir, fast_run, **thresholds):
     profile : str
         Name of a file in ``configs/profiles/``, or a path to one.
     data_dir : str
-        Folder of the dataset; relative to the current folder or to the repository.
+        Folder of the dataset; relative to the current folder, the repository or ``notebooks/``.
     seed : int
         From 0 to 2**32 - 1.
     output_dir : str
-        Folder for everything the course writes; made when something is written.
+        Folder for everything the course writes; made when something is written. A relative one
+        that begins with ``..`` is seen from ``notebooks/``, wherever the kernel runs, so that the
+        default lies in the repository.
     fast_run : bool
         See `NotebookRun`.
     **thresholds : float
@@ -171,7 +174,8 @@ def start(name, *, profile, data_dir, seed, output_dir, fast_run, **thresholds):
         raise _refusal("seed", seed, f"a whole number from 0 to {_LARGEST_SEED}")
     for parameter, value in thresholds.items():
         check_probability(value, parameter, where="parameters")
-    run = NotebookRun(name, profile, _data_folder(data_dir), seed, resolve(output_dir), fast_run)
+    output_folder = _output_folder(output_dir)
+    run = NotebookRun(name, profile, _data_folder(data_dir), seed, output_folder, fast_run)
     run.config("crack_detection")  # an unusable profile is reported here, not ten cells later
     set_seed(seed)
     transformers_logging.set_verbosity_error()
@@ -201,14 +205,21 @@ def _refusal(name, value, expected):
 
 def _data_folder(data_dir):
     """Return the dataset folder as an absolute path, or say how to get one."""
-    folder = resolve(data_dir)
-    if not folder.is_dir():
+    places = (resolve(data_dir), _NOTEBOOKS / data_dir)
+    folder = next((place for place in places if place.is_dir()), None)
+    if folder is None:
         raise InputError(
             f"data_dir {data_dir!r} is no folder",
             where="parameters",
             fix="name a folder with one folder per split, or run `make data` for data/wall_cracks",
         )
     return folder.resolve()
+
+
+def _output_folder(output_dir):
+    """Return the folder to write to as an absolute path; it need not exist."""
+    seen_from_notebooks = Path(output_dir).parts[:1] == ("..",)
+    return (_NOTEBOOKS / output_dir if seen_from_notebooks else resolve(output_dir)).resolve()
 
 
 def _plain(value):

@@ -29,6 +29,19 @@ def test_good_parameters_are_kept_and_told_in_one_line(begin, tmp_path, capsys):
     assert not run.output_dir.exists()
 
 
+@pytest.mark.parametrize("folder", [".", "notebooks", "tests"])
+def test_defaults_mean_the_same_wherever_the_kernel_runs(begin, monkeypatch, folder):
+    monkeypatch.chdir(ROOT / folder)
+    run = begin(data_dir="../data/wall_cracks", output_dir="../runs/course")
+    assert run.data_dir == ROOT / "data" / "wall_cracks"
+    assert run.output_dir == ROOT / "runs" / "course"
+
+
+def test_folder_is_relative_to_the_repository(begin, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert begin(output_dir="runs/seed7").output_dir == ROOT / "runs" / "seed7"
+
+
 def test_seed_is_set(begin):
     draws = []
     for _ in range(2):

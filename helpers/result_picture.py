@@ -75,8 +75,7 @@ def result_figure(record, runs, score_threshold):
     for name, run in runs.items():
         predictor = Predictor(run.model, run.processor)
         [answer] = predictor.predict(record.path, prompt, score_threshold)
-        count = f"{len(answer.detections)} detection{'' if len(answer.detections) == 1 else 's'}"
-        caption = f"{name}: {count}, max score {answer.max_score:.3f}"
+        caption = f"{name}: {len(answer.detections)} found, max score {answer.max_score:.3f}"
         panels.append((annotate_detections(record.path, answer.detections), (), caption))
     return gallery_figure(panels, columns=len(panels))
 

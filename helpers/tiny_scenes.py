@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 
 import cv2
 import numpy as np
@@ -55,7 +56,8 @@ def to_example(scene: Scene) -> Example:
     return Example(image, tuple(item.concept for item in scene.objects), masks, boxes)
 
 
-def _make_example(index: int, seed: int) -> Example:
+def make_example(index: int, seed: int) -> Example:
+    """Render one training wall; ``index`` and ``seed`` decide everything about it."""
     cv2.setNumThreads(1)
     rng = np.random.default_rng((seed, index))
     names = [] if rng.random() < EMPTY_SHARE else draw_concepts(rng, BASE_CONCEPTS, (1, 5))
@@ -64,8 +66,9 @@ def _make_example(index: int, seed: int) -> Example:
 
 def make_examples(count: int, seed: int) -> list[Example]:
     """Render ``count`` walls on all cores; the same seed gives the same walls."""
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        jobs = pool.map(partial(_make_example, seed=seed), range(count), chunksize=50)
+    # Forking a process in which torch has started threads can hang, so each worker starts anew.
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        jobs = pool.map(partial(make_example, seed=seed), range(count), chunksize=50)
         return list(tqdm(jobs, total=count, desc="rendering walls", unit="wall"))
 
 

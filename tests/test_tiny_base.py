@@ -15,7 +15,7 @@ from helpers.paths import TINY_BASE
 from helpers.tiny_base import BaseTrainer, Recipe, learning_rate_factor, make_batch
 from helpers.tiny_losses import decode, encode, score_loss
 from helpers.tiny_model import NUM_QUERIES, build_tiny_model
-from helpers.tiny_scenes import augment, draw_prompts, make_examples, unrelated_prompt
+from helpers.tiny_scenes import augment, draw_prompts, make_example, make_examples, unrelated_prompt
 from helpers.vocabulary import ABSENT_NOUNS, HELD_OUT_NOUNS, build_tokenizer
 
 SMALL = Recipe(walls=8, steps=4, warmup_steps=1, decay_steps=2, images=2, prompts=2, extra_groups=1)
@@ -24,12 +24,18 @@ MEGABYTE = 2**20
 
 @pytest.fixture(scope="module")
 def examples():
-    return make_examples(SMALL.walls, SMALL.seed)
+    return [make_example(index, SMALL.seed) for index in range(SMALL.walls)]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def test_walls_rendered_in_other_processes_are_the_same(examples):
+    first, *_ = make_examples(2, SMALL.seed)
+    assert first.concepts == examples[0].concepts
+    assert np.array_equal(first.image, examples[0].image)
 
 
 def test_no_training_word_contains_crack():

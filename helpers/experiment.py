@@ -1,0 +1,204 @@
+"""The controlled experiment: ``python -m helpers.experiment``.
+
+Every run of a design is a cell with a row of its own, written as soon as it is finished, so that a
+run of the experiment can be killed at any time and goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from helpers.errors import InputError
+from helpers.experiment_designs import DESIGNS, SEEDS, cells_of
+from helpers.experiment_run import run_base, run_cell
+from helpers.files import read_json, write_json, write_text
+from helpers.paths import DATA, RUNS, WALL_CRACKS, resolve
+
+TABLES = DATA / "experiments"
+"""The committed tables, one CSV file per design and ``base.csv``."""
+EXPERIMENT_RUNS = RUNS / "experiment"
+_BASE_ROW = "base.json"
+_RUN_AGAIN = "remove the file and run the experiment again"
+
+
+def run_experiment(design, output_dir, *, profile, data_dir, seeds=SEEDS, workers=None):
+    """Run all cells of a design that have no row yet.
+
+    Parameters
+    ----------
+    design : str
+        Key of `helpers.experiment_designs.DESIGNS`.
+    output_dir : pathlib.Path
+        Gets ``<design>/<cell>.json`` as cells finish, and ``<design>.csv``.
+    profile : str
+    data_dir : pathlib.Path
+    seeds : sequence of int
+    workers : int, optional
+        Runs at a time, one core each; by default one per core, or one if there is a GPU.
+
+    Returns
+    -------
+    pandas.DataFrame
+        The table, complete.
+
+    Raises
+    ------
+    InputError
+        For an unknown design or unusable data.
+    """
+    cells = cells_of(design, seeds)
+    folder = Path(output_dir) / design
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (Path(output_dir) / _BASE_ROW).is_file():
+        write_json(Path(output_dir) / _BASE_ROW, run_base(cells[0], profile, data_dir))
+    missing = [cell for cell in cells if not _has_row(folder, cell, profile, data_dir)]
+    workers = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    bar = {"initial": len(cells) - len(missing), "total": len(cells), "unit": "run"}
+    # Each run has a process of its own: torch's threads would get in each other's way.
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_one_thread, max_tasks_per_child=8
+    ) as pool:
+        jobs = [pool.submit(_run_and_write, cell, profile, data_dir, folder) for cell in missing]
+        try:
+            for job in tqdm(as_completed(jobs), desc=design, file=sys.stderr, **bar):
+                job.result()
+                write_table(folder, cells)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return write_table(folder, cells)
+
+
+def write_table(folder, cells):
+    """Join the finished rows of a design to ``<folder>.csv``.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Holds ``<cell>.json``.
+    cells : sequence of helpers.experiment_designs.Cell
+        Their order is that of the rows.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Without the cells that have no row.
+    """
+    paths = [folder / f"{cell.name}.json" for cell in cells]
+    table = pd.DataFrame([read_json(path, _RUN_AGAIN) for path in paths if path.is_file()])
+    write_text(folder.with_suffix(".csv"), table.to_csv(index=False))
+    return table
+
+
+def publish(output_dir, tables=TABLES):
+    """Put complete tables into the repository.
+
+    Parameters
+    ----------
+    output_dir : pathlib.Path
+        Of a finished experiment.
+    tables : pathlib.Path
+
+    Raises
+    ------
+    InputError
+        If a design has fewer rows than cells.
+    """
+    written = {}
+    for design in DESIGNS:
+        path = Path(output_dir) / f"{design}.csv"
+        if not path.is_file():
+            raise InputError("was not run", where=path, fix="run the experiment first")
+        table = pd.read_csv(path)
+        wanted = len(cells_of(design, SEEDS))
+        if len(table) != wanted:
+            fix = "let the experiment finish"
+            raise InputError(f"{len(table)} of {wanted} rows", where=path, fix=fix)
+        written[design] = table
+    written["base"] = pd.DataFrame([read_json(Path(output_dir) / _BASE_ROW, _RUN_AGAIN)])
+    Path(tables).mkdir(parents=True, exist_ok=True)
+    for name, table in written.items():
+        text = table.to_csv(index=False, float_format="%.6g")
+        write_text(Path(tables) / f"{name}.csv", text)
+
+
+def _has_row(folder, cell, profile, data_dir):
+    """Tell whether a cell was run with exactly this configuration."""
+    path = folder / f"{cell.name}.json"
+    if not path.is_file():
+        return False
+    row = read_json(path, _RUN_AGAIN)
+    return row["config_hash"] == cell.config(profile, data_dir).fingerprint()
+
+
+def _one_thread():
+    """Prepare a worker process."""
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+
+
+def _run_and_write(cell, profile, data_dir, folder):
+    """Run one cell in a worker and write its row."""
+    row = run_cell(cell, profile, data_dir, folder / f"{cell.name}.run")
+    write_json(folder / f"{cell.name}.json", row)
+
+
+def main(arguments=None):
+    """Run the command line.
+
+    Parameters
+    ----------
+    arguments : list of str, optional
+
+    Returns
+    -------
+    int
+        0 done, 2 unusable input, 130 interrupted.
+    """
+    parser = argparse.ArgumentParser(prog="python -m helpers.experiment", description=__doc__)
+    parser.add_argument(
+        "--design", action="append", choices=DESIGNS, help="may be repeated; by default all"
+    )
+    parser.add_argument("--profile", default="tiny", help="tiny (default) or sam3")
+    parser.add_argument("--data", type=resolve, default=WALL_CRACKS, help="dataset")
+    parser.add_argument("--output", type=resolve, default=EXPERIMENT_RUNS, help="where rows go")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--workers", type=int, help="runs at a time, by default one per core")
+    parser.add_argument(
+        "--publish", action="store_true", help="write complete tables to data/experiments"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        for design in options.design or DESIGNS:
+            table = run_experiment(
+                design,
+                options.output,
+                profile=options.profile,
+                data_dir=options.data,
+                seeds=options.seeds,
+                workers=options.workers,
+            )
+            print(f"{design}: {len(table)} rows in {options.output / design}.csv", flush=True)
+        if options.publish:
+            publish(options.output)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

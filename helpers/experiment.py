@@ -22,11 +22,13 @@ from helpers.errors import InputError
 from helpers.experiment_designs import DESIGNS, SEEDS, cells_of
 from helpers.experiment_run import run_base, run_cell
 from helpers.files import read_json, write_json, write_text
-from helpers.paths import DATA, RUNS, WALL_CRACKS, resolve
+from helpers.paths import DATA, ROOT, RUNS, WALL_CRACKS, resolve
 
 TABLES = DATA / "experiments"
 """The committed tables, one CSV file per design and ``base.csv``."""
 EXPERIMENT_RUNS = RUNS / "experiment"
+DATA_DIR = str(WALL_CRACKS.relative_to(ROOT))
+"""Relative, so that the hash of a config is the same on every machine."""
 _BASE_ROW = "base.json"
 _RUN_AGAIN = "remove the file and run the experiment again"
 
@@ -170,7 +172,7 @@ def main(arguments=None):
         "--design", action="append", choices=DESIGNS, help="may be repeated; by default all"
     )
     parser.add_argument("--profile", default="tiny", help="tiny (default) or sam3")
-    parser.add_argument("--data", type=resolve, default=WALL_CRACKS, help="dataset")
+    parser.add_argument("--data", default=DATA_DIR, help="dataset, by default data/wall_cracks")
     parser.add_argument("--output", type=resolve, default=EXPERIMENT_RUNS, help="where rows go")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--workers", type=int, help="runs at a time, by default one per core")

@@ -1,4 +1,4 @@
-"""The command line: ``python -m helpers check|train|predict|evaluate|report``."""
+"""The command line: ``python -m helpers check|train|predict|evaluate|report|diagnose``."""
 
 from __future__ import annotations
 
@@ -84,6 +84,12 @@ def build_parser():
 
     command = add("report")
     command.add_argument("--adapter", required=True, metavar="RUN", help="run folder")
+
+    command = add("diagnose")
+    command.add_argument("--adapter", required=True, metavar="RUN", help="run folder")
+    command.add_argument("--data", metavar="DIR", help="dataset, by default that of the run")
+    command.add_argument("--image", metavar="IMG", help="a picture in which nothing is found")
+    command.add_argument("--prompt", help="the word that was asked, by default the category names")
     return parser
 
 

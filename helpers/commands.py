@@ -159,6 +159,23 @@ def report(args):
     return 0, content, report_text(content)
 
 
+def diagnose(args):
+    """Say why a run detects nothing; status 1 if a cause was found."""
+    from helpers.diagnosis import diagnose as examine
+
+    def show(gate):
+        _say(f"{gate.status:<12}{gate.name}: {gate.measured}")
+
+    diagnosis = examine(
+        args.adapter,
+        data_dir=args.data,
+        image=args.image,
+        prompt=args.prompt,
+        on_gate=show if args.json else None,
+    )
+    return (0 if diagnosis.healthy else 1), diagnosis.to_json(), diagnosis.summary()
+
+
 def load_model(args):
     """Load what ``--adapter``, ``--config``, ``--base`` and ``--profile`` describe.
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from helpers.config_sections import (
     DataSection,
     EvaluationSection,
+    GuardSection,
     LoraSection,
     LossSection,
     ModelSection,
@@ -30,7 +31,7 @@ class Config(Section):
 
     Attributes
     ----------
-    model, lora, data, training, loss, evaluation, output, scale : Section
+    model, lora, data, training, loss, evaluation, guards, output, scale : Section
         The sections of the YAML file; ``config.training.num_epochs`` is a value in it.
     """
 
@@ -40,6 +41,7 @@ class Config(Section):
     training: TrainingSection
     loss: LossSection
     evaluation: EvaluationSection
+    guards: GuardSection
     output: OutputSection
     scale: ScaleSection
 
@@ -87,14 +89,16 @@ class Config(Section):
         return path
 
     def fingerprint(self):
-        """Return 12 hexadecimal digits of the SHA-256 of the resolved YAML.
+        """Return 12 hexadecimal digits of the SHA-256 of what decides the result of a run.
 
         Returns
         -------
         str
-            Equal for equal configurations, whatever files and overlays they came from.
+            Equal for equal configurations, whatever files and overlays they came from. The guards
+            are left out: they stop a run or let it go on as it is.
         """
-        return hashlib.sha256(self.to_yaml().encode("utf-8")).hexdigest()[:12]
+        text = self.model_copy(update={"guards": None}).to_yaml().replace("guards: null\n", "")
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
 
 
 def load_config(path, profile=None, overrides=()):

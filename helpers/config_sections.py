@@ -129,6 +129,19 @@ class OutputSection(Section):
     output_dir: Name
 
 
+class GuardSection(Section):
+    """Which faults stop a training run as soon as they show; see `helpers.guards`."""
+
+    no_objects: bool
+    box_and_mask_terms: bool
+    vanishing_loss: bool
+    adapter_at_zero: bool
+    not_finite: bool
+    at_clamp: bool
+    only_positive_prompts: bool
+    dominant_term: bool
+
+
 class ScaleSection(Section):
     """Multipliers of the schedule, set by a profile so that one config serves both bases."""
 

@@ -11,13 +11,13 @@ import torch
 
 from helpers.annotations import read_split
 from helpers.evaluation import coco_ap, evaluate_queries
-from helpers.faults import read_split_wrong_keys
 from helpers.paths import ROOT
 from helpers.prediction import Predictor
 from helpers.prediction_queries import predict_split
 from helpers.sam3 import load_base
 from helpers.tiny_score import detection_queries
 from helpers.training import train
+from helpers.wrong_reader import read_split_wrong_keys
 
 RETENTION_WALLS = 32
 _OF_EVALUATION = {

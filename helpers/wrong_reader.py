@@ -1,15 +1,7 @@
-"""Faults of real training scripts, kept so that they can be reproduced and measured.
+"""The reader of the failing script, kept so that what it did can be reproduced and measured.
 
-Nothing else in `helpers` uses this file: a notebook or a test puts a fault into a run on purpose,
-for example with ``helpers.training.train(config, train_split=read_split_wrong_keys(...))``. Each
-fault is one function, and its *Notes* say three things:
-
-cause
-    what was wrong, with its row in the catalogue of causes and where it was seen;
-signature
-    what a person sees of it from outside;
-cure
-    what to do instead, and the check that finds it.
+Nothing that a user would call depends on this file: a notebook, the experiment and the faults of
+`helpers.faults_data` put it in the place of the right reader on purpose.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from tiny_random import save_tiny_base, tiny_run_config, write_dataset
 from helpers.annotations import read_split
 from helpers.datasets import PromptDataset, count_objects
 from helpers.errors import InputError
-from helpers.faults import WRONG_BOX_KEY, WRONG_MASK_KEY, read_split_wrong_keys
+from helpers.wrong_reader import WRONG_BOX_KEY, WRONG_MASK_KEY, read_split_wrong_keys
 from helpers.paths import ROOT, WALL_CRACKS
 from helpers.training import train
 

@@ -1,0 +1,194 @@
+"""A run under examination: everything the gates look at, loaded when first asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from helpers import annotations, datasets, prediction_queries, run_folder
+from helpers.config import load_config
+from helpers.errors import InputError
+from helpers.paths import resolve
+from helpers.prediction import Predictor
+from helpers.sam3 import load_base
+
+SAMPLE = 12
+"""Images with objects, and as many without, that the costly gates look at."""
+
+
+class Examination:
+    """A run, its data and its model, each read once and only if a gate asks for it.
+
+    Functions are called through their modules, so that what is examined is the pipeline as it
+    stands in this process.
+
+    Parameters
+    ----------
+    folder : os.PathLike
+        Run folder; of an interrupted run at least ``config.yaml``.
+    data_dir : os.PathLike, optional
+        Dataset in place of that of the config.
+    image : os.PathLike, optional
+        A picture of which one wants to know why nothing is found in it.
+    prompt : str, optional
+        The word that is asked; by default the names of the categories.
+
+    Raises
+    ------
+    InputError
+        If the folder holds no run.
+    """
+
+    def __init__(self, folder, data_dir=None, image=None, prompt=None):
+        self.folder = resolve(folder)
+        if not (self.folder / run_folder.RUN_CONFIG).is_file():
+            raise InputError(
+                f"holds no {run_folder.RUN_CONFIG}",
+                where=self.folder,
+                fix="name the folder of a run, or train one with 'python -m helpers train'",
+            )
+        self.config = load_config(self.folder / run_folder.RUN_CONFIG)
+        self.data_dir = resolve(data_dir or self.config.data.data_dir)
+        self.image = None if image is None else Path(image)
+        self.prompt = prompt
+
+    @cached_property
+    def is_finished(self):
+        """bool: whether the run wrote its metrics, which come last."""
+        return (self.folder / run_folder.METRICS_FILE).is_file()
+
+    @cached_property
+    def files(self):
+        """`helpers.run_folder.RunFiles`: what the run wrote; InputError if it is unfinished."""
+        return run_folder.read_run(self.folder)
+
+    @cached_property
+    def loaded(self):
+        """`helpers.run_folder.RunResult`: the run with its model; InputError if it cannot load."""
+        result = run_folder.load_run(self.folder)
+        result.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return result
+
+    @cached_property
+    def base(self):
+        """tuple: a second model without any adapter, and its processor."""
+        settings = self.config.model
+        return load_base(settings.name, settings.revision, resolution=settings.resolution)
+
+    def split(self, name):
+        """Read a split through the pipeline's own reader.
+
+        Parameters
+        ----------
+        name : {"train", "valid", "test"}
+            ``train`` and ``valid`` are looked up in the config.
+
+        Returns
+        -------
+        helpers.records.Split
+        """
+        data = self.config.data
+        name = {"train": data.train_split, "valid": data.val_split}.get(name, name)
+        if name not in self._splits:
+            self._splits[name] = annotations.read_split(self.data_dir, name)
+        return self._splits[name]
+
+    @cached_property
+    def _splits(self):
+        return {}
+
+    @cached_property
+    def train_dataset(self):
+        """`helpers.datasets.PromptDataset`: the training data as the trainer saw them."""
+        model, processor = self.base
+        data = self.config.data
+        return datasets.PromptDataset(
+            self.split("train"),
+            processor,
+            resolution=model.resolution,
+            mask_size=model.mask_size,
+            prompt=data.prompt,
+            num_negatives=data.num_negatives,
+            negative_prompts=data.negative_prompts,
+            seed=self.config.training.seed,
+        )
+
+    @cached_property
+    def collator(self):
+        """`helpers.datasets.PromptCollator`: of the base's processor."""
+        return datasets.PromptCollator(self.base[1])
+
+    @cached_property
+    def sample(self):
+        """Images to ask about, those with objects first: list of helpers.records.ImageRecord.
+
+        Of the validation split, or of the training split where that shows no object.
+        """
+        for name in ("valid", "train"):
+            records = self.split(name).records
+            shown = [record for record in records if record.objects][:SAMPLE]
+            if shown:
+                return shown + [record for record in records if not record.objects][:SAMPLE]
+        raise InputError("no image shows an object", where=self.data_dir, fix="annotate some")
+
+    @cached_property
+    def asked(self):
+        """The words that are asked of the run now: list of str."""
+        return [self.prompt] if self.prompt else list(self.split("valid").categories)
+
+    def raws(self, prompts, *, adapted=True):
+        """Ask prompts on the images of `sample`, with or without the adapter.
+
+        Parameters
+        ----------
+        prompts : sequence of str
+        adapted : bool
+            False switches the adapter off.
+
+        Returns
+        -------
+        dict of (str, str) to helpers.detections.RawPrediction
+            By ``image_id`` and prompt; answers are kept, so asking twice costs nothing.
+        """
+        known = self._answers[adapted]
+        for record in self.sample:
+            missing = [one for one in prompts if (record.image_id, one) not in known]
+            if missing:
+                for raw in self._ask(record, missing, adapted):
+                    known[record.image_id, raw.prompt] = raw
+        ids = [record.image_id for record in self.sample]
+        return {(name, prompt): known[name, prompt] for name in ids for prompt in prompts}
+
+    @cached_property
+    def _answers(self):
+        return {True: {}, False: {}}
+
+    def _ask(self, record, prompts, adapted):
+        """Ask one image."""
+        if adapted:
+            predictor = Predictor(self.loaded.model, self.loaded.processor)
+        else:
+            predictor = Predictor(*self.base)
+        return predictor.raw(record.path, prompts, name=record.image_id)
+
+    @cached_property
+    def queries(self):
+        """The run judged on the sample: list of dict, see `helpers.evaluation_queries`."""
+        split = self.split("valid" if self.split("valid").num_objects else "train")
+        chosen = {record.image_id for record in self.sample}
+        return prediction_queries.predict_split(
+            self.loaded.model,
+            self.loaded.processor,
+            _only(split, chosen),
+            absent_prompts=self.config.evaluation.absent_prompts,
+            mask_threshold=self.config.evaluation.mask_threshold,
+        )
+
+
+def _only(split, image_ids):
+    """Return a split with only some of its images."""
+    records = tuple(record for record in split.records if record.image_id in image_ids)
+    return replace(split, records=records)

@@ -68,7 +68,7 @@ def run_experiment(design, output_dir, *, profile, data_dir, seeds=SEEDS, worker
     bar = {"initial": len(cells) - len(missing), "total": len(cells), "unit": "run"}
     # Each run has a process of its own: torch's threads would get in each other's way.
     with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_one_thread, max_tasks_per_child=8
+        workers, mp_context=get_context("spawn"), initializer=_one_thread
     ) as pool:
         jobs = [pool.submit(_run_and_write, cell, profile, data_dir, folder) for cell in missing]
         try:

@@ -9,14 +9,18 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import sys
+import tempfile
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
 import pandas as pd
 import torch
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from helpers.errors import InputError
 from helpers.experiment_designs import DESIGNS, SEEDS, cells_of
@@ -30,6 +34,7 @@ EXPERIMENT_RUNS = RUNS / "experiment"
 DATA_DIR = str(WALL_CRACKS.relative_to(ROOT))
 """Relative, so that the hash of a config is the same on every machine."""
 _BASE_ROW = "base.json"
+_PARTIAL = ".partial-"
 _RUN_AGAIN = "remove the file and run the experiment again"
 
 
@@ -61,6 +66,8 @@ def run_experiment(design, output_dir, *, profile, data_dir, seeds=SEEDS, worker
     cells = cells_of(design, seeds)
     folder = Path(output_dir) / design
     folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(left_over, ignore_errors=True)
     if not (Path(output_dir) / _BASE_ROW).is_file():
         write_json(Path(output_dir) / _BASE_ROW, run_base(cells[0], profile, data_dir))
     missing = [cell for cell in cells if not _has_row(folder, cell, profile, data_dir)]
@@ -68,7 +75,7 @@ def run_experiment(design, output_dir, *, profile, data_dir, seeds=SEEDS, worker
     bar = {"initial": len(cells) - len(missing), "total": len(cells), "unit": "run"}
     # Each run has a process of its own: torch's threads would get in each other's way.
     with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_one_thread
+        workers, mp_context=get_context("spawn"), initializer=_prepare_worker
     ) as pool:
         jobs = [pool.submit(_run_and_write, cell, profile, data_dir, folder) for cell in missing]
         try:
@@ -143,15 +150,24 @@ def _has_row(folder, cell, profile, data_dir):
     return row["config_hash"] == cell.config(profile, data_dir).fingerprint()
 
 
-def _one_thread():
-    """Prepare a worker process."""
+def _prepare_worker():
+    """Set a worker process up: one thread, no chatter, and no life beyond that of its parent."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
+    disable_progress_bar()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    """Wait until the parent process is gone, killed perhaps, and end this one."""
+    connection.wait([parent_process().sentinel])
+    os._exit(1)
 
 
 def _run_and_write(cell, profile, data_dir, folder):
     """Run one cell in a worker and write its row."""
-    row = run_cell(cell, profile, data_dir, folder / f"{cell.name}.run")
+    with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=folder) as run_folder:
+        row = run_cell(cell, profile, data_dir, Path(run_folder))
     write_json(folder / f"{cell.name}.json", row)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -42,7 +41,7 @@ def run_cell(cell, profile, data_dir, folder):
     profile : str
     data_dir : os.PathLike
     folder : pathlib.Path
-        For the run while it lasts; removed afterwards.
+        Gets the run.
 
     Returns
     -------
@@ -74,7 +73,6 @@ def run_cell(cell, profile, data_dir, folder):
         "config_hash": config.fingerprint(),
         "code_version": code_version(),
     }
-    shutil.rmtree(folder, ignore_errors=True)
     return row
 
 

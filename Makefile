@@ -11,7 +11,7 @@ STAMP := $(VENV)/installed
 # Extra arguments of the command behind a target: make course ARGS="--set profile=sam3"
 ARGS ?=
 
-.PHONY: help setup course test lint lab notebooks bench base data lock newest
+.PHONY: help setup course test lint lab notebooks bench experiment laboratory base data lock newest
 
 help: ## list the commands
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -48,6 +48,13 @@ notebooks: $(STAMP) ## run the notebooks with their defaults and store the outpu
 
 bench: $(STAMP) ## time the embedded base: vision pass, prompt pass, training step -> runs/bench.json
 	$(RUN) -m helpers.bench $(ARGS)
+
+# Both go on where they were stopped, and write their tables to data/experiments/ at the end.
+experiment: $(STAMP) ## run the controlled experiment of notebook 06 (two to three hours on two cores)
+	$(RUN) -m helpers.experiment --publish $(ARGS)
+
+laboratory: $(STAMP) ## plant every fault and diagnose it: the confusion matrix of notebook 06
+	$(RUN) -m helpers.confusion --publish $(ARGS)
 
 base: $(STAMP) ## train the embedded base data/tiny_sam3 again, from nothing (hours on a CPU)
 	$(RUN) -m helpers.tiny_base $(ARGS)

@@ -1,4 +1,4 @@
-"""The command line: ``python -m helpers check|train|predict|evaluate|report|diagnose``."""
+"""The command line: ``python -m helpers COMMAND``, see ``--help`` for the commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import sys
 
-from helpers import commands
+from helpers import commands, commands_data, commands_share
 from helpers.errors import InputError
 
 _EPILOG = """exit status:
@@ -39,8 +39,8 @@ def build_parser():
     as_json.add_argument("--json", action="store_true", help="print one JSON document")
     model = _model_parser()
 
-    def add(name, *parents):
-        function = getattr(commands, name)
+    def add(name, *parents, module=commands):
+        function = getattr(module, name)
         command = subparsers.add_parser(
             name,
             parents=[as_json, *parents],
@@ -56,16 +56,9 @@ def build_parser():
     command.add_argument("data", metavar="DATA", help="folder with one folder per split")
     command.add_argument("--profile", default="tiny", help="tiny (default) or sam3")
 
-    command = add("train")
-    command.add_argument("--config", required=True, metavar="FILE", help="a file of configs/")
-    command.add_argument("--profile", help="tiny, sam3 or a file")
-    command.add_argument("--data", metavar="DIR", help="dataset, in place of data.data_dir")
-    command.add_argument("--output", metavar="RUN", help="run folder, by default output.output_dir")
-    command.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting"
-    )
-    command.add_argument("--resume", action="store_true", help="continue an interrupted run")
-    command.add_argument("--overwrite", action="store_true", help="replace a run in the folder")
+    _convert_options(add("convert", module=commands_data))
+
+    _train_options(add("train"))
 
     command = add("predict", model)
     command.add_argument(
@@ -90,7 +83,73 @@ def build_parser():
     command.add_argument("--data", metavar="DIR", help="dataset, by default that of the run")
     command.add_argument("--image", metavar="IMG", help="a picture in which nothing is found")
     command.add_argument("--prompt", help="the word that was asked, by default the category names")
+
+    _share_options(add)
     return parser
+
+
+def _convert_options(command):
+    """Add the options of ``convert``."""
+    command.add_argument("source", metavar="SRC", help="dataset: a folder, or a COCO file")
+    command.add_argument("output", metavar="DST", help="new folder, one folder per split in it")
+    command.add_argument(
+        "--format",
+        choices=("coco", "yolo", "voc", "masks", "labelme"),
+        help="by default recognised; coco means Roboflow's export and per-image JSON, too",
+    )
+    command.add_argument("--category", metavar="NOUN", help="what binary mask pictures show")
+    command.add_argument(
+        "--objects",
+        choices=("components", "whole", "values"),
+        default="components",
+        help="what is one object of a mask picture: a connected component (default), all of a "
+        "class, or each value",
+    )
+    command.add_argument(
+        "--polygons",
+        choices=("auto", "outline", "pixels"),
+        default="auto",
+        help="whether corners (YOLO, VOC, LabelMe) lie on the outline or are pixels of the object; "
+        "auto (default): pixels if all are whole numbers",
+    )
+    command.add_argument(
+        "--split",
+        nargs="+",
+        type=float,
+        metavar="SHARE",
+        help="divide anew into train, valid and test, for example 0.8 0.1 0.1",
+    )
+    command.add_argument("--seed", type=int, default=42, help="of the division, default 42")
+    command.add_argument("--tile", type=int, metavar="PIXELS", help="cut larger images into tiles")
+    command.add_argument("--overlap", type=float, default=0.2, help="of tiles, default 0.2")
+    command.add_argument("--copy", action="store_true", help="copy images, never link them")
+
+
+def _share_options(add):
+    """Add ``merge`` and ``push``."""
+    command = add("merge", module=commands_share)
+    command.add_argument("--adapter", required=True, metavar="RUN", help="run folder")
+    command.add_argument("--output", required=True, metavar="DIR", help="new folder of the model")
+    command.add_argument("--dtype", help="float32 or bfloat16, by default that of the base's files")
+    command.add_argument("--base", metavar="NAME", help="another place of the base")
+
+    command = add("push", module=commands_share)
+    command.add_argument("--adapter", required=True, metavar="DIR", help="run or merged model")
+    command.add_argument("--repo", required=True, metavar="OWNER/NAME", help="name on the Hub")
+    command.add_argument("--yes", action="store_true", help="upload; by default only look")
+
+
+def _train_options(command):
+    """Add the options of ``train``."""
+    command.add_argument("--config", required=True, metavar="FILE", help="a file of configs/")
+    command.add_argument("--profile", help="tiny, sam3 or a file")
+    command.add_argument("--data", metavar="DIR", help="dataset, in place of data.data_dir")
+    command.add_argument("--output", metavar="RUN", help="run folder, by default output.output_dir")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting"
+    )
+    command.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    command.add_argument("--overwrite", action="store_true", help="replace a run in the folder")
 
 
 def _model_parser():
@@ -122,7 +181,10 @@ def main(arguments=None):
         with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints is no result
             _quieten()
             status, document, text = args.function(args)
-        print(json.dumps(document, indent=2, allow_nan=False) if args.json else text, flush=True)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            print(
+                json.dumps(document, indent=2, allow_nan=False) if args.json else text, flush=True
+            )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

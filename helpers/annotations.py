@@ -46,7 +46,7 @@ def find_splits(data_dir):
     data_dir = resolve(data_dir)
     if not data_dir.is_dir():
         raise InputError("no such folder", where=data_dir, fix="check the path of the dataset")
-    folders = {path.name for path in data_dir.iterdir() if path.is_dir() and _layouts_of(path)}
+    folders = {path.name for path in data_dir.iterdir() if path.is_dir() and layouts_of(path)}
     names = [name for name, known in SPLIT_FOLDERS.items() if folders.intersection(known)]
     known = {folder for group in SPLIT_FOLDERS.values() for folder in group}
     names += sorted(folders - known)
@@ -84,8 +84,8 @@ def read_split(data_dir, split, layout=None):
     """
     if layout is not None and layout not in LAYOUTS:
         raise InputError(f"there is no layout {layout!r}", fix=f"use one of {', '.join(LAYOUTS)}")
-    name, root = _split_folder(resolve(data_dir), split)
-    present = _layouts_of(root)
+    name, root = split_folder(resolve(data_dir), split)
+    present = layouts_of(root)
     if not present or (layout is not None and layout not in present):
         raise InputError(
             f"holds no annotations in the layout {layout or ' or '.join(LAYOUTS)}",
@@ -93,7 +93,7 @@ def read_split(data_dir, split, layout=None):
             fix=f"put {COCO_FILE}, or annotations/<image name>.json, into this folder",
         )
     layout = layout or present[0]
-    entries = _coco_entries(root) if layout == "coco" else _per_image_entries(root)
+    entries = entries_of(root, layout)
     records, table = [], {}
     for where, image, objects, categories in entries:
         names = category_names(categories, where, table)
@@ -101,8 +101,27 @@ def read_split(data_dir, split, layout=None):
     return _assemble(name, root, layout, records, list(table.values()))
 
 
-def _split_folder(data_dir, split):
-    """Find the folder of a split; returns its usual name and its path."""
+def split_folder(data_dir, split):
+    """Find the folder of a split.
+
+    Parameters
+    ----------
+    data_dir : pathlib.Path
+        The dataset.
+    split : str
+        ``val`` and ``valid`` mean the same.
+
+    Returns
+    -------
+    name : str
+        Its usual name.
+    folder : pathlib.Path
+
+    Raises
+    ------
+    InputError
+        If there is no such folder.
+    """
     name = next((name for name, folders in SPLIT_FOLDERS.items() if split in folders), split)
     for folder in SPLIT_FOLDERS.get(name, (split,)):
         if (data_dir / folder).is_dir():
@@ -111,16 +130,42 @@ def _split_folder(data_dir, split):
     raise InputError(f"there is no split {split!r}", where=data_dir, fix=f"use one of {found}")
 
 
-def _layouts_of(root):
-    """List the layouts whose annotation files a folder holds, the default one first."""
+def layouts_of(root):
+    """List the layouts whose annotation files a folder holds.
+
+    Parameters
+    ----------
+    root : pathlib.Path
+        Folder of a split.
+
+    Returns
+    -------
+    list of {"coco", "per_image"}
+        The default one first.
+    """
     layouts = ["coco"] if (root / COCO_FILE).is_file() else []
     if (root / "annotations").is_dir():
         layouts.append("per_image")
     return layouts
 
 
-def _read_json(path):
-    """Read a JSON file whose top level is an object."""
+def read_json_object(path):
+    """Read a JSON file whose top level is an object.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        UTF-8, with or without a byte order mark.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    InputError
+        If it is incomplete or holds no object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"), parse_int=_parse_int)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -151,10 +196,47 @@ def _list_of(content, key, where):
     return values
 
 
-def _coco_entries(root):
-    """Yield (place, image entry, annotation entries, category entries) for each image of a COCO file."""
-    where = root / COCO_FILE
-    content = _read_json(where)
+def entries_of(root, layout):
+    """Walk through the annotations of a split as they stand in the files.
+
+    Parameters
+    ----------
+    root : pathlib.Path
+        Folder of the split.
+    layout : {"coco", "per_image"}
+
+    Yields
+    ------
+    tuple
+        For each image: the file, the image entry, its annotation entries, all category entries.
+
+    Raises
+    ------
+    InputError
+        If a file is incomplete or its entries do not fit together.
+    """
+    return coco_entries(root / COCO_FILE) if layout == "coco" else _per_image_entries(root)
+
+
+def coco_entries(where):
+    """Walk through one COCO file.
+
+    Parameters
+    ----------
+    where : pathlib.Path
+        The file.
+
+    Yields
+    ------
+    tuple
+        As `entries_of`.
+
+    Raises
+    ------
+    InputError
+        As `entries_of`.
+    """
+    content = read_json_object(where)
     categories = _list_of(content, "categories", where)
     by_image = {}
     for image in _list_of(content, "images", where):
@@ -182,7 +264,7 @@ def _per_image_entries(root):
     """Yield (place, image entry, annotation entries, category entries) for each per-image file."""
     images = {path.stem: path for path in _image_files(root / "images")}
     for where in sorted((root / "annotations").glob("*.json")):
-        content = _read_json(where)
+        content = read_json_object(where)
         listed = content.get("images", [{}])
         if not isinstance(listed, list) or len(listed) != 1 or not isinstance(listed[0], dict):
             raise InputError(

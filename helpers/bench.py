@@ -7,7 +7,6 @@ import json
 import sys
 
 import torch
-from torch.utils.benchmark import Timer
 
 from helpers.adapters import add_lora
 from helpers.annotations import read_split
@@ -95,6 +94,8 @@ def _first_image(config, place):
 
 def _median(part, min_seconds):
     """Return the median time of a function in seconds; the timer waits for the accelerator."""
+    from torch.utils.benchmark import Timer  # looks for a compiler and warns: not on every import
+
     timer = Timer("part()", globals={"part": part}, num_threads=torch.get_num_threads())
     return round(timer.blocked_autorange(min_run_time=min_seconds).median, 5)
 

@@ -157,30 +157,36 @@ def _in_every_mask(change):
     return _in_every_file(change_all)
 
 
-def _rename_key(content):
+def rename_key(content):
+    """Give the list of objects of an annotation file a name that no reader looks for."""
     content["objects"] = content.pop("annotations")
 
 
-def _remove_objects(content):
+def remove_objects(content):
+    """Empty the list of objects of an annotation file."""
     content["annotations"] = []
 
 
-def _mark_as_crowd(content):
+def mark_as_crowd(content):
+    """Mark every object of an annotation file as a crowd region."""
     for entry in content["annotations"]:
         entry["iscrowd"] = 1
 
 
-def _boxes_as_corners(content):
+def boxes_as_corners(content):
+    """Write the boxes of an annotation file as ``[x0, y0, x1, y1]``."""
     for entry in content["annotations"]:
         x, y, width, height = entry["bbox"]
         entry["bbox"] = [x, y, x + width, y + height]
 
 
-def _boxes_as_fractions(content):
-    [image] = content["images"]
-    sides = [image["width"], image["height"]] * 2
+def boxes_as_fractions(content):
+    """Write the boxes of an annotation file as YOLO does: centre and size, parts of the image."""
+    sides = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
     for entry in content["annotations"]:
-        entry["bbox"] = [number / side for number, side in zip(entry["bbox"], sides, strict=True)]
+        (x, y, width, height), (across, down) = entry["bbox"], sides[entry["image_id"]]
+        centre = [(x + width / 2) / across, (y + height / 2) / down]
+        entry["bbox"] = [*centre, width / across, height / down]
 
 
 def _call_all_object(content):
@@ -224,31 +230,31 @@ FAULTS = {
         "the list of objects is called 'objects', not 'annotations'",
         ("D03_UNREADABLE",),
         "0 objects for a loader that reads missing keys as empty: scores fall to 0.000",
-        _in_every_file(_rename_key),
+        _in_every_file(rename_key),
     ),
     "empty": Fault(
         "every list of objects is empty",
         ("D01_NO_OBJECTS",),
         "the same: the loss is smallest for a model that says no to everything",
-        _in_every_file(_remove_objects),
+        _in_every_file(remove_objects),
     ),
     "crowd": Fault(
         "iscrowd is 1 on every object",
         ("D10_ALL_CROWD",),
         "a loader that drops crowds asks for present things as if they were absent",
-        _in_every_file(_mark_as_crowd),
+        _in_every_file(mark_as_crowd),
     ),
     "corners": Fault(
         "boxes are [x0, y0, x1, y1], not [x, y, width, height]",
         ("D22_BOX_OFF_MASK",),
         "the loss looks sane, boxes deviate, AP50 stays low",
-        _in_every_file(_boxes_as_corners),
+        _in_every_file(boxes_as_corners),
     ),
     "fractions": Fault(
         "boxes are fractions of the image, not pixels",
         ("D21_BOX_NORMALISED",),
         "boxes of less than a pixel: nothing can be matched to them",
-        _in_every_file(_boxes_as_fractions),
+        _in_every_file(boxes_as_fractions),
     ),
     "transposed": Fault(
         "masks were run-length encoded row by row, not column by column",

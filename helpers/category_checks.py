@@ -51,7 +51,7 @@ def check_categories(split):
             "merge them, or choose names that differ in more than ending and case",
         )
         for first, second in combinations(asked, 2)
-        if _similar(first.name, second.name)
+        if similar_names(first.name, second.name)
     ]
     found += [
         (
@@ -73,8 +73,19 @@ def check_categories(split):
     return [Finding(code, where, message, fix) for code, message, fix in found]
 
 
-def _similar(first, second):
-    """Tell whether two names differ by case, spacing, plural or a slip only."""
+def similar_names(first, second):
+    """Tell whether two names differ by case, spacing, plural or a slip only.
+
+    Parameters
+    ----------
+    first, second : str
+        Names of categories.
+
+    Returns
+    -------
+    bool
+        True also for a share of matching letters of at least `SIMILAR` in longer names.
+    """
     first, second = normalise_noun(first), normalise_noun(second)
     if first == second:
         return True

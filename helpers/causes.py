@@ -167,6 +167,8 @@ CAUSES = {
         "adapter",
         "weights of the base were trained besides the adapter, and are not saved with it",
         "freeze the base before the optimiser is made; train LoRA only",
+        confusable="blank_base, for a run without 'trained_parameters' in its metrics: in both "
+        "the fingerprint of the base differs from the recorded one",
     ),
     "lora_elsewhere": Cause(
         "3",
@@ -260,6 +262,8 @@ CAUSES = {
         "checkpoint",
         "the saved weights do not give the results the run recorded",
         "merge and save in float32 with the scale alpha / rank, and compare the detections after",
+        confusable="a validation split that was changed after the training gives other results "
+        "too: the checkpoint's own weights tell them apart, where the checkpoint was not removed",
     ),
     "presence_ignored": Cause(
         "8",

@@ -116,6 +116,7 @@ def predict(args):
 def evaluate(args):
     """Judge a model on a split; status 1 if the split has nothing to find."""
     from helpers.annotations import read_split
+    from helpers.category_prompts import rename_categories
     from helpers.config import load_config
     from helpers.evaluation import evaluate_queries
     from helpers.prediction import untrained_prompts as untrained
@@ -125,7 +126,7 @@ def evaluate(args):
     config = loaded.run.config if loaded.run else load_config(DEFAULT_CONFIG)
     settings = config.evaluation
     data_dir = args.data or config.data.data_dir
-    split = read_split(data_dir, args.split)
+    split = rename_categories(read_split(data_dir, args.split), config.data.prompts_by_category)
     if loaded.run:
         asked = [args.prompt] if args.prompt else split.categories
         for prompt in untrained(asked, loaded.run.prompts["prompts"]):

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, model_validator
 
 Name = Annotated[str, Field(min_length=1, pattern=r"\S")]
-Names = Annotated[tuple[Annotated[StrictStr, Field(pattern=r"\S")], ...], Field(strict=False)]
+Noun = Annotated[StrictStr, Field(pattern=r"\S")]
+Names = Annotated[tuple[Noun, ...], Field(strict=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -68,12 +69,17 @@ class DataSection(Section):
     train_split: Name
     val_split: Name
     prompt: Name | None
+    prompts_by_category: dict[Noun, Noun] = {}
     num_negatives: Annotated[int, Field(ge=0, le=100)]
     negative_prompts: Names
 
     @model_validator(mode="after")
     def _negatives_are_negative(self):
         _refuse_duplicates(self.negative_prompts, "negative_prompts")
+        if self.prompt is not None and self.prompts_by_category:
+            raise ValueError(
+                "prompt replaces every category name, so prompts_by_category must be {}"
+            )
         if self.prompt is not None:
             _refuse_duplicates((self.prompt, *self.negative_prompts), "prompt and negative_prompts")
         return self

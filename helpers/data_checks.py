@@ -11,6 +11,7 @@ from transformers import Sam3ImageProcessor
 from helpers.annotation_checks import check_annotations
 from helpers.annotations import COCO_FILE, find_splits, read_split
 from helpers.category_checks import check_categories, check_prompts, check_splits_agree
+from helpers.category_prompts import refuse_unknown_categories, rename_categories
 from helpers.datasets import PromptCollator, PromptDataset, join_queries
 from helpers.errors import InputError
 from helpers.findings import SEVERITIES, Finding, Report
@@ -28,6 +29,7 @@ def check_dataset(
     processor=None,
     num_queries=200,
     prompt=None,
+    prompts_by_category=None,
     num_negatives=0,
     negative_prompts=(),
     layout=None,
@@ -50,6 +52,8 @@ def check_dataset(
         Objects the model can find per prompt.
     prompt, num_negatives, negative_prompts
         As in `helpers.datasets.PromptDataset`.
+    prompts_by_category : dict of str to str, optional
+        Nouns the categories are asked by, see `helpers.category_prompts.rename_categories`.
     layout : {"coco", "per_image"}, optional
         As in `helpers.annotations.read_split`.
     disable_progress : bool
@@ -64,10 +68,14 @@ def check_dataset(
     Raises
     ------
     InputError
-        If the folder is missing or holds no split. Anything wrong inside a split is a finding.
+        If the folder is missing or holds no split, or ``prompts_by_category`` names a category
+        that no split has. Anything wrong inside a split is a finding.
     """
     names = find_splits(data_dir)
-    findings, splits, counts, digests = _missing_splits(names, data_dir), {}, {}, {}
+    splits, unreadable = _read_splits(data_dir, names, layout)
+    prompts_by_category = prompts_by_category or {}
+    refuse_unknown_categories(prompts_by_category, list(splits.values()))
+    findings, counts, seen = _missing_splits(names, data_dir) + unreadable, {}, {}
     settings = {
         "resolution": resolution,
         "mask_size": mask_size,
@@ -75,22 +83,28 @@ def check_dataset(
         "num_negatives": num_negatives,
         "negative_prompts": negative_prompts,
     }
+    for name, as_read in splits.items():
+        split = splits[name] = rename_categories(as_read, prompts_by_category)
+        findings += check_annotations(split, mask_size=mask_size, num_queries=num_queries)
+        loaded, seen[name], counts[name] = _check_loading(
+            split, processor, settings, disable_progress
+        )
+        findings += check_categories(split) + loaded
+    findings += check_splits_agree(splits) + check_leakage(splits, seen)
+    return Report(resolve(data_dir), tuple(sorted(findings, key=_by_urgency)), counts)
+
+
+def _read_splits(data_dir, names, layout):
+    """Read every split that can be read; returns them by name, and a finding for each other one."""
+    splits, findings = {}, []
     for name in names:
         try:
-            split = read_split(data_dir, name, layout)
+            splits[name] = read_split(data_dir, name, layout)
         except InputError as error:
             findings.append(
                 Finding("D03_UNREADABLE", error.where or name, error.message, error.fix)
             )
-            continue
-        splits[name] = split
-        findings += check_annotations(split, mask_size=mask_size, num_queries=num_queries)
-        loaded, digests[name], counts[name] = _check_loading(
-            split, processor, settings, disable_progress
-        )
-        findings += check_categories(split) + loaded
-    findings += check_splits_agree(splits) + check_leakage(splits, digests)
-    return Report(resolve(data_dir), tuple(sorted(findings, key=_by_urgency)), counts)
+    return splits, findings
 
 
 def _by_urgency(finding):
@@ -100,15 +114,15 @@ def _by_urgency(finding):
 
 
 def _check_loading(split, processor, settings, disable_progress):
-    """Return the findings of one split's images and prompts, the images' digests, and its counts."""
-    findings, digests, queries = _open_and_load(split, processor, settings, disable_progress)
+    """Return the findings of one split's images and prompts, the images seen, and its counts."""
+    findings, seen, queries = _open_and_load(split, processor, settings, disable_progress)
     counts = _counts(split, queries)
     findings = findings + check_objects_arrive(split, counts)
     if queries:
         absent = counts["absent_queries"]
         nouns = settings["negative_prompts"]
         findings += check_prompts(split, absent, settings["num_negatives"], nouns)
-    return findings, digests, counts
+    return findings, seen, counts
 
 
 def _missing_splits(names, data_dir):
@@ -143,7 +157,7 @@ def _open_and_load(split, processor, settings, disable_progress):
     -------
     findings : list of Finding
         From both passes.
-    digests : dict of str to ImageRecord
+    images : list of helpers.image_checks.SeenImage
         From `helpers.image_checks.check_images`.
     queries : list of (dict, dict)
         From `_load_all`.
@@ -152,12 +166,12 @@ def _open_and_load(split, processor, settings, disable_progress):
     processor = processor or SimpleNamespace(image_processor=Sam3ImageProcessor())
     total = 2 * len(split.records)
     with tqdm(total=total, desc=f"check {split.name}", disable=disable_progress) as bar:
-        findings, digests = check_images(split, bar)
+        findings, images = check_images(split, bar)
         seen = {place.path for finding in findings for place in finding.places}
         dataset, refusal = _real_dataset(split, processor, **settings)
         queries, loading = _load_all(dataset, collate, seen, bar) if dataset else ([], refusal)
         bar.update(total - bar.n)
-    return findings + loading, digests, queries
+    return findings + loading, images, queries
 
 
 def _real_dataset(split, processor, **settings):

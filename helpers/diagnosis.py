@@ -13,10 +13,22 @@ from helpers.errors import InputError
 from helpers.evidence import FAILED, NOT_CHECKED, OK, Evidence, GateResult
 from helpers.examination import Examination
 from helpers.gates_behaviour import BEHAVIOUR_GATES
-from helpers.gates_code import CODE_GATES, RUN_GATES
+from helpers.gates_checkpoint import CHECKPOINT_GATES
+from helpers.gates_code import CODE_GATES
+from helpers.gates_config import CONFIG_GATES
 from helpers.gates_data import DATA_GATES
+from helpers.gates_prompts import PROMPT_GATES
+from helpers.gates_run import RUN_GATES
 
-GATES = (*DATA_GATES, *RUN_GATES, *CODE_GATES, *BEHAVIOUR_GATES)
+GATES = (
+    *DATA_GATES,
+    *PROMPT_GATES,
+    *CONFIG_GATES,
+    *RUN_GATES,
+    *CODE_GATES,
+    *CHECKPOINT_GATES,
+    *BEHAVIOUR_GATES,
+)
 """In the order in which they are asked: files and counts, the run's own records, self-tests of the
 code, and last what the model answers."""
 LEAST_CONFIDENCE = 0.5

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from helpers import annotations, datasets, prediction_queries, run_folder
+from helpers.category_prompts import rename_categories
 from helpers.config import load_config
 from helpers.errors import InputError
 from helpers.paths import resolve
@@ -17,6 +18,11 @@ from helpers.sam3 import load_base
 
 SAMPLE = 12
 """Images with objects, and as many without, that the costly gates look at."""
+FEW_WITH, FEW_WITHOUT = 6, 2
+"""Images of the sample that are asked for many words."""
+
+LOOKED_AT = 256
+"""Training images that are passed through the loader, about: all of them in a small dataset."""
 
 
 class Examination:
@@ -93,7 +99,8 @@ class Examination:
         data = self.config.data
         name = {"train": data.train_split, "valid": data.val_split}.get(name, name)
         if name not in self._splits:
-            self._splits[name] = annotations.read_split(self.data_dir, name)
+            split = annotations.read_split(self.data_dir, name)
+            self._splits[name] = rename_categories(split, data.prompts_by_category)
         return self._splits[name]
 
     @cached_property
@@ -117,6 +124,20 @@ class Examination:
         )
 
     @cached_property
+    def train_queries(self):
+        """What reaches the loss in an epoch: list of (ImageRecord, query dict, target dict).
+
+        Of at most `LOOKED_AT` training images, evenly spaced; query and target are those of
+        `helpers.datasets.PromptCollator`.
+        """
+        dataset, collected = self.train_dataset, []
+        for index in range(0, len(dataset), max(1, len(dataset) // LOOKED_AT)):
+            batch = self.collator([dataset[index]])
+            pairs = zip(batch["queries"], batch["targets"], strict=True)
+            collected += [(dataset.records[index], query, target) for query, target in pairs]
+        return collected
+
+    @cached_property
     def collator(self):
         """`helpers.datasets.PromptCollator`: of the base's processor."""
         return datasets.PromptCollator(self.base[1])
@@ -135,18 +156,32 @@ class Examination:
         raise InputError("no image shows an object", where=self.data_dir, fix="annotate some")
 
     @cached_property
+    def unannotated(self):
+        """Images without any annotation, of validation and training split, a list of records."""
+        records = [*self.split("valid").records, *self.split("train").records]
+        return [record for record in records if not record.objects][: 2 * SAMPLE]
+
+    @cached_property
+    def few(self):
+        """Images to ask for many words: some of `sample`, those with objects first."""
+        shown = [record for record in self.sample if record.objects][:FEW_WITH]
+        return shown + [record for record in self.sample if not record.objects][:FEW_WITHOUT]
+
+    @cached_property
     def asked(self):
         """The words that are asked of the run now: list of str."""
         return [self.prompt] if self.prompt else list(self.split("valid").categories)
 
-    def raws(self, prompts, *, adapted=True):
-        """Ask prompts on the images of `sample`, with or without the adapter.
+    def raws(self, prompts, *, adapted=True, records=None):
+        """Ask prompts on some images, with or without the adapter.
 
         Parameters
         ----------
         prompts : sequence of str
         adapted : bool
-            False switches the adapter off.
+            False asks the base.
+        records : sequence of helpers.records.ImageRecord, optional
+            By default `sample`.
 
         Returns
         -------
@@ -154,13 +189,17 @@ class Examination:
             By ``image_id`` and prompt; answers are kept, so asking twice costs nothing.
         """
         known = self._answers[adapted]
-        for record in self.sample:
-            missing = [one for one in prompts if (record.image_id, one) not in known]
+        records = self.sample if records is None else records
+        for record in records:
+            missing = [one for one in prompts if (record.path, one) not in known]
             if missing:
                 for raw in self._ask(record, missing, adapted):
-                    known[record.image_id, raw.prompt] = raw
-        ids = [record.image_id for record in self.sample]
-        return {(name, prompt): known[name, prompt] for name in ids for prompt in prompts}
+                    known[record.path, raw.prompt] = raw  # two splits may share a name
+        return {
+            (record.image_id, prompt): known[record.path, prompt]
+            for record in records
+            for prompt in prompts
+        }
 
     @cached_property
     def _answers(self):

@@ -7,25 +7,18 @@ run of the experiment can be killed at any time and goes on where it was.
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import shutil
 import sys
 import tempfile
-import threading
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
 import pandas as pd
-import torch
-from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
 
 from helpers.errors import InputError
 from helpers.experiment_designs import DESIGNS, SEEDS, cells_of
 from helpers.experiment_run import run_base, run_cell
 from helpers.files import read_json, write_json, write_text
+from helpers.jobs import run_jobs
 from helpers.paths import DATA, ROOT, RUNS, WALL_CRACKS, resolve
 
 TABLES = DATA / "experiments"
@@ -71,20 +64,10 @@ def run_experiment(design, output_dir, *, profile, data_dir, seeds=SEEDS, worker
     if not (Path(output_dir) / _BASE_ROW).is_file():
         write_json(Path(output_dir) / _BASE_ROW, run_base(cells[0], profile, data_dir))
     missing = [cell for cell in cells if not _has_row(folder, cell, profile, data_dir)]
-    workers = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-    bar = {"initial": len(cells) - len(missing), "total": len(cells), "unit": "run"}
-    # Each run has a process of its own: torch's threads would get in each other's way.
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_prepare_worker
-    ) as pool:
-        jobs = [pool.submit(_run_and_write, cell, profile, data_dir, folder) for cell in missing]
-        try:
-            for job in tqdm(as_completed(jobs), desc=design, file=sys.stderr, **bar):
-                job.result()
-                write_table(folder, cells)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    jobs = [(cell, profile, data_dir, folder) for cell in missing]
+    done = len(cells) - len(missing)
+    for _ in run_jobs(_run_and_write, jobs, description=design, done=done, workers=workers):
+        write_table(folder, cells)
     return write_table(folder, cells)
 
 
@@ -148,20 +131,6 @@ def _has_row(folder, cell, profile, data_dir):
         return False
     row = read_json(path, _RUN_AGAIN)
     return row["config_hash"] == cell.config(profile, data_dir).fingerprint()
-
-
-def _prepare_worker():
-    """Set a worker process up: one thread, no chatter, and no life beyond that of its parent."""
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    disable_progress_bar()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent():
-    """Wait until the parent process is gone, killed perhaps, and end this one."""
-    connection.wait([parent_process().sentinel])
-    os._exit(1)
 
 
 def _run_and_write(cell, profile, data_dir, folder):

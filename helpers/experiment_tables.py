@@ -11,6 +11,7 @@ from helpers.experiment import DATA_DIR, TABLES
 from helpers.experiment_designs import SEEDS, cells_of
 from helpers.experiment_run import RESPONSES
 from helpers.factorial import effect_table
+from helpers.paths import ROOT, resolve
 
 BASE_TABLE = "base"
 FACTORS = {
@@ -34,6 +35,29 @@ LABELS = {
     "retention_AP": "AP on the base's own concepts",
 }
 """Responses as one would say them."""
+
+
+def tables_folder(path):
+    """Find the folder of the tables, from wherever a notebook or command runs.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        A relative one is seen from the current folder, the repository or ``notebooks/``.
+
+    Returns
+    -------
+    pathlib.Path
+
+    Raises
+    ------
+    InputError
+        If it is no folder.
+    """
+    for folder in (resolve(path), ROOT / "notebooks" / path):
+        if folder.is_dir():
+            return folder.resolve()
+    raise InputError(f"{str(path)!r} is no folder", where="tables_dir", fix="run `make experiment`")
 
 
 def load_table(design, folder=TABLES, *, profile="tiny"):

@@ -15,6 +15,7 @@ INTERACTION = "interaction"
 TIMES = " x "
 """Between the factors of an interaction: ``"objects x text_lora"``."""
 CONFIDENCE = 0.95
+_ROUNDING = 1e-12
 
 
 class Estimate(NamedTuple):
@@ -70,7 +71,7 @@ def estimate(values):
     mean = float(values.mean())
     if len(values) == 1:
         return Estimate(mean, np.nan, np.nan, 1)
-    if np.ptp(values) == 0:
+    if np.ptp(values) <= _ROUNDING * np.abs(values).max():
         return Estimate(mean, mean, mean, len(values))
     low, high = ttest_1samp(values, 0.0).confidence_interval(CONFIDENCE)
     return Estimate(mean, float(low), float(high), len(values))
@@ -194,6 +195,33 @@ def paired_difference(table, outcome, reference, other, block="seed"):
             fix="let each pick one run per repetition",
         )
     return estimate(sides[1] - sides[0])
+
+
+def one_step_effects(table, factors, state, outcome, block="seed"):
+    """Estimate what changing one factor alone does, starting from one combination.
+
+    Parameters
+    ----------
+    table, factors, block
+        See `contrasts`.
+    state : dict
+        Factor to the level it starts from.
+    outcome : str
+        A column.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Index ``factor``; columns ``from``, ``to``, and ``value``, ``low``, ``high``, ``count``,
+        ``is_clear`` of the change.
+    """
+    rows = {}
+    for factor, levels in factors.items():
+        other = next(level for level in levels if level != state[factor])
+        one = paired_difference(table, outcome, state, state | {factor: other}, block)
+        rows[factor] = {"from": state[factor], "to": other, **one._asdict()}
+        rows[factor]["is_clear"] = one.is_clear
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("factor")
 
 
 def main_effects(cells):

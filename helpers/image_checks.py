@@ -1,14 +1,19 @@
-"""Faults of the image files: missing, broken, turned, or the same one in two splits."""
+"""Faults of the image files: missing, broken, turned, or in two splits, also as a copy."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from dataclasses import dataclass
 from itertools import combinations
+
+import numpy as np
 
 from helpers.errors import InputError
 from helpers.findings import Place, finding_at
+from helpers.image_hashes import near_pairs, picture_hash
 from helpers.images import open_upright, same_shape, upright_size
+from helpers.records import ImageRecord
 
 WHAT_AND_FIX = {
     "D07_UNANNOTATED_IMAGE": (
@@ -38,6 +43,24 @@ WHAT_AND_FIX = {
 }
 
 
+@dataclass(frozen=True)
+class SeenImage:
+    """An image that could be opened, and what tells it from others.
+
+    Attributes
+    ----------
+    record : helpers.records.ImageRecord
+    digest : str
+        SHA-256 of the file.
+    look : numpy.ndarray
+        From `helpers.image_hashes.picture_hash`.
+    """
+
+    record: ImageRecord
+    digest: str
+    look: np.ndarray
+
+
 def check_images(split, bar):
     """Open every image file and compare it with what the annotations say about it.
 
@@ -53,18 +76,19 @@ def check_images(split, bar):
     findings : list of Finding
         ``D07_UNANNOTATED_IMAGE``, ``D08_MISSING_IMAGE``, ``D70_BROKEN_IMAGE``,
         ``D71_IMAGE_SHAPE``, ``D72_IMAGE_SCALED``, ``D73_IMAGE_TURNED``.
-    digests : dict of str to ImageRecord
-        By SHA-256 of the file.
+    seen : list of SeenImage
+        The images that could be opened.
     """
-    places, details, digests = defaultdict(list), defaultdict(list), {}
+    places, details, seen = defaultdict(list), defaultdict(list), []
     for record in split.records:
         bar.update()
-        code, detail = _look_at(record)
+        code, detail, look = _look_at(record)
         if code is not None:
             places[code].append(Place(split.name, record.image_id, record.path))
             details[code].append(detail)
-        if code not in ("D08_MISSING_IMAGE", "D70_BROKEN_IMAGE"):
-            digests[hashlib.sha256(record.path.read_bytes()).hexdigest()] = record
+        if look is not None:
+            digest = hashlib.sha256(record.path.read_bytes()).hexdigest()
+            seen.append(SeenImage(record, digest, look))
     code = "D07_UNANNOTATED_IMAGE"
     places[code] = [Place(split.name, path.name, path) for path in split.unannotated]
     findings = []
@@ -73,36 +97,37 @@ def check_images(split, bar):
         findings += finding_at(
             code, places[code], f"{len(places[code])} images {what}{detail}", fix
         )
-    return findings, digests
+    return findings, seen
 
 
 def _look_at(record):
-    """Return the code of what is wrong with one image file, or None, and a detail."""
+    """Return the code of what is wrong with an image file or None, a detail, and its hash."""
     if not record.path.is_file():
-        return "D08_MISSING_IMAGE", str(record.path)
+        return "D08_MISSING_IMAGE", str(record.path), None
     try:
-        size = open_upright(record.path).size
+        image = open_upright(record.path)
         _, orientation = upright_size(record.path)
     except InputError as error:
-        return "D70_BROKEN_IMAGE", error.message
+        return "D70_BROKEN_IMAGE", error.message, None
+    size, look = image.size, picture_hash(image)
     stated = (record.width, record.height)
     turn = "" if orientation == 1 else f", EXIF orientation {orientation}"
     detail = f"{size[0]} x {size[1]} upright{turn}, {stated[0]} x {stated[1]} stated"
     if not same_shape(size, stated):
-        return "D71_IMAGE_SHAPE", detail
+        return "D71_IMAGE_SHAPE", detail, look
     if size != stated:
-        return "D72_IMAGE_SCALED", detail
-    return ("D73_IMAGE_TURNED" if turn else None), detail
+        return "D72_IMAGE_SCALED", detail, look
+    return ("D73_IMAGE_TURNED" if turn else None), detail, look
 
 
-def check_leakage(splits, digests):
-    """Find files that are in two splits, byte for byte.
+def check_leakage(splits, seen):
+    """Find images that are in two splits, as the same file or as a copy that looks the same.
 
     Parameters
     ----------
     splits : dict of str to Split
         By name.
-    digests : dict of str to dict
+    seen : dict of str to list of SeenImage
         By name of the split, from `check_images`.
 
     Returns
@@ -111,13 +136,27 @@ def check_leakage(splits, digests):
         ``D80_LEAKAGE``, one per pair of splits.
     """
     findings = []
-    for first, second in combinations(digests, 2):
-        shared = [digests[second][key] for key in digests[second] if key in digests[first]]
+    for first, second in combinations(seen, 2):
+        same, alike = _shared(seen[first], seen[second])
+        what = [f"{len(same)} are the same files"] if same else []
+        what += [f"{len(alike)} look the same, as copies saved anew do"] if alike else []
+        shared = [*same, *alike]
         findings += finding_at(
             "D80_LEAKAGE",
             [Place(second, record.image_id, record.path) for record in shared],
             f"{len(shared)} of {len(splits[second].records)} images of '{second}' are also in "
-            f"'{first}'",
+            f"'{first}': {', '.join(what)}",
             "keep each photograph, and all its crops, in one split",
         )
     return findings
+
+
+def _shared(first, second):
+    """Return the records of `second` that `first` has byte for byte, and those it has by looks."""
+    known = {one.digest for one in first}
+    same = [one.record for one in second if one.digest in known]
+    if not first or not second:
+        return same, []
+    looks = [np.stack([one.look for one in group]) for group in (first, second)]
+    rows = sorted(set(near_pairs(*looks)[:, 1].tolist()))
+    return same, [second[row].record for row in rows if second[row].digest not in known]

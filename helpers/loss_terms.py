@@ -6,6 +6,8 @@ Forms and constants are those of facebookresearch/sam3 at 99d02f2,
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torchvision.ops import box_convert, box_iou, generalized_box_iou, sigmoid_focal_loss
@@ -20,6 +22,63 @@ PRESENCE_ALPHA = 0.5
 MASK_FOCAL = {"alpha": 0.25, "gamma": 2.0}
 SEMANTIC_FOCAL = {"alpha": 0.6, "gamma": 2.0}
 EPSILON = 1e-6
+
+
+class Divisors(NamedTuple):
+    """What the sums of the loss terms are divided by.
+
+    Attributes
+    ----------
+    boxes : float
+        Of the box and mask terms.
+    rows : float
+        Of the score terms, beside the number of queries.
+    masked_rows : float
+        Of the semantic terms.
+    """
+
+    boxes: float
+    rows: float
+    masked_rows: float
+
+
+def target_counts(targets):
+    """Count what the loss terms are means over.
+
+    Parameters
+    ----------
+    targets : list of dict
+        See `helpers.losses.sam3_losses`.
+
+    Returns
+    -------
+    list of float
+        Objects, rows, and rows with at least one cell of a mask.
+    """
+    num_boxes = sum(len(target["boxes_cxcywh"]) for target in targets)
+    num_masked = sum(bool(target["masks"].any()) for target in targets)
+    return [float(num_boxes), float(len(targets)), float(num_masked)]
+
+
+def loss_divisors(counts, num_devices=1):
+    """Turn counts into divisors.
+
+    Parameters
+    ----------
+    counts : sequence of float
+        From `target_counts`, summed over the devices.
+    num_devices : int
+        How many devices there are whose gradients are averaged.
+
+    Returns
+    -------
+    Divisors
+        The mean of the devices' losses is then the loss of one device with all rows, however
+        objects and rows are spread. No objects count as one object.
+    """
+    boxes, rows, masked_rows = counts
+    divisors = max(boxes, 1.0), rows, masked_rows + EPSILON
+    return Divisors(*(divisor / num_devices for divisor in divisors))
 
 
 def box_terms(pred_boxes_cxcywh, targets, matches, num_boxes):
@@ -59,7 +118,7 @@ def box_terms(pred_boxes_cxcywh, targets, matches, num_boxes):
     return terms, box_iou(predicted_xyxy.detach(), target_xyxy).diagonal()
 
 
-def score_terms(pred_logits, presence_logits, targets, matches, ious, variant):
+def score_terms(pred_logits, presence_logits, targets, matches, ious, variant, num_rows):
     """Compute the loss of the query scores and of the presence token.
 
     Parameters
@@ -77,6 +136,8 @@ def score_terms(pred_logits, presence_logits, targets, matches, ious, variant):
         rows without objects count as zeros in the mean over B * max(Q, 200). ``early``: matched
         ``0.5 BCE(z, t)``, others ``BCE(z, 0)``, divided by B * Q + 1e-6, all rows alike, and no
         presence loss. In both ``t = max(0.01, p^0.25 IoU^0.75)`` without gradient.
+    num_rows : float
+        Taken for B in the divisors.
 
     Returns
     -------
@@ -97,17 +158,18 @@ def score_terms(pred_logits, presence_logits, targets, matches, ious, variant):
     bce = F.binary_cross_entropy_with_logits(logits, soft_target, reduction="none")
     if variant == "early":
         loss = torch.where(matched, POSITIVE_ALPHA_EARLY * bce, bce)
-        loss_ce = loss.sum() / (loss.numel() + EPSILON)
+        loss_ce = loss.sum() / (num_rows * loss.shape[1] + EPSILON)
         return {"loss_ce": loss_ce, "presence_loss": torch.zeros_like(loss_ce.detach())}
 
     present = _present(targets).to(logits)
     loss = torch.where(matched, POSITIVE_WEIGHT * bce, prob**NEGATIVE_GAMMA * bce)
     loss = loss * present[:, None]
-    num_rows, num_queries = logits.shape
-    presence = F.binary_cross_entropy_with_logits(presence_logits.float()[:, 0], present)
+    presence = F.binary_cross_entropy_with_logits(
+        presence_logits.float()[:, 0], present, reduction="sum"
+    )
     return {
-        "loss_ce": loss.sum() / (num_rows * max(num_queries, MIN_QUERIES_IN_MEAN)),
-        "presence_loss": PRESENCE_ALPHA * presence,
+        "loss_ce": loss.sum() / (num_rows * max(logits.shape[1], MIN_QUERIES_IN_MEAN)),
+        "presence_loss": PRESENCE_ALPHA * presence / num_rows,
     }
 
 
@@ -148,7 +210,7 @@ def mask_terms(pred_masks, targets, matches, num_boxes):
     }
 
 
-def semantic_terms(semantic_logits, targets):
+def semantic_terms(semantic_logits, targets, num_rows=None):
     """Compute focal and dice loss of the semantic map against the union of a row's masks.
 
     Parameters
@@ -157,12 +219,14 @@ def semantic_terms(semantic_logits, targets):
         (B, 1, h, w), brought to the size of each row's masks.
     targets : list of dict
         See `helpers.losses.sam3_losses`.
+    num_rows : float, optional
+        Divisor; by default the number of rows whose union is not empty, plus 1e-6.
 
     Returns
     -------
     dict of str to torch.Tensor
         ``loss_semantic_seg`` (alpha 0.6, gamma 2) and ``loss_semantic_dice``, summed over the
-        rows whose union is not empty and divided by (their number + 1e-6); 0 without such a row.
+        rows whose union is not empty and divided by `num_rows`; 0 without such a row.
     """
     nothing = semantic_logits[:0].float().sum()
     focal, dice = [nothing], [nothing]
@@ -174,7 +238,7 @@ def semantic_terms(semantic_logits, targets):
         logits = _resize(semantic_logits[row : row + 1], union.shape[-2:])[0]
         focal.append(sigmoid_focal_loss(logits, union, **SEMANTIC_FOCAL).mean())
         dice.append(_dice(logits, union).sum())
-    num_rows = len(focal) - 1 + EPSILON
+    num_rows = len(focal) - 1 + EPSILON if num_rows is None else num_rows
     return {
         "loss_semantic_seg": torch.stack(focal).sum() / num_rows,
         "loss_semantic_dice": torch.stack(dice).sum() / num_rows,

@@ -14,7 +14,14 @@ from __future__ import annotations
 import torch
 
 from helpers.errors import InputError
-from helpers.loss_terms import box_terms, mask_terms, score_terms, semantic_terms
+from helpers.loss_terms import (
+    box_terms,
+    loss_divisors,
+    mask_terms,
+    score_terms,
+    semantic_terms,
+    target_counts,
+)
 from helpers.matching import hungarian_match
 
 NATIVE_WEIGHTS = {
@@ -41,7 +48,7 @@ _OUTPUT_KEYS = {**_LAYER_KEYS, "pred_masks": 4, "semantic_logits": 4}
 _PER_OBJECT = ("boxes_cxcywh", "masks", "mask_valid")
 
 
-def sam3_losses(outputs, targets, variant="native", *, num_boxes=None):
+def sam3_losses(outputs, targets, variant="native", *, divisors=None):
     """Compute every term of SAM3's loss and their weighted total.
 
     Parameters
@@ -57,9 +64,8 @@ def sam3_losses(outputs, targets, variant="native", *, num_boxes=None):
         n may be 0; H, W may differ from h, w and between rows.
     variant : {"native", "early"}
         Meta's published setting, or that of the failing script.
-    num_boxes : float, optional
-        Divides the box and mask terms. Default: the number of objects in the batch. A trainer on
-        several devices passes the mean over the devices. Below 1 counts as 1.
+    divisors : helpers.loss_terms.Divisors, optional
+        By default those of this batch. A trainer on several devices passes those of all devices.
 
     Returns
     -------
@@ -83,17 +89,16 @@ def sam3_losses(outputs, targets, variant="native", *, num_boxes=None):
     ``sam3/train/loss/loss_fns.py``. Everything is computed in float32.
     """
     _check(outputs, targets, variant)
-    if num_boxes is None:
-        num_boxes = sum(len(target["boxes_cxcywh"]) for target in targets)
-    num_boxes = max(float(num_boxes), 1.0)
+    if divisors is None:
+        divisors = loss_divisors(target_counts(targets))
     matches = hungarian_match(outputs, targets)
-    terms = _layer_terms(outputs, targets, matches, variant, num_boxes)
-    terms |= mask_terms(outputs["pred_masks"], targets, matches, num_boxes)
-    terms |= semantic_terms(outputs["semantic_logits"], targets)
+    terms = _layer_terms(outputs, targets, matches, variant, divisors)
+    terms |= mask_terms(outputs["pred_masks"], targets, matches, divisors.boxes)
+    terms |= semantic_terms(outputs["semantic_logits"], targets, divisors.masked_rows)
     if variant == "native":
         for index, layer in enumerate(outputs.get("aux") or ()):
             layer_matches = hungarian_match(layer, targets)
-            layer_terms = _layer_terms(layer, targets, layer_matches, variant, num_boxes)
+            layer_terms = _layer_terms(layer, targets, layer_matches, variant, divisors)
             terms |= {f"aux{index}.{name}": value for name, value in layer_terms.items()}
     terms["total"] = weighted_sum(terms, WEIGHTS[variant])
     return terms
@@ -122,12 +127,11 @@ def weighted_sum(terms, weights):
     return torch.stack(weighted).sum()
 
 
-def _layer_terms(layer, targets, matches, variant, num_boxes):
+def _layer_terms(layer, targets, matches, variant, divisors):
     """Compute the four terms that every decoder layer has."""
-    terms, ious = box_terms(layer["pred_boxes_cxcywh"], targets, matches, num_boxes)
-    return terms | score_terms(
-        layer["pred_logits"], layer["presence_logits"], targets, matches, ious, variant
-    )
+    terms, ious = box_terms(layer["pred_boxes_cxcywh"], targets, matches, divisors.boxes)
+    logits, presence = layer["pred_logits"], layer["presence_logits"]
+    return terms | score_terms(logits, presence, targets, matches, ious, variant, divisors.rows)
 
 
 def _check(outputs, targets, variant):

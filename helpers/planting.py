@@ -15,12 +15,14 @@ from helpers.causes import CAUSES
 from helpers.config import load_config
 from helpers.config_sections import GuardSection
 from helpers.paths import CONFIGS, WALL_CRACKS
+from helpers.run_folder import RUN_CONFIG
 from helpers.training import train
 
 GUARDS_OFF = tuple(f"guards.{name}=false" for name in GuardSection.model_fields)
 LAB_SETTINGS = ("training.batch_size=4", "training.gradient_accumulation_steps=1")
 """On top of ``crack_detection_config.yaml`` and the profile: the healthy run of the laboratory."""
-LAB_EPOCHS = 5
+LAB_EPOCHS_SETTING = ("scale.num_epochs=0.1",)
+"""Five epochs on the embedded base, so that a fault is judged within a minute."""
 DATA_FOLDER, RUN_FOLDER = "data", "run"
 
 
@@ -46,7 +48,8 @@ class Fault:
     spoil_run : callable, optional
         Takes the folder of a finished run and changes the files in it.
     trains : bool
-        False for a fault that only needs a copy of a healthy run.
+        False for a fault that only needs a copy of a healthy run; one that spoils data spoils them
+        after the training.
     """
 
     cause: str
@@ -100,6 +103,8 @@ def planted(fault, folder, *, healthy=None, settings=(), data_dir=WALL_CRACKS, p
     with patch:
         if fault is not None and not fault.trains:
             shutil.copytree(healthy, run)
+            if fault.spoil_data is not None:
+                _name_dataset(run, _spoiled_data(fault, folder, data_dir))
         else:
             _train(fault, run, _spoiled_data(fault, folder, data_dir), settings, profile)
         if fault is not None and fault.spoil_run is not None:
@@ -114,6 +119,12 @@ def _spoiled_data(fault, folder, data_dir):
     shutil.copytree(data_dir, folder / DATA_FOLDER)
     fault.spoil_data(folder / DATA_FOLDER)
     return folder / DATA_FOLDER
+
+
+def _name_dataset(run, data_dir):
+    """Let the config of a run name another dataset."""
+    path = run / RUN_CONFIG
+    load_config(path, overrides=[f"data.data_dir={data_dir}"]).save(path)
 
 
 def _train(fault, run, data_dir, settings, profile):
@@ -139,7 +150,7 @@ def replaced(name, new):
     name : str
         ``"annotations.read_split"``: module and function, without ``helpers.``.
     new : callable
-        Takes its place; for a function that wraps the original, see `wrapped`.
+        Takes its place. One that wraps the original has to look it up before.
 
     Yields
     ------

@@ -154,6 +154,22 @@ class PromptedSam3(Sam3Model):
                 handle.remove()
 
 
+def checkpoint_activations(model):
+    """Compute the activations of vision and text layers again in the backward pass.
+
+    Parameters
+    ----------
+    model : PromptedSam3
+        Trades time for memory from now on.
+    """
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def _decoder_layers(captured):
     """Return one dict of logits, boxes and presence for each decoder layer, first layer first."""
     reference_logits = inverse_sigmoid(captured["decoder"].reference_boxes)

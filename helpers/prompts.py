@@ -47,7 +47,8 @@ def absent_candidates(record, nouns):
     Parameters
     ----------
     record : ImageRecord
-        Its annotated categories, crowd regions included, and its ``contents`` are in the picture.
+        Its annotated categories, crowd regions included and by both names where they are asked by
+        another noun, and its ``contents`` are in the picture.
     nouns : sequence of str
         Candidates.
 
@@ -57,6 +58,7 @@ def absent_candidates(record, nouns):
         Without any noun that overlaps (`helpers.nouns.nouns_overlap`) something in the picture.
     """
     in_picture = {item.category for item in record.objects} | record.contents
+    in_picture |= {item.file_category for item in record.objects if item.file_category}
     return [
         noun for noun in nouns if not any(nouns_overlap(noun, present) for present in in_picture)
     ]

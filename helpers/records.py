@@ -29,6 +29,9 @@ class ObjectAnnotation:
         False if the file has no ``bbox`` and the tight box of the mask was taken.
     mask_problem : str or None
         Why a segmentation that is in the file could not be read.
+    file_category : str or None
+        Its category's name in the file, where it is asked by another noun
+        (`helpers.category_prompts`).
     """
 
     category: str
@@ -38,6 +41,7 @@ class ObjectAnnotation:
     annotation_id: int | str = 0
     has_own_box: bool = True
     mask_problem: str | None = None
+    file_category: str | None = None
 
 
 @dataclass(frozen=True)

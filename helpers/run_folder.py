@@ -1,8 +1,7 @@
-"""The folder of a training run: what is in it, when it may be written, and how it is loaded."""
+"""The folder of a training run: what is in it, and how it is loaded; see also `run_state`."""
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +26,18 @@ METRICS_FILE = "metrics.json"
 """Written last: a folder that has it holds a finished run."""
 AUDIT_FILE = "adapter_report.csv"
 VERSIONS_FILE = "environment.json"
-_ALL_FILES = (
+CARD_FILE = "README.md"
+STOPPED_FILE = "stopped.json"
+"""Why training stopped on its own; gone as soon as the run goes on or starts anew."""
+RUN_FILES = (
     METRICS_FILE,
     RUN_CONFIG,
     PROMPTS_FILE,
     CURVES_FILE,
     AUDIT_FILE,
     VERSIONS_FILE,
+    CARD_FILE,
+    STOPPED_FILE,
     WEIGHTS_FILE,
     CONFIG_FILE,
     BASE_FILE,
@@ -51,7 +55,8 @@ class RunFiles:
     folder : pathlib.Path
         Holds ``adapter_model.safetensors``, ``adapter_config.json``, ``base.json``,
         ``config.yaml``, ``prompts.json``, ``metrics.json``, ``curves.csv``,
-        ``adapter_report.csv``, ``environment.json`` and ``checkpoints/``.
+        ``adapter_report.csv``, ``environment.json``, ``README.md`` (the model card) and
+        ``checkpoints/``.
     config : helpers.config.Config
         Resolved.
     prompts : dict
@@ -60,7 +65,7 @@ class RunFiles:
     metrics : dict
         ``steps``, ``epochs``, ``best_step``, ``selected_by``, ``valid`` (metrics of the kept
         checkpoint), ``train_loss`` and ``valid_loss`` (``first``, ``last``), ``objects``,
-        ``notes``; see `helpers.run_metrics`.
+        ``data_fingerprint``, ``trained_parameters``, ``notes``; see `helpers.run_metrics`.
     history : list of dict
         The log, as ``trainer.state.log_history``.
     adapter : pandas.DataFrame
@@ -112,6 +117,11 @@ def read_run(folder):
     if not folder.is_dir():
         raise InputError("no such folder", where=folder, fix=_TRAIN_FIRST)
     if not (folder / METRICS_FILE).is_file():
+        if (folder / STOPPED_FILE).is_file():
+            stopped = read_json(folder / STOPPED_FILE, fix=_TRAIN_AGAIN)
+            raise InputError(
+                f"the run was stopped: {stopped['message']}", where=folder, fix=stopped["fix"]
+            )
         if (folder / RUN_CONFIG).is_file():
             raise InputError(
                 "the run was interrupted and has no adapter yet",
@@ -179,56 +189,6 @@ def read_history(folder):
     ]
 
 
-def state_of(folder, config, *, resume, overwrite):
-    """Decide what to do with a run folder before anything is written.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-    config : helpers.config.Config
-        Of the run that is about to start.
-    resume, overwrite : bool
-        What the user asked for.
-
-    Returns
-    -------
-    {"new", "interrupted", "finished"}
-        ``new`` also for a run that is to be replaced.
-
-    Raises
-    ------
-    InputError
-        If the folder holds a run and neither was asked for, if there is nothing to resume, or if
-        the run to resume had another configuration.
-    """
-    if resume and overwrite:
-        raise InputError("resume and overwrite exclude each other", fix="choose one")
-    if folder.is_file():
-        raise InputError("is a file, not a folder", where=folder, fix="choose another output")
-    holds_run = any((folder / name).exists() for name in (*_ALL_FILES, CHECKPOINTS))
-    if resume:
-        if not (folder / RUN_CONFIG).is_file():
-            raise InputError(
-                "holds no run to resume", where=folder, fix="start it without --resume"
-            )
-        _refuse_other_config(folder, config)
-        return "finished" if (folder / METRICS_FILE).is_file() else "interrupted"
-    if holds_run and not overwrite:
-        raise InputError(
-            "already holds a run",
-            where=folder,
-            fix="choose another output, continue it with --resume, or replace it with --overwrite",
-        )
-    return "new"
-
-
-def clear_run(folder):
-    """Remove the files of a run from its folder, and nothing else."""
-    for name in _ALL_FILES:
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-
-
 def last_checkpoint(folder):
     """Find the newest checkpoint that was written completely.
 
@@ -280,24 +240,6 @@ def trained_prompts(dataset):
         "negatives": dict(sorted(absent.items())),
         "negatives_per_image": dataset.num_negatives,
     }
-
-
-def _refuse_other_config(folder, config):
-    """Raise InputError if a run is to be resumed with other settings."""
-    before = load_config(folder / RUN_CONFIG).model_dump()
-    now = config.model_dump()
-    differing = [
-        f"{section}.{key} was {before[section][key]!r} and is {value!r}"
-        for section, keys in now.items()
-        for key, value in keys.items()
-        if section != "output" and before[section][key] != value
-    ]
-    if differing:
-        raise InputError(
-            f"the run to resume had another configuration: {'; '.join(differing)}",
-            where=folder,
-            fix="resume with the settings it was started with, or start a new run",
-        )
 
 
 def _read_table(path):

@@ -40,6 +40,27 @@ def run_metrics(state, config, best_step):
     }
 
 
+def trained_parameters(optimizer, model):
+    """Count what the optimiser was given, and how much of it belongs to LoRA.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+    model : peft.PeftModel
+
+    Returns
+    -------
+    dict of str to int
+        ``all`` and ``lora``, numbers of parameters; they are equal if the base was frozen.
+    """
+    lora = {id(tensor) for name, tensor in model.named_parameters() if ".lora_" in name}
+    given = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    return {
+        "all": sum(tensor.numel() for tensor in given),
+        "lora": sum(tensor.numel() for tensor in given if id(tensor) in lora),
+    }
+
+
 def run_notes(state, config, best_step, report):
     """Say what a person should know before using a run.
 

@@ -12,10 +12,41 @@ from helpers.errors import InputError
 from helpers.paths import ROOT, resolve
 from helpers.prompted_sam3 import PromptedSam3
 
-__all__ = ["PromptedSam3", "base_fingerprint", "load_base"]
+__all__ = ["PromptedSam3", "base_config", "base_fingerprint", "load_base"]
 
 _MODEL_TYPES = ("sam3", "sam3_video")
 _NUM_FINGERPRINT_TENSORS = 12
+
+
+def base_config(name_or_path, revision=None):
+    """Read the configuration of a SAM3 base, without its weights.
+
+    Parameters
+    ----------
+    name_or_path : str or pathlib.Path
+        See `load_base`.
+    revision : str, optional
+        Branch, tag or commit on the hub.
+
+    Returns
+    -------
+    transformers.Sam3Config
+        ``image_size`` is the base's own resolution.
+
+    Raises
+    ------
+    InputError
+        When the folder is missing or holds no SAM3, or when the hub refuses access.
+    """
+    options = {} if revision is None else {"revision": revision}
+    config = _load_part(_locate(name_or_path), Sam3Config, options)
+    if config.model_type not in _MODEL_TYPES:
+        raise InputError(
+            f"holds a model of type {config.model_type!r}, expected 'sam3'",
+            where=name_or_path,
+            fix="name a SAM3 base, for example data/tiny_sam3 or facebook/sam3",
+        )
+    return _detector_config(config)
 
 
 def load_base(name_or_path, revision=None, dtype=None, resolution=None):
@@ -47,14 +78,7 @@ def load_base(name_or_path, revision=None, dtype=None, resolution=None):
     """
     source = _locate(name_or_path)
     options = {} if revision is None else {"revision": revision}
-    config = _load_part(source, Sam3Config, options)
-    if config.model_type not in _MODEL_TYPES:
-        raise InputError(
-            f"holds a model of type {config.model_type!r}, expected 'sam3'",
-            where=name_or_path,
-            fix="name a SAM3 base, for example data/tiny_sam3 or facebook/sam3",
-        )
-    config = _detector_config(config)
+    config = base_config(name_or_path, revision)
     if resolution is not None:
         _set_resolution(config, resolution, name_or_path)
     settings = {"config": config, "dtype": dtype or torch.float32}

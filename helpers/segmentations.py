@@ -119,6 +119,23 @@ def compressed_runs(counts):
     return runs
 
 
+def mask_to_rle(mask):
+    """Encode a mask as compressed run lengths.
+
+    Parameters
+    ----------
+    mask : numpy.ndarray
+        (height, width) bool or 0 and 1.
+
+    Returns
+    -------
+    dict
+        ``{"size": [height, width], "counts": str}``.
+    """
+    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
+
+
 def rle_area(rle):
     """Return the number of foreground pixels of a compressed RLE as an int."""
     return int(coco_mask.area(rle))

@@ -13,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 from helpers.adapters import load_adapter_weights, read_adapter_weights, save_adapter
 from helpers.errors import InputError
 from helpers.evaluation import evaluate_queries
+from helpers.loss_terms import loss_divisors, target_counts
 from helpers.losses import sam3_losses
 from helpers.prediction_queries import model_inputs, queries_from_outputs
 from helpers.prompted_sam3 import PRESENCE_LOGIT_CLAMP, SCORE_LOGIT_CLAMP
@@ -111,15 +112,19 @@ class Sam3Trainer(Trainer):
         `helpers.adapters.add_lora`; ``args`` from `training_arguments`; ``train_dataset`` and
         ``eval_dataset``, each a `helpers.datasets.PromptDataset`; ``data_collator``, a
         `helpers.datasets.PromptCollator`; ``callbacks``.
+    guards : helpers.guards.Guards, optional
+        Sees every batch and may stop the run before the next optimiser step.
     """
 
-    def __init__(self, config, **options):
+    def __init__(self, config, *, guards=None, **options):
         if options["args"].n_gpu > 1:
             # torch's DataParallel cannot split targets; torchrun uses all GPUs.
             options["args"]._n_gpu = 1
         super().__init__(**options)
         self.remove_callback(PrinterCallback)
-        self.config = config
+        self.config, self.guards = config, guards
+        if guards is not None:
+            self.add_callback(guards)
         self._sums, self._num_batches = defaultdict(float), 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -140,43 +145,48 @@ class Sam3Trainer(Trainer):
         -------
         torch.Tensor or tuple
             Scalar, or (scalar, outputs).
-
-        Raises
-        ------
-        InputError
-            If the loss is not finite.
         """
         outputs = model(**model_inputs(inputs, self.args.device))
-        terms = self._terms(outputs, inputs["targets"])
+        divisors = self._divisors(inputs["targets"])
+        if self.guards is None or self.guards.are_finite(outputs, inputs["targets"]):
+            terms = self._terms(outputs, inputs["targets"], divisors)
+        else:  # cannot be matched; the guard stops all processes before the step
+            terms = {"total": outputs["pred_logits"].sum() * math.nan}
         total = terms.pop("total")
-        if not torch.isfinite(total):
-            images = sorted({query["image_id"] for query in inputs["queries"]})
-            raise InputError(
-                f"the loss is {total.item()} at step {self.state.global_step}",
-                where=", ".join(images),
-                fix="look at these images with 'python -m helpers check', or lower "
-                "training.learning_rate; with fp16 try bf16",
-            )
-        for name, value in (terms | output_statistics(outputs)).items():
+        statistics = output_statistics(outputs)
+        if self.guards is not None:
+            self.guards.observe(inputs, total, terms, statistics["train_share_at_clamp"])
+        for name, value in (terms | statistics).items():
             self._sums[name] += value.detach()
         self._num_batches += 1
         return (total, outputs) if return_outputs else total
 
-    def _terms(self, outputs, targets):
+    def _divisors(self, targets):
+        """Return the divisors of a training batch, counted over all devices.
+
+        Gradients are averaged over the devices, so means over the objects and rows of each would
+        weigh an object or a prompt by how many others its device happens to have.
+        """
+        counts = torch.tensor(target_counts(targets), device=self.args.device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        return loss_divisors(counts.tolist(), self.accelerator.num_processes)
+
+    def _terms(self, outputs, targets, divisors=None):
         """Return the loss terms of a batch, computed in float32."""
         names = ("pred_logits", "pred_boxes_cxcywh", "presence_logits")
         layers = [outputs, *outputs["aux"]]
         final, *aux = [{name: layer[name].float() for name in names} for layer in layers]
         final |= {name: outputs[name].float() for name in ("pred_masks", "semantic_logits")}
-        num_boxes = sum(len(target["boxes_cxcywh"]) for target in targets)
-        if self.accelerator.num_processes > 1:
-            count = torch.tensor(float(num_boxes), device=self.args.device)
-            num_boxes = self.accelerator.reduce(count, "mean").item()
         variant = self.config.loss.variant
-        return sam3_losses({**final, "aux": aux}, targets, variant, num_boxes=num_boxes)
+        return sam3_losses({**final, "aux": aux}, targets, variant, divisors=divisors)
 
     def log(self, logs, start_time=None):
-        """Add the means of the loss terms since the last log to an entry of the training loss."""
+        """Add the means of the loss terms since the last log to an entry of the training loss.
+
+        On several devices a loss term is that of all rows together; the statistics of the outputs
+        are the mean of what each device saw.
+        """
         if "loss" in logs and self._num_batches:
             sums = torch.stack([torch.as_tensor(value) for value in self._sums.values()])
             means = self.accelerator.reduce(sums / self._num_batches, "mean").tolist()

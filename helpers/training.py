@@ -19,28 +19,34 @@ from helpers.adapters import (
     save_adapter,
 )
 from helpers.annotations import read_split
+from helpers.category_prompts import rename_categories
 from helpers.data_checks import check_dataset
+from helpers.data_fingerprint import data_fingerprint
 from helpers.datasets import PromptCollator, PromptDataset, count_objects
 from helpers.environment import SUBJECT_PACKAGES, device
 from helpers.errors import InputError
 from helpers.files import write_json, write_text
+from helpers.guards import Guards, GuardStop
+from helpers.model_card import model_card
 from helpers.paths import resolve
 from helpers.prediction_queries import evaluation_dataset
+from helpers.prompted_sam3 import checkpoint_activations
 from helpers.run_folder import (
     AUDIT_FILE,
+    CARD_FILE,
     METRICS_FILE,
     PROMPTS_FILE,
     RUN_CONFIG,
+    STOPPED_FILE,
     VERSIONS_FILE,
     RunResult,
-    clear_run,
     last_checkpoint,
     load_run,
-    state_of,
     trained_prompts,
 )
-from helpers.run_metrics import run_metrics, run_notes
-from helpers.sam3 import load_base
+from helpers.run_metrics import run_metrics, run_notes, trained_parameters
+from helpers.run_state import clear_run, num_processes, state_of
+from helpers.sam3 import base_config, load_base
 from helpers.trainer import CHECKPOINTS, Sam3Trainer, training_arguments
 from helpers.training_callbacks import CurvesFile, FirstStepAudit, ProgressBar, SetEpoch
 
@@ -56,7 +62,11 @@ class _Ingredients:
     collator: PromptCollator
     train_dataset: PromptDataset
     val_dataset: PromptDataset
-    objects: dict
+    counts: dict
+    """`helpers.datasets.count_objects` of ``train`` and ``valid``."""
+    data_fingerprint: str
+    own_resolution: int
+    """Of the base as it is published."""
 
 
 def train(
@@ -89,7 +99,8 @@ def train(
     callbacks : sequence of transformers.TrainerCallback
         For example `helpers.panels.LivePlotCallback`.
     allow_empty : bool
-        True to train although no object reaches the loss: it teaches to detect nothing.
+        True to train although no object reaches the loss: it teaches to detect nothing. Switches
+        off the guards that would stop this, see `helpers.guards.OFF_IF_EMPTY`.
     progress : bool, optional
         Progress bar on stderr; by default if stderr is a terminal.
 
@@ -102,25 +113,30 @@ def train(
     Raises
     ------
     InputError
-        If base, data or settings cannot be used (nothing is written then), if no object reaches
-        the loss, if the loss stops being finite, or if memory runs out.
+        If base, data or settings cannot be used, or no object would reach the loss: nothing is
+        written then. A `helpers.guards.GuardStop` if a guard of the config finds a fault, or if
+        memory runs out: ``stopped.json`` then holds ``cause`` (a key of `helpers.causes.CAUSES`, or
+        null), ``message``, ``where``, ``fix`` and ``step``.
     """
     folder = resolve(output_dir or config.output.output_dir)
     state = state_of(folder, config, resume=resume, overwrite=overwrite)
     if state == "finished":
         return load_run(folder)
     ingredients = _prepare(config, train_split, val_split, allow_empty)
-    audit = FirstStepAudit()
-    own = [SetEpoch(ingredients.train_dataset), audit, CurvesFile(folder)]
+    audit, curves = FirstStepAudit(), CurvesFile(folder)
+    own = [SetEpoch(ingredients.train_dataset), audit, curves]
     if sys.stderr.isatty() if progress is None else progress:
         own.append(ProgressBar())
     arguments = training_arguments(config, folder)
     processes = PartialState()
     processes.wait_for_everyone()  # all have looked at the folder before one writes to it
-    if state == "new" and processes.is_main_process:
-        _write_start(folder, config, ingredients.train_dataset)
+    if processes.is_main_process:
+        (folder / STOPPED_FILE).unlink(missing_ok=True)
+        if state == "new":
+            _write_start(folder, config, ingredients.train_dataset)
     trainer = Sam3Trainer(
         config,
+        guards=Guards(config, ingredients.counts["train"], allow_empty=allow_empty),
         model=ingredients.model,
         args=arguments,
         train_dataset=ingredients.train_dataset,
@@ -128,10 +144,17 @@ def train(
         data_collator=ingredients.collator,
         callbacks=[*own, *callbacks],
     )
-    _run(trainer, last_checkpoint(folder) if state == "interrupted" else None)
+    try:
+        _run(trainer, last_checkpoint(folder) if state == "interrupted" else None)
+    except InputError as error:
+        curves.write(trainer.state)
+        if processes.is_main_process:
+            _write_stop(folder, error, trainer.state.global_step)
+        raise
+    processes.wait_for_everyone()  # the last checkpoint is written
     result = _result(trainer, folder, config, ingredients, audit)
     if processes.is_main_process:
-        _write_result(result)
+        _write_result(result, ingredients.own_resolution)
     return result
 
 
@@ -149,6 +172,8 @@ def _prepare(config, train_split, val_split, allow_empty):
         read_split(data.data_dir, data.train_split) if train_split is None else train_split
     )
     val_split = read_split(data.data_dir, data.val_split) if val_split is None else val_split
+    train_split = rename_categories(train_split, data.prompts_by_category)
+    val_split = rename_categories(val_split, data.prompts_by_category)
     train_dataset = PromptDataset(
         train_split,
         processor,
@@ -167,11 +192,11 @@ def _prepare(config, train_split, val_split, allow_empty):
         absent_prompts=config.evaluation.absent_prompts,
     )
     collator = PromptCollator(processor)
-    objects = {}
+    counts = {}
     for name, dataset in (("train", train_dataset), ("valid", val_dataset)):
         loader = DataLoader(dataset, collate_fn=collator, num_workers=config.training.num_workers)
-        objects[name] = int(count_objects(loader)["num_objects"].sum())
-    if not objects["train"] and not allow_empty:
+        counts[name] = count_objects(loader)
+    if not counts["train"]["num_objects"].any() and not allow_empty:
         raise InputError(
             f"no object of {len(train_split.records)} images reaches the loss "
             "(row 1 of the cause catalogue); training would teach to detect nothing",
@@ -180,8 +205,17 @@ def _prepare(config, train_split, val_split, allow_empty):
         )
     peft_model = add_lora(model, config.lora)
     if config.training.gradient_checkpointing:
-        _checkpoint_activations(model)
-    return _Ingredients(peft_model, processor, collator, train_dataset, val_dataset, objects)
+        checkpoint_activations(model)
+    return _Ingredients(
+        peft_model,
+        processor,
+        collator,
+        train_dataset,
+        val_dataset,
+        counts,
+        data_fingerprint(train_split),
+        base_config(config.model.name, config.model.revision).image_size,
+    )
 
 
 def _check_data(config, model, processor):
@@ -193,20 +227,11 @@ def _check_data(config, model, processor):
         processor=processor,
         num_queries=model.config.detr_decoder_config.num_queries,
         prompt=config.data.prompt,
+        prompts_by_category=config.data.prompts_by_category,
         num_negatives=config.data.num_negatives,
         negative_prompts=config.data.negative_prompts,
         disable_progress=not sys.stderr.isatty(),
     ).raise_for_errors()
-
-
-def _checkpoint_activations(model):
-    """Compute the activations of vision and text layers again in the backward pass."""
-    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
-        model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False}
-        )
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _write_start(folder, config, train_dataset):
@@ -214,9 +239,17 @@ def _write_start(folder, config, train_dataset):
     folder.mkdir(parents=True, exist_ok=True)
     clear_run(folder)
     packages = {name: version(name) for name in SUBJECT_PACKAGES}
-    write_json(folder / VERSIONS_FILE, {"packages": packages, "machine": device()})
+    running = {"machine": device(), "num_processes": num_processes()}
+    write_json(folder / VERSIONS_FILE, {"packages": packages, **running})
     write_json(folder / PROMPTS_FILE, trained_prompts(train_dataset))
     write_text(folder / RUN_CONFIG, config.to_yaml())
+
+
+def _write_stop(folder, error, step):
+    """Write why training stopped."""
+    cause = error.cause if isinstance(error, GuardStop) else None
+    reason = {"message": error.message, "where": error.where, "fix": error.fix}
+    write_json(folder / STOPPED_FILE, {"cause": cause, **reason, "step": step})
 
 
 def _run(trainer, checkpoint):
@@ -252,7 +285,10 @@ def _result(trainer, folder, config, ingredients, audit):
         report["grad_norm"] = audit.report["grad_norm"]
     if best_step is not None:
         load_adapter_weights(model, read_adapter_weights(best), best)
-    metrics = run_metrics(state, config, best_step) | {"objects": ingredients.objects}
+    objects = {name: int(one["num_objects"].sum()) for name, one in ingredients.counts.items()}
+    metrics = run_metrics(state, config, best_step) | {"objects": objects}
+    metrics["data_fingerprint"] = ingredients.data_fingerprint
+    metrics["trained_parameters"] = trained_parameters(trainer.optimizer, model)
     metrics["notes"] = run_notes(state, config, best_step, report)
     return RunResult(
         folder=folder,
@@ -266,9 +302,10 @@ def _result(trainer, folder, config, ingredients, audit):
     )
 
 
-def _write_result(result):
-    """Write adapter, report and metrics; the metrics come last and mark the run as finished."""
+def _write_result(result, own_resolution):
+    """Write adapter, report, card and metrics; the metrics come last and mark the run as finished."""
     base = result.config.model
     save_adapter(result.model, result.folder, base.name, base.revision)
     write_text(result.folder / AUDIT_FILE, result.adapter.to_csv())
+    write_text(result.folder / CARD_FILE, model_card(result, own_resolution))
     write_json(result.folder / METRICS_FILE, result.metrics)

@@ -59,8 +59,8 @@ class CurvesFile(TrainerCallback):
         self.write(state)
 
     def write(self, state):
-        """Replace the file; its columns have one order, resumed or not."""
-        if state.is_world_process_zero:
+        """Replace the file, if anything was logged; its columns have one order, resumed or not."""
+        if state.is_world_process_zero and state.log_history:
             table = pd.DataFrame(state.log_history)
             first = [name for name in ("step", "epoch", "loss", "eval_loss") if name in table]
             names = [*first, *sorted(set(table) - set(first))]

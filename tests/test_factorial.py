@@ -11,6 +11,7 @@ from helpers.factorial import (
     effect_table,
     estimate,
     main_effects,
+    one_step_effects,
     paired_difference,
     word_effects,
 )
@@ -147,3 +148,10 @@ def test_runs_of_one_seed_are_paired():
 def test_a_gap_has_no_mean(values):
     with pytest.raises(InputError, match="no mean"):
         estimate(values)
+
+
+def test_one_step_leaves_the_other_factors_where_they_are():
+    table = three_factor_table(effect_a=0.2, interaction=0.4)
+    steps = one_step_effects(table, FACTORS, {"a": 1, "b": "off", "c": "x"}, "score")
+    assert steps["value"].tolist() == pytest.approx([-0.2, 0.4, 0.05])
+    assert steps[["from", "to"]].values.tolist() == [[1, 0], ["off", "on"], ["x", "y"]]

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from torchvision.ops import box_convert, box_iou
 
 from helpers.errors import InputError
+from helpers.loss_terms import Divisors, loss_divisors, target_counts
 from helpers.losses import EARLY_WEIGHTS, NATIVE_WEIGHTS, sam3_losses, weighted_sum
 from helpers.matching import hungarian_match
 
@@ -311,15 +313,39 @@ def test_native_score_loss_by_hand(num_queries, divisor):
     torch.testing.assert_close(terms["loss_ce"].detach(), losses.sum() / divisor)
 
 
-def test_num_boxes_divides_box_and_mask_terms_only():
+def test_every_divisor_divides_its_own_terms_only():
     outputs, targets = random_outputs(2), [make_target(2), make_target(1)]
-    local, given = sam3_losses(outputs, targets), sam3_losses(outputs, targets, num_boxes=6.0)
+    assert target_counts(targets) == [3, 2, 2]
+    local = sam3_losses(outputs, targets)
+    given = sam3_losses(outputs, targets, divisors=Divisors(6.0, 8.0, 20.0))
     for term in ("loss_bbox", "loss_giou", "loss_mask", "loss_dice", "aux0.loss_bbox"):
         torch.testing.assert_close(given[term], local[term] / 2)
-    for term in ("loss_ce", "presence_loss", "loss_semantic_seg"):
-        assert given[term] == local[term]
-    floor = sam3_losses(outputs, targets, num_boxes=0)
-    torch.testing.assert_close(floor["loss_bbox"], local["loss_bbox"] * 3)
+    for term in ("loss_ce", "presence_loss", "aux0.loss_ce"):
+        torch.testing.assert_close(given[term], local[term] / 4)
+    for term in ("loss_semantic_seg", "loss_semantic_dice"):
+        torch.testing.assert_close(given[term], local[term] / 10)
+
+
+@pytest.mark.parametrize("variant", ["native", "early"])
+@pytest.mark.parametrize(
+    "counts", [(2, 1, 0), (1, 0, 0), (0, 0, 0)], ids=["objects", "one object", "no object"]
+)
+def test_mean_over_devices_is_the_loss_of_one_device_with_all_rows(variant, counts):
+    targets = [make_target(count) for count in counts]
+    outputs = random_outputs(3)
+    whole = sam3_losses(outputs, targets, variant)
+    parts = [(slice(0, 1), targets[:1]), (slice(1, 3), targets[1:])]
+    divisors = loss_divisors(np.sum([target_counts(t) for _, t in parts], 0).tolist(), len(parts))
+
+    def of(part):
+        taken = {name: value[part] for name, value in outputs.items() if name != "aux"}
+        aux = [{name: v[part] for name, v in layer.items()} for layer in outputs["aux"]]
+        return {**taken, "aux": aux}
+
+    losses = [sam3_losses(of(part), t, variant, divisors=divisors) for part, t in parts]
+    for name, value in whole.items():
+        mean = (losses[0][name] + losses[1][name]) / 2
+        torch.testing.assert_close(mean, value, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_more_objects_than_queries_leaves_some_unmatched():

@@ -30,6 +30,7 @@ FILES = {
     "curves.csv",
     "adapter_report.csv",
     "environment.json",
+    "README.md",
     "checkpoints",
 }
 
@@ -397,7 +398,7 @@ def test_other_runtime_errors_are_not_dressed_up(config, tmp_path):
 
 
 def test_loss_that_is_not_finite_names_the_image(config, tmp_path, monkeypatch):
-    def infinite(outputs, targets, variant, num_boxes):
+    def infinite(outputs, targets, variant, divisors):
         return {"total": outputs["pred_logits"].sum() * float("inf")}
 
     monkeypatch.setattr("helpers.trainer.sam3_losses", infinite)

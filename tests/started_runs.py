@@ -1,0 +1,65 @@
+"""Runs as they are right after their start, and small copies of the course's data, for tests."""
+
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+from helpers.config import load_config
+from helpers.diagnosis import pass_gate, rank
+from helpers.examination import Examination
+from helpers.files import write_json
+from helpers.paths import CONFIGS, WALL_CRACKS
+from helpers.planting import LAB_SETTINGS
+from helpers.run_folder import PROMPTS_FILE, RUN_CONFIG, trained_prompts
+
+
+def copy_walls(folder, sizes=(("train", 16), ("valid", 5))):
+    """Copy the first images of each split of the course's data, in both layouts."""
+    for split, count in sizes:
+        source, target = WALL_CRACKS / split, Path(folder) / split
+        for name in ("images", "annotations"):
+            (target / name).mkdir(parents=True)
+        content = json.loads((source / "_annotations.coco.json").read_text())
+        content["images"] = content["images"][:count]
+        kept = {image["id"] for image in content["images"]}
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+        write_json(target / "_annotations.coco.json", content)
+        for image in content["images"]:
+            stem = Path(image["file_name"]).stem
+            shutil.copy(source / image["file_name"], target / "images")
+            shutil.copy(source / "annotations" / f"{stem}.json", target / "annotations")
+    return Path(folder)
+
+
+def start_run(folder, data_dir, *settings):
+    """Write what a run writes before its first step, as far as its data can be read."""
+    overrides = [f"data.data_dir={data_dir}", *LAB_SETTINGS, *settings]
+    config = load_config(CONFIGS / "crack_detection_config.yaml", "tiny", overrides)
+    config.save(Path(folder) / RUN_CONFIG)
+    return Path(folder)
+
+
+def examine(run, gates, base, data_dir=None):
+    """Pass a run through gates, with a base already loaded if given: (causes, results by name)."""
+    examination = Examination(run, data_dir)
+    if base is not None:
+        examination.base = base
+    results = [pass_gate(gate, examination) for gate in gates]
+    return [cause.code for cause in rank(results)], {one.name: one for one in results}
+
+
+def examine_fault(fault, folder, data_dir, gates, base):
+    """Plant a fault in a run that has just started, on a copy of the data, and examine it."""
+    data_dir = shutil.copytree(data_dir, folder / "data")
+    if fault.spoil_data is not None:
+        fault.spoil_data(data_dir)
+    with nullcontext() if fault.patch is None else fault.patch():
+        run = start_run(folder / "run", data_dir, *fault.settings)
+        examination = Examination(run)
+        examination.base = base
+        try:
+            write_json(run / PROMPTS_FILE, trained_prompts(examination.train_dataset))
+        except Exception:  # what cannot be read has no prompts
+            pass
+        return examine(run, gates, base)

@@ -1,0 +1,93 @@
+import pandas as pd
+import pytest
+
+from helpers.errors import InputError
+from helpers.experiment import DATA_DIR, TABLES
+from helpers.experiment_designs import DESIGNS, SEEDS, cells_of
+from helpers.experiment_run import RESPONSES
+from helpers.experiment_tables import (
+    FACTORS,
+    effects_figure,
+    levels_figure,
+    load_base_row,
+    load_table,
+    tables_folder,
+)
+from helpers.factorial import effect_table
+from helpers.paths import ROOT
+
+
+@pytest.fixture(scope="module")
+def made_up():
+    """A complete table in which text LoRA adds 0.5 and nothing else changes anything."""
+    rows = []
+    for cell in cells_of("schedule"):
+        value = 0.1 * cell.seed + 0.5 * (cell.factors["text_lora"] == "on")
+        row = cell.factors | {"seed": cell.seed} | dict.fromkeys(RESPONSES, value)
+        rows.append(row | {"config_hash": cell.config("tiny", DATA_DIR).fingerprint()})
+    return pd.DataFrame(rows)
+
+
+def write(table, folder):
+    table.to_csv(folder / "schedule.csv", index=False)
+    return folder
+
+
+def test_a_complete_table_is_read_as_it_is(made_up, tmp_path):
+    table = load_table("schedule", write(made_up, tmp_path))
+    pd.testing.assert_frame_equal(table, made_up)
+    effects = effect_table(table, FACTORS["schedule"], "AP50")["value"]
+    assert effects.tolist() == pytest.approx([0, 0.5, 0])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda table: table.iloc[1:], "19 rows are not the 20 runs"),
+        (lambda table: pd.concat([table, table.iloc[:1]]), "21 rows are not the 20 runs"),
+        (lambda table: table.assign(seed=table["seed"] + 1), "20 rows are not the 20 runs"),
+        (lambda table: table.assign(AP50=float("nan")), "a response is missing"),
+        (lambda table: table.assign(config_hash="0" * 12), "other configurations"),
+    ],
+)
+def test_what_is_not_the_design_is_refused(made_up, tmp_path, spoil, message):
+    with pytest.raises(InputError, match=message):
+        load_table("schedule", write(spoil(made_up), tmp_path))
+
+
+def test_a_missing_table_is_refused(tmp_path):
+    with pytest.raises(InputError, match="make experiment"):
+        load_table("schedule", tmp_path)
+    with pytest.raises(InputError, match="make experiment"):
+        load_base_row(tmp_path)
+
+
+def test_the_folder_is_found_from_the_notebooks(monkeypatch):
+    monkeypatch.chdir(ROOT / "tests")
+    assert tables_folder("../data/experiments") == ROOT / "data" / "experiments"
+    with pytest.raises(InputError, match="is no folder"):
+        tables_folder("nowhere")
+
+
+@pytest.mark.parametrize("design", list(DESIGNS))
+def test_the_committed_tables_are_whole_and_of_this_code(design):
+    table = load_table(design)
+    assert len(table) == len(cells_of(design, SEEDS))
+    assert not table["code_version"].str.endswith("-dirty").any()
+    assert table[list(RESPONSES)].min(axis=None) >= -1
+    assert table[list(RESPONSES)].max(axis=None) <= 1
+
+
+def test_the_committed_base_row_has_every_response():
+    assert set(load_base_row(TABLES).index) == set(RESPONSES)
+
+
+def test_figures_show_every_effect_and_every_run(made_up):
+    figure = effects_figure(made_up, FACTORS["schedule"], ["AP50", "cgF1"])
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["schedule", "text lora", "schedule x text lora"]
+    assert len(figure.axes) == 2
+
+    figure = levels_figure(made_up, "schedule", ["AP50"], base=made_up[list(RESPONSES)].iloc[0])
+    dots = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert [len(line.get_xdata()) for line in dots] == [10, 10]

@@ -1,0 +1,129 @@
+import numpy as np
+import pytest
+from builders import HEIGHT, WIDTH, write_image
+from PIL import Image
+from source_builders import TRUTH, mask_in, masks_in, masks_of, write_with_supervision
+
+from helpers.convert import read_source
+from helpers.errors import InputError
+from helpers.formats_voc import is_voc, read_voc
+
+
+def xml_of(*boxes, extra=""):
+    """Write objects, (name, xmin, ymin, xmax, ymax), as VOC does."""
+    objects = "".join(
+        f"<object><name>{name}</name>{extra}<bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin>"
+        f"<xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
+        for name, x0, y0, x1, y1 in boxes
+    )
+    return f"<annotation>{objects}</annotation>"
+
+
+def write_voc(root, files):
+    for stem, text in files.items():
+        write_image(root / "JPEGImages" / f"{stem}.png")
+        (root / "Annotations").mkdir(exist_ok=True)
+        (root / "Annotations" / f"{stem}.xml").write_text(text)
+    return root
+
+
+def write_instances(root, stem, values):
+    (root / "SegmentationObject").mkdir(exist_ok=True)
+    picture = Image.fromarray(values.astype(np.uint8), mode=None).convert("P")
+    picture.putdata(values.ravel().tolist())
+    picture.save(root / "SegmentationObject" / f"{stem}.png")
+
+
+def test_what_supervision_writes_is_read_pixel_by_pixel(tmp_path):
+    source = read_source(write_with_supervision(tmp_path, "voc"))
+    assert source.format == "voc"
+    assert masks_in(source) == masks_of(TRUTH)
+
+
+def test_pixels_are_counted_from_one_and_the_last_belongs_to_the_box(tmp_path):
+    write_voc(tmp_path, {"a": xml_of(("crack", 1, 1, 10, 20))})
+    [image] = read_voc(tmp_path).splits["all"]
+    assert image.objects == ({"category": "crack", "bbox": [0, 0, 10, 20], "iscrowd": 0},)
+
+
+def test_a_corner_at_0_shows_that_the_files_count_from_0(tmp_path):
+    write_voc(
+        tmp_path, {"a": xml_of(("crack", 0, 5, 10, 20)), "b": xml_of(("crack", 3, 4, 10, 20))}
+    )
+    boxes = [image.objects[0]["bbox"] for image in read_voc(tmp_path).splits["all"]]
+    assert boxes == [[0, 5, 10, 15], [3, 4, 7, 16]]
+
+
+def test_masks_go_to_the_objects_they_fit(tmp_path):
+    values = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    values[40:60, 50:90] = 1  # in the other order than the file
+    values[4:20, 4:30] = 2
+    values[3, 4:30] = 255  # the border, which belongs to nothing
+    write_voc(
+        tmp_path,
+        {"a": xml_of(("crack", 5, 5, 30, 20), ("joint", 51, 41, 90, 60), ("dog", 1, 60, 9, 64))},
+    )
+    write_instances(tmp_path, "a", values)
+    [image] = read_voc(tmp_path).splits["all"]
+    crack, joint, dog = image.objects
+    assert (mask_in(crack, image) == (values == 2)).all()
+    assert (mask_in(joint, image) == (values == 1)).all()
+    assert "segmentation" not in dog
+
+
+def test_a_mask_without_object_is_refused(tmp_path):
+    values = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    values[40:60, 50:90] = 1
+    write_voc(tmp_path, {"a": xml_of(("crack", 5, 5, 30, 20))})
+    write_instances(tmp_path, "a", values)
+    with pytest.raises(InputError, match="1 of 1 masks fit no box"):
+        read_voc(tmp_path)
+
+
+def test_image_sets_divide_the_images(tmp_path):
+    write_voc(tmp_path, {stem: xml_of(("crack", 5, 5, 30, 20)) for stem in "abcd"})
+    lists = tmp_path / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("a\nb\n")
+    (lists / "val.txt").write_text("c\n")
+    (lists / "trainval.txt").write_text("a\nb\nc\n")
+    (lists / "crack_train.txt").write_text("a 1\nb -1\n")
+    source = read_voc(tmp_path)
+    stems = {split: [i.path.stem for i in images] for split, images in source.splits.items()}
+    assert stems == {"train": ["a", "b"], "valid": ["c"]}
+    assert source.notes == ("1 images are in no list of ImageSets",)
+
+
+def test_images_without_a_file_are_left_out_and_counted(tmp_path):
+    write_voc(tmp_path, {"a": xml_of()})
+    write_image(tmp_path / "JPEGImages" / "b.png")
+    source = read_voc(tmp_path)
+    assert [image.path.stem for image in source.splits["all"]] == ["a"]
+    assert source.notes == ("1 images have no XML file and are left out",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<annotation><object>", "no complete XML"),
+        ("<annotation><object><name>crack</name></object></annotation>", "no <bndbox>"),
+        (xml_of(("crack", "x", 5, 30, 20)), "<xmin> is no number but .x."),
+        (xml_of(("", 5, 5, 30, 20)), "has no <name>"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, text, message):
+    write_voc(tmp_path, {"a": text})
+    with pytest.raises(InputError, match=message) as error:
+        read_voc(tmp_path)
+    assert error.value.where.endswith("a.xml")
+
+
+def test_an_image_must_be_there(tmp_path):
+    write_voc(tmp_path, {"a": xml_of()})
+    (tmp_path / "JPEGImages" / "a.png").unlink()
+    with pytest.raises(InputError, match="no image 'a'"):
+        read_voc(tmp_path)
+
+
+def test_an_empty_folder_is_not_voc(tmp_path):
+    assert not is_voc(tmp_path)

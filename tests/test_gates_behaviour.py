@@ -1,0 +1,320 @@
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny_random import save_tiny_base, tiny_run_config, write_dataset
+
+from helpers import gates_behaviour, gates_learning
+from helpers.adapters import add_lora
+from helpers.causes import CAUSES
+from helpers.detections import RawPrediction
+from helpers.diagnosis import pass_gate
+from helpers.evidence import Gate
+from helpers.examination import Examination
+from helpers.faults_training import TRAINING_FAULTS
+from helpers.gates_behaviour import BEHAVIOUR_GATES
+from helpers.planting import planted
+from helpers.records import ImageRecord, ObjectAnnotation
+from helpers.sam3 import load_base
+from helpers.trainer import Sam3Trainer
+from helpers.training import train
+
+BOX = (10.0, 10.0, 30.0, 30.0)
+BESIDE = (12.0, 10.0, 32.0, 30.0)  # IoU 18 / 22 with BOX
+FAR = (60.0, 60.0, 70.0, 70.0)
+
+
+def answer(presence_logit, query_logit=4.0, box=BOX):
+    """Return an answer of two queries; the first has the box."""
+    return RawPrediction(
+        image="a",
+        prompt="crack",
+        height=100,
+        width=100,
+        query_logits=np.array([query_logit, -6.0], dtype=np.float32),
+        presence_logit=presence_logit,
+        boxes_xyxy=np.array([box, FAR], dtype=np.float32),
+        mask_logits=np.zeros((2, 4, 4), dtype=np.float32),
+        semantic_logits=np.zeros((4, 4), dtype=np.float32),
+    )
+
+
+def examination(run, base=None, *, asked=("crack",), objects=True, history=()):
+    """Return what the gates look at: three images, and answers by (word, image shows it)."""
+    base = base or (lambda word, shown: answer(-10.0))
+    thing = ObjectAnnotation("crack", BOX, None, False)
+    records = [
+        ImageRecord(
+            image_id=str(index),
+            path=None,
+            width=100,
+            height=100,
+            objects=(thing,) if objects and index < 2 else (),
+        )
+        for index in range(3)
+    ]
+
+    def raws(words, *, adapted=True, records=None):
+        give = run if adapted else base
+        return {
+            (record.image_id, word): give(word, word == "crack" and bool(record.objects))
+            for record in records
+            for word in words
+        }
+
+    section = SimpleNamespace
+    return section(
+        few=records,
+        folder="run",
+        data_dir="data",
+        image=None,
+        asked=list(asked),
+        raws=raws,
+        split=lambda name: section(categories=("crack",)),
+        config=section(
+            data=section(prompt=None, negative_prompts=("joint", "moss")),
+            evaluation=section(absent_prompts=("dog",), metric_for_best="cgF1"),
+        ),
+        files=section(prompts={"prompts": {"crack": 2}}, history=list(history)),
+    )
+
+
+def causes(gate, subject):
+    return [(one.cause, one.is_direct) for one in gate(subject)[1]]
+
+
+def healthy(word, shown):
+    return answer(4.0 if shown else -8.0)
+
+
+def test_every_gate_passes_a_healthy_run():
+    subject = examination(healthy)
+    for gate in (
+        gates_behaviour.run_beside_base,
+        gates_behaviour.presence_at_clamp,
+        gates_behaviour.words_told_apart,
+        gates_behaviour.boxes_and_scores,
+        gates_behaviour.words_on_same_image,
+        gates_behaviour.own_picture,
+    ):
+        assert gate(subject)[1] == []
+
+
+def test_text_names_the_lower_factor():
+    text, _ = gates_behaviour.run_beside_base(
+        examination(lambda word, shown: answer(-3.0, 4.0), lambda word, shown: answer(5.0, -2.0))
+    )
+    run, base = text.split("; base")
+    assert "the lower factor is the presence" in run
+    assert "the lower factor is the query" in base
+    assert f"presence {torch.tensor(-3.0).sigmoid():.3f}" in run
+
+
+def known_base(word, shown):
+    """Know other words, but not this one: it stands at the clamp before training."""
+    return answer(-10.0 if word == "crack" else -4.0)
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        (lambda word, shown: answer(-10.0), [("at_clamp", True)]),
+        (lambda word, shown: answer(10.0), []),  # the other clamp says yes
+        (known_base, []),  # nothing was learned: not this gate's cause
+        (lambda word, shown: answer(-9.9), []),
+        (lambda word, shown: answer(4.0 if shown else -10.0), []),
+    ],
+)
+def test_presence_at_its_clamp(run, expected):
+    assert causes(gates_behaviour.presence_at_clamp, examination(run, known_base)) == expected
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        (lambda word, shown: answer(4.0), [("only_positive_prompts", False)]),
+        (
+            lambda word, shown: answer(4.0 if shown else 0.5, -1.0),
+            [("only_positive_prompts", False)],
+        ),
+        (lambda word, shown: answer(4.0 if shown else -2.0), []),
+        (lambda word, shown: answer(-6.0), []),  # silent for all: nothing to compare
+    ],
+)
+def test_absent_words(run, expected):
+    assert causes(gates_behaviour.words_told_apart, examination(run)) == expected
+
+
+def test_without_objects_there_is_nothing_to_compare():
+    subject = examination(healthy, objects=False)
+    for gate in (gates_behaviour.words_told_apart, gates_behaviour.presence_at_clamp):
+        result = pass_gate(Gate("a gate", "", gate), subject)
+        assert result.evidence == ()
+
+
+@pytest.mark.parametrize(
+    ("run", "base", "expected"),
+    [
+        ((-6.0, BESIDE), (-10.0, FAR), [("low_confidence", False)]),
+        ((4.0, BESIDE), (-10.0, FAR), []),
+        ((-6.0, FAR), (-10.0, FAR), []),
+        ((-6.0, BESIDE), (-10.0, BOX), []),  # the base had these boxes before
+    ],
+)
+def test_boxes_and_scores(run, base, expected):
+    subject = examination(
+        lambda word, shown: answer(run[0], box=run[1]),
+        lambda word, shown: answer(base[0], box=base[1]),
+    )
+    assert causes(gates_behaviour.boxes_and_scores, subject) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "presence", "expected"),
+    [
+        ("fissure", -9.0, [("other_training_prompt", False)]),
+        ("fissure", 3.0, []),  # it answers all the same
+        ("Crack ", -9.0, []),  # the same word to the tokenizer
+        ("crack", 4.0, []),
+    ],
+)
+def test_words_on_same_image(asked, presence, expected):
+    subject = examination(
+        lambda word, shown: answer(4.0 if word == "crack" else presence), asked=[asked]
+    )
+    assert causes(gates_behaviour.words_on_same_image, subject) == expected
+
+
+def curve(*values):
+    entries = [{"step": 1, "loss": 100.0}]
+    return [*entries, *[{"eval_loss": 1.0, "eval_cgF1": value} for value in values]]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ((0.1, 0.4, 0.2, 0.1, 0.05), [("overtrained", False)]),
+        ((0.0, 0.1, 0.2, 0.3, 0.3), []),
+        ((0.1, 0.4, 0.35, 0.3, 0.3), []),
+        ((0.01, 0.05, 0.02, 0.01, 0.0), []),  # noise of a weak detector
+        ((0.4, 0.1), []),  # too few points
+        ((0.0, 0.0, 0.0, 0.0), []),
+    ],
+)
+def test_learning_curve(values, expected):
+    subject = examination(healthy, history=curve(*values))
+    assert causes(gates_learning.learning_curve, subject) == expected
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ([[1.0, 0.1], [0.9, 0.1]], [("text_distorted", True)]),
+        ([[-1.0, 0.1], [-1.0, 0.1]], []),  # together, but apart from the trained word
+        ([[0.0, 1.0], [1.0, 0.2]], []),
+    ],
+)
+def test_words_apart(monkeypatch, others, expected):
+    tables = {"base": [[1.0, 0.0], [0.5, 1.0], [0.5, -1.0]], "run": [[1.0, 0.0], *others]}
+    monkeypatch.setattr(
+        "helpers.adapter_audit.prompt_embeddings",
+        lambda model, processor, words: torch.tensor(tables[model]),
+    )
+    subject = examination(healthy)
+    subject.base, subject.loaded = ("base", None), SimpleNamespace(model="run", processor=None)
+    assert causes(gates_learning.words_apart, subject) == expected
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def config(base, tmp_path_factory):
+    data_dir = write_dataset(tmp_path_factory.mktemp("data") / "bars")
+    return tiny_run_config(base, data_dir, "lora.apply_to_detr_decoder=true")
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    return train(config, output_dir=tmp_path_factory.mktemp("runs") / "run")
+
+
+def test_size_of_update_is_that_of_the_product(base, config):
+    model = add_lora(load_base(base)[0], config.lora)
+    subject = SimpleNamespace(loaded=SimpleNamespace(model=model))
+    text, evidence = gates_learning.size_of_update(subject)
+    assert "vision_encoder 0.00" in text
+    assert evidence == []
+    for name, layer in gates_learning.lora_layers(model):
+        weights = layer.get_base_layer().weight.detach()
+        torch.nn.init.zeros_(layer.lora_A["default"].weight)
+        torch.nn.init.zeros_(layer.lora_B["default"].weight)
+        if "text" not in name:
+            layer.lora_A["default"].weight.data[0, 0] = weights.norm()
+            layer.lora_B["default"].weight.data[0, 0] = 0.1 if "vision" in name else 0.05
+    scale = config.lora.alpha / config.lora.rank
+    medians = gates_learning._update_medians(subject)
+    assert medians["vision_encoder"] == pytest.approx(0.1 * scale, rel=1e-5)
+    assert medians["mask_decoder"] == pytest.approx(0.05 * scale, rel=1e-5)
+    assert medians["text_encoder"] == 0
+    assert causes(gates_learning.size_of_update, subject) == [("overtrained", True)]
+
+
+def test_all_gates_can_be_asked_of_a_real_run(run, config):
+    subject = Examination(run.folder, image=f"{config.data.data_dir}/test/test_0.png", prompt="dog")
+    results = {gate.name: pass_gate(gate, subject) for gate in BEHAVIOUR_GATES}
+    unasked = {name: one.measured for name, one in results.items() if one.status == "not checked"}
+    assert set(unasked) <= {"known words"}, unasked
+    assert "test_0.png: 'dog' scores" in results["own picture"].measured
+    named = {one.cause for result in results.values() for one in result.evidence}
+    assert named <= set(CAUSES)
+    assert "adapter_at_zero" not in named
+    first, last = re.search(
+        r"20 steps on 3 images: loss (\S+) to (\S+),", results["one batch"].measured
+    ).groups()
+    assert float(last) < 0.8 * float(first)
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"), [((80.0, 40.0), []), ((80.0, 90.0), [("overtrained", False)])]
+)
+def test_one_batch_judges_where_the_loss_goes(monkeypatch, losses, expected):
+    table = pd.DataFrame({"B_norm": [1.0]}, index=["total"])
+    monkeypatch.setattr("helpers.adapter_audit.adapter_report", lambda model: table)
+    evidence = gates_learning._learning_evidence("a text", None, losses)
+    assert [(one.cause, one.is_direct) for one in evidence] == expected
+
+
+def test_one_batch_sees_an_adapter_without_gradient(run, monkeypatch):
+    original = Sam3Trainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = original(self, model, inputs, *args, **kwargs)
+        return loss.detach() + 0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
+
+    monkeypatch.setattr(Sam3Trainer, "compute_loss", compute_loss)
+    subject = Examination(run.folder)
+    assert causes(gates_learning.one_batch, subject) == [("adapter_at_zero", True)]
+
+
+@pytest.mark.parametrize("name", TRAINING_FAULTS)
+def test_fault_is_described(name):
+    fault = TRAINING_FAULTS[name]
+    assert fault.cause in CAUSES
+    assert fault.what
+    assert fault.signature
+    assert fault.trains
+
+
+def test_words_of_a_distorted_text_encoder_run_together(tmp_path):
+    fault = TRAINING_FAULTS["words run together"]
+    with planted(fault, tmp_path) as folder:
+        subject = Examination(folder)
+        for gate in (gates_learning.words_apart, gates_learning.size_of_update):
+            named = causes(gate, subject)
+            assert named == ([("text_distorted", True)] if gate.__name__ == "words_apart" else [])

@@ -1,0 +1,194 @@
+"""Gates on records and code: the numbers they compare with, and what they say at the edges."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from lab import ask, causes
+from pycocotools import mask as coco_mask
+
+from helpers import losses, self_tests_detections, self_tests_loss
+from helpers.config import load_config
+from helpers.errors import InputError
+from helpers.gates_checkpoint import CHECKPOINT_GATES, objects_are_found_once, results_are_kept
+from helpers.gates_code import CODE_GATES, base_knows_its_concepts
+from helpers.gates_run import RUN_GATES
+from helpers.paths import CONFIGS
+from helpers.run_metrics import trained_parameters
+
+REPORT = (
+    "component,modules,parameters,share,grad_norm,B_norm,B_nonzero\n"
+    "vision_encoder,24,98304,0.05,{vision}\n"
+    "text_encoder,12,36864,0.02,{text}\n"
+    "geometry_encoder,4,9000,0.01,,0.0,0.0\n"
+    "total,40,144168,0.08,1.0,6.3,1.0\n"
+)
+MOVED, IDLE = "0.26,4.9,1.0", ",0.0,0.0"
+
+
+@pytest.fixture
+def records(tmp_path):
+    """A run folder as far as records go: two validations, the better one kept, no adapter."""
+    config = load_config(CONFIGS / "crack_detection_config.yaml", profile="tiny")
+    config.save(tmp_path / "config.yaml")
+    terms = {name: 0.1 for name in self_tests_loss.PUBLISHED_WEIGHTS["native"]}
+    total = self_tests_loss.weighted_total(terms, "native")
+    log = [
+        {"step": 1, "epoch": 0.5, "loss": total, **terms},
+        {"step": 2, "epoch": 1.0, "eval_loss": 3.0, "eval_cgF1": 0.4},
+        {"step": 4, "epoch": 2.0, "eval_loss": 1.0, "eval_cgF1": 0.1},
+    ]
+    pd.DataFrame(log).to_csv(tmp_path / "curves.csv", index=False)
+    (tmp_path / "prompts.json").write_text("{}")
+    (tmp_path / "adapter_report.csv").write_text(REPORT.format(vision=MOVED, text=MOVED))
+    metrics = {"steps": 4, "epochs": 2.0, "best_step": 2, "valid": {}}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    return tmp_path
+
+
+def change_metrics(run, **changes):
+    path = run / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_the_published_weights_are_those_of_the_loss():
+    assert self_tests_loss.PUBLISHED_WEIGHTS == losses.WEIGHTS
+
+
+@pytest.mark.parametrize("variant", ["native", "early"])
+def test_every_term_equals_its_formula(variant):
+    ratios = self_tests_loss.term_ratios(variant)
+    assert set(ratios) == {*losses.NATIVE_WEIGHTS, "total"}
+    for name, values in ratios.items():
+        assert values == pytest.approx([1.0, 1.0], abs=1e-5), name
+    assert self_tests_loss.answers_not_worse(variant) == []
+
+
+def test_expected_terms_by_hand():
+    example = self_tests_loss.Example(matched=0.0, others=0.0, shift=0.1, presence=0.0, mask=0.0)
+    terms = self_tests_loss.expected_terms(example, "native")
+    log2 = np.log(2)
+    assert terms["loss_giou"] == pytest.approx(1 - 0.3 / 0.5)
+    assert terms["loss_ce"] == pytest.approx(2 * (10 * log2 + 2 * 0.25 * log2) / 600)
+    assert terms["presence_loss"] == pytest.approx(0.5 * log2)
+    assert terms["loss_mask"] == pytest.approx(0.125 * log2)
+    assert terms["loss_dice"] == pytest.approx(1 - 33 / 65)
+
+
+def test_self_tests_of_detections_know_the_answers():
+    scores, expected, query_prob = self_tests_detections.score_answer()
+    assert scores == pytest.approx(expected, abs=1e-6)
+    assert np.abs(scores - query_prob).max() > 0.5
+    answers = self_tests_detections.threshold_answer()
+    assert [want for _, want in answers.values()] == [9, 7, 5, 3, 1]
+    assert all(answer == expected for _, answer, expected in self_tests_detections.mask_answers())
+
+
+def test_a_stopped_run_names_its_cause_and_an_interrupted_one_does_not(records):
+    assert ask(RUN_GATES, "the run", records).status == "ok"
+    (records / "metrics.json").unlink()
+    result = ask(RUN_GATES, "the run", records)
+    assert result.status == "not checked"
+    assert "no checkpoint" in result.measured
+    stopped = {"cause": "no_objects", "message": "0 objects in 20 steps", "where": "", "fix": ""}
+    (records / "stopped.json").write_text(json.dumps(stopped))
+    result = ask(RUN_GATES, "the run", records)
+    assert causes(result) == {"no_objects"}
+    assert "0 objects in 20 steps" in result.measured
+    (records / "stopped.json").write_text(json.dumps(stopped | {"cause": None}))
+    assert ask(RUN_GATES, "the run", records).status == "not checked"
+
+
+def test_the_best_checkpoint_has_to_be_kept(records):
+    assert ask(RUN_GATES, "kept checkpoint", records).status == "ok"
+    change_metrics(records, best_step=4)
+    assert causes(ask(RUN_GATES, "kept checkpoint", records)) == {"wrong_checkpoint"}
+    change_metrics(records, best_step=None)
+    assert causes(ask(RUN_GATES, "kept checkpoint", records)) == {"wrong_checkpoint"}
+
+
+def test_idle_components_are_told_from_idle_adapters(records):
+    change_metrics(records, objects={"train": 3})
+    assert ask(RUN_GATES, "learning", records).status == "ok"
+    path = records / "adapter_report.csv"
+    for vision, text, confidence in ((MOVED, IDLE, 0.8), (IDLE, IDLE, 1.0)):
+        path.write_text(REPORT.format(vision=vision, text=text))
+        (evidence,) = ask(RUN_GATES, "learning", records).evidence
+        assert (evidence.cause, evidence.confidence) == ("adapter_at_zero", confidence)
+    path.write_text(REPORT.format(vision=MOVED, text=IDLE))
+    change_metrics(records, objects={"train": 0})  # then some components have nothing to learn
+    assert ask(RUN_GATES, "learning", records).status == "ok"
+
+
+def test_weights_of_the_logged_loss_are_recovered(records):
+    assert ask(RUN_GATES, "logged loss", records).status == "ok"
+    log = pd.read_csv(records / "curves.csv")
+    log.assign(loss=log["loss"] * 1.05).to_csv(records / "curves.csv", index=False)
+    assert causes(ask(RUN_GATES, "logged loss", records)) == {"loss_weights"}
+
+
+def test_a_term_that_dominates_is_seen(records):
+    log = pd.read_csv(records / "curves.csv").assign(loss_bbox=1e4)
+    terms = log.loc[0].dropna().to_dict()
+    log.loc[0, "loss"] = self_tests_loss.weighted_total(terms, "native")
+    log.to_csv(records / "curves.csv", index=False)
+    (evidence,) = ask(RUN_GATES, "logged loss", records).evidence
+    assert evidence.cause == "loss_weights"
+    assert not evidence.is_direct
+
+
+def test_trained_parameters_are_compared(records):
+    assert ask(RUN_GATES, "trained parameters", records).status == "not checked"
+    change_metrics(records, trained_parameters={"all": 10, "lora": 10})
+    assert ask(RUN_GATES, "trained parameters", records).status == "ok"
+    change_metrics(records, trained_parameters={"all": 11, "lora": 10})
+    assert causes(ask(RUN_GATES, "trained parameters", records)) == {"base_not_frozen"}
+
+
+def test_trained_parameters_are_counted_from_the_optimiser():
+    model = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(3, 2, bias=False)})
+    whole = torch.nn.ModuleDict({"layer": model, "base": torch.nn.Linear(4, 1)})
+    optimizer = torch.optim.AdamW(whole.parameters())
+    assert trained_parameters(optimizer, whole) == {"all": 6 + 5, "lora": 6}
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert trained_parameters(optimizer, whole) == {"all": 6, "lora": 6}
+
+
+def square(left):
+    mask = np.zeros((32, 32), np.uint8, order="F")
+    mask[4:20, left : left + 16] = 1
+    return coco_mask.encode(mask)
+
+
+def examined(*lefts, score=0.9):
+    pred = [{"rle": square(left), "score": score} for left in lefts]
+    config = SimpleNamespace(evaluation=SimpleNamespace(score_threshold=0.3))
+    return SimpleNamespace(config=config, queries=[{"pred": pred, "gt": [square(0)]}])
+
+
+def test_duplicates_are_counted_above_the_threshold():
+    text, evidence = objects_are_found_once(examined(*[4] * 9))
+    assert text.startswith("8 of 9 detections")
+    assert [one.cause for one in evidence] == ["one_to_many_matching"]
+    assert objects_are_found_once(examined(*[4] * 9, score=0.2))[1] == []
+    assert objects_are_found_once(examined(*[0, 16] * 2))[1] == []
+    assert objects_are_found_once(examined())[1] == []
+
+
+def test_questions_without_an_answer_are_not_asked(records):
+    config = load_config(records / "config.yaml", overrides=["model.name=facebook/sam3"])
+    with pytest.raises(InputError, match="no picture with a known answer"):
+        base_knows_its_concepts(SimpleNamespace(config=config))
+    with pytest.raises(InputError, match="another dataset"):
+        results_are_kept(SimpleNamespace(config=config, data_dir=records))
+
+
+def test_without_an_adapter_nothing_about_it_is_checked(records):
+    for gate in CHECKPOINT_GATES:
+        result = ask(CHECKPOINT_GATES, gate.name, records)
+        assert result.status in ("not checked", "ok")
+        assert result.evidence == ()
+    assert len({gate.name for gate in (*RUN_GATES, *CODE_GATES, *CHECKPOINT_GATES)}) == 22

@@ -1,0 +1,51 @@
+"""Copies of an image in two splits are found, whatever they were saved as."""
+
+from types import SimpleNamespace
+
+import pytest
+from builders import write_coco
+from PIL import Image
+
+from helpers.annotations import read_split
+from helpers.image_checks import check_images, check_leakage
+
+FILES = {
+    "train": {"a.png": [("crack", 8, 8, 16, 32)], "b.png": []},
+    "test": {"c.png": [("crack", 8, 8, 16, 32)], "d.png": []},
+}
+
+
+def leakage(root):
+    splits = {name: read_split(root, name) for name in FILES}
+    bar = SimpleNamespace(update=lambda: None)
+    return check_leakage(
+        splits, {name: check_images(split, bar)[1] for name, split in splits.items()}
+    )
+
+
+def test_different_images_are_no_leakage(tmp_path):
+    assert leakage(write_coco(tmp_path, FILES)) == []
+
+
+@pytest.mark.parametrize("quality", [None, 60])
+def test_a_copy_is_found_as_a_file_or_by_its_look(tmp_path, quality):
+    root = write_coco(tmp_path, FILES)
+    source, target = root / "train" / "a.png", root / "test" / "d.png"
+    if quality is None:
+        target.write_bytes(source.read_bytes())
+    else:
+        with Image.open(source) as image:
+            image.save(target, "JPEG", quality=quality)
+    [finding] = leakage(root)
+    assert finding.code == "D80_LEAKAGE"
+    assert [str(place) for place in finding.places] == ["test/d.png"]
+    assert "1 of 2 images of 'test' are also in 'train'" in finding.message
+    assert ("same files" in finding.message) == (quality is None)
+    assert ("look the same" in finding.message) == (quality is not None)
+
+
+def test_an_image_that_cannot_be_opened_is_no_leakage(tmp_path):
+    root = write_coco(tmp_path, FILES)
+    for split, name in (("train", "a.png"), ("test", "c.png")):
+        (root / split / name).write_bytes(b"same")
+    assert leakage(root) == []

@@ -1,0 +1,201 @@
+import json
+import shutil
+from inspect import signature
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled
+from tiny_random import save_tiny_base, tiny_run_config, write_dataset
+
+from helpers.__main__ import main
+from helpers.errors import InputError
+from helpers.merging import merge
+from helpers.publishing import plan_push, push
+from helpers.training import train
+
+REPO = "somebody/cracks"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    config = tiny_run_config(
+        save_tiny_base(folder / "base"), write_dataset(folder / "bars"), "scale.num_epochs=0.02"
+    )
+    return train(config, output_dir=folder / "run").folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """Return a copy that may be spoiled."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+class Hub:
+    """Stands in for the Hub: keeps what was called, and what a real upload would have read."""
+
+    def __init__(self, monkeypatch):
+        self.created, self.uploaded = [], []
+        monkeypatch.setattr(HfApi, "create_repo", self.create_repo)
+        monkeypatch.setattr(HfApi, "upload_folder", self.upload_folder)
+
+    def create_repo(self, repo_id, *, repo_type, private, exist_ok):
+        self.created.append((repo_id, repo_type, private, exist_ok))
+        return Address(f"https://hub/{repo_id}")
+
+    def upload_folder(self, *, repo_id, repo_type, folder_path, allow_patterns, commit_message):
+        self.uploaded.append((repo_id, folder_path, sorted(allow_patterns)))
+
+
+class Address(str):
+    @property
+    def repo_id(self):
+        return self.removeprefix("https://hub/")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    return Hub(monkeypatch)
+
+
+def test_dry_run_lists_and_sends_nothing(run, hub, capsys):
+    (run / "notes.txt").write_text("mine")
+    assert main(["push", "--adapter", str(run), "--repo", REPO, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert hub.created == hub.uploaded == []
+    assert document["url"] is None
+    assert {"adapter_model.safetensors", "README.md", "metrics.json"} <= set(document["files"])
+    for name, size in document["files"].items():
+        assert size == (run / name).stat().st_size
+    assert document["left_out"] == ["checkpoints/", "notes.txt"]
+    assert main(["push", "--adapter", str(run), "--repo", REPO]) == 0
+    out = capsys.readouterr().out
+    assert "nothing was sent" in out
+    assert "checkpoints/" in out
+
+
+def test_yes_uploads_exactly_what_was_listed(run, hub, capsys):
+    assert main(["push", "--adapter", str(run), "--repo", REPO, "--yes"]) == 0
+    assert f"uploaded to https://hub/{REPO}" in capsys.readouterr().out
+    assert hub.created == [(REPO, "model", True, True)]
+    [(repo, folder, patterns)] = hub.uploaded
+    assert (repo, folder) == (REPO, run)
+    assert patterns == sorted(plan_push(run, REPO).files)
+    assert not any("checkpoint" in pattern for pattern in patterns)
+
+
+def test_merged_model_can_be_pushed(run, hub, tmp_path):
+    folder = tmp_path / "merged"
+    merge(run, folder)
+    plan = plan_push(folder, REPO)
+    assert set(plan.files) == {path.name for path in folder.iterdir()}
+    assert plan.left_out == []
+    (folder / "merge.json").unlink()
+    with pytest.raises(InputError, match=r"holds no metrics\.json"):
+        plan_push(folder, REPO)
+
+
+def test_card_of_a_local_base_lacks_base_licence_and_data(run):
+    missing = {line.split(":")[0] for line in plan_push(run, REPO).missing}
+    assert missing == {"base_model", "license", "datasets"}
+    card = (run / "README.md").read_text(encoding="utf-8")
+    complete = card.replace(
+        "license: unknown", "license: mit\nbase_model: a/b\ndatasets:\n- somebody/walls"
+    )
+    (run / "README.md").write_text(complete, encoding="utf-8")
+    assert plan_push(run, REPO).missing == []
+    (run / "README.md").write_text(card.replace("tags:", "tags: ["), encoding="utf-8")
+    with pytest.raises(InputError, match="metadata block"):
+        plan_push(run, REPO)
+    (run / "README.md").unlink()
+    assert plan_push(run, REPO).missing == ["README.md: there is no model card"]
+
+
+def test_folders_of_this_machine_are_named(run):
+    places = plan_push(run, REPO).machine_paths
+    data_dir = (run.parent / "bars").parent
+    assert any(place.startswith("config.yaml: /") for place in places)
+    assert any(place.startswith("adapter_config.json: /") for place in places)
+    assert all(str(data_dir.parts[1]) in place for place in places)
+    assert not any("huggingface.co" in place for place in places)
+
+
+def test_unfinished_run_is_refused(run, hub, capsys):
+    (run / "metrics.json").unlink()
+    assert main(["push", "--adapter", str(run), "--repo", REPO, "--yes"]) == 2
+    assert "interrupted" in capsys.readouterr().err
+    assert hub.created == hub.uploaded == []
+
+
+def test_run_without_weights_is_refused(run):
+    (run / "adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"holds no adapter_model\.safetensors"):
+        plan_push(run, REPO)
+
+
+@pytest.mark.parametrize("name", [".env", "server.pem", "id_rsa", ".netrc"])
+def test_file_with_the_name_of_a_secret_is_refused(run, hub, name, capsys):
+    (run / name).write_text("anything")
+    assert main(["push", "--adapter", str(run), "--repo", REPO, "--yes"]) == 2
+    assert f"{name}: looks like a secret" in capsys.readouterr().err
+    assert hub.created == hub.uploaded == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.yaml", "notes.txt"])
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "hf_" + "aB3" * 10,
+        "AKIA" + "ABCD" * 4,
+        "-----BEGIN OPENSSH PRIVATE KEY-----",
+        "api_key: " + "0123456789abcdef",
+    ],
+)
+def test_whatever_looks_like_a_secret_is_refused_and_not_repeated(run, name, secret):
+    with (run / name).open("a", encoding="utf-8") as file:
+        file.write(f"# {secret}\n")
+    with pytest.raises(InputError, match="looks like a secret") as caught:
+        plan_push(run, REPO)
+    assert name in caught.value.where
+    assert secret not in str(caught.value)
+
+
+def test_line_of_the_secret_is_named(run):
+    (run / "notes.txt").write_text("a\nb\nhf_" + "a1" * 15)
+    with pytest.raises(InputError) as caught:
+        plan_push(run, REPO)
+    assert caught.value.where.endswith("notes.txt:3")
+
+
+@pytest.mark.parametrize("repo", ["a/b/c", "-bad", "a b", ""])
+def test_impossible_name_is_refused(run, repo):
+    with pytest.raises(InputError, match="--repo"):
+        plan_push(run, repo)
+
+
+@pytest.mark.parametrize(
+    "error", [OfflineModeIsEnabled("offline"), PermissionError("403 Forbidden\nmore"), OSError()]
+)
+def test_refusal_of_the_hub_is_one_line(run, monkeypatch, error):
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    with pytest.raises(InputError, match=r"the Hub did not take it.*hf auth login"):
+        push(plan_push(run, REPO))
+
+
+def test_real_call_fits_the_library(run, monkeypatch):
+    """The arguments bind to the library's own signatures, which `Hub` only imitates."""
+    calls = []
+    real = {name: signature(getattr(HfApi, name)) for name in ("create_repo", "upload_folder")}
+    for name, bound in real.items():
+
+        def record(self, *args, _name=name, _bound=bound, **kwargs):
+            calls.append(_bound.bind(self, *args, **kwargs).arguments)
+            return SimpleNamespace(repo_id=REPO)
+
+        monkeypatch.setattr(HfApi, name, record)
+    push(plan_push(run, REPO))
+    assert calls[0]["repo_id"] == calls[1]["repo_id"] == REPO

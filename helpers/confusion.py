@@ -20,11 +20,10 @@ from matplotlib.figure import Figure
 
 from helpers.causes import CAUSES
 from helpers.diagnosis import diagnose
-from helpers.errors import InputError
 from helpers.experiment_run import code_version
 from helpers.faults import FAULTS
 from helpers.files import read_json, write_json, write_text
-from helpers.jobs import run_jobs
+from helpers.jobs import exit_status, run_jobs
 from helpers.paths import DATA, RUNS, WALL_CRACKS, resolve
 from helpers.planting import LAB_EPOCHS_SETTING, planted
 
@@ -204,14 +203,12 @@ def main(arguments=None):
         "--publish", action="store_true", help="write the table to data/experiments"
     )
     options = parser.parse_args(arguments)
-    try:
-        table = run_laboratory(options.output, workers=options.workers)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it was", file=sys.stderr)
-        return 130
+    return exit_status(lambda: _run(options))
+
+
+def _run(options):
+    """Run the laboratory as the command line asks for."""
+    table = run_laboratory(options.output, workers=options.workers)
     counted = score(table)
     for name, value in counted.items():
         print(f"{name:<13}{value}")

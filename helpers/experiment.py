@@ -18,7 +18,7 @@ from helpers.errors import InputError
 from helpers.experiment_designs import DESIGNS, SEEDS, cells_of
 from helpers.experiment_run import run_base, run_cell
 from helpers.files import read_json, write_json, write_text
-from helpers.jobs import run_jobs
+from helpers.jobs import exit_status, run_jobs
 from helpers.paths import DATA, ROOT, RUNS, WALL_CRACKS, resolve
 
 TABLES = DATA / "experiments"
@@ -165,25 +165,23 @@ def main(arguments=None):
         "--publish", action="store_true", help="write complete tables to data/experiments"
     )
     options = parser.parse_args(arguments)
-    try:
-        for design in options.design or DESIGNS:
-            table = run_experiment(
-                design,
-                options.output,
-                profile=options.profile,
-                data_dir=options.data,
-                seeds=options.seeds,
-                workers=options.workers,
-            )
-            print(f"{design}: {len(table)} rows in {options.output / design}.csv", flush=True)
-        if options.publish:
-            publish(options.output)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it was", file=sys.stderr)
-        return 130
+    return exit_status(lambda: _run(options))
+
+
+def _run(options):
+    """Run the designs as the command line asks for."""
+    for design in options.design or DESIGNS:
+        table = run_experiment(
+            design,
+            options.output,
+            profile=options.profile,
+            data_dir=options.data,
+            seeds=options.seeds,
+            workers=options.workers,
+        )
+        print(f"{design}: {len(table)} rows in {options.output / design}.csv", flush=True)
+    if options.publish:
+        publish(options.output)
     return 0
 
 

@@ -10,7 +10,7 @@ from helpers.errors import InputError
 from helpers.experiment import DATA_DIR, TABLES
 from helpers.experiment_designs import SEEDS, cells_of
 from helpers.experiment_run import RESPONSES
-from helpers.factorial import effect_table
+from helpers.factorial import effect_table, one_step_effects
 from helpers.paths import ROOT, resolve
 
 BASE_TABLE = "base"
@@ -108,6 +108,40 @@ def load_table(design, folder=TABLES, *, profile="tiny"):
             fix="run `make experiment` again, or restore the configs",
         )
     return table
+
+
+def steps_table(table, outcome):
+    """Show what one change does from the failing state, and one fault from the working one.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        The design ``causes``, from `load_table`.
+    outcome : str
+        A response.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Index ``state`` (failing, working) and the factor that is changed; columns ``change`` (its
+        levels), ``before`` and ``after`` (means over the seeds), and the ``low`` and ``high`` end
+        of the 95 % interval of the difference.
+    """
+    factors = FACTORS["causes"]
+    rows = {}
+    for end, name in enumerate(("failing", "working")):
+        state = {factor: levels[end] for factor, levels in factors.items()}
+        steps = one_step_effects(table, factors, state, outcome)
+        before = table.loc[(table[list(state)] == pd.Series(state)).all(axis=1), outcome].mean()
+        for factor, step in steps.iterrows():
+            rows[name, factor] = {
+                "change": f"{step['from']} to {step['to']}",
+                "before": before,
+                "after": before + step["value"],
+                "low": step["low"],
+                "high": step["high"],
+            }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["state", "changed"])
 
 
 def load_base_row(folder=TABLES):

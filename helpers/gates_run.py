@@ -95,7 +95,9 @@ def learning(examination):
     is_part = len(idle) < len(measured)
     if not idle or (is_part and not examination.files.metrics["objects"]["train"]):
         return "; ".join(measured), []  # without objects, boxes and masks give no gradient
-    return "; ".join(measured), [Evidence("adapter_at_zero", 0.8 if is_part else 1.0, text)]
+    # One branch alone may be idle because something earlier leaves it nothing to learn.
+    evidence = Evidence("adapter_at_zero", 0.8 if is_part else 1.0, text, is_direct=not is_part)
+    return "; ".join(measured), [evidence]
 
 
 def trained_weights(examination):

@@ -13,6 +13,8 @@ import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from helpers.errors import InputError
+
 
 def run_jobs(function, jobs, *, description, done=0, workers=None):
     """Call a function once per job in processes of their own, with a progress bar.
@@ -50,6 +52,29 @@ def run_jobs(function, jobs, *, description, done=0, workers=None):
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def exit_status(command):
+    """Run a long command that can be interrupted and started again.
+
+    Parameters
+    ----------
+    command : callable
+        Without arguments; returns an exit status.
+
+    Returns
+    -------
+    int
+        That status, 2 for unusable input, or 130 if interrupted.
+    """
+    try:
+        return command()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        return 130
 
 
 def _prepare_worker():

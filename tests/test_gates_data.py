@@ -107,9 +107,13 @@ def stub(scores, absent=()):
     ("scores", "absent", "causes"),
     [
         ([0.7] * 10 + [0.02] * 6, (), []),
-        ([0.7] * 10 + [0.5] * 2 + [0.02] * 4, (), []),  # a weak model errs on some
-        ([0.7] * 10 + [0.5] * 3 + [0.02] * 3, (), ["labels_missing"]),
-        ([0.7] * 10 + [0.5] * 3 + [0.02] * 3, (10, 11, 12), []),  # it says yes to any word there
+        (
+            [0.7] * 10 + [0.5] * 3 + [0.02] * 3,
+            (),
+            [],
+        ),  # a weak model errs, but knows the difference
+        ([0.7] * 5 + [0.4] * 5 + [0.5] * 3 + [0.02] * 3, (), ["labels_missing"]),
+        ([0.7] * 5 + [0.4] * 5 + [0.5] * 3 + [0.02] * 3, (10, 11, 12), []),  # any word scores there
         ([0.01] * 16, (), []),  # it sees nothing anywhere
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 
@@ -45,7 +44,7 @@ class Examination:
     Raises
     ------
     InputError
-        If the folder holds no run.
+        If the folder holds no run, or there is no such dataset or image.
     """
 
     def __init__(self, folder, data_dir=None, image=None, prompt=None):
@@ -58,7 +57,12 @@ class Examination:
             )
         self.config = load_config(self.folder / run_folder.RUN_CONFIG)
         self.data_dir = resolve(data_dir or self.config.data.data_dir)
-        self.image = None if image is None else Path(image)
+        if not self.data_dir.is_dir():
+            fix = "name the folder of the dataset with --data"
+            raise InputError("no such dataset", where=self.data_dir, fix=fix)
+        self.image = None if image is None else resolve(image)
+        if self.image is not None and not self.image.is_file():
+            raise InputError("no such image", where=self.image, fix="check the path")
         self.prompt = prompt
 
     @cached_property

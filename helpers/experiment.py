@@ -26,6 +26,8 @@ TABLES = DATA / "experiments"
 EXPERIMENT_RUNS = RUNS / "experiment"
 DATA_DIR = str(WALL_CRACKS.relative_to(ROOT))
 """Relative, so that the hash of a config is the same on every machine."""
+TEXT_COLUMNS = {"config_hash": str, "code_version": str}
+"""Hashes may consist of digits, which a reader of tables would take for numbers."""
 _BASE_ROW = "base.json"
 _PARTIAL = ".partial-"
 _RUN_AGAIN = "remove the file and run the experiment again"
@@ -111,7 +113,7 @@ def publish(output_dir, tables=TABLES):
         path = Path(output_dir) / f"{design}.csv"
         if not path.is_file():
             raise InputError("was not run", where=path, fix="run the experiment first")
-        table = pd.read_csv(path)
+        table = pd.read_csv(path, dtype=TEXT_COLUMNS)
         wanted = len(cells_of(design, SEEDS))
         if len(table) != wanted:
             fix = "let the experiment finish"

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from helpers.charts import COLOURS, MARKERS, dress
 from helpers.errors import InputError
-from helpers.experiment import DATA_DIR, TABLES
+from helpers.experiment import DATA_DIR, TABLES, TEXT_COLUMNS
 from helpers.experiment_designs import SEEDS, cells_of
 from helpers.experiment_run import RESPONSES
 from helpers.factorial import effect_table, one_step_effects
@@ -84,7 +84,7 @@ def load_table(design, folder=TABLES, *, profile="tiny"):
     path = folder / f"{design}.csv"
     if not path.is_file():
         raise InputError("no such table", where=path, fix="run `make experiment`")
-    table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    table = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=TEXT_COLUMNS)
     cells = cells_of(design, SEEDS)
     names = list(cells[0].factors)
     levels = {

@@ -1,12 +1,15 @@
 """Every notebook executes: with its defaults, at the edge, and not at all with nonsense."""
 
 import json
+import shutil
 
+import pandas as pd
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
-from helpers.course import execute, find_notebooks, parameter_names
+from helpers.course import NOTEBOOKS, execute, find_notebooks, parameter_names
 from helpers.errors import InputError
+from helpers.experiment import TABLES
 
 PATHS = find_notebooks()
 WITH_THRESHOLD = [path for path in PATHS if "score_threshold" in parameter_names(path)]
@@ -77,3 +80,17 @@ def test_refuses_an_impossible_value(tmp_path, path):
         execute(path, tmp_path / "out.ipynb", {"output_dir": str(tmp_path), **impossible})
     assert refusal.value.ename == "InputError"
     assert f"{name} is {value}" in refusal.value.evalue
+
+
+def test_conclusions_fall_with_the_table_they_rest_on(tmp_path):
+    """Replaced by one in which runs without objects detect, the table contradicts the text."""
+    shutil.copytree(TABLES, tmp_path / "tables")
+    path = tmp_path / "tables" / "causes.csv"
+    table = pd.read_csv(path, dtype=str)
+    table.loc[table["objects"] == "no", ["detected_share", "max_score"]] = "0.5"
+    table.to_csv(path, index=False)
+    parameters = {"output_dir": str(tmp_path), "tables_dir": str(tmp_path / "tables")}
+    with pytest.raises(PapermillExecutionError) as failure:
+        execute(NOTEBOOKS / "06_root_cause.ipynb", tmp_path / "out.ipynb", parameters)
+    assert failure.value.ename == "AssertionError"
+    assert "a run that read no object does not print as 0.000" in failure.value.evalue

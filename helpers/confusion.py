@@ -157,7 +157,9 @@ def confusion_figure(table):
         One row per fault, one column per cause; a large square is the cause named first, a small
         one a further cause, and a ring marks the cause that was planted.
     """
-    table = table.fillna("").reset_index(drop=True)
+    order = [*CAUSES, NOTHING]
+    table = table.fillna("").sort_values("cause", key=lambda c: c.map(order.index), kind="stable")
+    table = table.reset_index(drop=True)
     columns = [code for code in CAUSES if (table["cause"] == code).any() or _found_by(table, code)]
     columns.append(NOTHING)
     figure = Figure(
@@ -165,12 +167,16 @@ def confusion_figure(table):
     )
     ax = figure.subplots()
     for place, row in table.iterrows():
-        ax.plot(columns.index(row["cause"]), place, "o", color="0.4", markersize=12, mfc="none")
+        ax.plot(columns.index(row["cause"]), place, "o", color="0.4", markersize=9, mfc="none")
         for number, code in enumerate(row["found"].split() or [NOTHING]):
-            size = 7 if number == 0 else 3
+            size = 5 if number == 0 else 2.5
             ax.plot(columns.index(code), place, "s", color="#0072B2", markersize=size)
-    ax.set_yticks(range(len(table)), [f"{row.planted} ({row.row})" for row in table.itertuples()])
-    ax.set_xticks(np.arange(len(columns)), columns, rotation=90)
+    labels = [
+        f"{row.planted} ({row.row})" if row.row else row.planted for row in table.itertuples()
+    ]
+    ax.set_yticks(range(len(table)), labels, fontsize=8)
+    ax.set_xticks(np.arange(len(columns)), columns, rotation=90, fontsize=8)
+    ax.margins(0.015)
     ax.set(xlabel="cause found", ylabel="planted fault (row of the catalogue)")
     ax.grid(alpha=0.25)
     ax.set_axisbelow(True)

@@ -45,7 +45,8 @@ def objects_after_loader(examination):
         return text, [Evidence("no_objects", 1.0, text)]
     if kept < MIN_KEPT * len(objects):
         return text, [Evidence("objects_filtered", 0.7, text)]
-    return text, _recorded(examination, kept)
+    evidence = _recorded(examination, kept)
+    return "; ".join([text, *(one.text for one in evidence)]), evidence
 
 
 def _annotated(record, query, config):

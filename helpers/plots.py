@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 from IPython.display import Image as DisplayImage
 from IPython.display import display
 from matplotlib.figure import Figure
+from PIL import Image
 
 from helpers.errors import InputError
 from helpers.overlays import TRUTH_COLOUR, annotate, annotate_detections, as_picture, decode_mask
@@ -173,9 +174,17 @@ def describe(figure, sentence):
         options = {"pil_kwargs": {"quality": 85}} if kind == "jpeg" else {}
         figure.savefig(stream, format=kind, dpi=_DPI, **options)
     kind = "png" if encoded["png"].tell() <= 2 * encoded["jpeg"].tell() else "jpeg"
-    display(DisplayImage(data=encoded[kind].getvalue(), format=kind, alt=sentence))
+    data = encoded[kind].getvalue() if kind == "jpeg" else _with_palette(encoded[kind])
+    display(DisplayImage(data=data, format=kind, alt=sentence))
     print(sentence)
     plt.close(figure)
+
+
+def _with_palette(chart):
+    """Return a PNG with 256 colours, which is all that a chart has, in a third of the bytes."""
+    stream = io.BytesIO()
+    Image.open(chart).convert("RGB").quantize(256).save(stream, format="png", optimize=True)
+    return stream.getvalue()
 
 
 def _panels(image, objects, predictions):

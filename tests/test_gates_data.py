@@ -221,8 +221,14 @@ def test_photographs_give_no_cause(tmp_path, base, name):
     assert results["annotations on pixels"].status == "ok"
 
 
-def test_a_dataset_that_is_not_there_is_unreadable_and_the_rest_stays_open(tmp_path, base):
-    causes, results = examine(start_run(tmp_path, tmp_path / "nowhere"), DATA_GATES, base)
+def test_a_dataset_that_is_not_there_is_unusable_input(tmp_path, base):
+    with pytest.raises(InputError, match="no such dataset"):
+        examine(start_run(tmp_path, tmp_path / "nowhere"), DATA_GATES, base)
+
+
+def test_a_dataset_without_splits_is_unreadable_and_the_rest_stays_open(tmp_path, base):
+    (tmp_path / "empty").mkdir()
+    causes, results = examine(start_run(tmp_path, tmp_path / "empty"), DATA_GATES, base)
     assert causes == ["unreadable_data"]
     statuses = [result.status for result in results.values()]
     assert statuses == ["failed"] + ["not checked"] * (len(DATA_GATES) - 1)

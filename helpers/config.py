@@ -95,10 +95,12 @@ class Config(Section):
         -------
         str
             Equal for equal configurations, whatever files and overlays they came from. The guards
-            are left out: they stop a run or let it go on as it is. So is an empty
-            ``data.prompts_by_category``, which a config from before that key lacks.
+            are left out: they stop a run or let it go on as it is. So are the feature cache, and an
+            empty ``data.prompts_by_category``, which a config from before that key lacks.
         """
-        text = self.model_copy(update={"guards": None}).to_yaml().replace("guards: null\n", "")
+        training = self.training.model_copy(update={"feature_cache": None})
+        copy = self.model_copy(update={"guards": None, "training": training})
+        text = copy.to_yaml().replace("guards: null\n", "").replace("  feature_cache: null\n", "")
         text = text.replace("  prompts_by_category: {}\n", "")
         return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
 

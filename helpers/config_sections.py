@@ -101,6 +101,7 @@ class TrainingSection(Section):
     gradient_accumulation_steps: Count
     mixed_precision: Literal["bf16", "fp16", "no"]
     gradient_checkpointing: bool
+    feature_cache: Name | None = None
     num_workers: CountOrNone
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     logging_steps: Count

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from helpers.errors import InputError
-from helpers.images import open_upright, same_shape
+from helpers.images import load_pixels
 from helpers.nouns import nouns_overlap
 from helpers.prompts import absent_candidates, absent_prompts, present_prompts
 from helpers.targets import object_targets
@@ -39,6 +39,8 @@ class PromptDataset(Dataset):
         For the draw.
     resample_negatives : bool
         True draws anew in each epoch (`set_epoch`), False always draws the same.
+    backbone_cache : helpers.feature_cache.BackboneCache, optional
+        Filled with the images of the split; its features then take the place of the pixels.
 
     Attributes
     ----------
@@ -66,8 +68,9 @@ class PromptDataset(Dataset):
         negative_prompts=(),
         seed=42,
         resample_negatives=True,
+        backbone_cache=None,
     ):
-        self.split, self.processor = split, processor
+        self.split, self.processor, self.backbone_cache = split, processor, backbone_cache
         self.resolution, self.mask_size = resolution, mask_size
         self.prompt, self.num_negatives = prompt, num_negatives
         self.negative_prompts = tuple(
@@ -85,8 +88,7 @@ class PromptDataset(Dataset):
                 where=split.root,
                 fix="annotate objects inside the images that are not marked as crowd",
             )
-        nouns = (*self.own_names, *self.negative_prompts)
-        if num_negatives > 0 and not any(absent_candidates(r, nouns) for r in self.records):
+        if num_negatives > 0 and not any(absent_candidates(r, self.nouns) for r in self.records):
             raise InputError(
                 f"num_negatives is {num_negatives}, but no noun is absent from any image",
                 where=split.root,
@@ -96,6 +98,11 @@ class PromptDataset(Dataset):
     def __len__(self):
         """Return the number of images with a query."""
         return len(self.records)
+
+    @property
+    def nouns(self):
+        """All that can be asked, present or absent, as a tuple of str."""
+        return (*self.own_names, *self.negative_prompts)
 
     def set_epoch(self, epoch):
         """Choose the draw of absent prompts.
@@ -118,7 +125,8 @@ class PromptDataset(Dataset):
         Returns
         -------
         dict
-            ``pixel_values``: float32 ``(3, resolution, resolution)``, normalised.
+            ``pixel_values``: float32 ``(3, resolution, resolution)``, normalised; or
+            ``backbone_states`` ``(N, C)``, if there is a cache.
             ``queries``: list of dict with ``image_id``, ``prompt``, ``category`` (the name asked
             for), ``is_positive``, ``boxes_cxcywh`` float32 ``(n, 4)`` in [0, 1], ``masks`` uint8
             ``(n, mask_size, mask_size)``, ``mask_valid`` bool ``(n,)``, False where a box has no
@@ -130,19 +138,6 @@ class PromptDataset(Dataset):
             If the image cannot be opened or its shape is not the annotated one.
         """
         record = self.records[index]
-        image = open_upright(record.path)
-        if not same_shape(image.size, (record.width, record.height)):
-            raise InputError(
-                f"the upright image is {image.width} x {image.height} pixels, its annotation says "
-                f"{record.width} x {record.height}",
-                where=record.path,
-                fix="annotate the upright image, or save the image without an EXIF orientation",
-            )
-        pixel_values = self.processor.image_processor(
-            images=image,
-            size={"height": self.resolution, "width": self.resolution},
-            return_tensors="pt",
-        )["pixel_values"][0]
         queries = [
             {
                 "image_id": record.image_id,
@@ -153,6 +148,9 @@ class PromptDataset(Dataset):
             }
             for prompt, objects in self._prompts(record).items()
         ]
+        if self.backbone_cache is not None:
+            return {"backbone_states": self.backbone_cache.states(record), "queries": queries}
+        pixel_values = load_pixels(record, self.processor, self.resolution)
         return {"pixel_values": pixel_values, "queries": queries}
 
     def _prompts(self, record):
@@ -178,10 +176,13 @@ class PromptCollator:
     ----------
     processor : transformers.Sam3Processor
         Its ``tokenizer`` turns prompts into 32 token ids.
+    text_states : dict of str to torch.Tensor, optional
+        From `helpers.feature_cache.text_states`, for every prompt that is asked; takes the place
+        of the token ids.
     """
 
-    def __init__(self, processor):
-        self.processor = processor
+    def __init__(self, processor, text_states=None):
+        self.processor, self.text_states = processor, text_states
 
     def __call__(self, items):
         """Collate items of a `PromptDataset`.
@@ -194,10 +195,11 @@ class PromptCollator:
         Returns
         -------
         dict
-            ``pixel_values`` ``(I, 3, S, S)``; ``input_ids`` and ``attention_mask`` int64
-            ``(B, 32)``; ``image_index`` int64 ``(B,)``, the image of each query; ``targets``, B
-            dicts ``boxes_cxcywh``, ``masks``, ``mask_valid``; ``queries``, B dicts ``image_id``,
-            ``prompt``, ``category``, ``is_positive``.
+            ``pixel_values`` ``(I, 3, S, S)`` or ``backbone_states`` ``(I, N, C)``; ``input_ids``
+            int64 ``(B, 32)`` or ``text_states`` ``(B, 32, D)``; ``attention_mask`` int64
+            ``(B, 32)``; ``image_index`` int64 ``(B,)``, the image of each query, ascending;
+            ``targets``, B dicts ``boxes_cxcywh``, ``masks``, ``mask_valid``; ``queries``, B dicts
+            ``image_id``, ``prompt``, ``category``, ``is_positive``.
 
         Raises
         ------
@@ -206,7 +208,11 @@ class PromptCollator:
         """
         batch = join_queries(items)
         prompts = [query["prompt"] for query in batch["queries"]]
-        return {**batch, **self.tokenize(prompts)}
+        tokens = self.tokenize(prompts)
+        if self.text_states is not None:
+            del tokens["input_ids"]
+            tokens["text_states"] = torch.stack([self.text_states[prompt] for prompt in prompts])
+        return {**batch, **tokens}
 
     def tokenize(self, prompts):
         """Turn prompts into token ids, refusing what SAM3 would cut silently.
@@ -247,7 +253,7 @@ def join_queries(items):
     Returns
     -------
     dict
-        ``pixel_values``, ``image_index``, ``targets``, ``queries``.
+        ``pixel_values`` or ``backbone_states``, ``image_index``, ``targets``, ``queries``.
     """
     targets, described, image_index = [], [], []
     for index, item in enumerate(items):
@@ -257,8 +263,9 @@ def join_queries(items):
                 {key: query[key] for key in ("image_id", "prompt", "category", "is_positive")}
             )
             image_index.append(index)
+    seen = "pixel_values" if "pixel_values" in items[0] else "backbone_states"
     return {
-        "pixel_values": torch.stack([item["pixel_values"] for item in items]),
+        seen: torch.stack([item[seen] for item in items]),
         "image_index": torch.tensor(image_index, dtype=torch.long),
         "targets": targets,
         "queries": described,

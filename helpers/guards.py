@@ -127,7 +127,7 @@ class Guards(TrainerCallback):
         counts = [len(target["boxes_cxcywh"]) for target in targets]
         numbers = {
             "batches": 1,
-            "images": len(inputs["pixel_values"]),
+            "images": int(inputs["image_index"][-1]) + 1,
             "objects": sum(counts),
             "absent": counts.count(0),
             "masks": torch.stack([target["mask_valid"].sum() for target in targets]).sum(),

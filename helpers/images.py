@@ -98,3 +98,37 @@ def same_shape(size, stated):
     (width, height), (stated_width, stated_height) = size, stated
     product = width * stated_height
     return abs(product - height * stated_width) <= SAME_SHAPE * product
+
+
+def load_pixels(record, processor, resolution):
+    """Load the picture of a record as the model sees it.
+
+    Parameters
+    ----------
+    record : helpers.records.ImageRecord
+    processor : transformers.Sam3Processor
+        Its ``image_processor`` resizes to a square, rescales and normalises.
+    resolution : int
+        Side of the square in pixels.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 ``(3, resolution, resolution)``, normalised.
+
+    Raises
+    ------
+    InputError
+        If the image cannot be opened or its shape is not the annotated one.
+    """
+    image = open_upright(record.path)
+    if not same_shape(image.size, (record.width, record.height)):
+        raise InputError(
+            f"the upright image is {image.width} x {image.height} pixels, its annotation says "
+            f"{record.width} x {record.height}",
+            where=record.path,
+            fix="annotate the upright image, or save the image without an EXIF orientation",
+        )
+    return processor.image_processor(
+        images=image, size={"height": resolution, "width": resolution}, return_tensors="pt"
+    )["pixel_values"][0]

@@ -143,7 +143,7 @@ def merge(folder, output, dtype=None, base=None):
         raise InputError("is not an empty folder", where=output, fix="choose another --output")
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"there is no type {dtype!r} here", fix=f"use one of {', '.join(DTYPES)}")
-    run = load_run(folder, base=base)
+    run = load_run(folder, base=base, dtype=torch.float32)
     settings = run.config.model
     if dtype is None:
         own = base_config(base or settings.name, None if base else settings.revision).dtype

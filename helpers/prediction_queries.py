@@ -15,9 +15,19 @@ SCORE_FLOOR = 1e-3
 """Detections below are dropped; average precision needs the low scores, not the lowest."""
 MAX_DETECTIONS = 100
 """Best detections kept per prompt and image, as many as COCO's average precision looks at."""
+_MODEL_INPUTS = (
+    "pixel_values",
+    "backbone_states",
+    "image_index",
+    "input_ids",
+    "text_states",
+    "attention_mask",
+)
 
 
-def evaluation_dataset(split, processor, model, *, prompt=None, absent_prompts=()):
+def evaluation_dataset(
+    split, processor, model, *, prompt=None, absent_prompts=(), backbone_cache=None
+):
     """Build the questions of an evaluation: every category and every absent noun on every image.
 
     Parameters
@@ -30,6 +40,8 @@ def evaluation_dataset(split, processor, model, *, prompt=None, absent_prompts=(
         Replaces every category name.
     absent_prompts : sequence of str
         Nouns asked wherever the picture is not known to show them.
+    backbone_cache : helpers.feature_cache.BackboneCache, optional
+        See `helpers.datasets.PromptDataset`.
 
     Returns
     -------
@@ -48,6 +60,7 @@ def evaluation_dataset(split, processor, model, *, prompt=None, absent_prompts=(
         num_negatives=num_nouns if num_nouns > 1 else 0,
         negative_prompts=tuple(absent_prompts),
         resample_negatives=False,
+        backbone_cache=backbone_cache,
     )
 
 
@@ -164,8 +177,7 @@ def predict_split(
 
 def model_inputs(batch, device):
     """Pick what the model reads out of a collated batch and move it to a device."""
-    names = ("pixel_values", "input_ids", "attention_mask", "image_index")
-    return {name: batch[name].to(device) for name in names}
+    return {name: batch[name].to(device) for name in _MODEL_INPUTS if name in batch}
 
 
 def _ground_truth(record, prompt, dataset):

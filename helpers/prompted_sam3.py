@@ -7,15 +7,15 @@ outputs of all decoder layers are returned, not only those of the last one.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
 
 import torch
 from transformers import Sam3Model
-from transformers.models.sam3.modeling_sam3 import (
-    Sam3ImageSegmentationOutput,
-    inverse_sigmoid,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.sam3.modeling_sam3 import Sam3ImageSegmentationOutput, inverse_sigmoid
+
+from helpers.vision_embeds import Float32Positions, embeds_of_states, repeat_vision_embeds
 
 SCORE_LOGIT_CLAMP = 12.0
 """Query logits are clamped to plus or minus this value; beyond it their gradient is zero."""
@@ -48,12 +48,33 @@ class PromptedSam3(Sam3Model):
 
     Parameters, modules and checkpoint keys are those of `Sam3Model`, so the weights of one load
     into the other.
+
+    Loaded in bfloat16, the two encoders are kept in it, 96 % of the parameters of the full model,
+    and their matrix products and those of the rest run in it through autocast, which the model
+    switches on by itself. The rest stays in float32: a box in bfloat16 is rounded to 1/256 of the
+    image, 4 of 1008 pixels.
     """
+
+    _keep_in_fp32_modules_strict = (
+        "^text_projection",
+        "geometry_encoder",
+        "detr_encoder",
+        "detr_decoder",
+        "mask_decoder",
+        "dot_product_scoring",
+    )
 
     # The ViT and text layers can be checkpointed, the class just does not say so.
     supports_gradient_checkpointing = True
     # Our losses are means over the batch: the trainer has to divide them by the accumulation steps.
     accepts_loss_kwargs = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        neck = self.vision_encoder.neck
+        neck.position_encoding = Float32Positions(
+            neck.position_encoding.num_position_features, normalize=True
+        )
 
     @property
     def mask_size(self):
@@ -66,6 +87,51 @@ class PromptedSam3(Sam3Model):
         """Side of the square input image in pixels."""
         return int(self.config.vision_config.image_size)
 
+    def precision(self):
+        """Return the context in which the model computes: bfloat16 where the encoders are kept in it.
+
+        Returns
+        -------
+        contextlib.AbstractContextManager
+            Leaves an autocast that is on already as it is.
+        """
+        if self.vision_encoder.dtype != torch.bfloat16:
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def backbone_states(self, pixel_values):
+        """Run the vision backbone, the expensive part of a pass.
+
+        Parameters
+        ----------
+        pixel_values : torch.Tensor
+            (I, 3, S, S) images as the processor makes them.
+
+        Returns
+        -------
+        torch.Tensor
+            (I, N, C) for N patches, row by row. `forward` takes them in place of the images.
+        """
+        with self.precision():
+            return self.vision_encoder.backbone(pixel_values).last_hidden_state
+
+    def text_states(self, input_ids, attention_mask):
+        """Run the text encoder and its projection.
+
+        Parameters
+        ----------
+        input_ids, attention_mask : torch.Tensor
+            (B, T) tokens of the prompts.
+
+        Returns
+        -------
+        torch.Tensor
+            (B, T, D). `forward` takes them in place of ``input_ids``.
+        """
+        with self.precision():
+            tokens = {"input_ids": input_ids, "attention_mask": attention_mask}
+            return self.get_text_features(**tokens).pooler_output
+
     def forward(
         self,
         pixel_values=None,
@@ -73,6 +139,8 @@ class PromptedSam3(Sam3Model):
         input_ids=None,
         attention_mask=None,
         image_index=None,
+        backbone_states=None,
+        text_states=None,
         **kwargs,
     ):
         """Segment B prompts on I images.
@@ -80,16 +148,20 @@ class PromptedSam3(Sam3Model):
         Parameters
         ----------
         pixel_values : torch.Tensor, optional
-            (I, 3, S, S) images as the processor makes them; or `vision_embeds`.
+            (I, 3, S, S) images as the processor makes them; or one of the next two.
         vision_embeds : Sam3VisionEncoderOutput, optional
-            Output of ``get_vision_features`` for the I images; replaces `pixel_values`.
+            Output of ``get_vision_features`` for the I images.
         input_ids, attention_mask : torch.Tensor
             (B, T) tokens of the prompts. The mask is required: without it the padding would be
             read as part of the prompt and change every score.
         image_index : torch.Tensor, optional
             (B,) int64, the image of each prompt. Without it I must equal B, or be 1.
+        backbone_states : torch.Tensor, optional
+            (I, N, C) from the method of this name; the neck is run on them.
+        text_states : torch.Tensor, optional
+            (B, T, D) from the method of this name, in place of `input_ids`.
         **kwargs
-            Passed on to `Sam3Model.forward` (for example ``text_embeds`` or ``input_boxes``).
+            Passed on to `Sam3Model.forward` (for example ``input_boxes``).
 
         Returns
         -------
@@ -107,25 +179,32 @@ class PromptedSam3(Sam3Model):
             raise ValueError(
                 "pass attention_mask with the prompts: padding would change the scores"
             )
-        if vision_embeds is None:
-            if pixel_values is None:
-                raise ValueError("pass pixel_values or vision_embeds")
-            vision_embeds = self.vision_encoder(pixel_values)
-        vision_embeds = repeat_vision_embeds(vision_embeds, image_index, len(attention_mask))
-        with self._capture_decoder() as captured:
+        with self.precision(), self._capture_decoder() as captured:
+            if vision_embeds is None:
+                vision_embeds = self._vision_embeds(pixel_values, backbone_states)
+            if text_states is not None:
+                kwargs["text_embeds"] = BaseModelOutputWithPooling(pooler_output=text_states)
             outputs = super().forward(
-                vision_embeds=vision_embeds,
+                vision_embeds=repeat_vision_embeds(vision_embeds, image_index, len(attention_mask)),
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 **{**kwargs, "return_dict": True},
             )
-        layers = _decoder_layers(captured)
+            layers = _decoder_layers(captured)
         return PromptedSam3Output(
             **{field.name: getattr(outputs, field.name) for field in fields(outputs)},
             pred_boxes_cxcywh=layers[-1]["pred_boxes_cxcywh"],
             semantic_logits=outputs.semantic_seg,
             aux=layers[:-1],
         )
+
+    def _vision_embeds(self, pixel_values, backbone_states):
+        """Return the feature pyramids of I images or of their backbone states."""
+        if backbone_states is None:
+            if pixel_values is None:
+                raise ValueError("pass pixel_values, backbone_states or vision_embeds")
+            return self.vision_encoder(pixel_values)
+        return embeds_of_states(self.vision_encoder, backbone_states)
 
     @contextmanager
     def _capture_decoder(self):
@@ -177,50 +256,3 @@ def _decoder_layers(captured):
     stacked = (captured["logits"].squeeze(-1), boxes_cxcywh, captured["decoder"].presence_logits)
     names = ("pred_logits", "pred_boxes_cxcywh", "presence_logits")
     return [dict(zip(names, layer, strict=True)) for layer in zip(*stacked, strict=True)]
-
-
-def repeat_vision_embeds(vision_embeds, image_index, num_prompts):
-    """Give every prompt the features of its image.
-
-    Parameters
-    ----------
-    vision_embeds : Sam3VisionEncoderOutput
-        Features of I images.
-    image_index : torch.Tensor or None
-        (B,) int64 in [0, I). None pairs image i with prompt i, or one image with all prompts.
-    num_prompts : int
-        B.
-
-    Returns
-    -------
-    Sam3VisionEncoderOutput
-        With feature maps of B rows.
-
-    Raises
-    ------
-    ValueError
-        When the index does not fit the images and prompts.
-    """
-    features = vision_embeds.fpn_hidden_states
-    num_images = len(features[0])
-    if image_index is None:
-        if num_images == num_prompts:
-            return vision_embeds
-        if num_images != 1:
-            raise ValueError(f"{num_images} images and {num_prompts} prompts need an image_index")
-        image_index = torch.zeros(num_prompts, dtype=torch.long)
-    if len(image_index) != num_prompts or int(image_index.max()) >= num_images:
-        raise ValueError(
-            f"image_index {image_index.tolist()} does not pair {num_prompts} prompts with "
-            f"{num_images} images"
-        )
-    index = image_index.to(features[0].device)
-    positions = vision_embeds.fpn_position_encoding
-    return replace(
-        vision_embeds,
-        fpn_hidden_states=tuple(level[index] for level in features),
-        # Position encodings depend on the size of the map only, so all rows are equal.
-        fpn_position_encoding=tuple(
-            level[:1].expand(num_prompts, -1, -1, -1) for level in positions
-        ),
-    )

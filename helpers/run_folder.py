@@ -16,7 +16,7 @@ from helpers.errors import InputError
 from helpers.files import read_json
 from helpers.paths import resolve
 from helpers.prompts import absent_candidates, present_prompts
-from helpers.sam3 import load_base
+from helpers.sam3 import base_dtype, load_base
 from helpers.trainer import CHECKPOINTS
 from helpers.training_callbacks import CURVES_FILE
 
@@ -139,7 +139,7 @@ def read_run(folder):
     )
 
 
-def load_run(folder, base=None):
+def load_run(folder, base=None, dtype=None):
     """Load a finished run with its base.
 
     Parameters
@@ -148,6 +148,8 @@ def load_run(folder, base=None):
         Run folder.
     base : str, optional
         Another place of the base than the config names.
+    dtype : torch.dtype, optional
+        Type of the base's weights; by default the one it was trained with.
 
     Returns
     -------
@@ -163,6 +165,7 @@ def load_run(folder, base=None):
     model, processor = load_base(
         base or settings.name,
         revision=None if base else settings.revision,
+        dtype=dtype or base_dtype(files.config.training.mixed_precision),
         resolution=settings.resolution,
     )
     return RunResult(**vars(files), model=load_adapter(model, files.folder), processor=processor)

@@ -12,7 +12,7 @@ from helpers.errors import InputError
 from helpers.paths import ROOT, resolve
 from helpers.prompted_sam3 import PromptedSam3
 
-__all__ = ["PromptedSam3", "base_config", "base_fingerprint", "load_base"]
+__all__ = ["PromptedSam3", "base_config", "base_dtype", "base_fingerprint", "load_base"]
 
 _MODEL_TYPES = ("sam3", "sam3_video")
 _NUM_FINGERPRINT_TENSORS = 12
@@ -49,6 +49,23 @@ def base_config(name_or_path, revision=None):
     return _detector_config(config)
 
 
+def base_dtype(mixed_precision):
+    """Return the type in which a frozen base is kept.
+
+    Parameters
+    ----------
+    mixed_precision : {"bf16", "fp16", "no"}
+        ``training.mixed_precision`` of a config.
+
+    Returns
+    -------
+    torch.dtype
+        bfloat16 for ``bf16``. float32 otherwise: the range of float16 is too small for weights and
+        activations that were trained in bfloat16, so ``fp16`` uses it in single operations only.
+    """
+    return torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+
+
 def load_base(name_or_path, revision=None, dtype=None, resolution=None):
     """Load a SAM3 base and its processor, in eval mode.
 
@@ -60,7 +77,8 @@ def load_base(name_or_path, revision=None, dtype=None, resolution=None):
     revision : str, optional
         Branch, tag or commit on the hub.
     dtype : torch.dtype, optional
-        Type of the weights, float32 by default.
+        Type of the weights, float32 by default; bfloat16 is that of the two encoders only, see
+        `helpers.prompted_sam3.PromptedSam3`.
     resolution : int, optional
         Side of the square input in pixels, the base's own by default; a multiple of its patch.
 

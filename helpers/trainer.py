@@ -230,7 +230,7 @@ class Sam3Trainer(Trainer):
             with self.accelerator.autocast():
                 outputs = model(**model_inputs(batch, self.args.device))
             loss = self._terms(outputs, batch["targets"])["total"]
-            loss_sum += loss.item() * len(batch["pixel_values"])
+            loss_sum += loss.item() * (int(batch["image_index"][-1]) + 1)
             queries += queries_from_outputs(outputs, batch, dataset, settings.mask_threshold)
         metrics = evaluate_queries(queries, settings.score_threshold)
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}

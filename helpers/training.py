@@ -8,7 +8,6 @@ from importlib.metadata import version
 
 import torch
 from accelerate import PartialState
-from torch.utils.data import DataLoader
 from transformers import set_seed
 
 from helpers.adapters import (
@@ -18,18 +17,12 @@ from helpers.adapters import (
     read_adapter_weights,
     save_adapter,
 )
-from helpers.annotations import read_split
-from helpers.category_prompts import rename_categories
-from helpers.data_checks import check_dataset
-from helpers.data_fingerprint import data_fingerprint
-from helpers.datasets import PromptCollator, PromptDataset, count_objects
 from helpers.environment import SUBJECT_PACKAGES, device
 from helpers.errors import InputError
 from helpers.files import write_json, write_text
 from helpers.guards import Guards, GuardStop
 from helpers.model_card import model_card
 from helpers.paths import resolve
-from helpers.prediction_queries import evaluation_dataset
 from helpers.prompted_sam3 import checkpoint_activations
 from helpers.run_folder import (
     AUDIT_FILE,
@@ -46,9 +39,10 @@ from helpers.run_folder import (
 )
 from helpers.run_metrics import run_metrics, run_notes, trained_parameters
 from helpers.run_state import clear_run, num_processes, state_of
-from helpers.sam3 import base_config, load_base
+from helpers.sam3 import base_config, base_dtype, load_base
 from helpers.trainer import CHECKPOINTS, Sam3Trainer, training_arguments
 from helpers.training_callbacks import CurvesFile, FirstStepAudit, ProgressBar, SetEpoch
+from helpers.training_data import TrainingData, training_data
 
 __all__ = ["RunResult", "Sam3Trainer", "train"]
 
@@ -59,12 +53,7 @@ class _Ingredients:
 
     model: torch.nn.Module
     processor: object
-    collator: PromptCollator
-    train_dataset: PromptDataset
-    val_dataset: PromptDataset
-    counts: dict
-    """`helpers.datasets.count_objects` of ``train`` and ``valid``."""
-    data_fingerprint: str
+    data: TrainingData
     own_resolution: int
     """Of the base as it is published."""
 
@@ -123,8 +112,8 @@ def train(
     if state == "finished":
         return load_run(folder)
     ingredients = _prepare(config, train_split, val_split, allow_empty)
-    audit, curves = FirstStepAudit(), CurvesFile(folder)
-    own = [SetEpoch(ingredients.train_dataset), audit, curves]
+    data, audit, curves = ingredients.data, FirstStepAudit(), CurvesFile(folder)
+    own = [SetEpoch(data.train), audit, curves]
     if sys.stderr.isatty() if progress is None else progress:
         own.append(ProgressBar())
     arguments = training_arguments(config, folder)
@@ -133,15 +122,15 @@ def train(
     if processes.is_main_process:
         (folder / STOPPED_FILE).unlink(missing_ok=True)
         if state == "new":
-            _write_start(folder, config, ingredients.train_dataset)
+            _write_start(folder, config, data.train)
     trainer = Sam3Trainer(
         config,
-        guards=Guards(config, ingredients.counts["train"], allow_empty=allow_empty),
+        guards=Guards(config, data.counts["train"], allow_empty=allow_empty),
         model=ingredients.model,
         args=arguments,
-        train_dataset=ingredients.train_dataset,
-        eval_dataset=ingredients.val_dataset,
-        data_collator=ingredients.collator,
+        train_dataset=data.train,
+        eval_dataset=data.valid,
+        data_collator=data.collator,
         callbacks=[*own, *callbacks],
     )
     try:
@@ -159,79 +148,23 @@ def train(
 
 
 def _prepare(config, train_split, val_split, allow_empty):
-    """Load base and data, put LoRA on, and make sure that objects arrive."""
-    set_seed(config.training.seed)  # before LoRA draws A
-    model, processor = load_base(
-        config.model.name, config.model.revision, resolution=config.model.resolution
-    )
-    data = config.data
-    read_from_files = train_split is None or val_split is None
-    if read_from_files and not allow_empty:
-        _check_data(config, model, processor)
-    train_split = (
-        read_split(data.data_dir, data.train_split) if train_split is None else train_split
-    )
-    val_split = read_split(data.data_dir, data.val_split) if val_split is None else val_split
-    train_split = rename_categories(train_split, data.prompts_by_category)
-    val_split = rename_categories(val_split, data.prompts_by_category)
-    train_dataset = PromptDataset(
-        train_split,
-        processor,
-        resolution=model.resolution,
-        mask_size=model.mask_size,
-        prompt=data.prompt,
-        num_negatives=data.num_negatives,
-        negative_prompts=data.negative_prompts,
-        seed=config.training.seed,
-    )
-    val_dataset = evaluation_dataset(
-        val_split,
-        processor,
+    """Load base and data, make sure that objects arrive, and put LoRA on."""
+    set_seed(config.training.seed)
+    base, dtype = config.model, base_dtype(config.training.mixed_precision)
+    model, processor = load_base(base.name, base.revision, dtype, base.resolution)
+    data = training_data(
+        config,
         model,
-        prompt=data.prompt,
-        absent_prompts=config.evaluation.absent_prompts,
+        processor,
+        train_split=train_split,
+        val_split=val_split,
+        allow_empty=allow_empty,
     )
-    collator = PromptCollator(processor)
-    counts = {}
-    for name, dataset in (("train", train_dataset), ("valid", val_dataset)):
-        loader = DataLoader(dataset, collate_fn=collator, num_workers=config.training.num_workers)
-        counts[name] = count_objects(loader)
-    if not counts["train"]["num_objects"].any() and not allow_empty:
-        raise InputError(
-            f"no object of {len(train_split.records)} images reaches the loss "
-            "(row 1 of the cause catalogue); training would teach to detect nothing",
-            where=train_split.root,
-            fix="run 'python -m helpers check' on the dataset, or pass allow_empty=True on purpose",
-        )
     peft_model = add_lora(model, config.lora)
     if config.training.gradient_checkpointing:
         checkpoint_activations(model)
-    return _Ingredients(
-        peft_model,
-        processor,
-        collator,
-        train_dataset,
-        val_dataset,
-        counts,
-        data_fingerprint(train_split),
-        base_config(config.model.name, config.model.revision).image_size,
-    )
-
-
-def _check_data(config, model, processor):
-    """Refuse a dataset with errors before any time is spent on it."""
-    check_dataset(
-        config.data.data_dir,
-        resolution=model.resolution,
-        mask_size=model.mask_size,
-        processor=processor,
-        num_queries=model.config.detr_decoder_config.num_queries,
-        prompt=config.data.prompt,
-        prompts_by_category=config.data.prompts_by_category,
-        num_negatives=config.data.num_negatives,
-        negative_prompts=config.data.negative_prompts,
-        disable_progress=not sys.stderr.isatty(),
-    ).raise_for_errors()
+    own_resolution = base_config(base.name, base.revision).image_size
+    return _Ingredients(peft_model, processor, data, own_resolution)
 
 
 def _write_start(folder, config, train_dataset):
@@ -277,7 +210,7 @@ def _is_out_of_memory(error):
 def _result(trainer, folder, config, ingredients, audit):
     """Load the chosen checkpoint and gather the numbers of the run."""
     state = trainer.state
-    model = ingredients.model
+    model, data = ingredients.model, ingredients.data
     best = folder / CHECKPOINTS / f"checkpoint-{state.best_global_step}"
     best_step = state.best_global_step if state.best_global_step and best.is_dir() else None
     report = adapter_report(model)  # of the last state: did every module move?
@@ -285,9 +218,9 @@ def _result(trainer, folder, config, ingredients, audit):
         report["grad_norm"] = audit.report["grad_norm"]
     if best_step is not None:
         load_adapter_weights(model, read_adapter_weights(best), best)
-    objects = {name: int(one["num_objects"].sum()) for name, one in ingredients.counts.items()}
+    objects = {name: int(one["num_objects"].sum()) for name, one in data.counts.items()}
     metrics = run_metrics(state, config, best_step) | {"objects": objects}
-    metrics["data_fingerprint"] = ingredients.data_fingerprint
+    metrics["data_fingerprint"] = data.fingerprint
     metrics["trained_parameters"] = trained_parameters(trainer.optimizer, model)
     metrics["notes"] = run_notes(state, config, best_step, report)
     return RunResult(
@@ -295,7 +228,7 @@ def _result(trainer, folder, config, ingredients, audit):
         config=config,
         model=model.eval(),
         processor=ingredients.processor,
-        prompts=trained_prompts(ingredients.train_dataset),
+        prompts=trained_prompts(data.train),
         metrics=metrics,
         history=state.log_history,
         adapter=report,

@@ -1,0 +1,83 @@
+"""One training step of a base with all 840 million parameters, on a CPU.
+
+Not part of ``make test``: it needs 10 GB of memory, 2 GB of disk and some minutes. Run it with
+``pytest -m full_size -s``.
+"""
+
+import resource
+import time
+
+import pytest
+import torch
+from tiny_random import write_dataset
+
+from helpers.adapters import read_adapter_weights
+from helpers.config import load_config
+from helpers.full_size import NUM_PARAMETERS, write_random_base
+from helpers.paths import CONFIGS
+from helpers.prediction import Predictor
+from helpers.run_folder import load_run
+from helpers.training import train
+
+pytestmark = pytest.mark.full_size
+
+MEMORY_GB = 24
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_random_base(tmp_path_factory.mktemp("base"))
+
+
+def peak_gb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def test_one_step_with_the_fixed_config(base, tmp_path):
+    data_dir = write_dataset(tmp_path / "data", sizes=(("train", 1), ("valid", 1), ("test", 1)))
+    pictures = sorted(data_dir.rglob("*.png"))
+    config = load_config(
+        CONFIGS / "crack_detection_config.yaml",
+        profile="sam3",
+        overrides=(
+            f"model.name={base}",
+            f"data.data_dir={data_dir}",
+            "data.num_negatives=1",
+            "evaluation.absent_prompts=[dog]",
+            "scale.num_epochs=0.02",
+            "training.gradient_accumulation_steps=1",
+            "training.warmup_steps=0",
+        ),
+    )
+    before, start = peak_gb(), time.perf_counter()
+    result = train(config, output_dir=tmp_path / "run", allow_empty=True)
+    seconds, peak = time.perf_counter() - start, peak_gb()
+    steps = [entry for entry in result.history if "loss" in entry]
+    print(f"\none step with validation: {seconds:.0f} s, peak {peak:.1f} GB ({before:.1f} before)")
+    print(result.adapter.to_string())
+    assert len(steps) == 1
+    assert peak < MEMORY_GB
+
+    model = result.model.get_base_model()
+    own = [p for name, p in model.named_parameters() if ".lora_" not in name]
+    assert sum(parameter.numel() for parameter in own) == NUM_PARAMETERS
+    assert {p.dtype for p in model.vision_encoder.parameters() if not p.requires_grad} >= {
+        torch.bfloat16
+    }
+    trained = result.adapter[result.adapter["num_modules"] > 0]
+    assert set(trained.index) == {"vision_encoder", "text_encoder", "mask_decoder"}
+    assert trained["num_modules"].sum() == 340
+    assert (trained["grad_norm"] > 0).all()
+    weights = read_adapter_weights(tmp_path / "run")
+    assert len(weights) == 680
+    assert all(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
+
+    answer = Predictor(result.model, result.processor).raw(pictures[0], ["crack", "dog"])
+    assert answer[0].query_logits.shape == (200,)
+    assert answer[0].mask_logits.shape == (200, 288, 288)
+    del result, model, own
+    again = load_run(tmp_path / "run")
+    loaded = Predictor(again.model, again.processor).raw(pictures[0], ["crack", "dog"])
+    for one, other in zip(answer, loaded, strict=True):
+        torch.testing.assert_close(one.query_logits, other.query_logits)
+        torch.testing.assert_close(one.mask_logits, other.mask_logits)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import Sam3Model
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.sam3.modeling_sam3 import Sam3ImageSegmentationOutput, inverse_sigmoid
@@ -233,8 +235,32 @@ class PromptedSam3(Sam3Model):
                 handle.remove()
 
 
+def loss_inputs(outputs):
+    """Pick what `helpers.losses.sam3_losses` reads out of the outputs, in float32.
+
+    Parameters
+    ----------
+    outputs : PromptedSam3Output
+
+    Returns
+    -------
+    dict
+        ``pred_logits``, ``pred_boxes_cxcywh``, ``presence_logits``, ``pred_masks``,
+        ``semantic_logits`` and ``aux``.
+    """
+    names = ("pred_logits", "pred_boxes_cxcywh", "presence_logits")
+    final, *aux = [
+        {name: layer[name].float() for name in names} for layer in (outputs, *outputs["aux"])
+    ]
+    final |= {name: outputs[name].float() for name in ("pred_masks", "semantic_logits")}
+    return final | {"aux": aux}
+
+
 def checkpoint_activations(model):
-    """Compute the activations of vision and text layers again in the backward pass.
+    """Compute the activations of vision, text and DETR layers again in the backward pass.
+
+    The library checkpoints the layers of the two encoders. Those of the DETR are as large, once
+    per prompt.
 
     Parameters
     ----------
@@ -247,6 +273,15 @@ def checkpoint_activations(model):
         )
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in (*model.detr_encoder.layers, *model.detr_decoder.layers):
+        layer.forward = partial(_checkpointed, layer.forward)
+
+
+def _checkpointed(forward, *args, **kwargs):
+    """Run a layer, keeping only its inputs if there will be a backward pass."""
+    if torch.is_grad_enabled():
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return forward(*args, **kwargs)
 
 
 def _decoder_layers(captured):

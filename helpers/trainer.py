@@ -16,7 +16,7 @@ from helpers.evaluation import evaluate_queries
 from helpers.loss_terms import loss_divisors, target_counts
 from helpers.losses import sam3_losses
 from helpers.prediction_queries import model_inputs, queries_from_outputs
-from helpers.prompted_sam3 import PRESENCE_LOGIT_CLAMP, SCORE_LOGIT_CLAMP
+from helpers.prompted_sam3 import PRESENCE_LOGIT_CLAMP, SCORE_LOGIT_CLAMP, loss_inputs
 
 CHECKPOINTS = "checkpoints"
 SELECTION = "selection"
@@ -174,12 +174,8 @@ class Sam3Trainer(Trainer):
 
     def _terms(self, outputs, targets, divisors=None):
         """Return the loss terms of a batch, computed in float32."""
-        names = ("pred_logits", "pred_boxes_cxcywh", "presence_logits")
-        layers = [outputs, *outputs["aux"]]
-        final, *aux = [{name: layer[name].float() for name in names} for layer in layers]
-        final |= {name: outputs[name].float() for name in ("pred_masks", "semantic_logits")}
         variant = self.config.loss.variant
-        return sam3_losses({**final, "aux": aux}, targets, variant, divisors=divisors)
+        return sam3_losses(loss_inputs(outputs), targets, variant, divisors=divisors)
 
     def log(self, logs, start_time=None):
         """Add the means of the loss terms since the last log to an entry of the training loss.

@@ -80,7 +80,7 @@ def prompt_embeddings(model, processor, prompts):
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     tokens = processor(text=list(prompts), return_tensors="pt").to(base.device)
-    features = base.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output
+    features = base.text_states(tokens["input_ids"], tokens["attention_mask"])
     mask = tokens["attention_mask"][..., None].to(features)
     return ((features * mask).sum(1) / mask.sum(1)).float().cpu()
 

@@ -11,6 +11,14 @@ from helpers.files import read_json
 from helpers.run_folder import METRICS_FILE, RUN_CONFIG, RUN_FILES, VERSIONS_FILE
 from helpers.trainer import CHECKPOINTS
 
+_MAY_CHANGE = {
+    ("training", "batch_size"),
+    ("training", "gradient_checkpointing"),
+    ("training", "feature_cache"),
+    ("training", "num_workers"),
+}
+"""Keys that change how a step is computed, not what it computes; the batch is compared otherwise."""
+
 
 def num_processes():
     """Return how many processes train together, as ``accelerate launch`` and torchrun tell them."""
@@ -85,7 +93,8 @@ def _refuse_other_config(folder, config):
         for section, keys in now.items()
         for key, value in keys.items()
         if section not in ("guards", "output")
-        and (section, key) != ("training", "batch_size")
+        and (section, key) not in _MAY_CHANGE
+        and not (key == "revision" and value is None)  # the run has written down which it took
         and before[section][key] != value
     ]
     if spread[0] != spread[1]:

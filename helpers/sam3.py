@@ -12,7 +12,14 @@ from helpers.errors import InputError
 from helpers.paths import ROOT, resolve
 from helpers.prompted_sam3 import PromptedSam3
 
-__all__ = ["PromptedSam3", "base_config", "base_dtype", "base_fingerprint", "load_base"]
+__all__ = [
+    "PromptedSam3",
+    "base_config",
+    "base_dtype",
+    "base_fingerprint",
+    "load_base",
+    "newest_revision",
+]
 
 _MODEL_TYPES = ("sam3", "sam3_video")
 _NUM_FINGERPRINT_TENSORS = 12
@@ -47,6 +54,27 @@ def base_config(name_or_path, revision=None):
             fix="name a SAM3 base, for example data/tiny_sam3 or facebook/sam3",
         )
     return _detector_config(config)
+
+
+def newest_revision(name_or_path):
+    """Return the commit that a name on the hub stands for at this moment.
+
+    Parameters
+    ----------
+    name_or_path : str or pathlib.Path
+        See `load_base`.
+
+    Returns
+    -------
+    str or None
+        None for a folder.
+
+    Raises
+    ------
+    InputError
+        See `base_config`.
+    """
+    return getattr(base_config(name_or_path), "_commit_hash", None)
 
 
 def base_dtype(mixed_precision):
@@ -187,7 +215,9 @@ def _detector_config(config):
     detector = getattr(config, "detector_config", None)
     if detector is None:
         return config
-    return Sam3Config(**detector) if isinstance(detector, dict) else detector
+    detector = Sam3Config(**detector) if isinstance(detector, dict) else detector
+    detector._commit_hash = getattr(config, "_commit_hash", None)
+    return detector
 
 
 def _set_resolution(config, resolution, name):

@@ -48,7 +48,7 @@ def query_logit_bounds(model, processor, prompts):
     head.clamp_logits = False
     tokens = processor(text=list(prompts), return_tensors="pt").to(base.device)
     mask = tokens["attention_mask"].bool()
-    features = base.get_text_features(tokens["input_ids"], mask).pooler_output
+    features = base.text_states(tokens["input_ids"], tokens["attention_mask"]).float()
     width = norm.normalized_shape[0]
     probes = torch.cat([torch.zeros(1, width), torch.eye(width)]).to(features)
     probes = probes.expand(1, len(prompts), -1, -1)

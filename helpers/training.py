@@ -17,6 +17,7 @@ from helpers.adapters import (
     read_adapter_weights,
     save_adapter,
 )
+from helpers.config import load_config
 from helpers.environment import SUBJECT_PACKAGES, device
 from helpers.errors import InputError
 from helpers.files import write_json, write_text
@@ -39,12 +40,16 @@ from helpers.run_folder import (
 )
 from helpers.run_metrics import run_metrics, run_notes, trained_parameters
 from helpers.run_state import clear_run, num_processes, state_of
-from helpers.sam3 import base_config, base_dtype, load_base
+from helpers.sam3 import base_config, base_dtype, load_base, newest_revision
 from helpers.trainer import CHECKPOINTS, Sam3Trainer, training_arguments
 from helpers.training_callbacks import CurvesFile, FirstStepAudit, ProgressBar, SetEpoch
 from helpers.training_data import TrainingData, training_data
 
-__all__ = ["RunResult", "Sam3Trainer", "train"]
+__all__ = ["OutOfMemory", "RunResult", "Sam3Trainer", "train"]
+
+
+class OutOfMemory(InputError):
+    """The memory of the GPU or the machine does not hold a training step."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +108,15 @@ def train(
     ------
     InputError
         If base, data or settings cannot be used, or no object would reach the loss: nothing is
-        written then. A `helpers.guards.GuardStop` if a guard of the config finds a fault, or if
-        memory runs out: ``stopped.json`` then holds ``cause`` (a key of `helpers.causes.CAUSES`, or
+        written then. A `helpers.guards.GuardStop` if a guard of the config finds a fault, an
+        `OutOfMemory` if memory runs out: ``stopped.json`` then holds ``cause`` (a key of `helpers.causes.CAUSES`, or
         null), ``message``, ``where``, ``fix`` and ``step``.
     """
     folder = resolve(output_dir or config.output.output_dir)
     state = state_of(folder, config, resume=resume, overwrite=overwrite)
     if state == "finished":
         return load_run(folder)
+    config = _with_revision(config, folder if state == "interrupted" else None)
     ingredients = _prepare(config, train_split, val_split, allow_empty)
     data, audit, curves = ingredients.data, FirstStepAudit(), CurvesFile(folder)
     own = [SetEpoch(data.train), audit, curves]
@@ -145,6 +151,18 @@ def train(
     if processes.is_main_process:
         _write_result(result, ingredients.own_resolution)
     return result
+
+
+def _with_revision(config, resumed_folder):
+    """Write down which commit a base on the hub is, so that the run can be loaded with the same."""
+    if config.model.revision is not None:
+        return config
+    if resumed_folder is None:
+        revision = newest_revision(config.model.name)
+    else:
+        revision = load_config(resumed_folder / RUN_CONFIG).model.revision
+    model = config.model.model_copy(update={"revision": revision})
+    return config.model_copy(update={"model": model})
 
 
 def _prepare(config, train_split, val_split, allow_empty):
@@ -192,12 +210,12 @@ def _run(trainer, checkpoint):
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        raise InputError(
+        raise OutOfMemory(
             f"out of memory at step {trainer.state.global_step}: {str(error).splitlines()[0]}",
             where=trainer.args.output_dir,
-            fix="lower training.batch_size (and raise gradient_accumulation_steps) or "
-            "data.num_negatives, set training.gradient_checkpointing=true, or lower "
-            "model.resolution",
+            fix="set training.gradient_checkpointing=true, lower training.batch_size (and raise "
+            "gradient_accumulation_steps) or data.num_negatives, or lower model.resolution; "
+            "'python -m helpers plan' with the same config says which of these fits",
         ) from error
 
 

@@ -388,7 +388,9 @@ class Failing(TrainerCallback):
     ],
 )
 def test_full_memory_says_what_to_change(config, tmp_path, error):
-    with pytest.raises(InputError, match=r"out of memory at step 1.*batch_size.*checkpointing"):
+    with pytest.raises(
+        InputError, match=r"out of memory at step 1.*checkpointing.*batch_size.*helpers plan"
+    ):
         train(config, output_dir=tmp_path / "run", callbacks=[Failing(error)])
 
 
@@ -436,3 +438,37 @@ def test_report_has_everything_in_both_forms(finished):
     text = report_text(content)
     for part in ("vision_encoder", "checklist", "AP50", "crack", "2 of 2 epochs"):
         assert part in text
+
+
+def test_the_commit_of_a_base_on_the_hub_is_recorded_and_kept(
+    base, data_dir, tmp_path, monkeypatch
+):
+    from helpers import sam3, training
+
+    asked, commit, original = [], "0123abcd" * 5, sam3._load_part
+
+    def from_hub(source, cls, options):  # as if `base` were a name on the hub
+        asked.append((cls.__name__, options.get("revision")))
+        options = {key: value for key, value in options.items() if key != "revision"}
+        loaded = original(source, cls, options)
+        if cls.__name__ == "Sam3Config":
+            loaded._commit_hash = commit
+        return loaded
+
+    monkeypatch.setattr(sam3, "_load_part", from_hub)
+    config = tiny_run_config(base, data_dir)
+    stopping = Failing(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        training.train(config, output_dir=tmp_path / "run", callbacks=[stopping])
+    assert {revision for name, revision in asked if name == "PromptedSam3"} == {commit}
+    asked.clear()
+    monkeypatch.setattr(training, "newest_revision", lambda name: "another")
+    result = training.train(config, output_dir=tmp_path / "run", resume=True)
+    assert {revision for name, revision in asked if name == "PromptedSam3"} == {commit}
+    assert result.config.model.revision == commit
+    for name in ("base.json", "adapter_config.json"):
+        assert json.loads((tmp_path / "run" / name).read_text())["revision"] == commit
+    assert commit in (tmp_path / "run" / "README.md").read_text()
+    asked.clear()
+    load_run(tmp_path / "run")
+    assert ("PromptedSam3", commit) in asked

@@ -1,0 +1,96 @@
+import pytest
+import torch
+from tiny_random import save_tiny_base, tiny_run_config, write_dataset
+from transformers import TrainerCallback
+
+from helpers.config import load_config
+from helpers.errors import InputError
+from helpers.run_folder import RUN_CONFIG, STOPPED_FILE
+from helpers.training import OutOfMemory
+from helpers.training_retry import smaller_step, train_within_memory
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+class SmallGpu(TrainerCallback):
+    """Holds at most some images, with checkpointing twice as many."""
+
+    def __init__(self, images, at_step=0):
+        self.images, self.at_step, self.attempts = images, at_step, []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        blocks = model.get_base_model().vision_encoder.backbone.layers
+        checkpointing = bool(blocks[0].gradient_checkpointing)
+        attempt = (
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            checkpointing,
+        )
+        if attempt not in self.attempts:
+            self.attempts.append(attempt)
+        if state.global_step >= self.at_step and attempt[0] > self.images * (1 + checkpointing):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def test_smaller_steps_are_tried_until_one_fits(base, data_dir, tmp_path):
+    gpu, said = SmallGpu(images=1), []
+    config = tiny_run_config(
+        base, data_dir, "training.batch_size=6", "training.gradient_accumulation_steps=1"
+    )
+    result = train_within_memory(
+        config, output_dir=tmp_path / "run", callbacks=[gpu], on_retry=said.append
+    )
+    assert gpu.attempts == [(6, 1, False), (6, 1, True), (3, 2, True), (2, 3, True)]
+    assert len(said) == 3
+    assert "trying again with training.gradient_checkpointing=true" in said[0]
+    assert "training.batch_size=2 training.gradient_accumulation_steps=3" in said[2]
+    assert result.config.training.batch_size == 2
+    assert load_config(tmp_path / "run" / RUN_CONFIG) == result.config
+    assert result.config.data == config.data
+    assert result.config.model == config.model
+    assert not (tmp_path / "run" / STOPPED_FILE).exists()
+
+
+def test_what_never_fits_ends_with_the_advice(base, data_dir, tmp_path):
+    gpu = SmallGpu(images=0)
+    config = tiny_run_config(base, data_dir, "training.batch_size=2")
+    with pytest.raises(OutOfMemory, match="helpers plan"):
+        train_within_memory(config, output_dir=tmp_path / "run", callbacks=[gpu])
+    assert gpu.attempts == [(2, 2, False), (2, 2, True), (1, 4, True)]
+
+
+def test_a_run_with_a_checkpoint_is_not_thrown_away(base, data_dir, tmp_path):
+    gpu = SmallGpu(images=1, at_step=1)  # in the second epoch
+    config = tiny_run_config(base, data_dir, "training.batch_size=4")
+    with pytest.raises(OutOfMemory):
+        train_within_memory(config, output_dir=tmp_path / "run", callbacks=[gpu])
+    assert len(gpu.attempts) == 1
+    assert list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+    # and goes on from there with checkpointing, which changes no number
+    config = tiny_run_config(
+        base, data_dir, "training.batch_size=4", "training.gradient_checkpointing=true"
+    )
+    result = train_within_memory(config, output_dir=tmp_path / "run", resume=True)
+    assert result.metrics["valid"]
+
+
+def test_other_errors_are_not_retried(base, data_dir, tmp_path):
+    config = tiny_run_config(base, data_dir)
+    (tmp_path / "run").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        train_within_memory(config, output_dir=tmp_path / "run")
+
+
+def test_nothing_that_is_learned_from_is_changed(base, data_dir):
+    config = tiny_run_config(
+        base, data_dir, "training.batch_size=1", "training.gradient_checkpointing=true"
+    )
+    assert smaller_step(config) is None

@@ -60,25 +60,25 @@ def target_counts(targets):
     return [float(num_boxes), float(len(targets)), float(num_masked)]
 
 
-def loss_divisors(counts, num_devices=1):
+def loss_divisors(counts, num_parts=1):
     """Turn counts into divisors.
 
     Parameters
     ----------
     counts : sequence of float
-        From `target_counts`, summed over the devices.
-    num_devices : int
-        How many devices there are whose gradients are averaged.
+        From `target_counts`, summed over all parts of an optimiser step.
+    num_parts : int
+        Batches whose losses are averaged: those that are accumulated, on all devices.
 
     Returns
     -------
     Divisors
-        The mean of the devices' losses is then the loss of one device with all rows, however
-        objects and rows are spread. No objects count as one object.
+        The mean of the parts' losses is then the loss of one batch with all rows, however objects
+        and rows are spread. No objects count as one object.
     """
     boxes, rows, masked_rows = counts
     divisors = max(boxes, 1.0), rows, masked_rows + EPSILON
-    return Divisors(*(divisor / num_devices for divisor in divisors))
+    return Divisors(*(divisor / num_parts for divisor in divisors))
 
 
 def box_terms(pred_boxes_cxcywh, targets, matches, num_boxes):

@@ -65,7 +65,7 @@ def sam3_losses(outputs, targets, variant="native", *, divisors=None):
     variant : {"native", "early"}
         Meta's published setting, or that of the failing script.
     divisors : helpers.loss_terms.Divisors, optional
-        By default those of this batch. A trainer on several devices passes those of all devices.
+        By default those of this batch. A trainer passes those of a whole optimiser step.
 
     Returns
     -------

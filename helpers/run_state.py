@@ -13,11 +13,12 @@ from helpers.trainer import CHECKPOINTS
 
 _MAY_CHANGE = {
     ("training", "batch_size"),
+    ("training", "gradient_accumulation_steps"),
     ("training", "gradient_checkpointing"),
     ("training", "feature_cache"),
     ("training", "num_workers"),
 }
-"""Keys that change how a step is computed, not what it computes; the batch is compared otherwise."""
+"""Keys that change how a step is computed, not what; the number of its images is compared."""
 
 
 def num_processes():
@@ -78,16 +79,17 @@ def clear_run(folder):
 def _refuse_other_config(folder, config):
     """Raise InputError if a run is to be resumed with other settings.
 
-    The number of processes may change if the images of a step stay the same in number: checkpoints
-    are written between epochs, and the gradient does not depend on how a step is spread.
+    Batch size, accumulation and the number of processes may change if the images of a step stay the
+    same in number: checkpoints are written between epochs, and the gradient does not depend on how
+    a step is spread.
     """
     before = load_config(folder / RUN_CONFIG).model_dump()
     now = config.model_dump()
     started = read_json(folder / VERSIONS_FILE, fix="start a new run").get("num_processes", 1)
-    spread = (
-        before["training"]["batch_size"] * started,
-        now["training"]["batch_size"] * num_processes(),
-    )
+    images_per_step = [
+        one["training"]["batch_size"] * one["training"]["gradient_accumulation_steps"] * processes
+        for one, processes in ((before, started), (now, num_processes()))
+    ]
     differing = [
         f"{section}.{key} was {before[section][key]!r} and is {value!r}"
         for section, keys in now.items()
@@ -97,9 +99,11 @@ def _refuse_other_config(folder, config):
         and not (key == "revision" and value is None)  # the run has written down which it took
         and before[section][key] != value
     ]
-    if spread[0] != spread[1]:
+    if images_per_step[0] != images_per_step[1]:
         differing.append(
-            f"training.batch_size times the number of processes was {spread[0]} and is {spread[1]}"
+            "batch_size x gradient_accumulation_steps x processes was {} and is {}".format(
+                *images_per_step
+            )
         )
     if differing:
         raise InputError(

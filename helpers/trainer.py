@@ -126,6 +126,23 @@ class Sam3Trainer(Trainer):
         if guards is not None:
             self.add_callback(guards)
         self._sums, self._num_batches = defaultdict(float), 0
+        self._divisors = None
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Collect the batches of an optimiser step, and count what all of them hold together.
+
+        The library averages the losses of accumulated batches, and the gradients of devices. Means
+        over the objects and rows of each batch would weigh an object or a prompt by how many others
+        happen to be in its batch.
+        """
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        targets = [target for batch in samples for target in batch["targets"]]
+        counts = torch.tensor(target_counts(targets), device=self.args.device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        num_parts = len(samples) * self.accelerator.num_processes
+        self._divisors = loss_divisors(counts.tolist(), max(num_parts, 1))
+        return samples, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the weighted loss of one batch and remember its terms for the log.
@@ -147,9 +164,8 @@ class Sam3Trainer(Trainer):
             Scalar, or (scalar, outputs).
         """
         outputs = model(**model_inputs(inputs, self.args.device))
-        divisors = self._divisors(inputs["targets"])
         if self.guards is None or self.guards.are_finite(outputs, inputs["targets"]):
-            terms = self._terms(outputs, inputs["targets"], divisors)
+            terms = self._terms(outputs, inputs["targets"], self._divisors)
         else:  # cannot be matched; the guard stops all processes before the step
             terms = {"total": outputs["pred_logits"].sum() * math.nan}
         total = terms.pop("total")
@@ -160,17 +176,6 @@ class Sam3Trainer(Trainer):
             self._sums[name] += value.detach()
         self._num_batches += 1
         return (total, outputs) if return_outputs else total
-
-    def _divisors(self, targets):
-        """Return the divisors of a training batch, counted over all devices.
-
-        Gradients are averaged over the devices, so means over the objects and rows of each would
-        weigh an object or a prompt by how many others its device happens to have.
-        """
-        counts = torch.tensor(target_counts(targets), device=self.args.device)
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts, "sum")
-        return loss_divisors(counts.tolist(), self.accelerator.num_processes)
 
     def _terms(self, outputs, targets, divisors=None):
         """Return the loss terms of a batch, computed in float32."""

@@ -63,6 +63,23 @@ def losses(history):
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 4), (2, 2), (3, 2)])
+def test_accumulated_gradients_are_those_of_one_batch(
+    base, data_dir, tmp_path, batch_size, accumulation
+):
+    size = batch_size * accumulation
+    whole, whole_log = gradients_of_an_epoch(base, data_dir, tmp_path / "whole", size)
+    parts, parts_log = gradients_of_an_epoch(
+        base, data_dir, tmp_path / "parts", batch_size, accumulation
+    )
+    assert len(whole) == len(parts) == -(-6 // size)  # the last step of 1 x 4 has two batches
+    for one, other in zip(whole, parts, strict=True):
+        for name, gradient in one.items():
+            assert gradient.norm() > 0
+            assert (gradient - other[name]).norm() < 1e-4 * gradient.norm(), name
+    assert losses(parts_log) == pytest.approx(losses(whole_log), rel=1e-5)
+
+
 def test_gradients_are_those_of_one_process_with_twice_the_batch(two, base, data_dir, tmp_path):
     steps, history = gradients_of_an_epoch(base, data_dir, tmp_path / "one", 2)
     other = torch.load(two / "gradients.pt")
@@ -83,7 +100,7 @@ def test_gradients_are_those_of_one_process_with_twice_the_batch(two, base, data
 
 
 def test_one_process_resumes_a_checkpoint_of_two(two, base, data_dir, uninterrupted):
-    with pytest.raises(InputError, match="times the number of processes was 2 and is 1"):
+    with pytest.raises(InputError, match="x processes was 2 and is 1"):
         train(run_config(base, data_dir, 1), output_dir=two / "run", resume=True)
     resumed = train(run_config(base, data_dir, 2), output_dir=two / "run", resume=True)
     assert resumed.metrics["steps"] == uninterrupted.metrics["steps"] == 6

@@ -38,11 +38,12 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def gradients_of_an_epoch(base, data_dir, folder, batch_size):
+def gradients_of_an_epoch(base, data_dir, folder, batch_size, accumulation=1):
     """Train an epoch whose steps move nothing; returns the gradients of each step and the log."""
     config = tiny_run_config(
         base, data_dir, *PLAIN,
         f"training.batch_size={batch_size}",
+        f"training.gradient_accumulation_steps={accumulation}",
         "training.max_grad_norm=1.0e+9",
         "scale.learning_rate=1.0e-9",
         "scale.num_epochs=0.02",

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 
-from helpers import commands, commands_data, commands_share
+from helpers import commands, commands_data, commands_plan, commands_share
 from helpers.errors import InputError
 
 _EPILOG = """exit status:
@@ -52,22 +52,15 @@ def build_parser():
         command.set_defaults(function=function)
         return command
 
-    command = add("check")
-    command.add_argument("data", metavar="DATA", help="folder with one folder per split")
-    command.add_argument("--profile", default="tiny", help="tiny (default) or sam3")
+    _check_options(add("check", module=commands_data))
 
     _convert_options(add("convert", module=commands_data))
 
+    _plan_options(add("plan", module=commands_plan))
+
     _train_options(add("train"))
 
-    command = add("predict", model)
-    command.add_argument(
-        "--image", nargs="+", action="extend", required=True, metavar="IMG", help="files or folders"
-    )
-    command.add_argument("--prompt", action="append", default=[], help="noun; may be repeated")
-    command.add_argument("--threshold", type=float, help="score threshold in [0, 1], default 0.3")
-    command.add_argument("--mask-threshold", type=float, help="in [0, 1], default 0.5")
-    command.add_argument("--output", metavar="PNG", help="picture to draw")
+    _predict_options(add("predict", model))
 
     command = add("evaluate", model)
     command.add_argument("--data", metavar="DIR", help="dataset, by default that of the run")
@@ -86,6 +79,19 @@ def build_parser():
 
     _share_options(add)
     return parser
+
+
+def _check_options(command):
+    """Add the options of ``check``."""
+    command.add_argument(
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help="folder with one folder per split, by default data.data_dir of --config",
+    )
+    command.add_argument("--config", metavar="FILE", help="check as its training would read it")
+    command.add_argument("--profile", help="tiny, sam3 or a file; without --config tiny by default")
+    _set_option(command)
 
 
 def _convert_options(command):
@@ -125,6 +131,21 @@ def _convert_options(command):
     command.add_argument("--copy", action="store_true", help="copy images, never link them")
 
 
+def _predict_options(command):
+    """Add the options of ``predict``."""
+    command.add_argument(
+        "--image", nargs="+", action="extend", required=True, metavar="IMG", help="files or folders"
+    )
+    command.add_argument("--prompt", action="append", default=[], help="noun; may be repeated")
+    command.add_argument("--threshold", type=float, help="score threshold in [0, 1], default 0.3")
+    command.add_argument("--mask-threshold", type=float, help="in [0, 1], default 0.5")
+    command.add_argument(
+        "--tile", type=int, metavar="PIXELS", help="look at larger images in tiles of this side"
+    )
+    command.add_argument("--overlap", type=float, default=0.2, help="of tiles, default 0.2")
+    command.add_argument("--output", metavar="PNG", help="picture to draw")
+
+
 def _share_options(add):
     """Add ``merge`` and ``push``."""
     command = add("merge", module=commands_share)
@@ -145,11 +166,38 @@ def _train_options(command):
     command.add_argument("--profile", help="tiny, sam3 or a file")
     command.add_argument("--data", metavar="DIR", help="dataset, in place of data.data_dir")
     command.add_argument("--output", metavar="RUN", help="run folder, by default output.output_dir")
+    _set_option(command)
+    command.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    command.add_argument("--overwrite", action="store_true", help="replace a run in the folder")
+    command.add_argument(
+        "--retry-smaller",
+        action="store_true",
+        help="when memory runs out, start again with checkpointing, then with smaller batches",
+    )
+
+
+def _plan_options(command):
+    """Add the options of ``plan``."""
+    command.add_argument("--config", required=True, metavar="FILE", help="a file of configs/")
+    command.add_argument("--profile", help="tiny, sam3 or a file")
+    command.add_argument("--data", metavar="DIR", help="dataset, in place of data.data_dir")
+    _set_option(command)
+    command.add_argument(
+        "--gpu-memory", type=float, metavar="GIB", help="by default that of the GPU here"
+    )
+    command.add_argument(
+        "--tflops",
+        type=float,
+        metavar="X",
+        help="dense matrix products, 10^12 operations per second; by default the GPU here is timed",
+    )
+
+
+def _set_option(command):
+    """Add ``--set``."""
     command.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting"
     )
-    command.add_argument("--resume", action="store_true", help="continue an interrupted run")
-    command.add_argument("--overwrite", action="store_true", help="replace a run in the folder")
 
 
 def _model_parser():

@@ -56,7 +56,9 @@ def bench(base, profile, *, cases=CASES, min_seconds=2.0):
     results = {}
     for case in tqdm(cases, desc="cases", disable=not sys.stderr.isatty()):
         if half or case.name != "train, base in half":  # else the same as the case before
-            results[case.name] = _with_rates(_in_own_process(case, base, profile, min_seconds), rate)
+            results[case.name] = _with_rates(
+                _in_own_process(case, base, profile, min_seconds), rate
+            )
     return {
         "versions": versions_line(),
         "device": place,

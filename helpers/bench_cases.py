@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from helpers.adapters import add_lora
 from helpers.annotations import read_split
@@ -25,9 +24,10 @@ from helpers.environment import device
 from helpers.feature_cache import BackboneCache
 from helpers.losses import sam3_losses
 from helpers.paths import CONFIGS, WALL_CRACKS
-from helpers.prediction_queries import model_inputs
+from helpers.prompt_rows import model_inputs
 from helpers.prompted_sam3 import checkpoint_activations, loss_inputs
 from helpers.sam3 import load_base
+from helpers.step_counter import StepCounter
 
 RANK = 16
 TRAINING_PROMPTS = 4
@@ -101,7 +101,7 @@ def measure(case, base, profile, min_seconds):
     torch.manual_seed(0)
     place = device()["device"]
     step = (_training_step if case.config else _detection)(case, base, profile, place)
-    with _flop_counter() as counter:
+    with StepCounter() as counter:
         step()
     if place == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -116,7 +116,7 @@ def measure(case, base, profile, min_seconds):
         "seconds": [round(one, 5) for one in seconds],
         "median_seconds": round(statistics.median(seconds), 5),
         "peak_bytes": _peak_bytes(place),
-        "flops": counter.get_total_flops(),
+        "flops": counter.flops,
     }
 
 
@@ -212,25 +212,6 @@ def _rows(inputs):
     names = [name for name in inputs if name != "image_index"]
     count = len(inputs["image_index"])
     return [{name: inputs[name][row : row + 1] for name in names} for row in range(count)]
-
-
-def _flop_counter():
-    """Return torch's counter, which lacks the attention of the CPU."""
-
-    def forward(query, key, value, *_, **__):
-        return sdpa_flop_count(query, key, value)
-
-    def backward(grad_out, query, key, value, *_, **__):
-        return sdpa_backward_flop_count(grad_out, query, key, value)
-
-    ops = torch.ops.aten
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            ops._scaled_dot_product_flash_attention_for_cpu: forward,
-            ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-        },
-    )
 
 
 def _peak_bytes(place):

@@ -173,6 +173,8 @@ def check_boxes_fit_masks(split, objects):
             continue
         compared += 1
         tight = rle_box_xyxy(item.rle)
+        if max(abs(a - b) for a, b in zip(item.box_xyxy, tight, strict=True)) <= ROUNDING_PX:
+            continue
         corners = (
             *item.box_xyxy[:2],
             *box_sides(item),
@@ -181,8 +183,7 @@ def check_boxes_fit_masks(split, objects):
             torch.tensor([item.box_xyxy, corners], dtype=torch.float64),
             torch.tensor([tight], dtype=torch.float64),
         )[:, 0].tolist()
-        apart = max(abs(a - b) for a, b in zip(item.box_xyxy, tight, strict=True))
-        if iou < MIN_BOX_IOU and apart > ROUNDING_PX:
+        if iou < MIN_BOX_IOU:
             off.append(object_place(split, record, item, 1 - iou))
             as_corners += iou_corners >= MIN_BOX_IOU
     hint = f"; {as_corners} of them fit if read as [x0, y0, x1, y1]" if as_corners else ""

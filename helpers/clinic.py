@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from helpers.annotations import read_split
 from helpers.causes import CAUSES
 from helpers.config import load_config
+from helpers.config_data import read_config_split
 from helpers.diagnosis import diagnose
 from helpers.errors import InputError
 from helpers.faults import FAULTS
@@ -44,6 +44,7 @@ WARDS = {
 """Lesson to the faults of `helpers.faults.FAULTS` that a patient of it may have: those that show in
 the vital signs after a short training."""
 WARDS["06"] = tuple(name for ward in WARDS.values() for name in ward)
+WARDS["07"] = ("images turned", "all crowd", "empty lists", "trained as object")
 HEALTHY_FOLDER, RECIPE_FILE, PATIENT_FOLDER = "healthy", "recipe.json", "patient"
 DRAW_SEED = 6
 """Orders the faults of a ward; fixed, so that a case stays what it is."""
@@ -167,7 +168,7 @@ class Clinic:
         }
         self.healthy = self._healthy_run()
         config = load_config(self.healthy / RUN_CONFIG)
-        self._truth = read_split(data_dir, config.data.val_split)
+        self._truth = read_config_split(config, config.data.val_split, data_dir)
         self._questions = prepare_questions(self._truth, config.evaluation.absent_prompts)
         self.signs = self.measure(self.healthy)
 

@@ -14,6 +14,8 @@ from helpers.errors import InputError
 from helpers.paths import CONFIGS, resolve
 
 DEFAULT_CONFIG = CONFIGS / "crack_detection_config.yaml"
+LARGE = 2
+"""Longest side of an image, in sides of the model's input, from which it should be cut into tiles."""
 _HEADLINES = (
     "AP",
     "AP50",
@@ -36,46 +38,23 @@ class Loaded(NamedTuple):
     name: str
 
 
-def check(args):
-    """Check a dataset; status 1 if a finding is an error."""
-    from helpers.config import load_config
-    from helpers.data_checks import check_dataset
-    from helpers.sam3 import load_base
-
-    config = load_config(DEFAULT_CONFIG, profile=args.profile)
-    settings = {
-        "resolution": config.model.resolution,
-        "mask_size": config.model.resolution // 14 * 4,
-    }
-    if resolve(config.model.name).is_dir():  # else a gated model, which a data check does not need
-        model, processor = load_base(config.model.name, resolution=config.model.resolution)
-        num_queries = model.config.detr_decoder_config.num_queries
-        settings |= {"mask_size": model.mask_size, "processor": processor}
-        settings |= {"num_queries": num_queries}
-    report = check_dataset(
-        args.data,
-        **settings,
-        num_negatives=config.data.num_negatives,
-        negative_prompts=config.data.negative_prompts,
-        disable_progress=not sys.stderr.isatty(),
-    )
-    return (0 if report.ok else 1), report.to_json(), report.summary()
-
-
 def train(args):
     """Train and report; unusable input is refused before anything is written."""
     from helpers.config import load_config
     from helpers.run_report import report, report_text
     from helpers.training import train as run_training
+    from helpers.training_retry import train_within_memory
 
     overrides = list(args.set)
     if args.data is not None:
         overrides.append(f"data.data_dir={resolve(args.data)}")
     config = load_config(args.config, profile=args.profile, overrides=overrides)
     output_dir = None if args.output is None else Path(args.output).expanduser().absolute()
-    result = run_training(
-        config, output_dir=output_dir, resume=args.resume, overwrite=args.overwrite
-    )
+    settings = {"output_dir": output_dir, "resume": args.resume, "overwrite": args.overwrite}
+    if args.retry_smaller:
+        result = train_within_memory(config, on_retry=_say, **settings)
+    else:
+        result = run_training(config, **settings)
     content = report(result)
     return 0, content, report_text(content)
 
@@ -84,6 +63,7 @@ def predict(args):
     """Detect prompts on images, and draw them if asked to."""
     from helpers.prediction import GENERIC_PROMPT, PROMPTLESS_THRESHOLD, Predictor
     from helpers.prediction import untrained_prompts as untrained
+    from helpers.tiling import predict_tiled
 
     images = _image_files(args.image)
     loaded = load_model(args)
@@ -106,7 +86,18 @@ def predict(args):
             hint = f"; the closest trained prompt is '{close}'" if close else ""
             _say(f"warning: '{prompt}' was never asked in training{hint}")
     predictor = Predictor(loaded.model, loaded.processor)
-    found = predictor.predict(images, args.prompt or None, threshold, mask_threshold)
+    thresholds = {"threshold": threshold, "mask_threshold": mask_threshold}
+    if args.tile is None:
+        _hint_at_tiles(images, loaded.model)
+        found = predictor.predict(images, args.prompt or None, **thresholds)
+    else:
+        tiles = {"tile": args.tile, "overlap": args.overlap}
+        asked = args.prompt or [GENERIC_PROMPT]
+        found = [
+            one
+            for path in images
+            for one in predict_tiled(predictor, path, asked, **tiles, **thresholds)
+        ]
     document = [prediction.to_dict() for prediction in found]
     if args.output is not None:
         _draw(args.output, images, document)
@@ -115,9 +106,8 @@ def predict(args):
 
 def evaluate(args):
     """Judge a model on a split; status 1 if the split has nothing to find."""
-    from helpers.annotations import read_split
-    from helpers.category_prompts import rename_categories
     from helpers.config import load_config
+    from helpers.config_data import read_config_split
     from helpers.evaluation import evaluate_queries
     from helpers.prediction import untrained_prompts as untrained
     from helpers.prediction_queries import predict_split
@@ -126,7 +116,7 @@ def evaluate(args):
     config = loaded.run.config if loaded.run else load_config(DEFAULT_CONFIG)
     settings = config.evaluation
     data_dir = args.data or config.data.data_dir
-    split = rename_categories(read_split(data_dir, args.split), config.data.prompts_by_category)
+    split = read_config_split(config, args.split, data_dir)
     if loaded.run:
         asked = [args.prompt] if args.prompt else split.categories
         for prompt in untrained(asked, loaded.run.prompts["prompts"]):
@@ -265,6 +255,24 @@ def _image_files(paths):
         else:
             raise InputError("no such image", where=path, fix="check the path")
     return files
+
+
+def _hint_at_tiles(images, model):
+    """Say of which images the model sees so little that thin objects vanish."""
+    from helpers.images import upright_size
+    from helpers.prompt_rows import base_of
+
+    resolution = base_of(model).resolution
+    sizes = {path: max(upright_size(path)[0]) for path in images}
+    large = {path: side for path, side in sizes.items() if side > LARGE * resolution}
+    if large:
+        path, side = max(large.items(), key=lambda item: item[1])
+        others = f" and {len(large) - 1} more" if len(large) > 1 else ""
+        _say(
+            f"hint: {path}{others} is shrunk from {side} pixels to {resolution}, and what is thin may "
+            f"vanish; --tile {resolution} looks at every pixel, --tile with the side of the training "
+            "images shows objects as large as they were there"
+        )
 
 
 def _draw(output, images, document):

@@ -7,9 +7,9 @@ from functools import cached_property
 
 import torch
 
-from helpers import annotations, datasets, prediction_queries, run_folder
-from helpers.category_prompts import rename_categories
+from helpers import datasets, prediction_queries, run_folder
 from helpers.config import load_config
+from helpers.config_data import read_config_split
 from helpers.errors import InputError
 from helpers.paths import resolve
 from helpers.prediction import Predictor
@@ -103,8 +103,7 @@ class Examination:
         data = self.config.data
         name = {"train": data.train_split, "valid": data.val_split}.get(name, name)
         if name not in self._splits:
-            split = annotations.read_split(self.data_dir, name)
-            self._splits[name] = rename_categories(split, data.prompts_by_category)
+            self._splits[name] = read_config_split(self.config, name, self.data_dir)
         return self._splits[name]
 
     @cached_property

@@ -149,7 +149,7 @@ def _absent_prompts_dropped():
 
 @contextmanager
 def _masks_missing_in_validation():
-    def queries_from_outputs(outputs, batch, dataset, mask_threshold):
+    def queries_from_outputs(outputs, asked, dataset, mask_threshold):
         raise KeyError("masks")
 
     with replaced("prediction_queries.queries_from_outputs", queries_from_outputs):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from helpers.planting import Fault, replaced_method
-from helpers.prediction_queries import base_of
+from helpers.prompt_rows import base_of
 from helpers.trainer import Sam3Trainer
 
 DEEP = -30.0

@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model_state_dict
 from pycocotools import mask as coco_mask
 
-from helpers import datasets, evaluation, images, prediction_queries
+from helpers import datasets, evaluation, images, prediction_queries, prompt_rows
 from helpers.adapters import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE, read_adapter_weights
 from helpers.errors import InputError
 from helpers.evidence import Evidence, Gate
@@ -118,7 +118,7 @@ def adapter_has_an_effect(examination):
         **datasets.PromptCollator(run.processor).tokenize(examination.asked),
         "image_index": torch.zeros(len(examination.asked), dtype=torch.long),
     }
-    batch = prediction_queries.model_inputs(batch, next(run.model.parameters()).device)
+    batch = prompt_rows.model_inputs(batch, next(run.model.parameters()).device)
     names = ("pred_logits", "presence_logits", "pred_masks")
     adapted = run.model(**batch)
     with run.model.disable_adapter():

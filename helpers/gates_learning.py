@@ -13,7 +13,7 @@ from helpers import adapter_audit, adapters, sam3, trainer
 from helpers.adapter_targets import component_of, lora_layers
 from helpers.errors import InputError
 from helpers.evidence import Evidence, Gate
-from helpers.prediction_queries import model_inputs
+from helpers.prompt_rows import model_inputs
 
 MAX_UPDATE = 0.6
 """Median norm of the update over that of the weights it is added to. Healthy runs of the embedded

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from helpers.losses import WEIGHTS, sam3_losses
-from helpers.prediction_queries import model_inputs
+from helpers.prompt_rows import model_inputs
 from helpers.prompted_sam3 import PRESENCE_LOGIT_CLAMP, SCORE_LOGIT_CLAMP
 
 _LAYER = ("pred_logits", "pred_boxes_cxcywh", "presence_logits")

@@ -15,6 +15,7 @@ from helpers.detections import RawPrediction, detect, raw_predictions
 from helpers.errors import InputError
 from helpers.evaluation_queries import check_probability
 from helpers.images import open_upright
+from helpers.prompt_rows import outputs_by_rows
 
 __all__ = [
     "GENERIC_PROMPT",
@@ -112,9 +113,12 @@ class Predictor:
         batch = {"pixel_values": pixel_values["pixel_values"], **self.tokenize(prompts)}
         batch["image_index"] = torch.zeros(len(prompts), dtype=torch.long)
         device = next(self.model.parameters()).device
-        outputs = self.model(**{key: tensor.to(device) for key, tensor in batch.items()})
         described = [(name or "image", prompt, height, width) for prompt in prompts]
-        return raw_predictions(outputs, described)
+        return [
+            raw
+            for rows, outputs in outputs_by_rows(self.model, batch, device)
+            for raw in raw_predictions(outputs, described[rows])
+        ]
 
     def predict(self, images, prompts=None, threshold=None, mask_threshold=0.5):
         """Detect prompts on images.

@@ -9,20 +9,13 @@ from torch.utils.data import DataLoader
 
 from helpers.datasets import PromptCollator, PromptDataset
 from helpers.detections import detect, raw_predictions
+from helpers.prompt_rows import base_of, outputs_by_rows
 from helpers.prompts import clip_box, present_prompts
 
 SCORE_FLOOR = 1e-3
 """Detections below are dropped; average precision needs the low scores, not the lowest."""
 MAX_DETECTIONS = 100
 """Best detections kept per prompt and image, as many as COCO's average precision looks at."""
-_MODEL_INPUTS = (
-    "pixel_values",
-    "backbone_states",
-    "image_index",
-    "input_ids",
-    "text_states",
-    "attention_mask",
-)
 
 
 def evaluation_dataset(
@@ -64,20 +57,15 @@ def evaluation_dataset(
     )
 
 
-def base_of(model):
-    """Return the SAM3 inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def queries_from_outputs(outputs, batch, dataset, mask_threshold):
-    """Turn the outputs of one batch into evaluation queries.
+def queries_from_outputs(outputs, asked, dataset, mask_threshold):
+    """Turn the outputs of one batch, or of some of its rows, into evaluation queries.
 
     Parameters
     ----------
     outputs : helpers.sam3.PromptedSam3Output
         B rows.
-    batch : dict
-        From `helpers.datasets.PromptCollator`.
+    asked : list of dict
+        B entries of ``queries`` of `helpers.datasets.PromptCollator`.
     dataset : helpers.datasets.PromptDataset
         Where the batch came from; ground truth is taken from its records at image size.
     mask_threshold : float
@@ -91,7 +79,7 @@ def queries_from_outputs(outputs, batch, dataset, mask_threshold):
     """
     records = {record.image_id: record for record in dataset.records}
     described = []
-    for query in batch["queries"]:
+    for query in asked:
         record = records[query["image_id"]]
         described.append((record.image_id, query["prompt"], record.height, record.width))
     queries = []
@@ -170,14 +158,10 @@ def predict_split(
     device = next(model.parameters()).device
     queries = []
     for batch in loader:
-        outputs = model(**model_inputs(batch, device))
-        queries += queries_from_outputs(outputs, batch, dataset, mask_threshold)
+        for rows, outputs in outputs_by_rows(model, batch, device):
+            asked = batch["queries"][rows]
+            queries += queries_from_outputs(outputs, asked, dataset, mask_threshold)
     return queries
-
-
-def model_inputs(batch, device):
-    """Pick what the model reads out of a collated batch and move it to a device."""
-    return {name: batch[name].to(device) for name in _MODEL_INPUTS if name in batch}
 
 
 def _ground_truth(record, prompt, dataset):

@@ -152,7 +152,7 @@ class PromptedSam3(Sam3Model):
         pixel_values : torch.Tensor, optional
             (I, 3, S, S) images as the processor makes them; or one of the next two.
         vision_embeds : Sam3VisionEncoderOutput, optional
-            Output of ``get_vision_features`` for the I images.
+            From the method of this name for the I images.
         input_ids, attention_mask : torch.Tensor
             (B, T) tokens of the prompts. The mask is required: without it the padding would be
             read as part of the prompt and change every score.
@@ -183,7 +183,7 @@ class PromptedSam3(Sam3Model):
             )
         with self.precision(), self._capture_decoder() as captured:
             if vision_embeds is None:
-                vision_embeds = self._vision_embeds(pixel_values, backbone_states)
+                vision_embeds = self.vision_embeds(pixel_values, backbone_states)
             if text_states is not None:
                 kwargs["text_embeds"] = BaseModelOutputWithPooling(pooler_output=text_states)
             outputs = super().forward(
@@ -200,13 +200,30 @@ class PromptedSam3(Sam3Model):
             aux=layers[:-1],
         )
 
-    def _vision_embeds(self, pixel_values, backbone_states):
-        """Return the feature pyramids of I images or of their backbone states."""
-        if backbone_states is None:
-            if pixel_values is None:
-                raise ValueError("pass pixel_values, backbone_states or vision_embeds")
-            return self.vision_encoder(pixel_values)
-        return embeds_of_states(self.vision_encoder, backbone_states)
+    def vision_embeds(self, pixel_values=None, backbone_states=None):
+        """Return the feature pyramids of I images or of their backbone states.
+
+        Parameters
+        ----------
+        pixel_values, backbone_states : torch.Tensor, optional
+            One of the two, see `forward`.
+
+        Returns
+        -------
+        Sam3VisionEncoderOutput
+            `forward` takes it in place of the images.
+
+        Raises
+        ------
+        ValueError
+            Without either.
+        """
+        with self.precision():
+            if backbone_states is not None:
+                return embeds_of_states(self.vision_encoder, backbone_states)
+            if pixel_values is not None:
+                return self.vision_encoder(pixel_values)
+        raise ValueError("pass pixel_values, backbone_states or vision_embeds")
 
     @contextmanager
     def _capture_decoder(self):

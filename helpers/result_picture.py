@@ -13,7 +13,7 @@ import sys
 
 from PIL import Image
 
-from helpers.annotations import read_split
+from helpers.config_data import read_config_split
 from helpers.errors import InputError
 from helpers.overlays import annotate_detections
 from helpers.paths import ROOT, RUNS, resolve
@@ -144,7 +144,7 @@ def main(arguments=None):
             "fixed run": load_run(options.course / FIXED_RUN),
         }
         config = runs["fixed run"].config
-        record = choose_record(read_split(config.data.data_dir, "test"))
+        record = choose_record(read_config_split(config, "test"))
         figure = result_figure(record, runs, config.evaluation.score_threshold)
         size = save_small_png(figure, options.output)
     except InputError as error:

@@ -46,15 +46,15 @@ def segmentation_to_rle(segmentation, height, width):
     for part in segmentation:
         if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
             raise ValueError("a polygon needs an even count of at least 6 numbers")
-        if not all(_is_number(number) and abs(number) <= limit for number in part):
+        if not _are_numbers(part) or max(map(abs, part)) > limit:
             raise ValueError("a polygon holds something that is no coordinate of this image")
     rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
 
 
-def _is_number(value):
-    """Tell whether a JSON value is a finite number (booleans are none)."""
-    return type(value) in (int, float) and math.isfinite(value)
+def _are_numbers(values):
+    """Tell whether all of some JSON values are finite numbers (booleans are none)."""
+    return set(map(type, values)) <= {int, float} and all(map(math.isfinite, values))
 
 
 def _rle_from_runs(segmentation):

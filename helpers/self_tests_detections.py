@@ -107,7 +107,7 @@ def evaluation_answers():
     cases = {"truth": outputs, "shifted": moved, "false alarm": alarmed}
     return {
         name: evaluation.evaluate_queries(
-            prediction_queries.queries_from_outputs(case, batch, dataset, 0.5), 0.5
+            prediction_queries.queries_from_outputs(case, batch["queries"], dataset, 0.5), 0.5
         )
         for name, case in cases.items()
     }

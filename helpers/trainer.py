@@ -15,7 +15,8 @@ from helpers.errors import InputError
 from helpers.evaluation import evaluate_queries
 from helpers.loss_terms import loss_divisors, target_counts
 from helpers.losses import sam3_losses
-from helpers.prediction_queries import model_inputs, queries_from_outputs
+from helpers.prediction_queries import queries_from_outputs
+from helpers.prompt_rows import model_inputs, outputs_by_rows
 from helpers.prompted_sam3 import PRESENCE_LOGIT_CLAMP, SCORE_LOGIT_CLAMP, loss_inputs
 
 CHECKPOINTS = "checkpoints"
@@ -228,11 +229,16 @@ class Sam3Trainer(Trainer):
         model = self.model.eval()
         queries, loss_sum = [], 0.0
         for batch in loader:
-            with self.accelerator.autocast():
-                outputs = model(**model_inputs(batch, self.args.device))
-            loss = self._terms(outputs, batch["targets"])["total"]
-            loss_sum += loss.item() * (int(batch["image_index"][-1]) + 1)
-            queries += queries_from_outputs(outputs, batch, dataset, settings.mask_threshold)
+            targets, asked = batch["targets"], batch["queries"]
+            divisors = loss_divisors(target_counts(targets))
+            for rows, outputs in outputs_by_rows(
+                model, batch, self.args.device, self.accelerator.autocast
+            ):
+                loss = self._terms(outputs, targets[rows], divisors)["total"]
+                loss_sum += loss.item() * (int(batch["image_index"][-1]) + 1)
+                queries += queries_from_outputs(
+                    outputs, asked[rows], dataset, settings.mask_threshold
+                )
         metrics = evaluate_queries(queries, settings.score_threshold)
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         numbers = {"loss": loss_sum / len(dataset)} | numbers

@@ -12,6 +12,9 @@ from tiny_random import RESOLUTION, save_tiny_base, tiny_run_config, write_datas
 from helpers.__main__ import main
 from helpers.config import load_config
 from helpers.paths import ROOT
+from helpers.prediction import Predictor
+from helpers.run_folder import load_run
+from helpers.tiling import predict_tiled
 from helpers.training import train
 
 
@@ -117,6 +120,33 @@ def test_check_a_bad_dataset_has_status_1(capfd, data_copy):
     assert set(content["findings"][0]) == {"code", "severity", "where", "message", "fix"}
 
 
+def plural(content):
+    content["categories"][0].update(name="cracks")
+
+
+def test_check_reads_the_data_as_the_training_will(capfd, config_file, data_copy):
+    """The mapping of --set or --config changes what is asked; a slip in it is refused."""
+    for split in ("train", "valid", "test"):
+        edit_annotations(data_copy, split, plural)
+    mapping = "data.prompts_by_category={cracks: crack}"
+    asked = {}
+    for options in ((), ("--set", mapping), ("--config", config_file, "--set", mapping)):
+        status, out, _ = call(capfd, "check", data_copy, *options, "--json")
+        assert status == 0
+        asked[len(options)] = list(json.loads(out)["counts"]["train"]["objects_per_category"])
+    assert asked == {0: ["cracks"], 2: ["crack"], 4: ["crack"]}
+    slip = "data.prompts_by_category={crakcs: crack}"
+    line = refused(capfd, "check", data_copy, "--set", slip, naming="crakcs")
+    assert "did you mean 'cracks'?" in line
+
+
+def test_check_takes_the_dataset_of_its_config(capfd, config_file, data_dir):
+    by_config = call(capfd, "check", "--config", config_file, "--json")
+    by_folder = call(capfd, "check", data_dir, "--config", config_file, "--json")
+    assert by_config[:2] == by_folder[:2]
+    refused(capfd, "check", naming="neither a dataset nor a config")
+
+
 def test_train_predict_report_as_one_story(capfd, config_file, data_dir, tmp_path):
     folder = tmp_path / "run"
     arguments = ("train", "--config", config_file, "--output", folder, "--data", data_dir)
@@ -218,6 +248,57 @@ def test_predict_takes_folders_and_names_pictures_after_images(capfd, run, data_
     assert len(json.loads(out)) == 2
     assert (tmp_path / "o_test_0.png").is_file()
     assert (tmp_path / "o_test_1.png").is_file()
+
+
+@pytest.fixture
+def large_image(tmp_path):
+    """Grey noise with a dark bar, three times as wide as the input of the model."""
+    pixels = np.random.default_rng(0).integers(120, 200, (90, 3 * RESOLUTION, 3), dtype=np.uint8)
+    pixels[40:50, 20:-20] = 30
+    Image.fromarray(pixels).save(tmp_path / "large.png")
+    return tmp_path / "large.png"
+
+
+def test_predict_by_tiles_looks_as_predict_tiled_does(capfd, run, large_image, tmp_path):
+    picture = tmp_path / "out.png"
+    common = ("predict", "--adapter", run, "--image", large_image, "--prompt", "crack", "--json")
+    options = ("--threshold", "0.001", "--tile", RESOLUTION, "--overlap", "0.5")
+    status, out, err = call(capfd, *common, *options, "--output", picture)
+    assert (status, err) == (0, "")
+    loaded = load_run(run)
+    [expected] = predict_tiled(
+        Predictor(loaded.model, loaded.processor), large_image, "crack",
+        tile=RESOLUTION, overlap=0.5, threshold=0.001,
+    )  # fmt: skip
+    assert json.loads(out) == [expected.to_dict()]
+    assert expected.detections
+    assert picture.is_file()
+
+
+def test_predict_by_one_large_tile_is_the_plain_answer(capfd, run, large_image):
+    common = ("predict", "--adapter", run, "--image", large_image, "--prompt", "crack", "--json")
+    plain, tiled = (
+        json.loads(call(capfd, *common, *options)[1])[0] for options in ((), ("--tile", "999"))
+    )
+    assert plain["max_score"] == tiled["max_score"]
+
+
+def test_predict_hints_at_tiles_where_an_image_is_much_larger(capfd, run, large_image, data_dir):
+    common = ("predict", "--adapter", run, "--prompt", "crack", "--image")
+    _, _, err = call(capfd, *common, large_image)
+    assert f"{3 * RESOLUTION} pixels to {RESOLUTION}" in err
+    assert "--tile" in err
+    small = data_dir / "test" / "test_0.png"
+    assert "--tile" not in call(capfd, *common, small)[2]
+    assert "--tile" not in call(capfd, *common, large_image, "--tile", RESOLUTION)[2]
+
+
+@pytest.mark.parametrize(("option", "value"), [("--tile", "0"), ("--overlap", "0")])
+def test_predict_refuses_impossible_tiles(capfd, run, large_image, option, value):
+    arguments = ("predict", "--adapter", run, "--image", large_image, "--prompt", "crack")
+    options = {"--tile": str(RESOLUTION), option: value}
+    given = [part for pair in options.items() for part in pair]
+    refused(capfd, *arguments, *given, naming=option.removeprefix("--"))
 
 
 def test_evaluate_prints_the_documented_json(capfd, run, data_dir):
@@ -449,7 +530,7 @@ def test_ctrl_c_is_no_traceback(capfd, monkeypatch, data_dir):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("helpers.data_checks.check_dataset", interrupt)
+    monkeypatch.setattr("helpers.config_data.check_dataset", interrupt)
     status, out, err = call(capfd, "check", data_dir)
     assert (status, out) == (130, "")
     assert err.strip().endswith("interrupted")
@@ -462,7 +543,7 @@ def test_libraries_that_print_do_not_reach_stdout(capfd, monkeypatch, data_dir):
         print("loading annotations into memory...")
         return check_dataset(*args, **kwargs)
 
-    monkeypatch.setattr("helpers.data_checks.check_dataset", chatty)
+    monkeypatch.setattr("helpers.config_data.check_dataset", chatty)
     _, out, err = call(capfd, "check", data_dir, "--json")
     json.loads(out)
     assert "loading annotations" in err

@@ -119,7 +119,7 @@ def test_writing_twice_gives_the_same_files(tmp_path):
 
 def test_there_is_one_exercise_per_solution():
     assert [path.name for path in OPEN] == [path.name for path in SOLVED]
-    assert [path.stem for path in SOLVED] == [f"0{number}_exercise" for number in range(1, 7)]
+    assert [path.stem for path in SOLVED] == [f"0{number}_exercise" for number in range(1, 8)]
 
 
 @each_solution

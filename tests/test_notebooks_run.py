@@ -6,6 +6,8 @@ import shutil
 import pandas as pd
 import pytest
 from papermill.exceptions import PapermillExecutionError
+from source_builders import blob, write_with_supervision
+from tiny_random import write_dataset
 
 from helpers.course import NOTEBOOKS, execute, find_notebooks, parameter_names
 from helpers.errors import InputError
@@ -14,6 +16,12 @@ from helpers.experiment import TABLES
 PATHS = find_notebooks()
 WITH_THRESHOLD = [path for path in PATHS if "score_threshold" in parameter_names(path)]
 CELL_TIMEOUT = 900  # seconds
+MANY = {
+    "train": {
+        f"{name}.png": [("crack", blob(8 + n, 8, 16, 32)), ("joint", blob(50, 4 + n, 30, 12))]
+        for n, name in enumerate("abcdefgh")
+    }
+}
 
 pytestmark = pytest.mark.notebook
 
@@ -80,6 +88,62 @@ def test_refuses_an_impossible_value(tmp_path, path):
         execute(path, tmp_path / "out.ipynb", {"output_dir": str(tmp_path), **impossible})
     assert refusal.value.ename == "InputError"
     assert f"{name} is {value}" in refusal.value.evalue
+
+
+def own_data_run(tmp_path, **parameters):
+    """Execute notebook 07 on somebody's own folder; return its results and all it printed."""
+    parameters = {"output_dir": str(tmp_path / "course"), "epochs": 1, **parameters}
+    notebook = execute(
+        NOTEBOOKS / "07_your_own_data.ipynb", tmp_path / "07.ipynb", parameters, cell_timeout=900
+    )
+    outputs = [one for cell in notebook.cells for one in cell.get("outputs", ())]
+    printed = "".join(one.get("text", "") for one in outputs)
+    folder = tmp_path / "course" / "07_your_own_data"
+    return json.loads((folder / "results.json").read_text()), printed
+
+
+def test_own_folder_with_splits_is_used_as_it_is(tmp_path):
+    """No name is changed, and after one epoch on six pictures nothing need be detected."""
+    source = write_dataset(tmp_path / "bars")
+    results, printed = own_data_run(tmp_path, source=str(source))
+    assert "the wrong way is not taken" in printed
+    assert results["asked_as"] == results["found_by_word"] == {}
+    assert {name: row["images"] for name, row in results["splits"].items()} == {
+        "train": 6,
+        "valid": 3,
+        "test": 3,
+    }
+
+
+def test_own_folder_without_splits_in_another_format_with_a_photograph(tmp_path):
+    source = write_with_supervision(tmp_path, "yolo", MANY)
+    results, printed = own_data_run(
+        tmp_path,
+        source=str(source),
+        nouns={"joint": "gap"},
+        split_shares=[0.5, 0.25, 0.25],
+        photograph=str(next(source.rglob("*.png"))),
+    )
+    assert "asked for 'crack, gap'" in printed
+    assert results["format"] == "yolo"
+    assert sum(row["images"] for row in results["splits"].values()) == len(MANY["train"])
+    assert set(results["found_by_word"]) == {"crack, joint", "crack, gap"}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "part"),
+    [
+        ({"source": "no/such/folder"}, "no such file or folder"),
+        ({"source": "BARS", "nouns": {"crak": "crack"}}, "did you mean 'crack'"),
+    ],
+)
+def test_own_data_that_cannot_be_used_are_refused_before_the_training(tmp_path, parameters, part):
+    if parameters["source"] == "BARS":
+        parameters = parameters | {"source": str(write_dataset(tmp_path / "bars"))}
+    with pytest.raises(PapermillExecutionError) as refusal:
+        own_data_run(tmp_path, **parameters)
+    assert refusal.value.ename == "InputError"
+    assert part in refusal.value.evalue
 
 
 def test_conclusions_fall_with_the_table_they_rest_on(tmp_path):

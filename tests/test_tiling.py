@@ -141,6 +141,27 @@ def test_neighbours_that_never_overlap_stay_apart():
     )
 
 
+class WithoutSlivers(KnownAnswers):
+    """A predictor that finds nothing of fewer than 50 pixels."""
+
+    def _answer(self, *question):
+        answer = super()._answer(*question)
+        answer.detections = [
+            one for one in answer.detections if coco_mask.area(one["mask_rle"]) >= 50
+        ]
+        return answer
+
+
+@pytest.mark.parametrize(("end", "count"), [(104, 2), (126, 1)])
+def test_a_mask_that_runs_a_little_into_a_neighbour_joins_nothing(end, count):
+    """Two tiles share x from 102 to 128: there the second mask also marks the end of the first."""
+    first, second = line(60, 60, end, 60), line(140, 50, 390, 50)
+    second |= first & (np.arange(WIDTH) >= 102)
+    predictor = WithoutSlivers({"crack": [first, second]})
+    [found] = predict_tiled(predictor, picture(), "crack", tile=TILE)
+    assert len(found.detections) == count
+
+
 def test_two_detections_of_one_tile_are_not_joined():
     twice = {"crack": [line(20, 20, 60, 20), line(20, 20, 60, 20)]}
     [found] = predict_tiled(KnownAnswers(twice), picture(), "crack", tile=1008)

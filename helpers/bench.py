@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -51,6 +52,8 @@ def bench(base, profile, *, cases=CASES, min_seconds=2.0):
     """
     config = load_config(CONFIGS / "crack_detection_config.yaml", profile=profile)
     place = device()
+    if place["device"] == "cpu":
+        place["name"] = _cpu_name()
     half = config.training.mixed_precision == "bf16"
     rate = matmul_rate(place["device"], torch.bfloat16 if half else torch.float32)
     results = {}
@@ -68,6 +71,14 @@ def bench(base, profile, *, cases=CASES, min_seconds=2.0):
         "matmul_flops_per_second": rate,
         "cases": results,
     }
+
+
+def _cpu_name():
+    """Return the name of the processor, or of its architecture where the system does not tell."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def _in_own_process(case, base, profile, min_seconds):

@@ -5,6 +5,7 @@ Each case runs in a process of its own, so that its peak of memory is its own.
 
 from __future__ import annotations
 
+import atexit
 import json
 import resource
 import statistics
@@ -51,7 +52,8 @@ class Case:
     checkpointing, cached : bool
         Activations are computed again; backbone outputs come from disk.
     shared : bool
-        True runs the vision encoder once per image, False once per prompt.
+        True passes all prompts of an image together; False one after the other, each with a pass
+        of the vision encoder.
     """
 
     name: str
@@ -90,7 +92,7 @@ def measure(case, base, profile, min_seconds):
     profile : str
         Of the configuration: precision and resolution.
     min_seconds : float
-        Steps are repeated for at least this long, and at least twice, after one that warms up.
+        Steps are repeated for at least this long, after one that warms up.
 
     Returns
     -------
@@ -106,7 +108,7 @@ def measure(case, base, profile, min_seconds):
     if place == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = []
-    while len(seconds) < 2 or sum(seconds) < min_seconds:
+    while sum(seconds) < min_seconds:
         start = time.perf_counter()
         step()
         if place != "cpu":
@@ -136,7 +138,7 @@ def _load(case, base, profile):
 def _training_step(case, base, profile, place):
     """Return a function that does forward, loss, backward and AdamW of LoRA on one image."""
     config, model, processor = _load(case, base, profile)
-    next_batch = _loader(case, config, model, processor, place)
+    next_batches = _loader(case, config, model, processor, place)
     model = add_lora(model, config.lora).to(place).train()
     if case.checkpointing:
         checkpoint_activations(model.get_base_model())
@@ -145,27 +147,29 @@ def _training_step(case, base, profile, place):
 
     def step():
         optimizer.zero_grad()
-        batch = next_batch()
-        with torch.autocast(place, torch.bfloat16, enabled=mixed):
-            outputs = loss_inputs(model(**model_inputs(batch, place)))
-        targets = [
-            {key: one.to(place) for key, one in target.items()} for target in batch["targets"]
-        ]
-        sam3_losses(outputs, targets, config.loss.variant)["total"].backward()
+        for batch in next_batches():
+            with torch.autocast(place, torch.bfloat16, enabled=mixed):
+                outputs = loss_inputs(model(**model_inputs(batch, place)))
+            targets = [
+                {key: one.to(place) for key, one in target.items()} for target in batch["targets"]
+            ]
+            sam3_losses(outputs, targets, config.loss.variant)["total"].backward()
         optimizer.step()
 
     return step
 
 
 def _loader(case, config, model, processor, place):
-    """Return a function that gives the first training image with its prompts.
+    """Return a function that lists the batches of a step: the first training image, its prompts.
 
     Features from disk are read anew each time; pictures are loaded once, as worker processes would
     do beside the step.
     """
     split, cache = read_split(WALL_CRACKS, config.data.train_split), None
     if case.cached:
-        cache = BackboneCache(tempfile.mkdtemp(prefix="features-"), model.to(place), processor)
+        folder = tempfile.TemporaryDirectory(prefix="features-")
+        atexit.register(folder.cleanup)
+        cache = BackboneCache(folder.name, model.to(place), processor)
         cache.fill(split.records[:1])
     dataset = PromptDataset(
         split,
@@ -178,40 +182,35 @@ def _loader(case, config, model, processor, place):
     )
     collator = PromptCollator(processor)
     if case.cached:
-        return lambda: collator([dataset[0]])
+        return lambda: [collator([dataset[0]])]
     batch = collator([dataset[0]])
-    batch = batch if case.shared else _one_image_per_prompt(batch)
-    return lambda: batch
+    batches = [batch] if case.shared else _one_by_one(batch)
+    return lambda: batches
 
 
-def _one_image_per_prompt(batch):
-    """Give every prompt a copy of the image."""
-    count = len(batch["image_index"])
-    repeated = batch["pixel_values"].expand(count, -1, -1, -1)
-    return batch | {"pixel_values": repeated, "image_index": torch.arange(count)}
+def _one_by_one(batch):
+    """Split a batch of one image into batches with one prompt each, as most training code has it."""
+    names = ("input_ids", "attention_mask", "image_index", "targets")
+    return [
+        batch | {name: batch[name][row : row + 1] for name in names}
+        for row in range(len(batch["targets"]))
+    ]
 
 
 def _detection(case, base, profile, place):
     """Return a function that asks the prompts about one image, together or one by one."""
     config, model, processor = _load(case, base, profile)
-    inputs = model_inputs(_loader(case, config, model.to(place), processor, place)(), place)
-    rows = [inputs] if case.shared else _rows(inputs)
+    batches = _loader(case, config, model.to(place), processor, place)()
+    inputs = [model_inputs(batch, place) for batch in batches]
     mixed = config.training.mixed_precision == "bf16"
 
     @torch.no_grad()
     def step():
         with torch.autocast(place, torch.bfloat16, enabled=mixed):
-            for one in rows:
+            for one in inputs:
                 model(**one)
 
     return step
-
-
-def _rows(inputs):
-    """Split inputs with one image per prompt into single questions."""
-    names = [name for name in inputs if name != "image_index"]
-    count = len(inputs["image_index"])
-    return [{name: inputs[name][row : row + 1] for name in names} for row in range(count)]
 
 
 def _peak_bytes(place):
@@ -222,9 +221,18 @@ def _peak_bytes(place):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def _limit_memory():
+    """Let a case that is too large fail here, rather than the machine choose what to kill."""
+    if sys.platform == "linux":
+        facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        limit = int(0.9 * 1024 * int(facts["MemAvailable"].split()[0]))
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
 def main(arguments):
     """Measure the case of an index and write it to a file; see `helpers.bench`."""
     index, base, profile, min_seconds, output = arguments
+    _limit_memory()
     result = measure(CASES[int(index)], base, profile, float(min_seconds))
     Path(output).write_text(json.dumps(result), encoding="utf-8")
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from helpers.annotations import read_split
-from helpers.category_prompts import rename_categories
+from helpers.config_data import read_config_split
 from helpers.datasets import PromptDataset
 from helpers.errors import InputError
 from helpers.prompts import absent_candidates, present_prompts
@@ -61,8 +60,7 @@ def count_prompts(config):
     data = config.data
     try:
         train, valid = (
-            rename_categories(read_split(data.data_dir, split), data.prompts_by_category)
-            for split in (data.train_split, data.val_split)
+            read_config_split(config, split) for split in (data.train_split, data.val_split)
         )
     except InputError as error:
         prompts = 1 + data.num_negatives

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from accelerate import PartialState
 from torch.utils.data import DataLoader
 
-from helpers.annotations import read_split
 from helpers.category_prompts import rename_categories
-from helpers.data_checks import check_dataset
+from helpers.config_data import check_config_data, read_config_split
 from helpers.data_fingerprint import data_fingerprint
 from helpers.datasets import PromptCollator, PromptDataset, count_objects
 from helpers.errors import InputError
@@ -66,11 +65,14 @@ def training_data(config, model, processor, *, train_split=None, val_split=None,
     """
     data = config.data
     if (train_split is None or val_split is None) and not allow_empty:
-        _check_data(config, model, processor)
+        progress = sys.stderr.isatty()
+        check_config_data(
+            config, model, processor, disable_progress=not progress
+        ).raise_for_errors()
     splits = [
-        rename_categories(
-            read_split(data.data_dir, name) if split is None else split, data.prompts_by_category
-        )
+        read_config_split(config, name)
+        if split is None
+        else rename_categories(split, data.prompts_by_category)
         for split, name in ((train_split, data.train_split), (val_split, data.val_split))
     ]
     cache = _filled_cache(config, model, processor, splits)
@@ -99,22 +101,6 @@ def training_data(config, model, processor, *, train_split=None, val_split=None,
         states = text_states(model, processor, (*train.nouns, *valid.nouns))
         collator = PromptCollator(processor, states)
     return TrainingData(train, valid, collator, counts, data_fingerprint(splits[0]))
-
-
-def _check_data(config, model, processor):
-    """Refuse a dataset with errors before any time is spent on it."""
-    check_dataset(
-        config.data.data_dir,
-        resolution=model.resolution,
-        mask_size=model.mask_size,
-        processor=processor,
-        num_queries=model.config.detr_decoder_config.num_queries,
-        prompt=config.data.prompt,
-        prompts_by_category=config.data.prompts_by_category,
-        num_negatives=config.data.num_negatives,
-        negative_prompts=config.data.negative_prompts,
-        disable_progress=not sys.stderr.isatty(),
-    ).raise_for_errors()
 
 
 def _filled_cache(config, model, processor, splits):

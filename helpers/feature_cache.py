@@ -119,8 +119,8 @@ class BackboneCache:
             collate_fn=_load,
             generator=torch.Generator(),  # the global one gives LoRA its A, filled or not
         )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / _DESCRIPTION, self._description())
+        with staged_folder(self.folder) as staging:
+            write_json(staging / _DESCRIPTION, self._description())
         with tqdm(total=len(own), desc="features", unit="image", disable=not progress) as bar:
             for batch, pixel_values in loader:
                 states = self.model.backbone_states(pixel_values.to(self.model.device))

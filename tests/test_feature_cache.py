@@ -194,6 +194,30 @@ def test_a_kill_leaves_whole_files_only(base, data_dir, records, tmp_path):
         assert cache.states(record).isfinite().all()
 
 
+def test_two_processes_may_fill_one_cache_at_once(base, data_dir, records, tmp_path):
+    script = (
+        "import sys; from helpers.feature_cache import BackboneCache\n"
+        "from helpers.annotations import read_split; from helpers.sam3 import load_base\n"
+        f"cache = BackboneCache({str(tmp_path)!r}, *load_base({str(base)!r}))\n"
+        f"records = read_split({str(data_dir)!r}, 'train').records\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "cache.fill(records)\n"
+        "for record in records: assert cache.states(record).isfinite().all()\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, **pipes) for _ in range(2)]
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    cache = BackboneCache(tmp_path, *load_base(base))
+    assert not cache.missing(records)
+    assert len(files_of(tmp_path)) == len(records)
+    assert not list(cache.folder.glob(".partial-*"))
+
+
 def test_a_damaged_file_is_named(base, records, tmp_path):
     cache = BackboneCache(tmp_path, *load_base(base))
     cache.fill(records[:1])

@@ -1,8 +1,10 @@
 """Every notebook executes: with its defaults, at the edge, and not at all with nonsense."""
 
 import json
+import re
 import shutil
 
+import nbformat
 import pandas as pd
 import pytest
 from papermill.exceptions import PapermillExecutionError
@@ -14,7 +16,7 @@ from helpers.errors import InputError
 from helpers.experiment import TABLES
 
 PATHS = find_notebooks()
-WITH_THRESHOLD = [path for path in PATHS if "score_threshold" in parameter_names(path)]
+MARK = "# NBVAL_CHECK_OUTPUT"
 CELL_TIMEOUT = 900  # seconds
 MANY = {
     "train": {
@@ -26,25 +28,37 @@ MANY = {
 pytestmark = pytest.mark.notebook
 
 
-def by_name(path):
-    return path.stem
+def needed_by(path):
+    """List the notebooks whose runs a notebook reads."""
+    names = re.findall(r'folder_of\(\\"(\w+)\\"\)', path.read_text(encoding="utf-8"))
+    return [NOTEBOOKS / f"{name}.ipynb" for name in dict.fromkeys(names)]
+
+
+def each(paths):
+    """Parametrize by notebook; notebooks that share runs go to one process."""
+    groups = {path: (needed_by(path) or [path])[0].stem for path in paths}
+    marked = [
+        pytest.param(path, marks=pytest.mark.xdist_group(group), id=path.stem)
+        for path, group in groups.items()
+    ]
+    return pytest.mark.parametrize("path", marked)
+
+
+WITH_THRESHOLD = [path for path in PATHS if "score_threshold" in parameter_names(path)]
 
 
 class Course:
-    """One pass through the course in a temporary folder, run as far as a test needs it.
-
-    Later notebooks read what earlier ones trained, so the runs are shared.
-    """
+    """One pass through the course in a temporary folder, run as far as a test needs it."""
 
     def __init__(self, output_dir):
         self.output_dir = output_dir
         self.executed = {}
 
-    def run_until(self, path):
-        for earlier in PATHS[: PATHS.index(path) + 1]:
-            if earlier not in self.executed:
-                self.executed[earlier] = None  # a notebook that fails is not tried again
-                self.executed[earlier] = self.execute(earlier)
+    def run(self, path):
+        for one in (*needed_by(path), path):
+            if one not in self.executed:
+                self.executed[one] = None  # a notebook that fails is not tried again
+                self.executed[one] = self.execute(one)
         assert self.executed[path] is not None, f"{path.stem} has failed before"
         return self.executed[path]
 
@@ -54,33 +68,45 @@ class Course:
         return execute(path, copy, parameters, cell_timeout=CELL_TIMEOUT)
 
 
+def marked_outputs(notebook):
+    """Return what the marked cells print."""
+    return [
+        "".join(output["text"] for output in cell.outputs if output.output_type == "stream")
+        for cell in notebook.cells
+        if cell.cell_type == "code" and cell.source.startswith(MARK)
+    ]
+
+
 @pytest.fixture(scope="session")
 def course(tmp_path_factory):
     return Course(tmp_path_factory.mktemp("course"))
 
 
-@pytest.mark.parametrize("path", PATHS, ids=by_name)
+@each(PATHS)
 def test_runs_with_its_defaults(course, path):
-    notebook = course.run_until(path)
+    notebook = course.run(path)
     code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     results = json.loads((course.output_dir / path.stem / "results.json").read_text())
     assert results
+    printed = marked_outputs(notebook)
+    assert printed
+    assert printed == marked_outputs(nbformat.read(path, as_version=4))
 
 
-@pytest.mark.parametrize("path", WITH_THRESHOLD, ids=by_name)
+@each(WITH_THRESHOLD)
 def test_runs_where_nothing_reaches_the_threshold(course, path):
-    course.run_until(path)
+    course.run(path)
     course.execute(path, score_threshold=0.99)
 
 
-@pytest.mark.parametrize("path", PATHS, ids=by_name)
+@each(PATHS)
 def test_refuses_an_unknown_parameter(tmp_path, path):
     with pytest.raises(InputError, match="no parameter treshold"):
         execute(path, tmp_path / "out.ipynb", {"treshold": 0.5})
 
 
-@pytest.mark.parametrize("path", PATHS, ids=by_name)
+@each(PATHS)
 def test_refuses_an_impossible_value(tmp_path, path):
     impossible = {"score_threshold": 1.5} if path in WITH_THRESHOLD else {"seed": -1}
     name, value = next(iter(impossible.items()))

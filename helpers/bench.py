@@ -27,6 +27,7 @@ from helpers.paths import CONFIGS, DATA, ROOT, RUNS, resolve
 
 BENCHMARKS = DATA / "benchmarks"
 RANDOM_BASE = RUNS / "random_sam3"
+_NO_MEMORY = ("MemoryError", "out of memory", "alloc_cpu")
 
 
 def bench(base, profile, *, cases=CASES, min_seconds=2.0):
@@ -93,8 +94,8 @@ def _in_own_process(case, base, profile, min_seconds):
         if done.returncode == 0:
             return json.loads(output.read_text(encoding="utf-8"))
     lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-    killed = done.returncode == -9
-    return {"failed": "killed: out of memory" if killed else lines[-1][:200]}
+    no_memory = done.returncode == -9 or any(sign in lines[-1] for sign in _NO_MEMORY)
+    return {"failed": "out of memory" if no_memory else lines[-1][:200]}
 
 
 def _with_rates(result, rate):

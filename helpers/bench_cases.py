@@ -68,6 +68,7 @@ class Case:
 _SEED, _SMALL = "crack_detection_config", "text_and_decoder_lora"
 CASES = (
     Case("train, plain", _SEED, half_base=False, shared=False),
+    Case("train, plain, checkpointing", _SEED, half_base=False, checkpointing=True, shared=False),
     Case("train, one vision pass", _SEED, half_base=False),
     Case("train, base in half", _SEED),
     Case("train, checkpointing", _SEED, checkpointing=True),
@@ -78,7 +79,7 @@ CASES = (
     Case("detect, 16 prompts", prompts=16),
     Case("detect, 16 separate passes", prompts=16, shared=False),
 )
-"""The first training case and the last one of detection are the plain baselines."""
+"""The plain cases and the separate passes are the baselines."""
 
 
 def measure(case, base, profile, min_seconds):

@@ -34,7 +34,7 @@ course: $(STAMP) ## execute the whole course; executed notebooks and summary.jso
 # Offline on purpose: the course must need no download. First what is quick, on all cores.
 test: $(STAMP) ## run every test, the notebooks included
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile -m "not notebook and not full_size"
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadgroup -m notebook
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal -m notebook
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout 900 $(QUICK)
 
 lint: $(STAMP) ## check style, formatting and the stored form of the notebooks

@@ -16,6 +16,7 @@ from helpers.errors import InputError
 from helpers.experiment import TABLES
 
 PATHS = find_notebooks()
+WITH_THRESHOLD = [path for path in PATHS if "score_threshold" in parameter_names(path)]
 MARK = "# NBVAL_CHECK_OUTPUT"
 CELL_TIMEOUT = 900  # seconds
 MANY = {
@@ -34,38 +35,13 @@ def needed_by(path):
     return [NOTEBOOKS / f"{name}.ipynb" for name in dict.fromkeys(names)]
 
 
-def each(paths):
-    """Parametrize by notebook; notebooks that share runs go to one process."""
-    groups = {path: (needed_by(path) or [path])[0].stem for path in paths}
-    marked = [
-        pytest.param(path, marks=pytest.mark.xdist_group(group), id=path.stem)
-        for path, group in groups.items()
-    ]
-    return pytest.mark.parametrize("path", marked)
-
-
-WITH_THRESHOLD = [path for path in PATHS if "score_threshold" in parameter_names(path)]
-
-
-class Course:
-    """One pass through the course in a temporary folder, run as far as a test needs it."""
-
-    def __init__(self, output_dir):
-        self.output_dir = output_dir
-        self.executed = {}
-
-    def run(self, path):
-        for one in (*needed_by(path), path):
-            if one not in self.executed:
-                self.executed[one] = None  # a notebook that fails is not tried again
-                self.executed[one] = self.execute(one)
-        assert self.executed[path] is not None, f"{path.stem} has failed before"
-        return self.executed[path]
-
-    def execute(self, path, **parameters):
-        copy = self.output_dir / f"{path.stem}{'_edge' if parameters else ''}.ipynb"
-        parameters = {"output_dir": str(self.output_dir), **parameters}
-        return execute(path, copy, parameters, cell_timeout=CELL_TIMEOUT)
+def chains():
+    """List the notebooks by the runs they share: each list is one test, in one process."""
+    found = {path: [path] for path in PATHS if not needed_by(path)}
+    for path in PATHS:
+        for needed in needed_by(path):
+            found[needed].append(path)
+    return list(found.values())
 
 
 def marked_outputs(notebook):
@@ -77,36 +53,29 @@ def marked_outputs(notebook):
     ]
 
 
-@pytest.fixture(scope="session")
-def course(tmp_path_factory):
-    return Course(tmp_path_factory.mktemp("course"))
+@pytest.mark.parametrize("chain", chains(), ids=lambda chain: "-".join(p.stem for p in chain))
+def test_runs_with_its_defaults_and_where_nothing_reaches_the_threshold(tmp_path, chain):
+    for path in chain:
+        settings = {"output_dir": str(tmp_path)}
+        notebook = execute(path, tmp_path / path.name, settings, cell_timeout=CELL_TIMEOUT)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+        assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+        assert json.loads((tmp_path / path.stem / "results.json").read_text())
+        printed = marked_outputs(notebook)
+        assert printed
+        assert printed == marked_outputs(nbformat.read(path, as_version=4))
+        if path in WITH_THRESHOLD:
+            settings["score_threshold"] = 0.99
+            execute(path, tmp_path / "edge.ipynb", settings, cell_timeout=CELL_TIMEOUT)
 
 
-@each(PATHS)
-def test_runs_with_its_defaults(course, path):
-    notebook = course.run(path)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    results = json.loads((course.output_dir / path.stem / "results.json").read_text())
-    assert results
-    printed = marked_outputs(notebook)
-    assert printed
-    assert printed == marked_outputs(nbformat.read(path, as_version=4))
-
-
-@each(WITH_THRESHOLD)
-def test_runs_where_nothing_reaches_the_threshold(course, path):
-    course.run(path)
-    course.execute(path, score_threshold=0.99)
-
-
-@each(PATHS)
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_refuses_an_unknown_parameter(tmp_path, path):
     with pytest.raises(InputError, match="no parameter treshold"):
         execute(path, tmp_path / "out.ipynb", {"treshold": 0.5})
 
 
-@each(PATHS)
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_refuses_an_impossible_value(tmp_path, path):
     impossible = {"score_threshold": 1.5} if path in WITH_THRESHOLD else {"seed": -1}
     name, value = next(iter(impossible.items()))

@@ -29,7 +29,7 @@ $(STAMP): requirements.lock pyproject.toml
 	touch $@
 
 course: $(STAMP) ## execute the whole course; executed notebooks and summary.json go to runs/course/
-	$(RUN) -m helpers.course run $(ARGS)
+	$(RUN) -m helpers.course.run run $(ARGS)
 
 # Offline on purpose: the course must need no download. First what is quick, on all cores.
 test: $(STAMP) ## run every test, the notebooks included
@@ -40,29 +40,29 @@ test: $(STAMP) ## run every test, the notebooks included
 lint: $(STAMP) ## check style, formatting and the stored form of the notebooks
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m helpers.course verify
+	$(RUN) -m helpers.course.run verify
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(RUN) -m jupyter lab --notebook-dir . notebooks/00_start_here.ipynb
 
 notebooks: $(STAMP) ## run the notebooks with their defaults and store the outputs in notebooks/
-	$(RUN) -m helpers.course refresh $(ARGS)
+	$(RUN) -m helpers.course.run refresh $(ARGS)
 
 bench: $(STAMP) ## time the embedded base: vision pass, prompt pass, training step -> runs/bench.json
-	$(RUN) -m helpers.bench $(ARGS)
+	$(RUN) -m data.benchmarks.measure $(ARGS)
 
 # Both go on where they were stopped, and write their tables to data/experiments/ at the end.
 experiment: $(STAMP) ## run the controlled experiment of notebook 06 (two to three hours on two cores)
-	$(RUN) -m helpers.experiment --publish $(ARGS)
+	$(RUN) -m helpers.lab.experiment --publish $(ARGS)
 
 laboratory: $(STAMP) ## plant every fault and diagnose it: the confusion matrix of notebook 06
-	$(RUN) -m helpers.confusion --publish $(ARGS)
+	$(RUN) -m helpers.lab.confusion --publish $(ARGS)
 
 base: $(STAMP) ## train the embedded base data/tiny_sam3 again, from nothing (hours on a CPU)
-	$(RUN) -m helpers.tiny_base $(ARGS)
+	$(RUN) -m data.tiny_sam3.make $(ARGS)
 
 data: $(STAMP) ## generate data/wall_cracks again
-	$(RUN) -m helpers.wall_cracks $(ARGS)
+	$(RUN) -m data.wall_cracks.make $(ARGS)
 
 lock: ## write requirements.lock from the newest versions the ranges in pyproject.toml allow
 	$(PYTHON) -m venv --clear .venv-lock

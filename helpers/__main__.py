@@ -8,7 +8,9 @@ import json
 import os
 import sys
 
-from helpers import commands, commands_data, commands_plan, commands_share
+from helpers.cli import data as commands_data
+from helpers.cli import data as commands_share
+from helpers.cli import model as commands
 from helpers.errors import InputError
 
 _EPILOG = """exit status:
@@ -55,8 +57,6 @@ def build_parser():
     _check_options(add("check", module=commands_data))
 
     _convert_options(add("convert", module=commands_data))
-
-    _plan_options(add("plan", module=commands_plan))
 
     _train_options(add("train"))
 
@@ -173,23 +173,6 @@ def _train_options(command):
         "--retry-smaller",
         action="store_true",
         help="when memory runs out, start again with checkpointing, then with smaller batches",
-    )
-
-
-def _plan_options(command):
-    """Add the options of ``plan``."""
-    command.add_argument("--config", required=True, metavar="FILE", help="a file of configs/")
-    command.add_argument("--profile", help="tiny, sam3 or a file")
-    command.add_argument("--data", metavar="DIR", help="dataset, in place of data.data_dir")
-    _set_option(command)
-    command.add_argument(
-        "--gpu-memory", type=float, metavar="GIB", help="by default that of the GPU here"
-    )
-    command.add_argument(
-        "--tflops",
-        type=float,
-        metavar="X",
-        help="dense matrix products, 10^12 operations per second; by default the GPU here is timed",
     )
 
 

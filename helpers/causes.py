@@ -53,7 +53,7 @@ CAUSES = {
         "1",
         "data",
         "no annotated object reached the loss",
-        "read the annotations with helpers.annotations.read_split, and train only after "
+        "read the annotations with helpers.data.coco.read_split, and train only after "
         "'python -m helpers check DATA' counts the same objects before and after the collate",
     ),
     "masks_lost": Cause(
@@ -192,7 +192,7 @@ CAUSES = {
         "15",
         "loss",
         "the terms of the loss are weighted or normalised wrongly",
-        "use helpers.losses with its weights; no term may dominate the others",
+        "use helpers.model.losses with its weights; no term may dominate the others",
     ),
     "ported_loss": Cause(
         "34",
@@ -204,7 +204,7 @@ CAUSES = {
         "30",
         "loss",
         "several queries are rewarded for the same object, so each is found many times",
-        "match one query per object (helpers.matching), or remove duplicates afterwards",
+        "match one query per object (helpers.model.matching), or remove duplicates afterwards",
     ),
     "dead_config_keys": Cause(
         "24",
@@ -249,7 +249,7 @@ CAUSES = {
         "2",
         "checkpoint",
         "the trained weights are in the file but not in the model",
-        "load with helpers.adapters.load_adapter, which refuses missing and unexpected keys",
+        "load with helpers.model.lora.load_adapter, which refuses missing and unexpected keys",
     ),
     "adapter_keys": Cause(
         "25",
@@ -299,7 +299,7 @@ CAUSES = {
 """Code to cause, in the order of the stages."""
 
 LEFT_OUT = {
-    "27": "there are no box prompts in helpers.prediction, so training and use cannot differ in them",
+    "27": "there are no box prompts in helpers.detect.predictor, so training and use cannot differ in them",
     "33": "a misreading, not a fault: healthy runs with logits near the bottom must raise no alarm",
 }
 """Rows of the catalogue that cannot be planted in this project, with the reason."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 
 class InputError(Exception):
     """Unusable input: a wrong file, value or combination that the user can put right.
@@ -50,3 +53,25 @@ class InputError(Exception):
 def _rebuild(message, where, fix):
     """Build an `InputError` from the three parts `InputError.__reduce__` stored."""
     return InputError(message, where=where, fix=fix)
+
+
+def check_probability(value, name, where=None):
+    """Refuse what is not a number in [0, 1].
+
+    Parameters
+    ----------
+    value : float
+        A score or a threshold.
+    name : str
+        Its name in the message.
+    where : str, optional
+        Its place in the message.
+
+    Raises
+    ------
+    InputError
+        When `value` is no number, NaN, or outside [0, 1].
+    """
+    if not isinstance(value, Real) or not math.isfinite(value) or not 0 <= value <= 1:
+        fix = "give a probability in [0, 1]"
+        raise InputError(f"{name} is {value!r}", where=where, fix=fix)

@@ -3,9 +3,9 @@
 import json
 import shutil
 
-from helpers.diagnosis import pass_gate
-from helpers.examination import Examination
-from helpers.paths import WALL_CRACKS
+from helpers.diagnose.diagnosis import pass_gate
+from helpers.diagnose.examination import Examination
+from helpers.files import WALL_CRACKS
 
 
 def write_small_walls(folder, sizes=(("train", 8), ("valid", 6))):

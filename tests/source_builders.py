@@ -5,7 +5,7 @@ import supervision as sv
 from builders import mask_of, write_image
 from pycocotools import mask as coco_mask
 
-from helpers.segmentations import segmentation_to_rle
+from helpers.data.masks import segmentation_to_rle
 
 NAMES = ("crack", "joint")
 

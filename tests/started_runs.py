@@ -6,12 +6,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from helpers.config import load_config
-from helpers.diagnosis import pass_gate, rank
-from helpers.examination import Examination
-from helpers.files import write_json
-from helpers.paths import CONFIGS, WALL_CRACKS
-from helpers.planting import LAB_SETTINGS
-from helpers.run_folder import PROMPTS_FILE, RUN_CONFIG, trained_prompts
+from helpers.diagnose.diagnosis import pass_gate, rank
+from helpers.diagnose.examination import Examination
+from helpers.files import CONFIGS, WALL_CRACKS, write_json
+from helpers.lab.planting import LAB_SETTINGS
+from helpers.train.run import PROMPTS_FILE, RUN_CONFIG, trained_prompts
 
 
 def copy_walls(folder, sizes=(("train", 16), ("valid", 5))):

@@ -8,20 +8,20 @@ from safetensors.torch import load_file, save_file
 from tiny_random import RESOLUTION, save_tiny_base, tiny_model, tiny_processor, token_inputs
 from transformers import Sam3Config, Sam3Model
 
-from helpers.adapter_audit import prompt_embedding_change
-from helpers.adapters import (
+from helpers.config import load_config
+from helpers.errors import InputError
+from helpers.files import CONFIGS
+from helpers.model.audit import adapter_report, prompt_embedding_change
+from helpers.model.lora import (
     COMPONENTS,
-    adapter_report,
     add_lora,
     load_adapter,
     lora_layers,
     save_adapter,
     target_modules,
 )
-from helpers.config import load_config
-from helpers.errors import InputError
-from helpers.paths import CONFIGS
-from helpers.sam3 import PromptedSam3, base_fingerprint
+from helpers.model.prompted import PromptedSam3
+from helpers.model.sam3 import base_fingerprint
 
 SEED_NAMES = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
@@ -304,7 +304,7 @@ def test_folder_without_adapter_is_refused(tmp_path):
 def test_failed_save_leaves_the_old_adapter(saved, monkeypatch):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     model = add_lora(tiny_model(), lora_settings("vision_encoder"))
-    monkeypatch.setattr("helpers.adapters.save_file", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("helpers.model.lora.save_file", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_adapter(model, saved, "other")
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

@@ -17,9 +17,9 @@ from builders import (
 )
 from pycocotools import mask as coco_mask
 
-from helpers.annotations import find_splits, read_split
+from helpers.data.coco import find_splits, read_split
 from helpers.errors import InputError
-from helpers.paths import ROOT
+from helpers.files import ROOT
 
 REAL_DATA = ROOT.parent / "shared" / "data"
 

@@ -2,10 +2,9 @@ import json
 
 import pytest
 
-from helpers import bench as bench_module
-from helpers.bench import bench, bench_figure, bench_text, main
-from helpers.bench_cases import CASES, measure
-from helpers.paths import TINY_BASE
+from data.benchmarks import measure as bench_module
+from data.benchmarks.measure import CASES, bench, bench_figure, bench_text, main, measure
+from helpers.files import TINY_BASE
 
 BY_NAME = {case.name: case for case in CASES}
 

@@ -5,11 +5,11 @@ import json
 import pytest
 from builders import DATASET, edit_coco, make_processor, write_coco, write_per_image
 
-from helpers.annotations import read_split
-from helpers.broken_copies import FAULTS, NUM_IMAGES, write_broken_copy, write_copy
-from helpers.data_checks import check_dataset
+from helpers.checks.dataset import check_dataset
+from helpers.data.coco import read_split
 from helpers.errors import InputError
-from helpers.paths import WALL_CRACKS
+from helpers.files import WALL_CRACKS
+from helpers.lab.spoil import FAULTS, NUM_IMAGES, write_broken_copy, write_copy
 
 VISIBLE = [name for name, fault in FAULTS.items() if fault.codes]
 

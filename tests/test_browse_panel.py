@@ -6,10 +6,10 @@ import torch
 from builders import HEIGHT, WIDTH, make_processor, write_coco
 from PIL import Image
 
-from helpers.annotations import read_split
-from helpers.browse_panel import browse_panel, describe_target, target_picture, targets_figure
-from helpers.datasets import PromptCollator, PromptDataset
+from helpers.data.coco import read_split
+from helpers.data.dataset import PromptCollator, PromptDataset
 from helpers.errors import InputError
+from helpers.show.panels import browse_panel, describe_target, target_picture, targets_figure
 
 RESOLUTION = 64
 

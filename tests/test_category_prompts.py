@@ -13,16 +13,16 @@ from tiny_random import (
 )
 
 from helpers.__main__ import main
-from helpers.annotations import read_split
-from helpers.category_prompts import refuse_unknown_categories, rename_categories
+from helpers.checks.dataset import check_dataset
 from helpers.config import load_config
-from helpers.data_checks import check_dataset
-from helpers.datasets import PromptDataset
+from helpers.data.coco import read_split
+from helpers.data.dataset import PromptDataset
+from helpers.data.prompts import absent_candidates, present_prompts
+from helpers.data.records import refuse_unknown_categories, rename_categories
+from helpers.detect.queries import predict_split
 from helpers.errors import InputError
-from helpers.paths import CONFIGS
-from helpers.prediction_queries import predict_split
-from helpers.prompts import absent_candidates, present_prompts
-from helpers.training import train
+from helpers.files import CONFIGS
+from helpers.train.training import train
 
 CRACK, JOINT = "crack", "joint"
 CONFIG = CONFIGS / "crack_detection_config.yaml"

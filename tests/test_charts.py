@@ -2,15 +2,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers.charts import (
+from helpers.errors import InputError
+from helpers.show.charts import (
     component_bars_figure,
+    curves_figure,
     grouped_bars_figure,
+    history_frame,
     logit_heatmap_figure,
+    loss_terms,
     score_histogram_figure,
     threshold_figure,
+    validation_metrics,
 )
-from helpers.errors import InputError
-from helpers.training_curves import curves_figure, history_frame, loss_terms, validation_metrics
 
 LOG = [
     {

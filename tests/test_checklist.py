@@ -2,11 +2,11 @@ import pandas as pd
 import pytest
 from tiny_random import save_tiny_base, tiny_run_config, write_dataset
 
-from helpers.checklist import ITEMS, checklist, checklist_frame, epoch_means, least_early_loss
 from helpers.config import load_config
-from helpers.paths import CONFIGS
-from helpers.run_folder import RunFiles, read_run
-from helpers.training import train
+from helpers.files import CONFIGS
+from helpers.train.report import ITEMS, checklist, checklist_frame, epoch_means, least_early_loss
+from helpers.train.run import RunFiles, read_run
+from helpers.train.training import train
 
 NAMES = list(ITEMS)
 

@@ -11,11 +11,11 @@ from tiny_random import RESOLUTION, save_tiny_base, tiny_run_config, write_datas
 
 from helpers.__main__ import main
 from helpers.config import load_config
-from helpers.paths import ROOT
-from helpers.prediction import Predictor
-from helpers.run_folder import load_run
-from helpers.tiling import predict_tiled
-from helpers.training import train
+from helpers.detect.predictor import Predictor
+from helpers.detect.tiles import predict_tiled
+from helpers.files import ROOT
+from helpers.train.run import load_run
+from helpers.train.training import train
 
 
 @pytest.fixture(scope="module")
@@ -530,20 +530,20 @@ def test_ctrl_c_is_no_traceback(capfd, monkeypatch, data_dir):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("helpers.config_data.check_dataset", interrupt)
+    monkeypatch.setattr("helpers.checks.dataset.check_dataset", interrupt)
     status, out, err = call(capfd, "check", data_dir)
     assert (status, out) == (130, "")
     assert err.strip().endswith("interrupted")
 
 
 def test_libraries_that_print_do_not_reach_stdout(capfd, monkeypatch, data_dir):
-    from helpers.data_checks import check_dataset
+    from helpers.checks.dataset import check_dataset
 
     def chatty(*args, **kwargs):
         print("loading annotations into memory...")
         return check_dataset(*args, **kwargs)
 
-    monkeypatch.setattr("helpers.config_data.check_dataset", chatty)
+    monkeypatch.setattr("helpers.checks.dataset.check_dataset", chatty)
     _, out, err = call(capfd, "check", data_dir, "--json")
     json.loads(out)
     assert "loading annotations" in err

@@ -5,19 +5,19 @@ from contextlib import contextmanager
 import pytest
 from tiny_random import RESOLUTION, save_tiny_base, write_dataset
 
-from helpers import clinic as clinic_module
-from helpers import detections
 from helpers.causes import CAUSES
-from helpers.clinic import WARDS, Clinic, check_cause
+from helpers.detect import detections
 from helpers.errors import InputError
-from helpers.faults import FAULTS
-from helpers.planting import Fault, replaced
-from helpers.run_folder import read_run
+from helpers.lab import clinic as clinic_module
+from helpers.lab.clinic import WARDS, Clinic, check_cause
+from helpers.lab.faults import FAULTS
+from helpers.lab.planting import Fault, replaced
+from helpers.train.run import read_run
 
 
 @contextmanager
 def nothing_detected():
-    with replaced("detections.detect", lambda *args, **kwargs: []):
+    with replaced("detect.detections.detect", lambda *args, **kwargs: []):
         yield
 
 

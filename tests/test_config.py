@@ -4,11 +4,10 @@ import ast
 
 import pytest
 
-from helpers.config import Config, load_config
+from helpers.config import Config, load_config, parse_yaml
 from helpers.errors import InputError
-from helpers.guards import Guards
-from helpers.paths import CONFIGS, ROOT
-from helpers.yaml_files import parse_yaml
+from helpers.files import CONFIGS, ROOT
+from helpers.train.guards import Guards
 
 FILES = sorted(CONFIGS.glob("*.yaml"))
 FULL, CRACK = CONFIGS / "full_lora_config.yaml", CONFIGS / "crack_detection_config.yaml"

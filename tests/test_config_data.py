@@ -4,10 +4,10 @@ import pytest
 from builders import edit_coco
 from tiny_random import save_tiny_base, tiny_run_config, write_dataset
 
-from helpers.annotations import read_split
-from helpers.config_data import check_config_data, read_config_split
+from helpers.checks.dataset import check_config_data, read_config_split
+from helpers.data.coco import read_split
 from helpers.errors import InputError
-from helpers.sam3 import load_base
+from helpers.model.sam3 import load_base
 
 MAPPING = "data.prompts_by_category={cracks: crack}"
 

@@ -3,9 +3,9 @@ import json
 import pandas as pd
 import pytest
 
-from helpers import confusion
 from helpers.causes import CAUSES
-from helpers.confusion import (
+from helpers.lab import confusion
+from helpers.lab.confusion import (
     CONFUSION_TABLE,
     HEALTHY_SEEDS,
     NOTHING,
@@ -13,7 +13,7 @@ from helpers.confusion import (
     run_laboratory,
     score,
 )
-from helpers.faults import FAULTS
+from helpers.lab.faults import FAULTS
 
 
 def table_of(*rows):

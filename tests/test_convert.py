@@ -6,13 +6,13 @@ from builders import DATASET, coco_of, edit_coco, mask_of, write_coco, write_ima
 from PIL import Image
 from source_builders import TRUTH, masks_in, masks_of, write_with_supervision
 
-from helpers import convert as module
 from helpers.__main__ import main
-from helpers.annotations import read_split
-from helpers.convert import convert, read_source
-from helpers.data_checks import check_dataset
+from helpers.checks.dataset import check_dataset
+from helpers.convert import conversion as module
+from helpers.convert.conversion import convert, read_source
+from helpers.data.coco import read_split
 from helpers.errors import InputError
-from helpers.paths import ROOT
+from helpers.files import ROOT
 
 REAL_DATA = ROOT.parent / "shared" / "data"
 

@@ -5,7 +5,14 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from papermill.exceptions import PapermillExecutionError
 
-from helpers.course import NotebookError, execute, find_notebooks, hidden_errors, run_course, strip
+from helpers.course.run import (
+    NotebookError,
+    execute,
+    find_notebooks,
+    hidden_errors,
+    run_course,
+    strip,
+)
 from helpers.errors import InputError
 
 HIDDEN = """

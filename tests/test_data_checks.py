@@ -17,10 +17,10 @@ from builders import (
 )
 from PIL import Image
 
-from helpers.data_checks import check_dataset
+from helpers.checks.dataset import check_dataset
+from helpers.checks.findings import CODES, SEVERITIES
 from helpers.errors import InputError
-from helpers.findings import CODES, SEVERITIES
-from helpers.paths import ROOT
+from helpers.files import ROOT
 
 REAL_DATA = ROOT.parent / "shared" / "data"
 

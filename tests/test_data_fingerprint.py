@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 from builders import edit_coco, write_coco, write_image, write_per_image
 
-from helpers.annotations import read_split
-from helpers.data_fingerprint import data_fingerprint
+from helpers.data.coco import read_split
+from helpers.data.dataset import data_fingerprint
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 
-from helpers.annotations import read_split
-from helpers.datasets import PromptCollator, PromptDataset, count_objects
+from helpers.data.coco import read_split
+from helpers.data.dataset import PromptCollator, PromptDataset, count_objects
+from helpers.data.masks import clip_box
 from helpers.errors import InputError
-from helpers.prompts import clip_box
 
 GRID = 16
 NOUNS = ("dog", "car", "tree", "moss", "bolt", "tape")

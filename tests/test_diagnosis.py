@@ -3,14 +3,14 @@ import json
 import pytest
 from tiny_random import save_tiny_base, tiny_run_config, write_dataset
 
-from helpers import diagnosis
 from helpers.__main__ import main
 from helpers.causes import CAUSES, LEFT_OUT, STAGES
-from helpers.diagnosis import Diagnosis, diagnose, pass_gate, rank
+from helpers.diagnose import diagnosis
+from helpers.diagnose.diagnosis import Diagnosis, diagnose, pass_gate, rank
+from helpers.diagnose.examination import FAILED, NOT_CHECKED, OK, Evidence, Gate, GateResult
 from helpers.errors import InputError
-from helpers.evidence import FAILED, NOT_CHECKED, OK, Evidence, Gate, GateResult
-from helpers.faults import FAULTS, faults_frame, rows_covered
-from helpers.training import train
+from helpers.lab.faults import FAULTS, faults_frame, rows_covered
+from helpers.train.training import train
 
 ROWS = {*(str(number) for number in range(1, 36)), "1b"}
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
 
-from helpers.errors import InputError
-from helpers.evaluation import (
+from helpers.detect.metrics import (
     cgf1,
     coco_ap,
     evaluate_queries,
@@ -17,6 +16,7 @@ from helpers.evaluation import (
     undefined_cgf1,
     union_iou,
 )
+from helpers.errors import InputError
 
 ORACLES = Path(__file__).parent / "fixtures" / "oracles"
 SIZE = 20

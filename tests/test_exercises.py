@@ -7,9 +7,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from helpers.course import execute, find_notebooks, parameter_names, strip
-from helpers.errors import InputError
-from helpers.exercises import (
+from helpers.course.exercises import (
     EXERCISES,
     SOLUTIONS,
     answered,
@@ -19,6 +17,8 @@ from helpers.exercises import (
     tags_of,
     write_exercises,
 )
+from helpers.course.run import execute, find_notebooks, parameter_names, strip
+from helpers.errors import InputError
 
 SOLVED = find_notebooks(SOLUTIONS)
 OPEN = find_notebooks(EXERCISES)
@@ -125,7 +125,7 @@ def test_there_is_one_exercise_per_solution():
 @each_solution
 def test_exercise_is_what_its_solution_gives(path):
     committed = (EXERCISES / path.name).read_text(encoding="utf-8")
-    assert committed == exercise_text(path), "run `python -m helpers.exercises`"
+    assert committed == exercise_text(path), "run `python -m helpers.course.exercises`"
 
 
 @each_solution

@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 from tiny_random import save_tiny_base, write_dataset
 
-from helpers import experiment, experiment_designs, jobs
-from helpers.adapters import add_lora
 from helpers.errors import InputError
-from helpers.experiment import publish, run_experiment
-from helpers.experiment_designs import (
+from helpers.files import ROOT
+from helpers.lab import designs as experiment_designs
+from helpers.lab import experiment
+from helpers.lab import experiment as jobs
+from helpers.lab.designs import (
     DESIGNS,
     EQUAL_PARAMETERS,
     PARTS,
@@ -21,9 +22,9 @@ from helpers.experiment_designs import (
     Cell,
     cells_of,
 )
-from helpers.experiment_run import RESPONSES
-from helpers.paths import ROOT
-from helpers.sam3 import load_base
+from helpers.lab.experiment import RESPONSES, publish, run_experiment
+from helpers.model.lora import add_lora
+from helpers.model.sam3 import load_base
 
 DATA_DIR = "data/wall_cracks"
 
@@ -122,7 +123,7 @@ def small(tmp_path, monkeypatch):
 
     monkeypatch.setitem(DESIGNS, "causes", design)
     monkeypatch.setattr(experiment_designs, "_SHORT", {})
-    monkeypatch.setattr("helpers.experiment_run.RETENTION_WALLS", 1)
+    monkeypatch.setattr("helpers.lab.experiment.RETENTION_WALLS", 1)
     monkeypatch.setattr(jobs, "ProcessPoolExecutor", InThisProcess)
     return tmp_path, {"profile": "tiny", "data_dir": data, "seeds": [1, 2]}
 
@@ -198,7 +199,7 @@ def test_an_unfinished_experiment_is_not_published(small):
 def test_a_kill_loses_no_row_and_leaves_no_process(tmp_path):
     """SIGKILL the real command while it works: its rows stay, its workers go."""
     command = [
-        sys.executable, "-m", "helpers.experiment", "--design", "causes", "--seeds", "1",
+        sys.executable, "-m", "helpers.lab.experiment", "--design", "causes", "--seeds", "1",
         "--output", str(tmp_path), "--workers", "1",
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)

@@ -2,19 +2,18 @@ import pandas as pd
 import pytest
 
 from helpers.errors import InputError
-from helpers.experiment import DATA_DIR, TABLES
-from helpers.experiment_designs import DESIGNS, SEEDS, cells_of
-from helpers.experiment_run import RESPONSES
-from helpers.experiment_tables import (
+from helpers.files import ROOT
+from helpers.lab.designs import DESIGNS, SEEDS, cells_of
+from helpers.lab.experiment import DATA_DIR, RESPONSES, TABLES
+from helpers.lab.statistics import (
     FACTORS,
+    effect_table,
     effects_figure,
     levels_figure,
     load_base_row,
     load_table,
     tables_folder,
 )
-from helpers.factorial import effect_table
-from helpers.paths import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from helpers.errors import InputError
-from helpers.factorial import (
+from helpers.lab.statistics import (
     INTERACTION,
     contrasts,
     effect_table,

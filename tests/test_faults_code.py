@@ -7,14 +7,12 @@ import pytest
 from lab import ask, causes, write_small_walls
 
 from helpers.causes import CAUSES
-from helpers.diagnosis import rank
-from helpers.examination import Examination
-from helpers.faults_checkpoint import CHECKPOINT_FAULTS
-from helpers.faults_code import CODE_FAULTS
-from helpers.gates_checkpoint import CHECKPOINT_GATES
-from helpers.gates_code import CODE_GATES
-from helpers.gates_run import RUN_GATES
-from helpers.planting import planted
+from helpers.diagnose.adapter_gates import CHECKPOINT_GATES, CODE_GATES
+from helpers.diagnose.diagnosis import rank
+from helpers.diagnose.examination import Examination
+from helpers.diagnose.run_gates import RUN_GATES
+from helpers.lab.faults import CHECKPOINT_FAULTS, CODE_FAULTS
+from helpers.lab.planting import planted
 
 FAULTS = CODE_FAULTS | CHECKPOINT_FAULTS
 GATES = (*RUN_GATES, *CODE_GATES, *CHECKPOINT_GATES)

@@ -11,21 +11,19 @@ from started_runs import copy_walls, examine, examine_fault, start_run
 from tiny_random import RESOLUTION, save_tiny_base, write_dataset
 
 import helpers
-from helpers.annotations import read_split
+from helpers.data.coco import read_split
+from helpers.data.masks import rle_box_xyxy
+from helpers.diagnose.data_gates import DATA_GATES, LOADER_GATES
+from helpers.diagnose.examination import Examination
+from helpers.diagnose.run_gates import CONFIG_GATES
+from helpers.diagnose.word_gates import PROMPT_GATES
 from helpers.errors import InputError
-from helpers.examination import Examination
-from helpers.faults_data import DATA_FAULTS
-from helpers.faults_prompts import PROMPT_FAULTS
-from helpers.gates_config import CONFIG_GATES
-from helpers.gates_data import DATA_GATES
-from helpers.gates_loader import LOADER_GATES
-from helpers.gates_prompts import PROMPT_GATES
-from helpers.paths import TINY_BASE
-from helpers.planting import Fault, planted
-from helpers.run_folder import METRICS_FILE, read_history, read_run
-from helpers.sam3 import load_base
-from helpers.segmentations import rle_box_xyxy
-from helpers.spoiled_data import SHRINK
+from helpers.files import TINY_BASE
+from helpers.lab.faults import DATA_FAULTS, PROMPT_FAULTS
+from helpers.lab.planting import Fault, planted
+from helpers.lab.spoil import SHRINK
+from helpers.model.sam3 import load_base
+from helpers.train.run import METRICS_FILE, read_history, read_run
 
 FAULTS = DATA_FAULTS | PROMPT_FAULTS
 LEARNED = ("half the labels", "schedule ignored")  # seen only in what a training leaves

@@ -7,13 +7,13 @@ import pytest
 import torch
 from tiny_random import save_tiny_base, tiny_run_config, write_dataset
 
-from helpers.annotations import read_split
-from helpers.datasets import PromptCollator, PromptDataset
+from helpers.data.coco import read_split
+from helpers.data.dataset import PromptCollator, PromptDataset
 from helpers.errors import InputError
-from helpers.feature_cache import BackboneCache, text_states
-from helpers.paths import CONFIGS, ROOT
-from helpers.sam3 import load_base
-from helpers.training import train
+from helpers.files import CONFIGS, ROOT
+from helpers.model.cache import BackboneCache, text_states
+from helpers.model.sam3 import load_base
+from helpers.train.training import train
 
 FROZEN_VISION = ("lora.apply_to_vision_encoder=false", "lora.apply_to_text_encoder=true")
 
@@ -174,8 +174,8 @@ def test_a_full_disk_is_refused_before_anything_is_computed(base, records, tmp_p
 def test_a_kill_leaves_whole_files_only(base, data_dir, records, tmp_path):
     script = (
         "import os, sys; sys.path.insert(0, 'tests')\n"
-        "from helpers import feature_cache as f; from helpers.sam3 import load_base\n"
-        "from helpers.annotations import read_split\n"
+        "from helpers import feature_cache as f; from helpers.model.sam3 import load_base\n"
+        "from helpers.data.coco import read_split\n"
         "written, save = [], f.save_file\n"
         "def dying(tensors, path):\n"
         "    if len(written) == 2:\n"
@@ -196,8 +196,8 @@ def test_a_kill_leaves_whole_files_only(base, data_dir, records, tmp_path):
 
 def test_two_processes_may_fill_one_cache_at_once(base, data_dir, records, tmp_path):
     script = (
-        "import sys; from helpers.feature_cache import BackboneCache\n"
-        "from helpers.annotations import read_split; from helpers.sam3 import load_base\n"
+        "import sys; from helpers.model.cache import BackboneCache\n"
+        "from helpers.data.coco import read_split; from helpers.model.sam3 import load_base\n"
         f"cache = BackboneCache({str(tmp_path)!r}, *load_base({str(base)!r}))\n"
         f"records = read_split({str(data_dir)!r}, 'train').records\n"
         "print('ready', flush=True); sys.stdin.readline()\n"

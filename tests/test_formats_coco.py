@@ -3,8 +3,8 @@ import json
 import pytest
 from builders import coco_of, write_coco, write_image, write_per_image
 
+from helpers.convert.coco import is_coco, read_coco
 from helpers.errors import InputError
-from helpers.formats_coco import is_coco, read_coco
 
 FILES = {"a.png": [("crack", 8, 8, 16, 32), ("joint", 60, 0, 8, 64)], "b.png": []}
 

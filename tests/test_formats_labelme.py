@@ -8,9 +8,9 @@ from builders import HEIGHT, WIDTH, write_image
 from PIL import Image
 from source_builders import TRUTH, blob, mask_in, masks_in, masks_of, write_with_supervision
 
-from helpers.convert import read_source
+from helpers.convert.conversion import read_source
+from helpers.convert.label_tools import is_labelme, read_labelme
 from helpers.errors import InputError
-from helpers.formats_labelme import is_labelme, read_labelme
 
 TRIANGLE = [[10.5, 10], [30, 10], [10, 30]]
 

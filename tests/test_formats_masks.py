@@ -4,8 +4,8 @@ from builders import HEIGHT, WIDTH, write_image
 from PIL import Image
 from source_builders import blob, mask_in
 
+from helpers.convert.mask_pictures import is_masks, read_masks
 from helpers.errors import InputError
-from helpers.formats_masks import is_masks, read_masks
 
 FIRST, SECOND = blob(8, 8, 16, 32), blob(50, 10, 20, 30)
 

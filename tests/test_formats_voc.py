@@ -4,9 +4,9 @@ from builders import HEIGHT, WIDTH, write_image
 from PIL import Image
 from source_builders import TRUTH, mask_in, masks_in, masks_of, write_with_supervision
 
-from helpers.convert import read_source
+from helpers.convert.conversion import read_source
+from helpers.convert.label_tools import is_voc, read_voc
 from helpers.errors import InputError
-from helpers.formats_voc import is_voc, read_voc
 
 
 def xml_of(*boxes, extra=""):

@@ -3,9 +3,9 @@ import pytest
 from builders import HEIGHT, WIDTH, write_image
 from source_builders import TRUTH, masks_in, masks_of, write_with_supervision
 
-from helpers.convert import read_source
+from helpers.convert.conversion import read_source
+from helpers.convert.yolo import is_yolo, read_yolo
 from helpers.errors import InputError
-from helpers.formats_yolo import is_yolo, read_yolo
 
 SQUARE = "0 0.25 0.25 0.75 0.25 0.75 0.75 0.25 0.75"
 

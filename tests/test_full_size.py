@@ -12,13 +12,13 @@ import pytest
 import torch
 from tiny_random import write_dataset
 
-from helpers.adapters import read_adapter_weights
+from data.benchmarks.measure import NUM_PARAMETERS, write_random_base
 from helpers.config import load_config
-from helpers.full_size import NUM_PARAMETERS, write_random_base
-from helpers.paths import CONFIGS
-from helpers.prediction import Predictor
-from helpers.run_folder import load_run
-from helpers.training import train
+from helpers.detect.predictor import Predictor
+from helpers.files import CONFIGS
+from helpers.model.lora import read_adapter_weights
+from helpers.train.run import load_run
+from helpers.train.training import train
 
 pytestmark = pytest.mark.full_size
 

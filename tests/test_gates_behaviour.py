@@ -7,20 +7,20 @@ import pytest
 import torch
 from tiny_random import save_tiny_base, tiny_run_config, write_dataset
 
-from helpers import gates_behaviour, gates_learning
-from helpers.adapters import add_lora
 from helpers.causes import CAUSES
-from helpers.detections import RawPrediction
-from helpers.diagnosis import pass_gate
-from helpers.evidence import Gate
-from helpers.examination import Examination
-from helpers.faults_training import TRAINING_FAULTS
-from helpers.gates_behaviour import BEHAVIOUR_GATES
-from helpers.planting import planted
-from helpers.records import ImageRecord, ObjectAnnotation
-from helpers.sam3 import load_base
-from helpers.trainer import Sam3Trainer
-from helpers.training import train
+from helpers.data.records import ImageRecord, ObjectAnnotation
+from helpers.detect.detections import RawPrediction
+from helpers.diagnose import answer_gates as gates_behaviour
+from helpers.diagnose import answer_gates as gates_learning
+from helpers.diagnose.answer_gates import BEHAVIOUR_GATES
+from helpers.diagnose.diagnosis import pass_gate
+from helpers.diagnose.examination import Examination, Gate
+from helpers.lab.faults import TRAINING_FAULTS
+from helpers.lab.planting import planted
+from helpers.model.lora import add_lora
+from helpers.model.sam3 import load_base
+from helpers.train.trainer import Sam3Trainer
+from helpers.train.training import train
 
 BOX = (10.0, 10.0, 30.0, 30.0)
 BESIDE = (12.0, 10.0, 32.0, 30.0)  # IoU 18 / 22 with BOX
@@ -220,7 +220,7 @@ def test_learning_curve(values, expected):
 def test_words_apart(monkeypatch, others, expected):
     tables = {"base": [[1.0, 0.0], [0.5, 1.0], [0.5, -1.0]], "run": [[1.0, 0.0], *others]}
     monkeypatch.setattr(
-        "helpers.adapter_audit.prompt_embeddings",
+        "helpers.model.audit.prompt_embeddings",
         lambda model, processor, words: torch.tensor(tables[model]),
     )
     subject = examination(healthy)
@@ -285,7 +285,7 @@ def test_all_gates_can_be_asked_of_a_real_run(run, config):
 )
 def test_one_batch_judges_where_the_loss_goes(monkeypatch, losses, expected):
     table = pd.DataFrame({"B_norm": [1.0]}, index=["total"])
-    monkeypatch.setattr("helpers.adapter_audit.adapter_report", lambda model: table)
+    monkeypatch.setattr("helpers.model.audit.adapter_report", lambda model: table)
     evidence = gates_learning._learning_evidence("a text", None, losses)
     assert [(one.cause, one.is_direct) for one in evidence] == expected
 

@@ -10,14 +10,21 @@ import torch
 from lab import ask, causes
 from pycocotools import mask as coco_mask
 
-from helpers import losses, self_tests_detections, self_tests_loss
 from helpers.config import load_config
+from helpers.diagnose import self_tests as self_tests_detections
+from helpers.diagnose import self_tests as self_tests_loss
+from helpers.diagnose.adapter_gates import (
+    CHECKPOINT_GATES,
+    CODE_GATES,
+    base_knows_its_concepts,
+    objects_are_found_once,
+    results_are_kept,
+)
+from helpers.diagnose.run_gates import RUN_GATES
 from helpers.errors import InputError
-from helpers.gates_checkpoint import CHECKPOINT_GATES, objects_are_found_once, results_are_kept
-from helpers.gates_code import CODE_GATES, base_knows_its_concepts
-from helpers.gates_run import RUN_GATES
-from helpers.paths import CONFIGS
-from helpers.run_metrics import trained_parameters
+from helpers.files import CONFIGS
+from helpers.model import losses
+from helpers.train.run import trained_parameters
 
 REPORT = (
     "component,modules,parameters,share,grad_norm,B_norm,B_nonzero\n"

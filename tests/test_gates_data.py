@@ -8,20 +8,24 @@ from PIL import Image
 from started_runs import copy_walls, examine, start_run
 from tiny_random import write_dataset
 
-from helpers.annotations import read_split
+from helpers.checks.findings import Finding, Place
+from helpers.checks.images import contrast, contrast_per_turn, turns
+from helpers.data.coco import read_split
+from helpers.diagnose.data_gates import (
+    DATA_GATES,
+    LOADER_GATES,
+    SLIP,
+    evidence_of,
+    unannotated_objects,
+)
+from helpers.diagnose.examination import Examination
+from helpers.diagnose.run_gates import CONFIG_GATES, regularisation, settings_in_log
+from helpers.diagnose.word_gates import PROMPT_GATES, trained_and_asked
 from helpers.errors import InputError
-from helpers.examination import Examination
-from helpers.files import write_json
-from helpers.findings import Finding, Place
-from helpers.gates_config import CONFIG_GATES, regularisation, settings_in_log
-from helpers.gates_data import DATA_GATES, SLIP, evidence_of, unannotated_objects
-from helpers.gates_loader import LOADER_GATES
-from helpers.gates_prompts import PROMPT_GATES, trained_and_asked
-from helpers.paths import ROOT, TINY_BASE
-from helpers.sam3 import load_base
-from helpers.spoiled_data import in_every_file
-from helpers.training_callbacks import CURVES_FILE
-from helpers.turned_images import contrast, contrast_per_turn, turns
+from helpers.files import ROOT, TINY_BASE, write_json
+from helpers.lab.spoil import in_every_file
+from helpers.model.sam3 import load_base
+from helpers.train.trainer import CURVES_FILE
 
 REAL = ROOT.parent / "shared" / "data"
 

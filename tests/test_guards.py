@@ -7,14 +7,15 @@ import torch
 from tiny_random import save_tiny_base, tiny_run_config, write_dataset
 from transformers import TrainerCallback
 
-from helpers import losses, trainer
 from helpers.__main__ import main
-from helpers.annotations import read_split
-from helpers.config_sections import GuardSection
+from helpers.config_schema import GuardSection
+from helpers.data.coco import read_split
 from helpers.errors import InputError
-from helpers.guards import ADAPTER_STEPS, OFF_IF_EMPTY, WINDOW, Guards, GuardStop
-from helpers.run_folder import read_history, read_run
-from helpers.training import train
+from helpers.model import losses
+from helpers.train import trainer
+from helpers.train.guards import ADAPTER_STEPS, OFF_IF_EMPTY, WINDOW, Guards, GuardStop
+from helpers.train.run import read_history, read_run
+from helpers.train.training import train
 
 OFF = tuple(f"guards.{key}=false" for key in GuardSection.model_fields)
 

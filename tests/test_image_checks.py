@@ -6,8 +6,8 @@ import pytest
 from builders import write_coco
 from PIL import Image
 
-from helpers.annotations import read_split
-from helpers.image_checks import check_images, check_leakage
+from helpers.checks.images import check_images, check_leakage
+from helpers.data.coco import read_split
 
 FILES = {
     "train": {"a.png": [("crack", 8, 8, 16, 32)], "b.png": []},

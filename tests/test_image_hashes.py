@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from helpers.annotations import read_split
-from helpers.image_hashes import NEAR, near_pairs, picture_hash
-from helpers.images import open_upright
-from helpers.paths import DATA, ROOT
+from helpers.data.coco import read_split
+from helpers.data.images import NEAR, near_pairs, open_upright, picture_hash
+from helpers.files import DATA, ROOT
 
 SETS = [DATA / "wall_cracks", *(ROOT.parent / "shared" / "data").glob("*[0-9]")]
 

@@ -5,8 +5,8 @@ import pytest
 from builders import write_image
 from PIL import Image
 
+from helpers.data.images import open_upright, same_shape, upright_size
 from helpers.errors import InputError
-from helpers.images import open_upright, same_shape, upright_size
 
 
 def test_images_open_upright(tmp_path):

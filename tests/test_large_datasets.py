@@ -6,10 +6,10 @@ import time
 import numpy as np
 from builders import make_processor
 
-from helpers.annotation_checks import check_annotations
-from helpers.annotations import read_split
-from helpers.category_checks import check_categories
-from helpers.datasets import PromptDataset
+from helpers.checks.boxes_and_masks import check_annotations
+from helpers.checks.words import check_categories
+from helpers.data.coco import read_split
+from helpers.data.dataset import PromptDataset
 
 PER_IMAGE = 10
 SECONDS_PER_100_000 = 60

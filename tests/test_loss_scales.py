@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny_random import tiny_model, tiny_processor, write_dataset
 
-from helpers.annotations import read_split
-from helpers.datasets import PromptCollator
-from helpers.loss_scales import losses_beside_silence, silenced
-from helpers.losses import WEIGHTS
-from helpers.prediction_queries import evaluation_dataset
+from helpers.course.examples import losses_beside_silence, silenced
+from helpers.data.coco import read_split
+from helpers.data.dataset import PromptCollator
+from helpers.detect.queries import evaluation_dataset
+from helpers.model.losses import WEIGHTS
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,16 @@ from safetensors.torch import load_file
 from torchvision.ops import box_convert, box_iou
 
 from helpers.errors import InputError
-from helpers.loss_terms import Divisors, loss_divisors, target_counts
-from helpers.losses import EARLY_WEIGHTS, NATIVE_WEIGHTS, sam3_losses, weighted_sum
-from helpers.matching import hungarian_match
+from helpers.model.losses import (
+    EARLY_WEIGHTS,
+    NATIVE_WEIGHTS,
+    Divisors,
+    loss_divisors,
+    sam3_losses,
+    target_counts,
+    weighted_sum,
+)
+from helpers.model.matching import hungarian_match
 
 ORACLES = Path(__file__).parent / "fixtures" / "oracles"
 RECORD = json.loads((ORACLES / "losses.json").read_text(encoding="utf-8"))

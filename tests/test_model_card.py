@@ -11,10 +11,10 @@ from huggingface_hub import ModelCard
 from tiny_random import RESOLUTION, save_tiny_base, tiny_config, tiny_run_config, write_dataset
 from transformers import Sam3VideoConfig
 
-from helpers.model_card import is_on_hub, model_card
-from helpers.prediction import Predictor
-from helpers.run_folder import read_run
-from helpers.training import train
+from helpers.detect.predictor import Predictor
+from helpers.train.run import read_run
+from helpers.train.share import is_on_hub, model_card
+from helpers.train.training import train
 
 SAVE = """
 import sys

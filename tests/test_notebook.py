@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.course.notebook import start
 from helpers.errors import InputError
-from helpers.notebook import start
-from helpers.paths import ROOT
+from helpers.files import ROOT
 
 GOOD = {"profile": "tiny", "data_dir": "data/wall_cracks", "seed": 42, "fast_run": True}
 

@@ -11,9 +11,9 @@ from papermill.exceptions import PapermillExecutionError
 from source_builders import blob, write_with_supervision
 from tiny_random import write_dataset
 
-from helpers.course import NOTEBOOKS, execute, find_notebooks, parameter_names
+from helpers.course.run import NOTEBOOKS, execute, find_notebooks, parameter_names
 from helpers.errors import InputError
-from helpers.experiment import TABLES
+from helpers.lab.experiment import TABLES
 
 PATHS = find_notebooks()
 WITH_THRESHOLD = [path for path in PATHS if "score_threshold" in parameter_names(path)]

@@ -7,7 +7,7 @@ from functools import cache
 import nbformat
 import pytest
 
-from helpers.course import NOTEBOOKS, find_notebooks, parameter_names, strip
+from helpers.course.run import NOTEBOOKS, find_notebooks, parameter_names, strip
 
 PATHS = find_notebooks(NOTEBOOKS)
 REQUIRED_PARAMETERS = {"profile", "data_dir", "seed", "output_dir", "fast_run"}
@@ -193,5 +193,5 @@ def test_figures_have_alternative_text_and_a_printed_sentence(path):
         for output in cell.outputs:
             for kind in [kind for kind in output.get("data", {}) if kind.startswith("image/")]:
                 alt = output.metadata.get(kind, {}).get("alt")
-                assert alt, "show figures with helpers.plots.describe"
+                assert alt, "show figures with helpers.show.pictures.describe"
                 assert alt in printed, alt

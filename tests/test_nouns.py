@@ -2,7 +2,7 @@
 
 import pytest
 
-from helpers.nouns import normalise_noun, nouns_overlap
+from helpers.data.prompts import normalise_noun, nouns_overlap
 
 
 @pytest.mark.parametrize(

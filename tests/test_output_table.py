@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from tiny_random import tiny_model, tiny_processor, write_dataset
 
-from helpers.annotations import read_split
-from helpers.detections import RawPrediction
-from helpers.output_table import output_table, raw_outputs
+from helpers.data.coco import read_split
+from helpers.detect.detections import RawPrediction
+from helpers.detect.queries import output_table, raw_outputs
 
 
 def raw_of(query_logits, presence_logit, semantic_logits):

@@ -10,12 +10,8 @@ from pycocotools import mask as coco_mask
 from source_builders import write_with_supervision
 from tiny_random import write_dataset
 
-from helpers.annotations import read_split
-from helpers.convert import read_source
-from helpers.errors import InputError
-from helpers.image_hashes import near_pairs, picture_hash
-from helpers.images import open_upright
-from helpers.own_data import (
+from helpers.convert.conversion import read_source
+from helpers.course.examples import (
     EXAMPLE_NOUNS,
     TWICE,
     import_dataset,
@@ -25,9 +21,12 @@ from helpers.own_data import (
     source_of,
     write_example,
 )
-from helpers.paths import WALL_CRACKS
-from helpers.prediction import Prediction
-from helpers.segmentations import segmentation_to_rle
+from helpers.data.coco import read_split
+from helpers.data.images import near_pairs, open_upright, picture_hash
+from helpers.data.masks import segmentation_to_rle
+from helpers.detect.predictor import Prediction
+from helpers.errors import InputError
+from helpers.files import WALL_CRACKS
 
 SHARES = (0.5, 0.25, 0.25)
 

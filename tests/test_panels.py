@@ -3,10 +3,10 @@ import time
 import numpy as np
 import pytest
 
-from helpers import panels
-from helpers.detections import RawPrediction
+from helpers.detect.detections import RawPrediction
 from helpers.errors import InputError
-from helpers.panels import LivePlotCallback, LossPanel, threshold_panel
+from helpers.show import panels
+from helpers.show.panels import LivePlotCallback, LossPanel, threshold_panel
 
 HEIGHT, WIDTH = 30, 40
 

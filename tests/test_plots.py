@@ -4,11 +4,20 @@ from matplotlib.figure import Figure
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from helpers import overlays, plots
+from helpers.data.records import ObjectAnnotation
 from helpers.errors import InputError
-from helpers.overlays import annotate, annotate_detections, as_picture, decode_mask
-from helpers.plots import comparison_figure, describe, prediction_figure, save_prediction_figure
-from helpers.records import ObjectAnnotation
+from helpers.show import pictures as overlays
+from helpers.show import pictures as plots
+from helpers.show.pictures import (
+    annotate,
+    annotate_detections,
+    as_picture,
+    comparison_figure,
+    decode_mask,
+    describe,
+    prediction_figure,
+    save_prediction_figure,
+)
 
 HEIGHT, WIDTH = 60, 80
 BOX_XYXY = (10.0, 20.0, 50.0, 40.0)

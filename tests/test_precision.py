@@ -7,10 +7,10 @@ from PIL import Image
 from transformers import Sam3Model
 from transformers.models.sam3.modeling_sam3 import Sam3SinePositionEmbedding
 
-from helpers.paths import TINY_BASE, WALL_CRACKS
-from helpers.prediction import Predictor
-from helpers.sam3 import base_fingerprint, load_base
-from helpers.vision_embeds import Float32Positions
+from helpers.detect.predictor import Predictor
+from helpers.files import TINY_BASE, WALL_CRACKS
+from helpers.model.prompted import Float32Positions
+from helpers.model.sam3 import base_fingerprint, load_base
 
 PROMPTS = ("moss", "joint", "dog", "tile")
 

@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from tiny_random import tiny_model, tiny_processor, write_dataset
 from torchvision.ops import box_convert
 
-from helpers.annotations import read_split
-from helpers.detections import detect, masks_at_image_size, raw_predictions
+from helpers.data.coco import read_split
+from helpers.detect.detections import detect, masks_at_image_size, raw_predictions
+from helpers.detect.metrics import evaluate_queries
+from helpers.detect.predictor import Predictor, untrained_prompts
+from helpers.detect.queries import evaluation_dataset, predict_split
 from helpers.errors import InputError
-from helpers.evaluation import evaluate_queries
-from helpers.prediction import Predictor, untrained_prompts
-from helpers.prediction_queries import evaluation_dataset, predict_split
 
 ORACLES = sorted((Path(__file__).parent / "fixtures" / "oracles").glob("post_dev_*.safetensors"))
 

@@ -15,9 +15,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from helpers.course import STRIP_ARGUMENTS
+from helpers.course.run import STRIP_ARGUMENTS
 from helpers.environment import SUBJECT_PACKAGES
-from helpers.paths import ROOT
+from helpers.files import ROOT
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
 MACHINE_PATH = re.compile(r"/(?:work|farm|root|home/\w+|Users/\w+)/[\w.]|/tmp/\w")

@@ -4,11 +4,11 @@ import torch
 from PIL import Image
 from tiny_random import save_tiny_base, tiny_run_config, write_dataset
 
-from helpers import prompt_rows
-from helpers.prediction import Predictor
-from helpers.prompt_rows import ROWS_AT_ONCE
-from helpers.sam3 import load_base
-from helpers.training import train
+from helpers.detect.predictor import Predictor
+from helpers.model import prompted as prompt_rows
+from helpers.model.prompted import ROWS_AT_ONCE
+from helpers.model.sam3 import load_base
+from helpers.train.training import train
 
 NOUNS = ["crack", "joint", "moss", "dog", "object", "hole", "wall"]
 PROMPTS = [*NOUNS, *(f"{one} {other}" for one, other in zip(NOUNS, NOUNS[1:], strict=False))] * 3

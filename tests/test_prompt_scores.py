@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 
+from helpers.data.records import ImageRecord, ObjectAnnotation
+from helpers.detect.metrics import union_iou
+from helpers.detect.predictor import Prediction
+from helpers.detect.queries import as_queries, prompt_scores
 from helpers.errors import InputError
-from helpers.evaluation import union_iou
-from helpers.prediction import Prediction
-from helpers.prompt_scores import as_queries, prompt_scores
-from helpers.records import ImageRecord, ObjectAnnotation
 
 RLE = {"size": [4, 4], "counts": "02>"}
 

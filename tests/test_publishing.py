@@ -10,9 +10,9 @@ from tiny_random import save_tiny_base, tiny_run_config, write_dataset
 
 from helpers.__main__ import main
 from helpers.errors import InputError
-from helpers.merging import merge
-from helpers.publishing import plan_push, push
-from helpers.training import train
+from helpers.train.merge import merge
+from helpers.train.share import plan_push, push
+from helpers.train.training import train
 
 REPO = "somebody/cracks"
 

@@ -9,8 +9,8 @@ from torchvision.ops import box_convert
 from transformers import Sam3Model, Sam3VideoConfig
 
 from helpers.errors import InputError
-from helpers.prompted_sam3 import checkpoint_activations
-from helpers.sam3 import PromptedSam3, base_fingerprint, load_base
+from helpers.model.prompted import PromptedSam3, checkpoint_activations
+from helpers.model.sam3 import base_fingerprint, load_base
 
 OUTPUTS = ("pred_masks", "pred_boxes", "pred_logits", "presence_logits", "semantic_seg")
 

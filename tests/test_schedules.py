@@ -1,6 +1,6 @@
 from helpers.config import load_config
-from helpers.paths import CONFIGS
-from helpers.schedules import runs_figure, schedule_frame
+from helpers.files import CONFIGS
+from helpers.show.charts import runs_figure, schedule_frame
 
 
 def config(name, *overrides):

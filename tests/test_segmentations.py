@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from builders import segmentation_of
 
-from helpers.segmentations import compressed_runs, masks_on_grid, segmentation_to_rle
+from helpers.data.masks import compressed_runs, masks_on_grid, segmentation_to_rle
 
 
 def test_compressed_runs_equal_pycocotools():

@@ -11,10 +11,9 @@ from tiny_random import save_tiny_base, write_dataset
 from two_processes import gradients_of_an_epoch, interrupted_run, run_config
 
 from helpers.errors import InputError
-from helpers.files import read_json, write_json
-from helpers.paths import ROOT
-from helpers.run_folder import read_history
-from helpers.training import train
+from helpers.files import ROOT, read_json, write_json
+from helpers.train.run import read_history
+from helpers.train.training import train
 
 
 @pytest.fixture(scope="module")

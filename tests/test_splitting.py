@@ -3,9 +3,9 @@ import pytest
 from builders import write_image
 from PIL import Image
 
+from helpers.convert.source import SourceImage
+from helpers.convert.splitting import divide, name_groups, scene_groups, split_source
 from helpers.errors import InputError
-from helpers.source_data import SourceImage
-from helpers.splitting import divide, name_groups, scene_groups, split_source
 
 
 def grouped(*stems):

@@ -3,8 +3,13 @@
 import numpy as np
 import pytest
 
-from helpers.painters import PAINTERS, RENDER_SIZE
-from helpers.synthetic import BASE_CONCEPTS, MIN_VISIBLE_SHARE, draw_concepts, render_scene
+from data.wall_cracks.make_painters import PAINTERS, RENDER_SIZE
+from data.wall_cracks.make_scenes import (
+    BASE_CONCEPTS,
+    MIN_VISIBLE_SHARE,
+    draw_concepts,
+    render_scene,
+)
 
 
 def test_base_concepts_leave_out_the_crack():

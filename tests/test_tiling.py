@@ -6,10 +6,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tiny_random import tiny_model, tiny_processor
 
+from helpers.data.masks import mask_to_rle
+from helpers.detect.predictor import Predictor
+from helpers.detect.tiles import predict_tiled, tile_boxes
 from helpers.errors import InputError
-from helpers.prediction import Predictor
-from helpers.segmentations import mask_to_rle
-from helpers.tiling import predict_tiled, tile_boxes
 
 WIDTH, HEIGHT, TILE = 400, 300, 128
 

@@ -10,13 +10,19 @@ import pytest
 import torch
 from transformers import Sam3Model, Sam3Processor
 
+from data.tiny_sam3.make import BaseTrainer, Recipe, learning_rate_factor, make_batch
+from data.tiny_sam3.make_examples import (
+    augment,
+    draw_prompts,
+    make_example,
+    make_examples,
+    unrelated_prompt,
+)
+from data.tiny_sam3.make_losses import decode, encode, score_loss
+from data.tiny_sam3.make_model import NUM_QUERIES, build_tiny_model
+from data.tiny_sam3.make_vocabulary import ABSENT_NOUNS, HELD_OUT_NOUNS, build_tokenizer
 from helpers.errors import InputError
-from helpers.paths import TINY_BASE
-from helpers.tiny_base import BaseTrainer, Recipe, learning_rate_factor, make_batch
-from helpers.tiny_losses import decode, encode, score_loss
-from helpers.tiny_model import NUM_QUERIES, build_tiny_model
-from helpers.tiny_scenes import augment, draw_prompts, make_example, make_examples, unrelated_prompt
-from helpers.vocabulary import ABSENT_NOUNS, HELD_OUT_NOUNS, build_tokenizer
+from helpers.files import TINY_BASE
 
 SMALL = Recipe(walls=8, steps=4, warmup_steps=1, decay_steps=2, images=2, prompts=2, extra_groups=1)
 MEGABYTE = 2**20

@@ -8,17 +8,17 @@ from peft import PeftModel
 from tiny_random import save_tiny_base, tiny_run_config, write_dataset
 from transformers import Sam3Model, TrainerCallback
 
-from helpers.adapters import add_lora
-from helpers.annotations import read_split
 from helpers.config import load_config
-from helpers.datasets import PromptCollator, PromptDataset
+from helpers.data.coco import read_split
+from helpers.data.dataset import PromptCollator, PromptDataset
+from helpers.detect.predictor import Predictor
 from helpers.errors import InputError
-from helpers.prediction import Predictor
-from helpers.run_folder import last_checkpoint, load_run, read_history, read_run
-from helpers.run_report import report, report_text
-from helpers.sam3 import load_base
-from helpers.trainer import Sam3Trainer, training_arguments
-from helpers.training import train
+from helpers.model.lora import add_lora
+from helpers.model.sam3 import load_base
+from helpers.train.report import report, report_text
+from helpers.train.run import last_checkpoint, load_run, read_history, read_run
+from helpers.train.trainer import Sam3Trainer, training_arguments
+from helpers.train.training import train
 
 FILES = {
     "adapter_model.safetensors",
@@ -281,7 +281,7 @@ class FixedMetric(Sam3Trainer):
 )
 def test_best_checkpoint_is_kept(config, tmp_path, monkeypatch, values, step):
     monkeypatch.setattr(
-        "helpers.training.Sam3Trainer", type("Fixed", (FixedMetric,), {"values": values})
+        "helpers.train.training.Sam3Trainer", type("Fixed", (FixedMetric,), {"values": values})
     )
     result = train(config, output_dir=tmp_path / "run")
     assert result.metrics["best_step"] == step
@@ -403,7 +403,7 @@ def test_loss_that_is_not_finite_names_the_image(config, tmp_path, monkeypatch):
     def infinite(outputs, targets, variant, divisors):
         return {"total": outputs["pred_logits"].sum() * float("inf")}
 
-    monkeypatch.setattr("helpers.trainer.sam3_losses", infinite)
+    monkeypatch.setattr("helpers.train.trainer.sam3_losses", infinite)
     with pytest.raises(InputError, match=r"train_\d.png: the loss is .*(inf|nan) at step 0"):
         train(config, output_dir=tmp_path / "run")
 
@@ -443,7 +443,8 @@ def test_report_has_everything_in_both_forms(finished):
 def test_the_commit_of_a_base_on_the_hub_is_recorded_and_kept(
     base, data_dir, tmp_path, monkeypatch
 ):
-    from helpers import sam3, training
+    from helpers.model import sam3
+    from helpers.train import training
 
     asked, commit, original = [], "0123abcd" * 5, sam3._load_part
 

@@ -5,9 +5,8 @@ from transformers import TrainerCallback
 
 from helpers.config import load_config
 from helpers.errors import InputError
-from helpers.run_folder import RUN_CONFIG, STOPPED_FILE
-from helpers.training import OutOfMemory
-from helpers.training_retry import smaller_step, train_within_memory
+from helpers.train.run import RUN_CONFIG, STOPPED_FILE
+from helpers.train.training import OutOfMemory, smaller_step, train_within_memory
 
 
 @pytest.fixture(scope="module")

@@ -4,19 +4,19 @@ from types import SimpleNamespace
 import pytest
 from tiny_random import save_tiny_base, tiny_run_config, write_dataset
 
-from helpers import prediction
-from helpers.annotations import read_split
+from helpers.data.coco import read_split
+from helpers.data.masks import segmentation_to_rle
+from helpers.detect import predictor as prediction
 from helpers.errors import InputError
-from helpers.planting import replaced
-from helpers.segmentations import segmentation_to_rle
-from helpers.training import train
-from helpers.vital_signs import (
+from helpers.lab.clinic import (
     CureReport,
     VitalSigns,
     deviations,
     prepare_questions,
     take_signs,
 )
+from helpers.lab.planting import replaced
+from helpers.train.training import train
 
 HEALTHY = VitalSigns(found=1.0, outlined=0.8, false_alarms=0.0, AP50=0.6)
 
@@ -130,7 +130,7 @@ def test_a_pipeline_that_raises_is_a_sign(run, truth, questions):
     def broken(*args, **kwargs):
         raise RuntimeError("broken")
 
-    with replaced("evaluation.evaluate_queries", broken):
+    with replaced("detect.metrics.evaluate_queries", broken):
         signs = take_signs(run, truth, questions)
     assert signs.remark == "raised RuntimeError"
     assert signs.AP50 == 0

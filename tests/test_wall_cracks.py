@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from helpers.annotations import read_split
-from helpers.painters import RENDER_SIZE
-from helpers.paths import WALL_CRACKS
-from helpers.wall_cracks import DEFAULT_SEED, SPLITS, annotation_entry, polygons_of, write_split
+from data.wall_cracks.make import DEFAULT_SEED, SPLITS, annotation_entry, polygons_of, write_split
+from data.wall_cracks.make_painters import RENDER_SIZE
+from helpers.data.coco import read_split
+from helpers.files import WALL_CRACKS
 
 
 def disc(radius):

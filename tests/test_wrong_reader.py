@@ -7,12 +7,12 @@ import pytest
 from builders import CATEGORIES, DATASET, make_processor, write_coco, write_per_image
 from tiny_random import save_tiny_base, tiny_run_config, write_dataset
 
-from helpers.annotations import read_split
-from helpers.datasets import PromptDataset, count_objects
+from helpers.data.coco import read_split
+from helpers.data.dataset import PromptDataset, count_objects
 from helpers.errors import InputError
-from helpers.paths import ROOT, WALL_CRACKS
-from helpers.training import train
-from helpers.wrong_reader import WRONG_BOX_KEY, WRONG_MASK_KEY, read_split_wrong_keys
+from helpers.files import ROOT, WALL_CRACKS
+from helpers.lab.spoil import WRONG_BOX_KEY, WRONG_MASK_KEY, read_split_wrong_keys
+from helpers.train.training import train
 
 LAYOUTS = {"coco": write_coco, "per_image": write_per_image}
 

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Sam3Config, Sam3ImageProcessor, Sam3Processor
 
 from helpers.config import load_config
-from helpers.paths import CONFIGS
-from helpers.sam3 import PromptedSam3
+from helpers.files import CONFIGS
+from helpers.model.prompted import PromptedSam3
 
 RESOLUTION = 56
 MASK_SIZE = 28
@@ -104,7 +104,7 @@ def tiny_processor():
 
 
 def save_tiny_base(folder, seed=0):
-    """Write a random base into `folder`, loadable by `helpers.sam3.load_base`, and return it."""
+    """Write a random base into `folder`, loadable by `helpers.model.sam3.load_base`, and return it."""
     folder = Path(folder)
     tiny_model(seed).save_pretrained(folder)
     tiny_processor().save_pretrained(folder)

@@ -7,7 +7,7 @@ import torch
 from tiny_random import tiny_run_config
 from transformers import TrainerCallback
 
-from helpers.training import train
+from helpers.train.training import train
 
 PLAIN = ("lora.dropout=0.0", "training.gradient_accumulation_steps=1")
 

@@ -1,0 +1,168 @@
+"""Divide images into training, validation and test so that no scene is in two of them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from helpers.data.images import near_pairs, open_upright, picture_hash
+from helpers.errors import InputError
+
+NAMES = ("train", "valid", "test")
+ROBOFLOW = re.compile(r"(?:_(?:jpe?g|png|bmp|webp|tiff?))?\.rf\.[0-9A-Za-z]+$")
+LAST_NUMBER = re.compile(r"^(.*?)[ _.\-()]*(\d+)\D*$")
+LARGEST = 0.5  # share of the images from which a group is cut into runs of neighbours
+RUNS = 10  # that such a group is cut into, in the order of its last number
+
+
+def name_groups(stems):
+    """Group file names that speak of one scene.
+
+    Parameters
+    ----------
+    stems : sequence of str
+        File names without ending. Roboflow's ``.rf.<hash>`` is what tells augmented copies apart
+        and is ignored. Of names that keep a number or the word "frame" without their last number,
+        as ``wall_3_17`` or ``bridge_frame_0040`` do, the rest is the scene. Names such as
+        ``IMG_0040`` say nothing.
+
+    Returns
+    -------
+    groups : list of str
+        Equal for names of one scene.
+    notes : list of str
+        Which scenes hold more than half of all images. They are cut into runs of neighbouring
+        numbers, so that pictures at the borders of the runs may still be alike.
+    """
+    plain = [ROBOFLOW.sub("", stem) for stem in stems]
+    found = [LAST_NUMBER.match(stem) for stem in plain]
+    groups = [
+        match[1]
+        if match and (re.search(r"\d", match[1]) or "frame" in match[1].casefold())
+        else stem
+        for match, stem in zip(found, plain, strict=True)
+    ]
+    notes = []
+    for name, count in Counter(groups).items():
+        if count > LARGEST * len(stems) and len(set(plain)) > 1:
+            members = [index for index, group in enumerate(groups) if group == name]
+            order = sorted({plain[index] for index in members}, key=lambda s: _last_number(s))
+            run_of = {stem: rank * RUNS // len(order) for rank, stem in enumerate(order)}
+            for index in members:
+                groups[index] = f"{name}, run {run_of[plain[index]]}"
+            notes.append(f"'{name}' names {count} images and was cut into {RUNS} runs")
+    return groups, notes
+
+
+def _last_number(stem):
+    """Return the last number in a name, 0 without one."""
+    match = LAST_NUMBER.match(stem)
+    return int(match[2]) if match else 0
+
+
+def scene_groups(paths):
+    """Group images by their names and by their looks.
+
+    Parameters
+    ----------
+    paths : sequence of pathlib.Path
+        Image files; each is opened.
+
+    Returns
+    -------
+    labels : numpy.ndarray
+        (n,) int; images that share a name group, look alike (`helpers.data.images`), or are
+        linked by others have one label.
+    notes : list of str
+        For people.
+    """
+    groups, notes = name_groups([path.stem for path in paths])
+    hashes = np.array([picture_hash(open_upright(path)) for path in paths]).reshape(-1, 32)
+    first_of = {}
+    by_name = [(index, first_of.setdefault(group, index)) for index, group in enumerate(groups)]
+    by_look = near_pairs(hashes, hashes)
+    edges = np.concatenate([np.array(by_name).reshape(-1, 2), by_look])
+    graph = coo_array((np.ones(len(edges)), edges.T), shape=(len(paths), len(paths)))
+    count, labels = connected_components(graph, directed=False)
+    if count < len(paths):
+        notes.append(f"{len(paths)} images form {count} scenes, each kept in one split")
+    return labels, notes
+
+
+def divide(labels, shares, seed):
+    """Give each group to one split, so that the numbers of images come close to the shares.
+
+    Parameters
+    ----------
+    labels : numpy.ndarray
+        (n,) int, the group of each image.
+    shares : sequence of float
+        Of the splits; they add up to 1.
+    seed : int
+        Orders groups of one size.
+
+    Returns
+    -------
+    numpy.ndarray
+        (n,) int, the split of each image. Large groups are placed first, each into the split that
+        lacks most.
+    """
+    sizes = np.bincount(labels)
+    shuffled = np.random.default_rng(seed).permutation(len(sizes))
+    order = shuffled[np.argsort(-sizes[shuffled], kind="stable")]
+    lacking = np.array(shares, dtype=float) * len(labels)
+    split_of_group = np.empty(len(sizes), dtype=int)
+    for group in order:
+        split_of_group[group] = np.argmax(lacking)
+        lacking[split_of_group[group]] -= sizes[group]
+    return split_of_group[labels]
+
+
+def split_source(splits, shares, seed):
+    """Divide all images of a source anew.
+
+    Parameters
+    ----------
+    splits : dict of str to list of helpers.convert.source.SourceImage
+        Whatever splits there were are joined.
+    shares : sequence of float
+        Of train, valid and, if there are three, test.
+    seed : int
+        Equal seeds give equal splits.
+
+    Returns
+    -------
+    splits : dict of str to list of helpers.convert.source.SourceImage
+        A split with share 0 is left out.
+    notes : list of str
+        For people.
+
+    Raises
+    ------
+    InputError
+        If the shares do not add up to 1, or a split would be empty.
+    """
+    shares = list(shares)
+    if len(shares) not in (2, 3) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6 or not shares[0]:
+        raise InputError(
+            f"the shares {shares} are not of train, valid and test",
+            fix="give numbers that add up to 1, for example --split 0.8 0.1 0.1",
+        )
+    images = [image for name in splits for image in splits[name]]
+    labels, notes = scene_groups([image.path for image in images])
+    chosen = divide(labels, shares, seed)
+    result = {}
+    for index, (name, share) in enumerate(zip(NAMES, shares, strict=False)):
+        members = [image for image, split in zip(images, chosen, strict=True) if split == index]
+        if share and not members:
+            raise InputError(
+                f"{len(images)} images in {labels.max() + 1} scenes leave none for '{name}'",
+                fix="give a larger share, or divide the images by hand",
+            )
+        if members:
+            result[name] = members
+    return result, notes

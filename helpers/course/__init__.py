@@ -1,0 +1,23 @@
+"""Run the notebooks, make the exercises."""
+
+from helpers.course.examples import (
+    import_dataset,
+    lay_out,
+    losses_beside_silence,
+    open_photograph,
+    queries_by_category,
+    source_of,
+)
+from helpers.course.exercises import answered
+from helpers.course.notebook import start
+
+__all__ = [
+    "answered",
+    "import_dataset",
+    "lay_out",
+    "losses_beside_silence",
+    "open_photograph",
+    "queries_by_category",
+    "source_of",
+    "start",
+]

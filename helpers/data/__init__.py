@@ -1,0 +1,22 @@
+"""From annotation files to what the model is asked."""
+
+from helpers.data.coco import find_splits, read_split
+from helpers.data.dataset import PromptCollator, PromptDataset, count_objects
+from helpers.data.images import open_upright
+from helpers.data.masks import mask_to_rle, rle_box_xyxy
+from helpers.data.prompts import absent_candidates
+from helpers.data.records import Category, rename_categories
+
+__all__ = [
+    "Category",
+    "PromptCollator",
+    "PromptDataset",
+    "absent_candidates",
+    "count_objects",
+    "find_splits",
+    "mask_to_rle",
+    "open_upright",
+    "read_split",
+    "rename_categories",
+    "rle_box_xyxy",
+]

@@ -1,0 +1,216 @@
+"""Segmentations of COCO files: polygons and run lengths in, masks on the model's grid out."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+
+TOUCHED_BELOW = (
+    0.5  # share of an object's area under which its thin parts are kept as touched cells
+)
+
+
+def segmentation_to_rle(segmentation, height, width):
+    """Convert any COCO segmentation into compressed run lengths.
+
+    Parameters
+    ----------
+    segmentation : list or dict
+        Polygons ``[[x, y, x, y, ...], ...]`` in pixels, whose union is the object, or run lengths
+        ``{"size": [height, width], "counts": ...}`` with counts as a list or compressed text.
+    height, width : int
+        Size of the image in pixels; polygons are drawn on it. Run lengths keep their own size,
+        even where it is wrong, so that the data checks can name it.
+
+    Returns
+    -------
+    dict
+        ``{"size": [height, width], "counts": str}``.
+
+    Raises
+    ------
+    ValueError
+        If the segmentation is malformed, with the reason. pycocotools itself decodes run lengths
+        that do not fill their size into arbitrary memory.
+    """
+    if isinstance(segmentation, dict):
+        return _rle_from_runs(segmentation)
+    if not isinstance(segmentation, list):
+        raise ValueError(f"it is a {type(segmentation).__name__}, not polygons or run lengths")
+    if all(isinstance(number, int | float) for number in segmentation):
+        raise ValueError("it is a flat list of numbers; a polygon is a list inside the list")
+    limit = 100 * max(height, width)
+    for part in segmentation:
+        if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
+            raise ValueError("a polygon needs an even count of at least 6 numbers")
+        if not _are_numbers(part) or max(map(abs, part)) > limit:
+            raise ValueError("a polygon holds something that is no coordinate of this image")
+    rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+
+
+def _are_numbers(values):
+    """Tell whether all of some JSON values are finite numbers (booleans are none)."""
+    return set(map(type, values)) <= {int, float} and all(map(math.isfinite, values))
+
+
+def _rle_from_runs(segmentation):
+    """Check run lengths against their own size and compress them."""
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int for n in size)):
+        raise ValueError(f"its size is {size!r}, not [height, width]")
+    if min(size) < 1:
+        raise ValueError(f"its size {size} is empty")
+    if isinstance(counts, bytes):
+        counts = counts.decode("latin-1")
+    if isinstance(counts, str):
+        runs = compressed_runs(counts)
+    elif isinstance(counts, list) and all(type(run) is int for run in counts):
+        runs = counts
+    else:
+        raise ValueError("its counts are neither whole numbers nor compressed text")
+    if any(run < 0 for run in runs) or sum(runs) != size[0] * size[1]:
+        raise ValueError(
+            f"its runs cover {sum(runs)} pixels, its size {size} has {math.prod(size)}"
+        )
+    if isinstance(counts, list):
+        rle = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)
+        counts = rle["counts"].decode("ascii")
+    return {"size": list(size), "counts": counts}
+
+
+def compressed_runs(counts):
+    """Read the run lengths out of COCO's compressed text.
+
+    Parameters
+    ----------
+    counts : str
+        Each character carries 5 bits of a run, lowest first, and a bit saying that more follow;
+        from the fourth run on, the difference to the run two before is stored.
+
+    Returns
+    -------
+    list of int
+        Alternating lengths in pixels, background first, down the columns.
+
+    Raises
+    ------
+    ValueError
+        If a character is out of range or the text ends inside a number.
+    """
+    runs, value, shift = [], 0, 0
+    for character in counts:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"its counts hold the character {character!r}")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:  # the sign bit of the last group
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value, shift = 0, 0
+    if shift:
+        raise ValueError("its counts end in the middle of a number")
+    return runs
+
+
+def mask_to_rle(mask):
+    """Encode a mask as compressed run lengths.
+
+    Parameters
+    ----------
+    mask : numpy.ndarray
+        (height, width) bool or 0 and 1.
+
+    Returns
+    -------
+    dict
+        ``{"size": [height, width], "counts": str}``.
+    """
+    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
+
+
+def rle_area(rle):
+    """Return the number of foreground pixels of a compressed RLE as an int."""
+    return int(coco_mask.area(rle))
+
+
+def rle_box_xyxy(rle):
+    """Return the tight box of a mask.
+
+    Parameters
+    ----------
+    rle : dict
+        Compressed RLE with at least one foreground pixel.
+
+    Returns
+    -------
+    tuple of float
+        ``(x0, y0, x1, y1)`` in pixels of the RLE's size; ``x1`` and ``y1`` lie just past the last
+        pixel.
+    """
+    x, y, width, height = coco_mask.toBbox(rle).tolist()
+    return (x, y, x + width, y + height)
+
+
+def masks_on_grid(rles, mask_size):
+    """Decode masks and shrink them to the grid the model predicts on.
+
+    A cell is foreground if at least half of it is covered. Where this keeps less than half of an
+    object's area, as with a crack thinner than a cell, every cell the object touches is kept
+    instead: a target too wide by a fraction of a cell teaches more than one with holes or none.
+
+    Parameters
+    ----------
+    rles : sequence of dict
+        n compressed RLEs of any size.
+    mask_size : int
+        Cells per side of the square grid.
+
+    Returns
+    -------
+    torch.Tensor
+        ``(n, mask_size, mask_size)`` uint8 of 0 and 1. A mask with a foreground pixel keeps at
+        least one cell.
+    """
+    masks = torch.zeros((len(rles), mask_size, mask_size), dtype=torch.uint8)
+    for index, rle in enumerate(rles):
+        full = torch.from_numpy(np.ascontiguousarray(coco_mask.decode(rle))).float()
+        covered = torch.nn.functional.interpolate(
+            full[None, None], size=(mask_size, mask_size), mode="area"
+        )[0, 0]
+        kept = covered >= 0.5
+        if kept.sum() < TOUCHED_BELOW * covered.sum():
+            kept = covered > 0
+        masks[index] = kept
+    return masks
+
+
+def clip_box(box_xyxy, width, height):
+    """Clip a box to its image.
+
+    Parameters
+    ----------
+    box_xyxy : tuple of float
+        Pixels.
+    width, height : int
+        Size of the image in pixels.
+
+    Returns
+    -------
+    tuple of float or None
+        The part of the box inside the image in pixels; None if a side is zero or negative there
+        or a number is not finite.
+    """
+    if not all(math.isfinite(number) for number in box_xyxy):
+        return None
+    x0, y0, x1, y1 = box_xyxy
+    x0, x1 = (min(max(x, 0.0), float(width)) for x in (x0, x1))
+    y0, y1 = (min(max(y, 0.0), float(height)) for y in (y0, y1))
+    return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None

@@ -1,0 +1,39 @@
+"""Ask, detect, judge."""
+
+from helpers.detect.detections import detect
+from helpers.detect.metrics import cgf1, coco_ap, evaluate_queries, threshold_sweep, union_iou
+from helpers.detect.predictor import (
+    GENERIC_PROMPT,
+    PROMPTLESS_THRESHOLD,
+    Predictor,
+    untrained_prompts,
+)
+from helpers.detect.queries import (
+    as_queries,
+    evaluation_dataset,
+    output_table,
+    predict_split,
+    prompt_scores,
+    raw_outputs,
+)
+from helpers.detect.tiles import predict_tiled
+
+__all__ = [
+    "GENERIC_PROMPT",
+    "PROMPTLESS_THRESHOLD",
+    "Predictor",
+    "as_queries",
+    "cgf1",
+    "coco_ap",
+    "detect",
+    "evaluate_queries",
+    "evaluation_dataset",
+    "output_table",
+    "predict_split",
+    "predict_tiled",
+    "prompt_scores",
+    "raw_outputs",
+    "threshold_sweep",
+    "union_iou",
+    "untrained_prompts",
+]

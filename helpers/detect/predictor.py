@@ -1,0 +1,211 @@
+"""Ask a SAM3, with or without adapter, for prompts on images."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from helpers.data.dataset import PromptCollator
+from helpers.data.images import open_upright
+from helpers.detect.detections import detect, raw_predictions
+from helpers.errors import InputError, check_probability
+from helpers.model.prompted import outputs_by_rows
+
+GENERIC_PROMPT = "object"
+"""What is asked when no prompt is given: SAM3 has no promptless mode of its own."""
+PROMPTLESS_THRESHOLD = 1e-4
+"""Score threshold of the promptless mode, low enough to see anything at all."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was detected for one prompt on one image.
+
+    Attributes
+    ----------
+    image, prompt : str
+        What was looked at and asked for.
+    height, width : int
+        Size of the upright image in pixels.
+    presence_prob, max_query_prob, max_score : float
+        In [0, 1]; over all queries, whatever the threshold.
+    detections : list of dict
+        ``score``, ``box_xyxy`` (pixels, inside the image) and ``mask_rle`` (COCO compressed, at
+        the size of the image), best first.
+    """
+
+    image: str
+    prompt: str
+    height: int
+    width: int
+    presence_prob: float
+    max_query_prob: float
+    max_score: float
+    detections: list
+
+    def to_dict(self):
+        """Return what ``python -m helpers predict --json`` prints for this prediction."""
+        keys = ("image", "prompt", "presence_prob", "max_query_prob", "max_score", "detections")
+        return {key: getattr(self, key) for key in keys}
+
+
+class Predictor:
+    """Ask a model for prompts on images.
+
+    Parameters
+    ----------
+    model : helpers.model.sam3.PromptedSam3 or peft.PeftModel
+        Used in eval mode, on the device it is on.
+    processor : transformers.Sam3Processor
+        Set to the model's resolution, as `helpers.model.sam3.load_base` returns it.
+    """
+
+    def __init__(self, model, processor):
+        self.model, self.processor = model.eval(), processor
+        self.tokenize = PromptCollator(processor).tokenize
+
+    @torch.no_grad()
+    def raw(self, image, prompts, name=None):
+        """Run the model on one image; the vision encoder runs once for all prompts.
+
+        Parameters
+        ----------
+        image : os.PathLike or PIL.Image.Image
+            A file is turned upright by its EXIF orientation.
+        prompts : str or sequence of str
+            P prompts.
+        name : str, optional
+            Kept as ``image``; by default the path.
+
+        Returns
+        -------
+        list of RawPrediction
+            In the order of the prompts.
+
+        Raises
+        ------
+        InputError
+            If the image cannot be read, or a prompt is empty or longer than 32 tokens.
+        """
+        prompts = check_prompts(prompts)
+        if isinstance(image, str | os.PathLike):
+            name = str(image) if name is None else name
+            image = open_upright(image)
+        width, height = image.size
+        pixel_values = self.processor.image_processor(images=image, return_tensors="pt")
+        batch = {"pixel_values": pixel_values["pixel_values"], **self.tokenize(prompts)}
+        batch["image_index"] = torch.zeros(len(prompts), dtype=torch.long)
+        device = next(self.model.parameters()).device
+        described = [(name or "image", prompt, height, width) for prompt in prompts]
+        return [
+            raw
+            for rows, outputs in outputs_by_rows(self.model, batch, device)
+            for raw in raw_predictions(outputs, described[rows])
+        ]
+
+    def predict(self, images, prompts=None, threshold=None, mask_threshold=0.5):
+        """Detect prompts on images.
+
+        Parameters
+        ----------
+        images : os.PathLike, PIL.Image.Image, or a sequence of them
+            I images.
+        prompts : str or sequence of str, optional
+            P prompts. None is the promptless mode: the word "object" is asked, which means to the
+            model whatever it learned about that word, and no class comes back.
+        threshold : float, optional
+            Score threshold in [0, 1]; by default 0.3, in the promptless mode 0.0001.
+        mask_threshold : float
+            In [0, 1].
+
+        Returns
+        -------
+        list of Prediction
+            I * P, all prompts of the first image first.
+
+        Raises
+        ------
+        InputError
+            See `raw` and `detect`.
+        """
+        if threshold is None:
+            threshold = PROMPTLESS_THRESHOLD if prompts is None else 0.3
+        prompts = GENERIC_PROMPT if prompts is None else prompts
+        check_probability(threshold, "threshold")
+        check_probability(mask_threshold, "mask_threshold")
+        if isinstance(images, str | os.PathLike | Image.Image):
+            images = [images]
+        return [
+            Prediction(
+                raw.image,
+                raw.prompt,
+                raw.height,
+                raw.width,
+                raw.presence_prob,
+                raw.max_query_prob,
+                raw.max_score,
+                detect(raw, threshold, mask_threshold),
+            )
+            for image in images
+            for raw in self.raw(image, prompts)
+        ]
+
+
+def check_prompts(prompts):
+    """Return prompts as a list, refusing an empty list, blank prompts and non-text.
+
+    Parameters
+    ----------
+    prompts : str or sequence of str
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    InputError
+        Naming what is wrong.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, Sequence) or not prompts:
+        raise InputError(f"the prompts are {prompts!r}", fix="give at least one noun phrase")
+    for prompt in prompts:
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise InputError(f"the prompt {prompt!r} is empty", fix="give a noun such as 'crack'")
+    return list(prompts)
+
+
+def untrained_prompts(prompts, trained):
+    """Name the prompts that an adapter never saw, with the closest it did see.
+
+    Parameters
+    ----------
+    prompts : sequence of str
+        What is about to be asked.
+    trained : sequence of str
+        What was asked in training, positive or negative.
+
+    Returns
+    -------
+    dict of str to (str or None)
+        Untrained prompt to the closest trained one. Case and spaces make no difference, as they
+        make none to the tokenizer; a plural does.
+    """
+    known = {_plain(prompt): prompt for prompt in trained}
+    closest = {}
+    for prompt in prompts:
+        if _plain(prompt) not in known:
+            similar = difflib.get_close_matches(_plain(prompt), known, n=1)
+            closest[prompt] = known[similar[0]] if similar else None
+    return closest
+
+
+def _plain(prompt):
+    """Bring a prompt to lower case with single spaces."""
+    return " ".join(prompt.casefold().split())

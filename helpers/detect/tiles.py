@@ -1,0 +1,213 @@
+"""Look at photographs of several thousand pixels tile by tile, and join what the tiles show.
+
+Two pieces are one object if they agree where both tiles saw it, and if that is not a small part of them.
+
+`supervision.InferenceSlicer` is not used, because it compares whole masks. On the four cracks of
+`tests/test_tiling.py`, two of them across seams, it leaves 13 detections at its default (IoU 0.5,
+suppression) and 8 when merging by intersection over the smaller mask at 0.5. At 0.1 to 0.2 it finds
+the four, at 0.05 it joins the two that only cross: the threshold that serves depends on the overlap
+and on how the objects lie.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations, product
+
+import numpy as np
+from pycocotools import mask as coco_mask
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from helpers.data.images import open_upright
+from helpers.data.masks import mask_to_rle, rle_box_xyxy
+from helpers.detect.predictor import Prediction, check_prompts
+from helpers.errors import InputError
+
+AGREEMENT = 0.5
+"""Pixels of the smaller piece, in the part that two tiles share, that the other must have too."""
+LEAST_COMMON = 0.5
+"""Pixels of the smaller piece that both must have, in its pixels times the overlap.
+
+A straight object across a seam has about as large a share of its pixels in what the tiles share as
+the overlap is. Much less is a mask that runs over into a neighbour's end, and would join the two. On
+photographs laid together from nine pictures each, five of drawn cracks and five of masonry, this
+lifts F1 at an IoU of 0.5 from 0.44 to 0.65 and from 0.11 to 0.24.
+"""
+
+
+def tile_boxes(width, height, tile, overlap):
+    """Cover an image with square tiles.
+
+    Parameters
+    ----------
+    width, height : int
+        Size of the image in pixels.
+    tile : int
+        Side of a tile in pixels.
+    overlap : float
+        Share of its side, in [0, 1), that a tile has in common with the next one at least.
+
+    Returns
+    -------
+    list of tuple of int
+        ``(x0, y0, x1, y1)`` row by row. The last tile of a row or column ends with the image and
+        overlaps more, rather than being narrower. A side of the image that is no longer than a
+        tile is taken whole.
+
+    Raises
+    ------
+    InputError
+        If the tile or the overlap is impossible.
+    """
+    if type(tile) is not int or tile < 1:
+        raise InputError(f"the tile is {tile!r} pixels", fix="give a whole number such as 1008")
+    if not 0 <= overlap < 1:
+        raise InputError(f"the overlap is {overlap!r}", fix="give a share below 1, such as 0.2")
+    step = max(1, int(tile * (1 - overlap)))
+    starts = [
+        [*range(0, max(side - tile, 0), step), max(side - tile, 0)] for side in (width, height)
+    ]
+    return [
+        (x, y, min(x + tile, width), min(y + tile, height))
+        for y in dict.fromkeys(starts[1])
+        for x in dict.fromkeys(starts[0])
+    ]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One detection in one tile: its mask there, its score, and the tile in the image."""
+
+    mask: np.ndarray
+    score: float
+    tile_xyxy: tuple[int, int, int, int]
+
+    @cached_property
+    def area(self):
+        """Pixels of the mask."""
+        return int(self.mask.sum())
+
+
+def predict_tiled(
+    predictor, image, prompts, *, tile=1008, overlap=0.2, threshold=0.3, mask_threshold=0.5
+):
+    """Detect prompts on a large image, tile by tile.
+
+    Parameters
+    ----------
+    predictor : helpers.detect.predictor.Predictor
+        Asked once per tile for all prompts.
+    image : os.PathLike or PIL.Image.Image
+    prompts : str or sequence of str
+        P prompts.
+    tile : int
+        Side of a tile in pixels; 1008 shows every pixel to the full model.
+    overlap : float
+        In (0, 1), see `tile_boxes`. Objects are joined by what two tiles share, so it cannot be 0.
+    threshold, mask_threshold : float
+        In [0, 1], see `helpers.detect.predictor.Predictor.predict`.
+
+    Returns
+    -------
+    list of helpers.detect.predictor.Prediction
+        P, in the order of the prompts. Boxes and masks are those of the whole image. An object
+        across seams is one detection: the union of its pieces, with the best score of them, and
+        the box around its mask. ``presence_prob``, ``max_query_prob`` and ``max_score`` are the
+        highest of any tile. Detections of one tile are never joined with each other directly.
+
+    Raises
+    ------
+    InputError
+        If the image cannot be read, or tile, overlap or prompts are impossible.
+    """
+    prompts = check_prompts(prompts)
+    if not overlap > 0:
+        raise InputError("without overlap no seam can be joined", fix="give an overlap such as 0.2")
+    name = str(image) if isinstance(image, str | os.PathLike) else "image"
+    image = open_upright(image) if isinstance(image, str | os.PathLike) else image
+    width, height = image.size
+    answers = {prompt: [] for prompt in prompts}
+    for box in tile_boxes(width, height, tile, overlap):
+        for found in predictor.predict(image.crop(box), prompts, threshold, mask_threshold):
+            answers[found.prompt].append((box, found))
+    return [
+        Prediction(
+            image=name,
+            prompt=prompt,
+            height=height,
+            width=width,
+            presence_prob=max(found.presence_prob for _, found in answers[prompt]),
+            max_query_prob=max(found.max_query_prob for _, found in answers[prompt]),
+            max_score=max(found.max_score for _, found in answers[prompt]),
+            detections=_join(_pieces(answers[prompt]), height, width, LEAST_COMMON * overlap),
+        )
+        for prompt in prompts
+    ]
+
+
+def _pieces(answers):
+    """Decode the detections of all tiles of one prompt; those without a pixel are left out."""
+    pieces = [
+        _Piece(coco_mask.decode(one["mask_rle"]).astype(bool), one["score"], box)
+        for box, found in answers
+        for one in found.detections
+    ]
+    return [piece for piece in pieces if piece.mask.any()]
+
+
+def _join(pieces, height, width, least):
+    """Unite the pieces that are one object; returns detections of the image, best first."""
+    if not pieces:
+        return []
+    edges = np.array(_agreeing_pairs(pieces, least), dtype=int).reshape(-1, 2)
+    graph = coo_array((np.ones(len(edges)), edges.T), shape=(len(pieces), len(pieces)))
+    count, labels = connected_components(graph, directed=False)
+    detections = []
+    for label in range(count):
+        members = [piece for piece, own in zip(pieces, labels, strict=True) if own == label]
+        mask = np.zeros((height, width), dtype=bool)
+        for piece in members:
+            x0, y0, x1, y1 = piece.tile_xyxy
+            mask[y0:y1, x0:x1] |= piece.mask
+        rle = mask_to_rle(mask)
+        score = max(piece.score for piece in members)
+        box_xyxy = list(rle_box_xyxy(rle))
+        detections.append({"score": score, "box_xyxy": box_xyxy, "mask_rle": rle})
+    return sorted(detections, key=lambda one: -one["score"])
+
+
+def _agreeing_pairs(pieces, least):
+    """List the pairs of pieces of two tiles that show the same pixels where both tiles look."""
+    by_tile = {}
+    for index, piece in enumerate(pieces):
+        by_tile.setdefault(piece.tile_xyxy, []).append(index)
+    pairs = []
+    for first, second in combinations(by_tile, 2):
+        low, high = np.maximum(first[:2], second[:2]), np.minimum(first[2:], second[2:])
+        if (high <= low).any():
+            continue
+        shared = [
+            [(index, _window(pieces[index], low, high)) for index in by_tile[tile]]
+            for tile in (first, second)
+        ]
+        pairs += [
+            (index, other)
+            for (index, part), (other, other_part) in product(*shared)
+            if _agree(part, other_part, least * min(pieces[index].area, pieces[other].area))
+        ]
+    return pairs
+
+
+def _window(piece, low, high):
+    """Cut the part of a piece out that lies between two corners of the image."""
+    x, y = piece.tile_xyxy[:2]
+    return piece.mask[low[1] - y : high[1] - y, low[0] - x : high[0] - x]
+
+
+def _agree(part, other, least):
+    """Tell whether two views of one place show the same object, by at least so many pixels."""
+    common = (part & other).sum()
+    return bool(common) and common >= max(AGREEMENT * min(part.sum(), other.sum()), least)

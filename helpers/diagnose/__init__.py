@@ -1,0 +1,9 @@
+"""Why a run detects nothing."""
+
+from helpers.diagnose.diagnosis import diagnose
+from helpers.diagnose.examination import Examination
+
+__all__ = [
+    "Examination",
+    "diagnose",
+]

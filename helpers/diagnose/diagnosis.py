@@ -1,0 +1,203 @@
+"""Why does this run detect nothing? Gates from cheap to costly, then causes by rank.
+
+Nothing here judges by raw numbers alone: a query logit of -10 is normal for most queries of a
+healthy detector. What the model says is compared with what the base says to the same question.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from helpers.causes import CAUSES, STAGES
+from helpers.diagnose.adapter_gates import CHECKPOINT_GATES, CODE_GATES
+from helpers.diagnose.answer_gates import BEHAVIOUR_GATES
+from helpers.diagnose.data_gates import DATA_GATES
+from helpers.diagnose.examination import FAILED, NOT_CHECKED, OK, Evidence, Examination, GateResult
+from helpers.diagnose.run_gates import CONFIG_GATES, RUN_GATES
+from helpers.diagnose.word_gates import PROMPT_GATES
+from helpers.errors import InputError
+
+GATES = (
+    *DATA_GATES,
+    *PROMPT_GATES,
+    *CONFIG_GATES,
+    *RUN_GATES,
+    *CODE_GATES,
+    *CHECKPOINT_GATES,
+    *BEHAVIOUR_GATES,
+)
+"""In the order in which they are asked: files and counts, the run's own records, self-tests of the
+code, and last what the model answers."""
+LEAST_CONFIDENCE = 0.5
+"""Evidence below this is shown with its gate but names no cause."""
+EXPLAINED = 0.5
+"""Factor on what is only a behaviour when an earlier cause was observed that may explain it."""
+
+
+@dataclass(frozen=True)
+class FoundCause:
+    """A cause named by the diagnosis.
+
+    Attributes
+    ----------
+    code, row, title, fix : str
+        See `helpers.causes`.
+    confidence : float
+        In [0.5, 1]; of the strongest evidence.
+    evidence : tuple of str
+        What was measured, the strongest first.
+    """
+
+    code: str
+    row: str
+    title: str
+    confidence: float
+    evidence: tuple[str, ...]
+    fix: str
+
+    def to_json(self):
+        """Return code, row, confidence, evidence and fix as a dict."""
+        keys = ("code", "row", "confidence", "evidence", "fix")
+        return {key: getattr(self, key) for key in keys} | {"evidence": list(self.evidence)}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The answer: causes, the most likely first, and every gate with what it measured."""
+
+    causes: tuple[FoundCause, ...]
+    gates: tuple[GateResult, ...]
+
+    @property
+    def healthy(self):
+        """bool: True if no cause was found."""
+        return not self.causes
+
+    def to_json(self):
+        """Return ``{"healthy", "causes", "gates"}`` of plain values."""
+        return {
+            "healthy": self.healthy,
+            "causes": [cause.to_json() for cause in self.causes],
+            "gates": [gate.to_json() for gate in self.gates],
+        }
+
+    def summary(self):
+        """Return the diagnosis as text: gates, causes with evidence and fix, what was left open."""
+        lines = []
+        for gate in self.gates:
+            lines.append(f"{gate.status:<12}{gate.name}: {gate.measured}")
+            if gate.status == FAILED:
+                lines.append(f"{'':<12}expected: {gate.expected}")
+        lines.append("")
+        for number, cause in enumerate(self.causes, start=1):
+            lines.append(f"{number}. {cause.title} [{cause.code}, row {cause.row}]")
+            lines.append(f"   confidence {cause.confidence:.2f}")
+            lines += [f"   evidence: {text}" for text in cause.evidence]
+            lines.append(f"   fix: {cause.fix}")
+        open_gates = [gate.name for gate in self.gates if gate.status == NOT_CHECKED]
+        if self.healthy:
+            lines.append("no cause found: the run looks healthy")
+        if open_gates:
+            lines.append(f"not checked: {'; '.join(open_gates)}")
+        return "\n".join(lines)
+
+
+def diagnose(folder, *, data_dir=None, image=None, prompt=None, on_gate=None):
+    """Examine a run and name the causes of what is wrong with it.
+
+    Parameters
+    ----------
+    folder : os.PathLike
+        Run folder; an interrupted run is examined as far as it goes.
+    data_dir : os.PathLike, optional
+        Dataset in place of the run's.
+    image, prompt : optional
+        A picture, and a word asked of it, of which one wants to know why nothing is found.
+    on_gate : callable, optional
+        Called with each `helpers.diagnose.examination.GateResult` as it comes, for progress.
+
+    Returns
+    -------
+    Diagnosis
+
+    Raises
+    ------
+    InputError
+        If the folder holds no run, or image or data cannot be opened at all.
+    """
+    examination = Examination(folder, data_dir, image, prompt)
+    results = []
+    for gate in GATES:
+        results.append(pass_gate(gate, examination))
+        if on_gate is not None:
+            on_gate(results[-1])
+    return Diagnosis(rank(results), tuple(results))
+
+
+def pass_gate(gate, examination):
+    """Ask one gate; whatever it raises is a result too.
+
+    Parameters
+    ----------
+    gate : helpers.diagnose.examination.Gate
+    examination : helpers.diagnose.examination.Examination
+
+    Returns
+    -------
+    helpers.diagnose.examination.GateResult
+    """
+    try:
+        measured, evidence = gate.examine(examination)
+    except InputError as error:
+        return GateResult(gate.name, NOT_CHECKED, str(error), gate.expected)
+    except Exception as error:  # a pipeline that raises here is part of what is examined
+        text = f"raised {type(error).__name__}: {error}"
+        return GateResult(gate.name, NOT_CHECKED, text, gate.expected)
+    failed = any(one.confidence >= LEAST_CONFIDENCE for one in evidence)
+    status = FAILED if failed else OK
+    return GateResult(gate.name, status, measured, gate.expected, tuple(evidence))
+
+
+def rank(results):
+    """Turn the evidence of all gates into causes, the most likely first.
+
+    A cause is as likely as its strongest evidence. What is only a behaviour of the model counts
+    half where an earlier stage has a cause that was observed directly. Between equals, the earlier
+    stage comes first.
+
+    Parameters
+    ----------
+    results : sequence of helpers.diagnose.examination.GateResult
+
+    Returns
+    -------
+    tuple of FoundCause
+    """
+    evidence = [one for result in results for one in result.evidence]
+    observed = [_stage(one) for one in evidence if one.is_direct and one.confidence >= 0.8]
+    first = min(observed, default=len(STAGES))
+    by_cause = {}
+    for one in evidence:
+        weight = EXPLAINED if not one.is_direct and _stage(one) >= first else 1.0
+        by_cause.setdefault(one.cause, []).append((one.confidence * weight, one.text))
+    found = [
+        _found_cause(code, sorted(weighted, key=lambda item: -item[0]))
+        for code, weighted in by_cause.items()
+    ]
+    found = [cause for cause in found if cause.confidence >= LEAST_CONFIDENCE]
+    codes = list(CAUSES)
+    return tuple(
+        sorted(found, key=lambda cause: (-round(cause.confidence, 1), codes.index(cause.code)))
+    )
+
+
+def _stage(evidence: Evidence):
+    """Return the number of the stage at which the cause of some evidence lives."""
+    return STAGES.index(CAUSES[evidence.cause].stage)
+
+
+def _found_cause(code, weighted):
+    """Put one cause together from its weighted evidence."""
+    cause = CAUSES[code]
+    texts = tuple(text for _, text in weighted)
+    return FoundCause(code, cause.row, cause.title, round(weighted[0][0], 3), texts, cause.fix)

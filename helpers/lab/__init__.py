@@ -1,0 +1,45 @@
+"""Planted faults, patients and the controlled experiment."""
+
+from helpers.lab.clinic import Clinic, signs_table
+from helpers.lab.confusion import confusion_figure, score
+from helpers.lab.designs import cells_of
+from helpers.lab.experiment import TABLES, run_cell
+from helpers.lab.spoil import FAULTS, read_split_wrong_keys, write_broken_copy, write_copy
+from helpers.lab.statistics import (
+    FACTORS,
+    effect_table,
+    effects_figure,
+    levels_figure,
+    load_base_row,
+    load_table,
+    main_effects,
+    paired_difference,
+    steps_table,
+    tables_folder,
+    word_effects,
+)
+
+__all__ = [
+    "Clinic",
+    "FACTORS",
+    "FAULTS",
+    "TABLES",
+    "cells_of",
+    "confusion_figure",
+    "effect_table",
+    "effects_figure",
+    "levels_figure",
+    "load_base_row",
+    "load_table",
+    "main_effects",
+    "paired_difference",
+    "read_split_wrong_keys",
+    "run_cell",
+    "score",
+    "signs_table",
+    "steps_table",
+    "tables_folder",
+    "word_effects",
+    "write_broken_copy",
+    "write_copy",
+]

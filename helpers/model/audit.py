@@ -1,0 +1,183 @@
+"""How low and how high the frozen scoring head lets a query logit go.
+
+The logit of a query is the scaled dot product of a projection of its decoder state and one of the
+prompt. The decoder state comes out of a layer norm, so it lies in an ellipsoid, and an affine
+function of it has a lowest and a highest value there. LoRA on vision, text or DETR moves the state
+within the ellipsoid; as long as the norm, the projections and the prompt are frozen, no training
+can leave it.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+
+import pandas as pd
+import torch
+
+from helpers.model.lora import COMPONENTS, component_of, lora_layers
+from helpers.model.prompted import SCORE_LOGIT_CLAMP
+
+
+def adapter_report(model):
+    """Count and measure the LoRA of every component.
+
+    Parameters
+    ----------
+    model : peft.PeftModel
+        On any device, ``meta`` included. Call it between the backward pass and the step, or give
+        gradients a chance to exist, for `grad_norm` to be known.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per component and a row ``total``; index ``component``. Columns: ``modules``
+        (adapted linear layers), ``parameters`` (of A and B), ``share`` (of all parameters of the
+        model, the adapter included, as PEFT counts), ``grad_norm`` (Euclidean, of A and B
+        together; NaN where no gradient exists), ``B_norm`` (Euclidean; NaN on ``meta``) and
+        ``B_nonzero`` (share of modules whose B is not all zero; NaN without modules). B starts at
+        zero, so a module with B zero after training does nothing.
+    """
+    layers = lora_layers(model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    groups = {component: [] for component in COMPONENTS}
+    for name, layer in layers:
+        groups[component_of(name)].append(layer)
+    rows = {component: _measure(group, total) for component, group in groups.items()}
+    rows["total"] = _measure([layer for _, layer in layers], total)
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("component")
+
+
+def _measure(layers, total):
+    """Return the row of some adapted layers."""
+    matrices_b = [matrix.weight for layer in layers for matrix in layer.lora_B.values()]
+    matrices_a = [matrix.weight for layer in layers for matrix in layer.lora_A.values()]
+    parameters = sum(matrix.numel() for matrix in matrices_a + matrices_b)
+    gradients = [m.grad for m in matrices_a + matrices_b if m.grad is not None]
+    on_meta = any(matrix.is_meta for matrix in matrices_b)
+    known = bool(matrices_b) and not on_meta
+    nonzero = [bool(matrix.detach().any()) for matrix in matrices_b] if known else []
+    return {
+        "modules": len(layers),
+        "parameters": parameters,
+        "share": parameters / total,
+        "grad_norm": _norm(gradients) if gradients else float("nan"),
+        "B_norm": _norm(matrices_b) if known else float("nan"),
+        "B_nonzero": sum(nonzero) / len(nonzero) if known else float("nan"),
+    }
+
+
+def _norm(tensors):
+    """Return the Euclidean norm of all entries of some tensors as a float."""
+    norms = [torch.linalg.vector_norm(tensor.detach().float()) for tensor in tensors]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+
+@torch.no_grad()
+def prompt_embeddings(model, processor, prompts):
+    """Return what the text encoder hands to the rest of SAM3, one vector per prompt.
+
+    Parameters
+    ----------
+    model : peft.PeftModel or helpers.model.sam3.PromptedSam3
+    processor : transformers.Sam3Processor
+    prompts : sequence of str
+        P prompts.
+
+    Returns
+    -------
+    torch.Tensor
+        (P, d), the mean over the tokens of a prompt, padding left out, on the CPU.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    tokens = processor(text=list(prompts), return_tensors="pt").to(base.device)
+    features = base.text_states(tokens["input_ids"], tokens["attention_mask"])
+    mask = tokens["attention_mask"][..., None].to(features)
+    return ((features * mask).sum(1) / mask.sum(1)).float().cpu()
+
+
+def prompt_embedding_change(model, processor, prompts):
+    """Compare the embeddings of prompts with the adapter switched on and off.
+
+    Parameters
+    ----------
+    model : peft.PeftModel
+        In eval mode.
+    processor : transformers.Sam3Processor
+    prompts : sequence of str
+
+    Returns
+    -------
+    pandas.DataFrame
+        Index ``prompt``. ``relative_change``: length of the difference over the length without
+        adapter, exactly 0 when the text encoder has no LoRA; ``cosine`` of the two in [-1, 1];
+        ``nearest`` and ``nearest_cosine``: the most similar other prompt with the adapter on.
+    """
+    tuned = prompt_embeddings(model, processor, prompts)
+    with model.disable_adapter():
+        plain = prompt_embeddings(model, processor, prompts)
+    cosines = torch.nn.functional.cosine_similarity(tuned[:, None], tuned[None], dim=-1)
+    cosines.fill_diagonal_(-torch.inf)
+    nearest_cosine, nearest = cosines.max(1)
+    has_other = len(prompts) > 1
+    return pd.DataFrame(
+        {
+            "relative_change": ((tuned - plain).norm(dim=1) / plain.norm(dim=1)).tolist(),
+            "cosine": torch.nn.functional.cosine_similarity(tuned, plain).tolist(),
+            "nearest": [prompts[i] if has_other else None for i in nearest.tolist()],
+            "nearest_cosine": nearest_cosine.tolist() if has_other else [float("nan")],
+        },
+        index=pd.Index(list(prompts), name="prompt"),
+    )
+
+
+@torch.no_grad()
+def query_logit_bounds(model, processor, prompts):
+    """Compute the range of logits that each prompt can get.
+
+    Parameters
+    ----------
+    model : helpers.model.sam3.PromptedSam3 or peft.PeftModel
+        With LoRA on the text encoder the bounds are those of its present state.
+    processor : transformers.Sam3Processor
+    prompts : sequence of str
+
+    Returns
+    -------
+    pandas.DataFrame
+        Index ``prompt``. ``lowest_dot_product`` and ``highest_dot_product``: the extremes over
+        all outputs of the decoder's layer norm; ``lowest_logit`` and ``highest_logit``: the same
+        after the model's clamp at -12 and 12, beyond which there is no gradient either.
+
+    Notes
+    -----
+    With the norm's output ``gamma * n + beta``, where ``n`` has mean 0 and a length below
+    ``sqrt(d)``, and the logit ``a . h + b``: the extremes are
+    ``a . beta + b -/+ sqrt(d) |v - mean(v)|`` with ``v = a * gamma``.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.eval()
+    norm = base.detr_decoder.output_layer_norm
+    head = copy(base.dot_product_scoring)
+    head.clamp_logits = False
+    tokens = processor(text=list(prompts), return_tensors="pt").to(base.device)
+    mask = tokens["attention_mask"].bool()
+    features = base.text_states(tokens["input_ids"], tokens["attention_mask"]).float()
+    width = norm.normalized_shape[0]
+    probes = torch.cat([torch.zeros(1, width), torch.eye(width)]).to(features)
+    probes = probes.expand(1, len(prompts), -1, -1)
+    offset, *rows = head(probes, features, mask)[0, ..., 0].T  # the head is affine in the state
+    slope = torch.stack(rows) - offset
+    tilted = slope * norm.weight[:, None]
+    reach = width**0.5 * (tilted - tilted.mean(0)).norm(dim=0)
+    middle = norm.bias @ slope + offset
+    lowest, highest = (middle - reach).float().cpu(), (middle + reach).float().cpu()
+    limit = SCORE_LOGIT_CLAMP
+    return pd.DataFrame(
+        {
+            "lowest_dot_product": lowest.tolist(),
+            "highest_dot_product": highest.tolist(),
+            "lowest_logit": lowest.clamp(-limit, limit).tolist(),
+            "highest_logit": highest.clamp(-limit, limit).tolist(),
+        },
+        index=pd.Index(list(prompts), name="prompt"),
+    )

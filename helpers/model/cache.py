@@ -1,0 +1,246 @@
+"""What frozen encoders say, computed once: image features on disk, text features in memory.
+
+An encoder without an adapter gives the same output for the same input in every epoch. Of the vision
+encoder the output of the backbone is kept, not the feature pyramid of the neck: at full size 10.6 MB
+per image in bfloat16 in place of 56 MB, and the neck is 4 % of the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from importlib.metadata import version
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from helpers.data.dataset import PromptCollator
+from helpers.data.images import load_pixels
+from helpers.errors import InputError
+from helpers.files import resolve, staged_folder, write_json
+
+TENSOR = "backbone_states"
+_DESCRIPTION = "cache.json"
+_PROMPTS_AT_ONCE = 32
+
+
+class BackboneCache:
+    """Outputs of a frozen vision backbone, one memory-mapped file per image.
+
+    The folder of the files is named by all that decides their content besides the image: the
+    weights of the backbone and their type, the preprocessing and the version of transformers. The
+    files are named by the content of the image. So nothing stale is ever read, runs share the
+    files, and each is there completely or not at all, whoever is killed or writes beside.
+
+    Parameters
+    ----------
+    folder : os.PathLike
+        Of all caches, see `helpers.files.resolve`.
+    model : helpers.model.prompted.PromptedSam3
+        Its backbone runs where and in the type in which it is. It must have no adapter.
+    processor : transformers.Sam3Processor
+        Set to the model's resolution.
+    """
+
+    def __init__(self, folder, model, processor):
+        self.model, self.processor = model, processor
+        backbone = model.vision_encoder.backbone
+        self.dtype = backbone.dtype
+        patch = backbone.config.patch_size
+        self.shape = ((model.resolution // patch) ** 2, backbone.config.hidden_size)
+        self.folder = resolve(folder) / _key(backbone, processor, model.resolution)
+        self._files = {}
+
+    @property
+    def bytes_per_image(self):
+        """int: size of one file without its header of less than 200 bytes."""
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+    def missing(self, records):
+        """List the images that are not in the cache.
+
+        Parameters
+        ----------
+        records : sequence of helpers.data.records.ImageRecord
+
+        Returns
+        -------
+        list of helpers.data.records.ImageRecord
+            One per content; equal images are listed once.
+
+        Raises
+        ------
+        InputError
+            If an image cannot be read.
+        """
+        found = {}
+        for record in records:
+            file = self._file_of(record)
+            if not file.is_file():
+                found.setdefault(file, record)
+        return list(found.values())
+
+    @torch.no_grad()
+    def fill(self, records, *, batch_size=1, num_workers=0, progress=False):
+        """Run the backbone on the images that are missing, and write what it says.
+
+        Of several processes each takes its share; all return when all are done.
+
+        Parameters
+        ----------
+        records : sequence of helpers.data.records.ImageRecord
+        batch_size : int
+            Images at once.
+        num_workers : int
+            Processes that load images.
+        progress : bool
+            True for a bar on stderr.
+
+        Raises
+        ------
+        InputError
+            If an image cannot be used, or the disk has no room: then before anything is computed.
+        """
+        missing = self.missing(records)
+        self._check_room(len(missing))
+        processes = PartialState()
+        processes.wait_for_everyone()  # all have seen the same list
+        own = missing[processes.process_index :: processes.num_processes]
+        loader = DataLoader(
+            [(record, self.processor, self.model.resolution) for record in own],
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=_load,
+            generator=torch.Generator(),  # the global one gives LoRA its A, filled or not
+        )
+        with staged_folder(self.folder) as staging:
+            write_json(staging / _DESCRIPTION, self._description())
+        with tqdm(total=len(own), desc="features", unit="image", disable=not progress) as bar:
+            for batch, pixel_values in loader:
+                states = self.model.backbone_states(pixel_values.to(self.model.device))
+                with staged_folder(self.folder) as staging:
+                    for record, one in zip(batch, states.to(self.dtype).cpu(), strict=True):
+                        save_file({TENSOR: one.clone()}, staging / self._file_of(record).name)
+                bar.update(len(batch))
+        processes.wait_for_everyone()
+
+    def states(self, record):
+        """Read the backbone's output for an image.
+
+        Parameters
+        ----------
+        record : helpers.data.records.ImageRecord
+            One that `fill` has seen.
+
+        Returns
+        -------
+        torch.Tensor
+            (N, C), memory-mapped.
+
+        Raises
+        ------
+        InputError
+            If the file is missing, damaged or of another shape.
+        """
+        file = self._file_of(record)
+        try:
+            states = load_file(file)[TENSOR]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise self._damaged(file, error) from error
+        if tuple(states.shape) != self.shape:
+            raise self._damaged(file, f"its shape is {tuple(states.shape)}, not {self.shape}")
+        return states
+
+    def _file_of(self, record):
+        """Return the file of an image; its content is read once per cache."""
+        if record.path not in self._files:
+            try:
+                with record.path.open("rb") as file:
+                    name = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+            except OSError as error:
+                raise InputError(f"cannot be read ({error})", where=record.path) from error
+            self._files[record.path] = self.folder / f"{name}.safetensors"
+        return self._files[record.path]
+
+    def _check_room(self, num_images):
+        """Refuse to start what the disk cannot hold."""
+        needed = num_images * self.bytes_per_image
+        parent = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        free = shutil.disk_usage(parent).free
+        if needed > free:
+            raise InputError(
+                f"the features of {num_images} images need {needed / 1e9:.1f} GB, the disk has "
+                f"{free / 1e9:.1f} GB left",
+                where=self.folder,
+                fix="name a folder on a larger disk in training.feature_cache, or set it to null",
+            )
+
+    def _description(self):
+        """Return what tells a person which runs a folder serves."""
+        return {
+            "base": self.model.name_or_path,
+            "resolution": self.model.resolution,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "bytes_per_image": self.bytes_per_image,
+        }
+
+    @staticmethod
+    def _damaged(file, reason):
+        """Build the error for a file that cannot be used."""
+        return InputError(f"cannot be read ({reason})", where=file, fix="delete it and train again")
+
+
+@torch.no_grad()
+def text_states(model, processor, prompts):
+    """Run a frozen text encoder on prompts.
+
+    Parameters
+    ----------
+    model : helpers.model.prompted.PromptedSam3
+        Without an adapter on the text encoder.
+    processor : transformers.Sam3Processor
+    prompts : sequence of str
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        (T, D) per prompt, on the CPU; about 33 kB each at full size.
+
+    Raises
+    ------
+    InputError
+        If a prompt is longer than 32 tokens.
+    """
+    prompts, found = list(dict.fromkeys(prompts)), {}
+    tokenize = PromptCollator(processor).tokenize
+    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
+        chunk = prompts[start : start + _PROMPTS_AT_ONCE]
+        tokens = {name: one.to(model.device) for name, one in tokenize(chunk).items()}
+        found |= dict(zip(chunk, model.text_states(**tokens).cpu(), strict=True))
+    return found
+
+
+def _key(backbone, processor, resolution):
+    """Return 16 hex digits of all that decides a backbone's output besides the image."""
+    settings = {
+        "resolution": resolution,
+        "image_processor": processor.image_processor.to_dict(),
+        "config": backbone.config.to_dict(),
+        "transformers": version("transformers"),
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode("utf-8"))
+    for name, tensor in sorted(backbone.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _load(items):
+    """Collate records with their pixels."""
+    records = [record for record, *_ in items]
+    return records, torch.stack([load_pixels(*item) for item in items])

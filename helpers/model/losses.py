@@ -1,0 +1,420 @@
+"""SAM3's training loss in PyTorch, equal to the numbers of Meta's own code.
+
+A row is one image with one prompt. Queries that a Hungarian matching gives to an object learn
+box, mask and score; all other queries of a row *with* objects learn a low score; a row *without*
+objects teaches only the presence token (variant ``native``). The variant ``early`` is the loss of
+the script that this workbook is about: there rows without objects push every score down.
+
+Left out on purpose: the one-to-many branch (see `helpers.matching`), and the factor sqrt(B) that
+Meta's published training configs put on the total.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torchvision.ops import box_convert, box_iou, generalized_box_iou, sigmoid_focal_loss
+
+from helpers.errors import InputError
+from helpers.model.matching import hungarian_match
+
+POSITIVE_WEIGHT = 10.0
+POSITIVE_ALPHA_EARLY = 0.5
+NEGATIVE_GAMMA = 2.0
+MIN_QUERIES_IN_MEAN = 200
+SOFT_TARGET_ALPHA = 0.25
+SOFT_TARGET_MIN = 0.01
+PRESENCE_ALPHA = 0.5
+MASK_FOCAL = {"alpha": 0.25, "gamma": 2.0}
+SEMANTIC_FOCAL = {"alpha": 0.6, "gamma": 2.0}
+EPSILON = 1e-6
+
+
+class Divisors(NamedTuple):
+    """What the sums of the loss terms are divided by.
+
+    Attributes
+    ----------
+    boxes : float
+        Of the box and mask terms.
+    rows : float
+        Of the score terms, beside the number of queries.
+    masked_rows : float
+        Of the semantic terms.
+    """
+
+    boxes: float
+    rows: float
+    masked_rows: float
+
+
+def target_counts(targets):
+    """Count what the loss terms are means over.
+
+    Parameters
+    ----------
+    targets : list of dict
+        See `helpers.model.losses.sam3_losses`.
+
+    Returns
+    -------
+    list of float
+        Objects, rows, and rows with at least one cell of a mask.
+    """
+    num_boxes = sum(len(target["boxes_cxcywh"]) for target in targets)
+    num_masked = sum(bool(target["masks"].any()) for target in targets)
+    return [float(num_boxes), float(len(targets)), float(num_masked)]
+
+
+def loss_divisors(counts, num_parts=1):
+    """Turn counts into divisors.
+
+    Parameters
+    ----------
+    counts : sequence of float
+        From `target_counts`, summed over all parts of an optimiser step.
+    num_parts : int
+        Batches whose losses are averaged: those that are accumulated, on all devices.
+
+    Returns
+    -------
+    Divisors
+        The mean of the parts' losses is then the loss of one batch with all rows, however objects
+        and rows are spread. No objects count as one object.
+    """
+    boxes, rows, masked_rows = counts
+    divisors = max(boxes, 1.0), rows, masked_rows + EPSILON
+    return Divisors(*(divisor / num_parts for divisor in divisors))
+
+
+def box_terms(pred_boxes_cxcywh, targets, matches, num_boxes):
+    """Compute L1 and GIoU of the matched boxes, and the IoU of each pair.
+
+    Parameters
+    ----------
+    pred_boxes_cxcywh : torch.Tensor
+        (B, Q, 4) in [0, 1].
+    targets : list of dict
+        See `helpers.model.losses.sam3_losses`.
+    matches : list of tuple of torch.Tensor
+        See `helpers.model.matching.hungarian_match`.
+    num_boxes : float
+        Denominator.
+
+    Returns
+    -------
+    terms : dict of str to torch.Tensor
+        ``loss_bbox``, the sum over pairs and coordinates of absolute difference, and ``loss_giou``,
+        the sum of 1 - GIoU, both divided by `num_boxes`.
+    ious : torch.Tensor
+        (pairs,) in [0, 1], without gradient, in the order of the rows.
+    """
+    device = pred_boxes_cxcywh.device
+    predicted = torch.cat([pred_boxes_cxcywh[b, q] for b, (q, _) in enumerate(matches)]).float()
+    target = torch.cat(
+        [t["boxes_cxcywh"].to(device)[i] for t, (_, i) in zip(targets, matches, strict=True)]
+    ).float()
+    predicted_xyxy = box_convert(predicted, "cxcywh", "xyxy")
+    target_xyxy = box_convert(target, "cxcywh", "xyxy")
+    giou = generalized_box_iou(predicted_xyxy, target_xyxy).diagonal()
+    terms = {
+        "loss_bbox": F.l1_loss(predicted, target, reduction="sum") / num_boxes,
+        "loss_giou": (1 - giou).sum() / num_boxes,
+    }
+    return terms, box_iou(predicted_xyxy.detach(), target_xyxy).diagonal()
+
+
+def score_terms(pred_logits, presence_logits, targets, matches, ious, variant, num_rows):
+    """Compute the loss of the query scores and of the presence token.
+
+    Parameters
+    ----------
+    pred_logits : torch.Tensor
+        (B, Q).
+    presence_logits : torch.Tensor
+        (B, 1).
+    targets, matches : list
+        See `helpers.model.losses.sam3_losses`.
+    ious : torch.Tensor
+        (pairs,) IoU of the matched boxes, from `box_terms`.
+    variant : {"native", "early"}
+        ``native``: matched ``10 BCE(z, t)``, others ``p^2 BCE(z, 0)`` with p^2 differentiated;
+        rows without objects count as zeros in the mean over B * max(Q, 200). ``early``: matched
+        ``0.5 BCE(z, t)``, others ``BCE(z, 0)``, divided by B * Q + 1e-6, all rows alike, and no
+        presence loss. In both ``t = max(0.01, p^0.25 IoU^0.75)`` without gradient.
+    num_rows : float
+        Taken for B in the divisors.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        ``loss_ce`` and ``presence_loss``; the latter is ``0.5 BCE`` averaged over all rows
+        (in ``early`` a constant 0). A row is present if an object has width and height.
+    """
+    logits = pred_logits.float()
+    prob = logits.sigmoid()
+    rows = torch.cat([torch.full_like(q, b) for b, (q, _) in enumerate(matches)])
+    queries = torch.cat([q for q, _ in matches])
+    soft = prob.detach()[rows, queries] ** SOFT_TARGET_ALPHA * ious ** (1 - SOFT_TARGET_ALPHA)
+    soft_target = torch.zeros_like(logits)
+    soft_target[rows, queries] = soft.clamp(min=SOFT_TARGET_MIN)
+    matched = torch.zeros_like(logits, dtype=torch.bool)
+    matched[rows, queries] = True
+
+    bce = F.binary_cross_entropy_with_logits(logits, soft_target, reduction="none")
+    if variant == "early":
+        loss = torch.where(matched, POSITIVE_ALPHA_EARLY * bce, bce)
+        loss_ce = loss.sum() / (num_rows * loss.shape[1] + EPSILON)
+        return {"loss_ce": loss_ce, "presence_loss": torch.zeros_like(loss_ce.detach())}
+
+    present = _present(targets).to(logits)
+    loss = torch.where(matched, POSITIVE_WEIGHT * bce, prob**NEGATIVE_GAMMA * bce)
+    loss = loss * present[:, None]
+    presence = F.binary_cross_entropy_with_logits(
+        presence_logits.float()[:, 0], present, reduction="sum"
+    )
+    return {
+        "loss_ce": loss.sum() / (num_rows * max(logits.shape[1], MIN_QUERIES_IN_MEAN)),
+        "presence_loss": PRESENCE_ALPHA * presence / num_rows,
+    }
+
+
+def mask_terms(pred_masks, targets, matches, num_boxes):
+    """Compute focal and dice loss of the matched masks, at the size of the targets.
+
+    Parameters
+    ----------
+    pred_masks : torch.Tensor
+        (B, Q, h, w) logits; only matched ones are brought to the targets' size.
+    targets, matches : list
+        See `helpers.model.losses.sam3_losses`.
+    num_boxes : float
+        Denominator.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        ``loss_mask``: focal loss (alpha 0.25, gamma 2) averaged over pixels; ``loss_dice``:
+        1 - (2 sum(p y) + 1) / (sum p + sum y + 1); both summed over the pairs whose mask is
+        valid and divided by `num_boxes`.
+    """
+    nothing = pred_masks[:0].float().sum()
+    loss_mask, loss_dice = [nothing], [nothing]
+    for row, (target, (query_idx, target_idx)) in enumerate(zip(targets, matches, strict=True)):
+        if "mask_valid" in target:
+            valid = target["mask_valid"].to(target_idx.device)[target_idx] > 0
+            query_idx, target_idx = query_idx[valid], target_idx[valid]
+        if len(query_idx) == 0:
+            continue
+        masks = target["masks"].to(pred_masks.device)[target_idx].float()
+        logits = _resize(pred_masks[row, query_idx][:, None], masks.shape[-2:])[:, 0]
+        loss_mask.append(sigmoid_focal_loss(logits, masks, **MASK_FOCAL).mean((1, 2)).sum())
+        loss_dice.append(_dice(logits, masks).sum())
+    return {
+        "loss_mask": torch.stack(loss_mask).sum() / num_boxes,
+        "loss_dice": torch.stack(loss_dice).sum() / num_boxes,
+    }
+
+
+def semantic_terms(semantic_logits, targets, num_rows=None):
+    """Compute focal and dice loss of the semantic map against the union of a row's masks.
+
+    Parameters
+    ----------
+    semantic_logits : torch.Tensor
+        (B, 1, h, w), brought to the size of each row's masks.
+    targets : list of dict
+        See `helpers.model.losses.sam3_losses`.
+    num_rows : float, optional
+        Divisor; by default the number of rows whose union is not empty, plus 1e-6.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        ``loss_semantic_seg`` (alpha 0.6, gamma 2) and ``loss_semantic_dice``, summed over the
+        rows whose union is not empty and divided by `num_rows`; 0 without such a row.
+    """
+    nothing = semantic_logits[:0].float().sum()
+    focal, dice = [nothing], [nothing]
+    for row, target in enumerate(targets):
+        masks = target["masks"].to(semantic_logits.device)
+        if not masks.any():
+            continue
+        union = (masks > 0).any(0, keepdim=True).float()
+        logits = _resize(semantic_logits[row : row + 1], union.shape[-2:])[0]
+        focal.append(sigmoid_focal_loss(logits, union, **SEMANTIC_FOCAL).mean())
+        dice.append(_dice(logits, union).sum())
+    num_rows = len(focal) - 1 + EPSILON if num_rows is None else num_rows
+    return {
+        "loss_semantic_seg": torch.stack(focal).sum() / num_rows,
+        "loss_semantic_dice": torch.stack(dice).sum() / num_rows,
+    }
+
+
+def _present(targets):
+    """Tell for each row whether an object with positive width and height is there, (B,) bool."""
+    return torch.stack([(t["boxes_cxcywh"][:, 2:] > 0).all(1).any() for t in targets])
+
+
+def _resize(logits, size):
+    """Bring (n, 1, h, w) logits to `size` bilinearly, in float32."""
+    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+
+
+def _dice(logits, masks):
+    """Compute the dice loss, smoothed by 1, of (n, H, W) logits, one value per mask."""
+    prob, masks = logits.sigmoid().flatten(1), masks.flatten(1)
+    intersection = (prob * masks).sum(1)
+    return 1 - (2 * intersection + 1) / (prob.sum(1) + masks.sum(1) + 1)
+
+
+NATIVE_WEIGHTS = {
+    "loss_ce": 20.0,
+    "presence_loss": 20.0,
+    "loss_bbox": 5.0,
+    "loss_giou": 2.0,
+    "loss_mask": 200.0,
+    "loss_dice": 10.0,
+    "loss_semantic_seg": 20.0,
+    "loss_semantic_dice": 30.0,
+}
+EARLY_WEIGHTS = {
+    "loss_ce": 2.0,
+    "loss_bbox": 5.0,
+    "loss_giou": 2.0,
+    "loss_mask": 5.0,
+    "loss_dice": 5.0,
+}
+WEIGHTS = {"native": NATIVE_WEIGHTS, "early": EARLY_WEIGHTS}
+
+_LAYER_KEYS = {"pred_logits": 2, "pred_boxes_cxcywh": 3, "presence_logits": 2}
+_OUTPUT_KEYS = {**_LAYER_KEYS, "pred_masks": 4, "semantic_logits": 4}
+_PER_OBJECT = ("boxes_cxcywh", "masks", "mask_valid")
+
+
+def sam3_losses(outputs, targets, variant="native", *, divisors=None):
+    """Compute every term of SAM3's loss and their weighted total.
+
+    Parameters
+    ----------
+    outputs : dict
+        ``pred_logits`` (B, Q) logits; ``pred_boxes_cxcywh`` (B, Q, 4) in [0, 1];
+        ``presence_logits`` (B, 1); ``pred_masks`` (B, Q, h, w) logits; ``semantic_logits``
+        (B, 1, h, w); optionally ``aux``, a list of dicts with the first three, one for each
+        earlier decoder layer.
+    targets : list of dict
+        B dicts: ``boxes_cxcywh`` (n, 4) in [0, 1], ``masks`` (n, H, W) of 0 and 1, optionally
+        ``mask_valid`` (n,), 0 where an object has no mask (its mask must then be all zero).
+        n may be 0; H, W may differ from h, w and between rows.
+    variant : {"native", "early"}
+        Meta's published setting, or that of the failing script.
+    divisors : helpers.model.losses.Divisors, optional
+        By default those of this batch. A trainer passes those of a whole optimiser step.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        Scalars, float32: the unweighted terms ``loss_ce``, ``presence_loss``, ``loss_bbox``,
+        ``loss_giou``, ``loss_mask``, ``loss_dice``, ``loss_semantic_seg``,
+        ``loss_semantic_dice`` of the final layer; for ``native`` also ``aux0.loss_ce`` and so on
+        (ce, presence, bbox, giou of each earlier layer); and ``total``, `weighted_sum` of them
+        all with ``WEIGHTS[variant]``. ``total`` can always be differentiated, also when no row
+        has an object.
+
+    Raises
+    ------
+    InputError
+        For an unknown variant, missing keys, shapes that disagree, boxes that are not fractions
+        of the image, and for matching costs that are not finite.
+
+    Notes
+    -----
+    Forms and constants are those of facebookresearch/sam3 at 99d02f2,
+    ``sam3/train/loss/loss_fns.py``. Everything is computed in float32.
+    """
+    _check(outputs, targets, variant)
+    if divisors is None:
+        divisors = loss_divisors(target_counts(targets))
+    matches = hungarian_match(outputs, targets)
+    terms = _layer_terms(outputs, targets, matches, variant, divisors)
+    terms |= mask_terms(outputs["pred_masks"], targets, matches, divisors.boxes)
+    terms |= semantic_terms(outputs["semantic_logits"], targets, divisors.masked_rows)
+    if variant == "native":
+        for index, layer in enumerate(outputs.get("aux") or ()):
+            layer_matches = hungarian_match(layer, targets)
+            layer_terms = _layer_terms(layer, targets, layer_matches, variant, divisors)
+            terms |= {f"aux{index}.{name}": value for name, value in layer_terms.items()}
+    terms["total"] = weighted_sum(terms, WEIGHTS[variant])
+    return terms
+
+
+def weighted_sum(terms, weights):
+    """Add up loss terms, each times the weight of its name.
+
+    Parameters
+    ----------
+    terms : dict of str to torch.Tensor
+        Terms as `sam3_losses` returns them. ``aux0.loss_ce`` takes the weight of ``loss_ce``.
+    weights : dict of str to float
+        Weight by name; a term without a weight is left out.
+
+    Returns
+    -------
+    torch.Tensor
+        Scalar.
+    """
+    weighted = [
+        weights[name.rpartition(".")[2]] * value
+        for name, value in terms.items()
+        if name.rpartition(".")[2] in weights
+    ]
+    return torch.stack(weighted).sum()
+
+
+def _layer_terms(layer, targets, matches, variant, divisors):
+    """Compute the four terms that every decoder layer has."""
+    terms, ious = box_terms(layer["pred_boxes_cxcywh"], targets, matches, divisors.boxes)
+    logits, presence = layer["pred_logits"], layer["presence_logits"]
+    return terms | score_terms(logits, presence, targets, matches, ious, variant, divisors.rows)
+
+
+def _check(outputs, targets, variant):
+    """Refuse what would broadcast or train silently into something else."""
+    if variant not in WEIGHTS:
+        raise InputError(f"unknown loss variant {variant!r}", fix=f"use one of {list(WEIGHTS)}")
+    if not targets:
+        raise InputError("no rows: a loss needs at least one image with a prompt", where="targets")
+    _check_shapes(outputs, _OUTPUT_KEYS, len(targets), "outputs")
+    for index, layer in enumerate(outputs.get("aux") or ()):
+        _check_shapes(layer, _LAYER_KEYS, len(targets), f"outputs['aux'][{index}]")
+    for row, target in enumerate(targets):
+        where = f"targets[{row}]"
+        if missing := {"boxes_cxcywh", "masks"} - set(target):
+            raise InputError(f"missing {sorted(missing)}", where=where)
+        boxes = target["boxes_cxcywh"]
+        counts = {name: len(target[name]) for name in target if name in _PER_OBJECT}
+        if len(set(counts.values())) > 1:
+            raise InputError(f"numbers of objects differ: {counts}", where=where)
+        if boxes.shape[1:] != (4,):
+            raise InputError(f"boxes_cxcywh has shape {tuple(boxes.shape)}", where=where)
+        if len(boxes) and (boxes.min() < -0.01 or boxes.max() > 1.01):
+            raise InputError(
+                f"boxes_cxcywh reaches from {boxes.min():g} to {boxes.max():g}",
+                where=where,
+                fix="give centre, width and height as fractions of the image, in [0, 1]",
+            )
+
+
+def _check_shapes(outputs, num_dims, num_rows, where):
+    """Refuse missing outputs, and any whose rank or number of rows is not as documented."""
+    if missing := set(num_dims) - set(outputs):
+        raise InputError(f"missing {sorted(missing)}", where=where)
+    for name, rank in num_dims.items():
+        shape = tuple(outputs[name].shape)
+        if len(shape) != rank or shape[0] != num_rows:
+            raise InputError(
+                f"{name} has shape {shape}, expected {rank} dimensions and {num_rows} rows",
+                where=where,
+            )

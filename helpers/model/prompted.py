@@ -1,0 +1,457 @@
+"""Run a model on a collated batch, a bounded number of prompts at a time."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from functools import partial
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import Sam3Model
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.sam3.modeling_sam3 import (
+    Sam3ImageSegmentationOutput,
+    Sam3SinePositionEmbedding,
+    Sam3VisionEncoderOutput,
+    inverse_sigmoid,
+)
+
+
+class Float32Positions(Sam3SinePositionEmbedding):
+    """The position codes of the feature maps, always computed in float32.
+
+    The port computes them in the type of the map. In bfloat16 a code of the map of 72 x 72 cells is
+    then off by up to 0.034, where rounding the exact one would cost 0.002
+    (`tests/test_precision.py`). All images share one code, so one is kept.
+    """
+
+    def forward(self, shape, device, dtype, mask=None):
+        """Return the codes of a map of `shape` (I, C, h, w), float32 whatever `dtype` says."""
+        codes = super().forward((1, *shape[1:]), device, torch.float32, mask)
+        return codes.expand(shape[0], -1, -1, -1)
+
+
+def embeds_of_states(vision_encoder, backbone_states):
+    """Run the neck on what the backbone said.
+
+    Parameters
+    ----------
+    vision_encoder : transformers.Sam3VisionModel
+    backbone_states : torch.Tensor
+        (I, N, C) for the N patches of square images, row by row.
+
+    Returns
+    -------
+    Sam3VisionEncoderOutput
+        As ``vision_encoder`` returns it for the images.
+    """
+    num_images, num_patches, _ = backbone_states.shape
+    side = round(num_patches**0.5)
+    spatial = backbone_states.view(num_images, side, side, -1).permute(0, 3, 1, 2)
+    maps, positions = vision_encoder.neck(spatial)
+    return Sam3VisionEncoderOutput(
+        last_hidden_state=backbone_states,
+        fpn_hidden_states=maps,
+        fpn_position_encoding=positions,
+    )
+
+
+def repeat_vision_embeds(vision_embeds, image_index, num_prompts):
+    """Give every prompt the features of its image.
+
+    Parameters
+    ----------
+    vision_embeds : Sam3VisionEncoderOutput
+        Features of I images.
+    image_index : torch.Tensor or None
+        (B,) int64 in [0, I). None pairs image i with prompt i, or one image with all prompts.
+    num_prompts : int
+        B.
+
+    Returns
+    -------
+    Sam3VisionEncoderOutput
+        With feature maps of B rows.
+
+    Raises
+    ------
+    ValueError
+        When the index does not fit the images and prompts.
+    """
+    features = vision_embeds.fpn_hidden_states
+    num_images = len(features[0])
+    if image_index is None:
+        if num_images == num_prompts:
+            return vision_embeds
+        if num_images != 1:
+            raise ValueError(f"{num_images} images and {num_prompts} prompts need an image_index")
+        image_index = torch.zeros(num_prompts, dtype=torch.long)
+    if len(image_index) != num_prompts or int(image_index.max()) >= num_images:
+        raise ValueError(
+            f"image_index {image_index.tolist()} does not pair {num_prompts} prompts with "
+            f"{num_images} images"
+        )
+    index = image_index.to(features[0].device)
+    positions = vision_embeds.fpn_position_encoding
+    return replace(
+        vision_embeds,
+        fpn_hidden_states=tuple(level[index] for level in features),
+        # Position encodings depend on the size of the map only, so all rows are equal.
+        fpn_position_encoding=tuple(
+            level[:1].expand(num_prompts, -1, -1, -1) for level in positions
+        ),
+    )
+
+
+SCORE_LOGIT_CLAMP = 12.0
+"""Query logits are clamped to plus or minus this value; beyond it their gradient is zero."""
+PRESENCE_LOGIT_CLAMP = 10.0
+"""Presence logits are clamped to plus or minus this value; beyond it their gradient is zero."""
+
+
+@dataclass
+class PromptedSam3Output(Sam3ImageSegmentationOutput):
+    """`Sam3ImageSegmentationOutput` with the names that `helpers.model.losses.sam3_losses` reads.
+
+    Attributes
+    ----------
+    pred_boxes_cxcywh : torch.Tensor
+        (B, Q, 4) boxes of the last decoder layer, centre and size as fractions of the image.
+    semantic_logits : torch.Tensor
+        (B, 1, h, w), the same tensor as ``semantic_seg``.
+    aux : list of dict
+        ``pred_logits`` (B, Q), ``pred_boxes_cxcywh`` (B, Q, 4) and ``presence_logits`` (B, 1) of
+        every decoder layer but the last, first layer first.
+    """
+
+    pred_boxes_cxcywh: torch.Tensor | None = None
+    semantic_logits: torch.Tensor | None = None
+    aux: list | None = None
+
+
+class PromptedSam3(Sam3Model):
+    """A `Sam3Model` that takes I images with B prompts and returns every decoder layer.
+
+    Parameters, modules and checkpoint keys are those of `Sam3Model`, so the weights of one load
+    into the other.
+
+    Loaded in bfloat16, the two encoders are kept in it, 96 % of the parameters of the full model,
+    and their matrix products and those of the rest run in it through autocast, which the model
+    switches on by itself. The rest stays in float32: a box in bfloat16 is rounded to 1/256 of the
+    image, 4 of 1008 pixels.
+    """
+
+    _keep_in_fp32_modules_strict = (
+        "^text_projection",
+        "geometry_encoder",
+        "detr_encoder",
+        "detr_decoder",
+        "mask_decoder",
+        "dot_product_scoring",
+    )
+
+    # The ViT and text layers can be checkpointed, the class just does not say so.
+    supports_gradient_checkpointing = True
+    # Our losses are means over the batch: the trainer has to divide them by the accumulation steps.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        neck = self.vision_encoder.neck
+        neck.position_encoding = Float32Positions(
+            neck.position_encoding.num_position_features, normalize=True
+        )
+
+    @property
+    def mask_size(self):
+        """Side of the predicted masks in cells: the grid of ViT patches times the finest scale."""
+        vision = self.config.vision_config
+        return int(self.resolution // vision.backbone_config.patch_size * max(vision.scale_factors))
+
+    @property
+    def resolution(self):
+        """Side of the square input image in pixels."""
+        return int(self.config.vision_config.image_size)
+
+    def precision(self):
+        """Return the context in which the model computes: bfloat16 where the encoders are kept in it.
+
+        Returns
+        -------
+        contextlib.AbstractContextManager
+            Leaves an autocast that is on already as it is.
+        """
+        if self.vision_encoder.dtype != torch.bfloat16:
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def backbone_states(self, pixel_values):
+        """Run the vision backbone, the expensive part of a pass.
+
+        Parameters
+        ----------
+        pixel_values : torch.Tensor
+            (I, 3, S, S) images as the processor makes them.
+
+        Returns
+        -------
+        torch.Tensor
+            (I, N, C) for N patches, row by row. `forward` takes them in place of the images.
+        """
+        with self.precision():
+            return self.vision_encoder.backbone(pixel_values).last_hidden_state
+
+    def text_states(self, input_ids, attention_mask):
+        """Run the text encoder and its projection.
+
+        Parameters
+        ----------
+        input_ids, attention_mask : torch.Tensor
+            (B, T) tokens of the prompts.
+
+        Returns
+        -------
+        torch.Tensor
+            (B, T, D). `forward` takes them in place of ``input_ids``.
+        """
+        with self.precision():
+            tokens = {"input_ids": input_ids, "attention_mask": attention_mask}
+            return self.get_text_features(**tokens).pooler_output
+
+    def forward(
+        self,
+        pixel_values=None,
+        vision_embeds=None,
+        input_ids=None,
+        attention_mask=None,
+        image_index=None,
+        backbone_states=None,
+        text_states=None,
+        **kwargs,
+    ):
+        """Segment B prompts on I images.
+
+        Parameters
+        ----------
+        pixel_values : torch.Tensor, optional
+            (I, 3, S, S) images as the processor makes them; or one of the next two.
+        vision_embeds : Sam3VisionEncoderOutput, optional
+            From the method of this name for the I images.
+        input_ids, attention_mask : torch.Tensor
+            (B, T) tokens of the prompts. The mask is required: without it the padding would be
+            read as part of the prompt and change every score.
+        image_index : torch.Tensor, optional
+            (B,) int64, the image of each prompt. Without it I must equal B, or be 1.
+        backbone_states : torch.Tensor, optional
+            (I, N, C) from the method of this name; the neck is run on them.
+        text_states : torch.Tensor, optional
+            (B, T, D) from the method of this name, in place of `input_ids`.
+        **kwargs
+            Passed on to `Sam3Model.forward` (for example ``input_boxes``).
+
+        Returns
+        -------
+        PromptedSam3Output
+            Rows are prompts. ``pred_masks`` (B, Q, h, w), ``pred_boxes`` (B, Q, 4) xyxy in [0, 1],
+            ``pred_logits`` (B, Q), ``presence_logits`` (B, 1), ``semantic_logits`` (B, 1, h, w),
+            and the fields of `PromptedSam3Output`.
+
+        Raises
+        ------
+        ValueError
+            Without `attention_mask`, or with images and prompts that cannot be paired.
+        """
+        if attention_mask is None:
+            raise ValueError(
+                "pass attention_mask with the prompts: padding would change the scores"
+            )
+        with self.precision(), self._capture_decoder() as captured:
+            if vision_embeds is None:
+                vision_embeds = self.vision_embeds(pixel_values, backbone_states)
+            if text_states is not None:
+                kwargs["text_embeds"] = BaseModelOutputWithPooling(pooler_output=text_states)
+            outputs = super().forward(
+                vision_embeds=repeat_vision_embeds(vision_embeds, image_index, len(attention_mask)),
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                **{**kwargs, "return_dict": True},
+            )
+            layers = _decoder_layers(captured)
+        return PromptedSam3Output(
+            **{field.name: getattr(outputs, field.name) for field in fields(outputs)},
+            pred_boxes_cxcywh=layers[-1]["pred_boxes_cxcywh"],
+            semantic_logits=outputs.semantic_seg,
+            aux=layers[:-1],
+        )
+
+    def vision_embeds(self, pixel_values=None, backbone_states=None):
+        """Return the feature pyramids of I images or of their backbone states.
+
+        Parameters
+        ----------
+        pixel_values, backbone_states : torch.Tensor, optional
+            One of the two, see `forward`.
+
+        Returns
+        -------
+        Sam3VisionEncoderOutput
+            `forward` takes it in place of the images.
+
+        Raises
+        ------
+        ValueError
+            Without either.
+        """
+        with self.precision():
+            if backbone_states is not None:
+                return embeds_of_states(self.vision_encoder, backbone_states)
+            if pixel_values is not None:
+                return self.vision_encoder(pixel_values)
+        raise ValueError("pass pixel_values, backbone_states or vision_embeds")
+
+    @contextmanager
+    def _capture_decoder(self):
+        """Collect what the decoder and its heads return inside `Sam3Model.forward`.
+
+        Capturing rather than computing again keeps the dropout of the scoring head the same for
+        the last layer and the others. The box head is called once per layer inside the decoder
+        and then once for all layers; the last call is kept.
+        """
+        captured = {}
+        modules = {
+            "decoder": self.detr_decoder,
+            "box_offsets": self.detr_decoder.box_head,
+            "logits": self.dot_product_scoring,
+        }
+        handles = [
+            module.register_forward_hook(
+                lambda _module, _args, output, name=name: captured.__setitem__(name, output)
+            )
+            for name, module in modules.items()
+        ]
+        try:
+            yield captured
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def loss_inputs(outputs):
+    """Pick what `helpers.model.losses.sam3_losses` reads out of the outputs, in float32.
+
+    Parameters
+    ----------
+    outputs : PromptedSam3Output
+
+    Returns
+    -------
+    dict
+        ``pred_logits``, ``pred_boxes_cxcywh``, ``presence_logits``, ``pred_masks``,
+        ``semantic_logits`` and ``aux``.
+    """
+    names = ("pred_logits", "pred_boxes_cxcywh", "presence_logits")
+    final, *aux = [
+        {name: layer[name].float() for name in names} for layer in (outputs, *outputs["aux"])
+    ]
+    final |= {name: outputs[name].float() for name in ("pred_masks", "semantic_logits")}
+    return final | {"aux": aux}
+
+
+def checkpoint_activations(model):
+    """Compute the activations of vision, text and DETR layers again in the backward pass.
+
+    The library checkpoints the layers of the two encoders. Those of the DETR are as large, once
+    per prompt.
+
+    Parameters
+    ----------
+    model : PromptedSam3
+        Trades time for memory from now on.
+    """
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in (*model.detr_encoder.layers, *model.detr_decoder.layers):
+        layer.forward = partial(_checkpointed, layer.forward)
+
+
+def _checkpointed(forward, *args, **kwargs):
+    """Run a layer, keeping only its inputs if there will be a backward pass."""
+    if torch.is_grad_enabled():
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return forward(*args, **kwargs)
+
+
+def _decoder_layers(captured):
+    """Return one dict of logits, boxes and presence for each decoder layer, first layer first."""
+    reference_logits = inverse_sigmoid(captured["decoder"].reference_boxes)
+    boxes_cxcywh = (reference_logits + captured["box_offsets"]).sigmoid()
+    stacked = (captured["logits"].squeeze(-1), boxes_cxcywh, captured["decoder"].presence_logits)
+    names = ("pred_logits", "pred_boxes_cxcywh", "presence_logits")
+    return [dict(zip(names, layer, strict=True)) for layer in zip(*stacked, strict=True)]
+
+
+ROWS_AT_ONCE = 16
+"""Prompts that pass through DETR and mask decoder together; each is asked on one image.
+
+At full size a prompt takes about 0.3 GB while it passes, and its masks 66 MB. An image of a dataset
+with eighty categories brings eighty prompts.
+"""
+_MODEL_INPUTS = (
+    "pixel_values",
+    "backbone_states",
+    "image_index",
+    "input_ids",
+    "text_states",
+    "attention_mask",
+)
+
+
+def base_of(model):
+    """Return the SAM3 inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def model_inputs(batch, device):
+    """Pick what the model reads out of a collated batch and move it to a device."""
+    return {name: batch[name].to(device) for name in _MODEL_INPUTS if name in batch}
+
+
+def outputs_by_rows(model, batch, device, autocast=nullcontext):
+    """Run a batch in parts; the vision encoder runs once per image all the same.
+
+    Parameters
+    ----------
+    model : helpers.model.sam3.PromptedSam3 or peft.PeftModel
+    batch : dict
+        From `helpers.data.dataset.PromptCollator`, B rows.
+    device : torch.device
+        Where the model is.
+    autocast : callable
+        Returns the context in which the model runs.
+
+    Yields
+    ------
+    rows : slice
+        Which of the B rows.
+    outputs : helpers.model.sam3.PromptedSam3Output
+        Of at most `ROWS_AT_ONCE` rows.
+    """
+    inputs = model_inputs(batch, device)
+    num_rows = len(inputs["attention_mask"])
+    if num_rows > ROWS_AT_ONCE:
+        seen = [inputs.pop(name, None) for name in ("pixel_values", "backbone_states")]
+        with autocast():
+            vision_embeds = base_of(model).vision_embeds(*seen)
+    for start in range(0, num_rows, ROWS_AT_ONCE):
+        rows, part = slice(start, start + ROWS_AT_ONCE), inputs
+        if num_rows > ROWS_AT_ONCE:
+            part = {name: tensor[rows] for name, tensor in inputs.items()}
+            part["vision_embeds"] = vision_embeds
+        with autocast():
+            outputs = model(**part)
+        yield rows, outputs

@@ -1,0 +1,53 @@
+"""Pictures, charts and panels."""
+
+from helpers.show.charts import (
+    component_bars_figure,
+    draw_lines,
+    grouped_bars_figure,
+    history_frame,
+    logit_heatmap_figure,
+    runs_figure,
+    schedule_frame,
+    score_histogram_figure,
+    threshold_figure,
+)
+from helpers.show.panels import (
+    LivePlotCallback,
+    LossPanel,
+    browse_panel,
+    target_picture,
+    targets_figure,
+    threshold_panel,
+)
+from helpers.show.pictures import (
+    TRUTH_COLOUR,
+    annotate,
+    comparison_figure,
+    describe,
+    gallery_figure,
+    prediction_figure,
+)
+
+__all__ = [
+    "LivePlotCallback",
+    "LossPanel",
+    "TRUTH_COLOUR",
+    "annotate",
+    "browse_panel",
+    "comparison_figure",
+    "component_bars_figure",
+    "describe",
+    "draw_lines",
+    "gallery_figure",
+    "grouped_bars_figure",
+    "history_frame",
+    "logit_heatmap_figure",
+    "prediction_figure",
+    "runs_figure",
+    "schedule_frame",
+    "score_histogram_figure",
+    "target_picture",
+    "targets_figure",
+    "threshold_figure",
+    "threshold_panel",
+]

@@ -1,0 +1,17 @@
+"""From a config to a run folder, and onwards."""
+
+from helpers.train.report import checklist, checklist_frame, epoch_means
+from helpers.train.run import METRICS_FILE, load_run, read_run
+from helpers.train.share import plan_push
+from helpers.train.training import train
+
+__all__ = [
+    "METRICS_FILE",
+    "checklist",
+    "checklist_frame",
+    "epoch_means",
+    "load_run",
+    "plan_push",
+    "read_run",
+    "train",
+]

@@ -1,0 +1,151 @@
+"""The data of a training run: checked, as queries, with the features that do not change."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from accelerate import PartialState
+from torch.utils.data import DataLoader
+
+from helpers.checks.dataset import check_config_data, read_config_split
+from helpers.data.dataset import PromptCollator, PromptDataset, count_objects, data_fingerprint
+from helpers.data.records import rename_categories
+from helpers.detect.queries import evaluation_dataset
+from helpers.errors import InputError
+from helpers.model.cache import BackboneCache, text_states
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What the loop reads.
+
+    Attributes
+    ----------
+    train, valid : helpers.data.dataset.PromptDataset
+    collator : helpers.data.dataset.PromptCollator
+        Of both.
+    counts : dict of str to pandas.DataFrame
+        `helpers.data.dataset.count_objects` of ``train`` and ``valid``.
+    fingerprint : str
+        `helpers.data.dataset.data_fingerprint` of the training split.
+    """
+
+    train: PromptDataset
+    valid: PromptDataset
+    collator: PromptCollator
+    counts: dict
+    fingerprint: str
+
+
+def training_data(config, model, processor, *, train_split=None, val_split=None, allow_empty=False):
+    """Read and check the data of a run, and make sure that objects arrive.
+
+    Parameters
+    ----------
+    config : helpers.config.Config
+    model : helpers.model.prompted.PromptedSam3
+        Without adapter. With ``training.feature_cache`` it is moved to the accelerator.
+    processor : transformers.Sam3Processor
+    train_split, val_split : helpers.data.records.Split, optional
+        Data in memory; by default both are read from ``data.data_dir``, which is checked first.
+    allow_empty : bool
+        True to go on although no object reaches the loss.
+
+    Returns
+    -------
+    TrainingData
+
+    Raises
+    ------
+    InputError
+        If the data cannot be used, no object reaches the loss, or the feature cache has nothing to
+        keep or no room.
+    """
+    data = config.data
+    if (train_split is None or val_split is None) and not allow_empty:
+        progress = sys.stderr.isatty()
+        check_config_data(
+            config, model, processor, disable_progress=not progress
+        ).raise_for_errors()
+    splits = [
+        read_config_split(config, name)
+        if split is None
+        else rename_categories(split, data.prompts_by_category)
+        for split, name in ((train_split, data.train_split), (val_split, data.val_split))
+    ]
+    cache = _filled_cache(config, model, processor, splits)
+    train = PromptDataset(
+        splits[0],
+        processor,
+        resolution=model.resolution,
+        mask_size=model.mask_size,
+        prompt=data.prompt,
+        num_negatives=data.num_negatives,
+        negative_prompts=data.negative_prompts,
+        seed=config.training.seed,
+        backbone_cache=cache,
+    )
+    valid = evaluation_dataset(
+        splits[1],
+        processor,
+        model,
+        prompt=data.prompt,
+        absent_prompts=config.evaluation.absent_prompts,
+        backbone_cache=cache,
+    )
+    collator = PromptCollator(processor)
+    counts = _counts(config, collator, {"train": train, "valid": valid}, allow_empty)
+    if config.training.feature_cache is not None and not config.lora.apply_to_text_encoder:
+        states = text_states(model, processor, (*train.nouns, *valid.nouns))
+        collator = PromptCollator(processor, states)
+    return TrainingData(train, valid, collator, counts, data_fingerprint(splits[0]))
+
+
+def _filled_cache(config, model, processor, splits):
+    """Return a cache with the features of all images; None if the run wants or can have none."""
+    folder, lora = config.training.feature_cache, config.lora
+    if folder is None:
+        return None
+    if lora.apply_to_vision_encoder and lora.apply_to_text_encoder:
+        raise InputError(
+            "both encoders are trained, so neither has features that stay the same",
+            where="training.feature_cache",
+            fix="set it to null, or freeze an encoder: lora.apply_to_vision_encoder=false",
+        )
+    model.to(PartialState().device)
+    if lora.apply_to_vision_encoder:
+        return None
+    cache = BackboneCache(folder, model, processor)
+    records = [record for split in splits for record in split.records]
+    missing = len(cache.missing(records))
+    if missing and PartialState().is_main_process:
+        size = missing * cache.bytes_per_image
+        print(
+            f"feature cache: {missing} images, {size / 1e6:,.0f} MB in {cache.folder}",
+            file=sys.stderr,
+        )
+    cache.fill(
+        records,
+        batch_size=config.training.batch_size,
+        num_workers=config.training.num_workers,
+        progress=sys.stderr.isatty(),
+    )
+    return cache
+
+
+def _counts(config, collator, datasets, allow_empty):
+    """Count the objects that reach the loss in each dataset; refuse a training set without any."""
+    counts = {}
+    for name, dataset in datasets.items():
+        workers = config.training.num_workers
+        counts[name] = count_objects(DataLoader(dataset, collate_fn=collator, num_workers=workers))
+    if not counts["train"]["num_objects"].any() and not allow_empty:
+        split = datasets["train"].split
+        raise InputError(
+            f"no object of {len(split.records)} images reaches the loss "
+            "(row 1 of the cause catalogue); training would teach to detect nothing",
+            where=split.root,
+            fix="run 'python -m helpers check' on the dataset, or pass allow_empty=True on purpose",
+        )
+    return counts

@@ -1,0 +1,320 @@
+"""Stop a training run as soon as a known fault shows, before GPU hours are spent on it.
+
+Each guard has a key in the config section ``guards`` and watches what the loss really sees. The
+numbers of all batches of an optimiser step are looked at once, before the step changes a weight,
+and summed over the processes first: all of them stop together, at the same step. Nothing is
+computed that training does not compute anyway, and no random number is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import torch
+from accelerate.utils import gather_object, reduce
+from transformers import TrainerCallback
+
+from helpers.causes import CAUSES
+from helpers.errors import InputError
+from helpers.model import losses
+from helpers.model.lora import component_of, lora_layers
+
+WINDOW = 5
+"""Optimiser steps over which a guard averages what a single step may show by chance."""
+VANISHING_LOSS = 1e-3
+"""A batch with objects costs 7 or more in the healthy runs of this project. Without objects SAM3's
+own loss cannot fall below 4.5e-4 per decoder layer, that of the failing script falls to 1e-5."""
+DOMINANT_SHARE = 0.95
+"""Of the weighted loss, over `WINDOW` steps, from batches with objects. Healthy runs start with
+0.7 for the presence term, which cannot exceed 0.9 beside boxes and masks that are unlearned."""
+SHARE_AT_CLAMP, CLAMP_RISE = 0.5, 0.25
+"""Of all logits, and above the share in the first step, which is the base's; healthy runs: 0.03."""
+ADAPTER_STEPS = 3
+"""Optimiser steps with objects and a learning rate above 0 after which every B must have moved."""
+SKIPPED_STEPS = 20
+"""Overflowing steps in a row that fp16 may need until its scale fits: 65536 is halved each time."""
+CHANCE = 1e-6
+"""Probability of a false alarm at which 'none so far' counts as 'none'."""
+OFF_IF_EMPTY = ("no_objects", "vanishing_loss", "at_clamp")
+"""Guards that training on purpose without objects (``allow_empty``) would set off."""
+_UNUSED_COMPONENT = "geometry_encoder"  # text prompts give it no gradient
+
+
+class GuardStop(InputError):
+    """A guard stopped the run.
+
+    Parameters
+    ----------
+    cause : str
+        Key of `helpers.causes.CAUSES`; its fix is the default.
+    message, where, fix
+        See `helpers.errors.InputError`.
+
+    Attributes
+    ----------
+    cause : str
+    """
+
+    def __init__(self, cause, message, *, where=None, fix=None):
+        super().__init__(message, where=where, fix=fix or CAUSES[cause].fix)
+        self.cause = cause
+
+
+class Guards(TrainerCallback):
+    """Watch a training run.
+
+    `helpers.train.trainer.Sam3Trainer` shows it every batch (`are_finite`, `observe`) and registers it as
+    a callback, so that it judges before each optimiser step.
+
+    Parameters
+    ----------
+    config : helpers.config.Config
+        ``guards`` says which ones are on.
+    queries : pandas.DataFrame
+        The training data, counted by `helpers.data.dataset.count_objects`: how often objects and absent
+        prompts are to be expected.
+    allow_empty : bool
+        True switches `OFF_IF_EMPTY` off.
+
+    Raises
+    ------
+    GuardStop
+        From `on_pre_optimizer_step`, in all processes.
+    """
+
+    def __init__(self, config, queries, *, allow_empty=False):
+        self.variant = config.loss.variant
+        off = OFF_IF_EMPTY if allow_empty else ()
+        active = [key for key, on in config.guards if on and key not in off]
+        self.active = sorted(active, key=lambda key: key != "not_finite")  # the others compare
+        by_image = queries.groupby("image_id")["num_objects"]
+        self._images_until = {
+            "objects": _images_until_seen((by_image.sum() > 0).mean(), len(by_image)),
+            "absent": _images_until_seen((by_image.min() == 0).mean(), len(by_image)),
+        }
+        self._batches = []
+        self._window = deque(maxlen=WINDOW)
+        self._with_objects = deque(maxlen=WINDOW)
+        self._seen = {"images": 0, "objects": 0, "absent": 0}
+        self._learned_steps = self._overflows = 0
+        self._first_share = None
+
+    def are_finite(self, outputs, targets):
+        """Tell whether outputs and boxes can be matched at all; always True if `not_finite` is off."""
+        if "not_finite" not in self.active:
+            return True
+        names = ("pred_logits", "pred_boxes_cxcywh", "presence_logits")
+        sums = [outputs[name].detach().float().sum() for name in names]
+        sums += [target["boxes_cxcywh"].float().sum() for target in targets]
+        return bool(torch.stack(sums).isfinite().all())
+
+    def observe(self, inputs, total, terms, share_at_clamp):
+        """Take note of one batch; nothing is judged and nothing waits for the GPU here.
+
+        Parameters
+        ----------
+        inputs : dict
+            From `helpers.data.dataset.PromptCollator`.
+        total : torch.Tensor
+            Weighted loss, scalar.
+        terms : dict of str to torch.Tensor
+            Unweighted terms, see `helpers.model.losses.sam3_losses`.
+        share_at_clamp : torch.Tensor
+            Scalar in [0, 1], see `helpers.train.trainer.output_statistics`.
+        """
+        targets = inputs["targets"]
+        counts = [len(target["boxes_cxcywh"]) for target in targets]
+        numbers = {
+            "batches": 1,
+            "images": int(inputs["image_index"][-1]) + 1,
+            "objects": sum(counts),
+            "absent": counts.count(0),
+            "masks": torch.stack([target["mask_valid"].sum() for target in targets]).sum(),
+            "total": total,
+            "share_at_clamp": share_at_clamp,
+            "box_terms": _sum_of(terms, "loss_bbox", "loss_giou"),
+            "mask_terms": _sum_of(terms, "loss_mask", "loss_dice"),
+        }
+        # A batch without objects has a single term: that is no dominance.
+        weights = losses.WEIGHTS[self.variant]
+        numbers |= dict.fromkeys(weights, 0.0)
+        for name, value in terms.items() if numbers["objects"] else ():
+            term = name.rpartition(".")[2]
+            if term in weights:
+                numbers[term] = numbers[term] + weights[term] * value.detach()
+        image_ids = sorted({query["image_id"] for query in inputs["queries"]})
+        values = [torch.as_tensor(value, device=total.device) for value in numbers.values()]
+        self._batches.append((image_ids, torch.stack([v.detach().float() for v in values])))
+        self._names = list(numbers)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Learn how long an epoch is, and what the first step of an interrupted run showed."""
+        self._first_steps = max(WINDOW, state.max_steps / args.num_train_epochs)
+        if state.log_history:
+            self._first_share = state.log_history[0].get("train_share_at_clamp")
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        """Judge the batches since the last optimiser step.
+
+        Raises
+        ------
+        GuardStop
+            If a guard that is on finds its fault.
+        """
+        image_ids, rows = zip(*self._batches, strict=True)
+        self._batches = []
+        rows = torch.stack(rows)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients)).float()
+        overflow = (~norms.isfinite().all()).to(rows)
+        bad_loss = (~rows[:, self._names.index("total")].isfinite()).to(rows)
+        sums = torch.cat([rows.sum(0), overflow[None], bad_loss.sum()[None]])
+        sums = reduce(sums, "sum").tolist()
+        step = dict(zip([*self._names, "overflow", "bad_losses"], sums, strict=True))
+        step["number"] = state.global_step
+        step["bad_images"] = self._images_of(image_ids, bad_loss.tolist(), step)
+        self._remember(step, optimizer)
+        for key in self.active:
+            if stop := getattr(self, f"_{key}")(step, args, model):
+                raise stop
+
+    def _images_of(self, image_ids, bad_loss, step):
+        """Name the images whose loss is not finite, or all where only the gradient is."""
+        if not (step["bad_losses"] or step["overflow"]):
+            return []
+        batches = zip(image_ids, bad_loss, strict=True)
+        chosen = [ids for ids, is_bad in batches if is_bad or not step["bad_losses"]]
+        return sorted({name for ids in gather_object(chosen) for name in ids})
+
+    def _remember(self, step, optimizer):
+        """Keep what the guards need of this step."""
+        self._is_first_epoch = step["number"] < self._first_steps
+        for name in self._seen:
+            self._seen[name] += step[name]
+        share = step["share_at_clamp"] / step["batches"]
+        self._first_share = share if self._first_share is None else self._first_share
+        self._window.append(step)
+        if step["objects"]:
+            self._with_objects.append(step)
+        self._overflows = self._overflows + 1 if step["overflow"] else 0
+        learns = optimizer.param_groups[0]["lr"] > 0 and not step["overflow"]
+        self._learns_now = bool(step["objects"] and learns)
+
+    def _mean(self, name):
+        """Average a number over the batches of the window."""
+        return sum(s[name] for s in self._window) / sum(s["batches"] for s in self._window)
+
+    def _never_seen(self, name):
+        """Tell whether so many images came by without it that this is no chance."""
+        return not self._seen[name] and self._seen["images"] >= self._images_until[name]
+
+    def _no_objects(self, step, args, model):
+        if self._never_seen("objects"):
+            text = f"no object in the first {self._seen['images']:.0f} images"
+            return _stop("no_objects", "no_objects", text)
+        return None
+
+    def _box_and_mask_terms(self, step, args, model):
+        for cause, things, terms in (
+            ("no_objects", "objects", "box_terms"),
+            ("masks_lost", "masks", "mask_terms"),
+        ):
+            if step[things] and step[terms] == 0:
+                text = (
+                    f"{step[things]:.0f} {things} arrived at step {step['number']}, but the "
+                    f"{terms[:-6]} terms of the loss are 0"
+                )
+                return _stop("box_and_mask_terms", cause, text)
+        return None
+
+    def _vanishing_loss(self, step, args, model):
+        if not self._is_first_epoch or len(self._window) < WINDOW:
+            return None
+        mean = self._mean("total")
+        objects = sum(one["objects"] for one in self._window)
+        if mean < VANISHING_LOSS and (objects or self._never_seen("objects")):
+            text = f"the loss averages {mean:.1e} over the last {WINDOW} steps of the first epoch"
+            cause = "loss_weights" if objects else "no_objects"
+            return _stop("vanishing_loss", cause, f"{text}, with {objects:.0f} objects in them")
+        return None
+
+    def _adapter_at_zero(self, step, args, model):
+        if self._learned_steps == ADAPTER_STEPS:
+            idle = _components_at_zero(model)
+            if idle:
+                text = f"B of LoRA is still zero in {', '.join(idle)} after {step['number']} steps"
+                return _stop("adapter_at_zero", "adapter_at_zero", text)
+        self._learned_steps += self._learns_now
+        return None
+
+    def _not_finite(self, step, args, model):
+        allowed = SKIPPED_STEPS if args.fp16 else 0
+        number = step["number"]
+        if step["bad_losses"]:
+            text = f"the loss is nan or inf at step {number}"
+        elif self._overflows > allowed:
+            text = f"the gradient is nan or inf at step {number}, the loss is not"
+        else:
+            return None
+        fix = (
+            "look at these images with 'python -m helpers check', or lower "
+            "training.learning_rate; with fp16 try bf16"
+        )
+        return GuardStop("not_finite", text, where=", ".join(step["bad_images"]), fix=fix)
+
+    def _at_clamp(self, step, args, model):
+        share = self._mean("share_at_clamp")
+        limit = max(SHARE_AT_CLAMP, self._first_share + CLAMP_RISE)
+        if len(self._window) == WINDOW and share > limit:
+            text = (
+                f"{share:.0%} of the logits stand at the model's clamps at step {step['number']}, "
+                f"{self._first_share:.0%} did at first"
+            )
+            return _stop("at_clamp", "at_clamp", text)
+        return None
+
+    def _only_positive_prompts(self, step, args, model):
+        if self._is_first_epoch and self._never_seen("absent"):
+            text = f"no absent prompt was asked of the first {self._seen['images']:.0f} images"
+            return _stop("only_positive_prompts", "only_positive_prompts", text)
+        return None
+
+    def _dominant_term(self, step, args, model):
+        if not self._is_first_epoch or len(self._with_objects) < WINDOW:
+            return None
+        names = losses.WEIGHTS[self.variant]
+        sums = {name: sum(one[name] for one in self._with_objects) for name in names}
+        name, value = max(sums.items(), key=lambda item: item[1])
+        share = value / (sum(sums.values()) or math.inf)
+        if share > DOMINANT_SHARE:
+            text = f"{name} is {share:.1%} of the weighted loss over {WINDOW} steps with objects"
+            return _stop("dominant_term", "loss_weights", text)
+        return None
+
+
+def _stop(key, cause, text):
+    """Build the error of a guard; ``where`` is the key that turns it off."""
+    return GuardStop(cause, text, where=f"guards.{key}")
+
+
+def _images_until_seen(share, num_images):
+    """Count the random images after which one of a kind must have come, but for `CHANCE`."""
+    if share in (0, 1):
+        return int(share)
+    return min(num_images, math.ceil(math.log(CHANCE) / math.log(1 - share)))
+
+
+def _sum_of(terms, *names):
+    """Add up terms of the last layer; what is missing counts as zero."""
+    return sum(terms[name].detach() for name in names if name in terms)
+
+
+def _components_at_zero(model):
+    """List the components of which no B has moved."""
+    moved = {}
+    for name, layer in lora_layers(model):
+        component = component_of(name)
+        has_moved = any(bool(b.weight.detach().any()) for b in layer.lora_B.values())
+        moved[component] = moved.get(component, False) or has_moved
+    return [name for name, one in moved.items() if not one and name != _UNUSED_COMPONENT]

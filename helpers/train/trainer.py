@@ -1,0 +1,386 @@
+"""The training loop: `transformers.Trainer` with SAM3's loss and a validation that detects."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from helpers.detect.metrics import evaluate_queries
+from helpers.detect.queries import queries_from_outputs
+from helpers.errors import InputError
+from helpers.files import write_text
+from helpers.model.audit import adapter_report
+from helpers.model.lora import load_adapter_weights, read_adapter_weights, save_adapter
+from helpers.model.losses import loss_divisors, sam3_losses, target_counts
+from helpers.model.prompted import (
+    PRESENCE_LOGIT_CLAMP,
+    SCORE_LOGIT_CLAMP,
+    loss_inputs,
+    model_inputs,
+    outputs_by_rows,
+)
+
+CURVES_FILE = "curves.csv"
+
+
+class SetEpoch(TrainerCallback):
+    """Tell the training data which epoch it is, so that a resumed run draws the same prompts."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Pass the number of the epoch on."""
+        self.dataset.set_epoch(int(state.epoch or 0))
+
+
+class FirstStepAudit(TrainerCallback):
+    """Keep the adapter report of the first step, the only moment all its gradients are seen.
+
+    Attributes
+    ----------
+    report : pandas.DataFrame or None
+        See `helpers.model.lora.adapter_report`.
+    """
+
+    def __init__(self):
+        self.report = None
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """Measure once, after clipping and before the step."""
+        if self.report is None:
+            self.report = adapter_report(model)
+
+
+class CurvesFile(TrainerCallback):
+    """Write the log to ``curves.csv`` after every validation, one row per entry."""
+
+    def __init__(self, folder):
+        self.path = Path(folder) / CURVES_FILE
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Write what was logged so far."""
+        self.write(state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Write everything."""
+        self.write(state)
+
+    def write(self, state):
+        """Replace the file, if anything was logged; its columns have one order, resumed or not."""
+        if state.is_world_process_zero and state.log_history:
+            table = pd.DataFrame(state.log_history)
+            first = [name for name in ("step", "epoch", "loss", "eval_loss") if name in table]
+            names = [*first, *sorted(set(table) - set(first))]
+            write_text(self.path, table[names].to_csv(index=False))
+
+
+class ProgressBar(TrainerCallback):
+    """A progress bar on stderr with the loss; stdout stays free."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Open the bar where the run stands."""
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="train",
+            unit="step",
+            file=sys.stderr,
+            disable=not state.is_world_process_zero,
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Advance by one optimiser step."""
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Show the latest training loss."""
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Close the bar."""
+        self.bar.close()
+
+
+CHECKPOINTS = "checkpoints"
+SELECTION = "selection"
+"""Name under which the trainer sees the metric that chooses the checkpoint."""
+_AT_CLAMP = 0.999
+
+
+def training_arguments(config, folder):
+    """Translate a config into the arguments of `transformers.Trainer`.
+
+    Parameters
+    ----------
+    config : helpers.config.Config
+        Learning rate, epochs and warm-up are taken after the profile's multipliers.
+    folder : pathlib.Path
+        Run folder; checkpoints go below it.
+
+    Returns
+    -------
+    transformers.TrainingArguments
+
+    Raises
+    ------
+    InputError
+        If this machine cannot compute in the wanted precision.
+    """
+    training = config.training
+    if training.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise _no_precision("fp16", "it needs a GPU")
+    try:
+        return TrainingArguments(
+            output_dir=str(folder / CHECKPOINTS),
+            per_device_train_batch_size=training.batch_size,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            num_train_epochs=config.effective_num_epochs,
+            learning_rate=config.effective_learning_rate,
+            warmup_steps=config.effective_warmup_steps,
+            lr_scheduler_type=training.lr_scheduler,
+            weight_decay=training.weight_decay,
+            adam_beta1=training.adam_beta1,
+            adam_beta2=training.adam_beta2,
+            adam_epsilon=training.adam_epsilon,
+            max_grad_norm=training.max_grad_norm,
+            use_cpu=not torch.accelerator.is_available(),
+            bf16=training.mixed_precision == "bf16",
+            fp16=training.mixed_precision == "fp16",
+            dataloader_num_workers=training.num_workers,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            seed=training.seed,
+            data_seed=training.seed,
+            logging_steps=training.logging_steps,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            save_total_limit=training.save_total_limit + 1,
+            metric_for_best_model=SELECTION,
+            greater_is_better=True,
+            remove_unused_columns=False,
+            report_to="none",
+            disable_tqdm=True,
+        )
+    except ValueError as error:
+        raise _no_precision(training.mixed_precision, str(error).splitlines()[0]) from error
+
+
+def _no_precision(name, reason):
+    """Build the error for a precision that this machine cannot compute in."""
+    return InputError(
+        f"'{name}' cannot be used here: {reason}",
+        where="training.mixed_precision",
+        fix="set training.mixed_precision=no",
+    )
+
+
+class Sam3Trainer(Trainer):
+    """A `transformers.Trainer` for prompted images.
+
+    Schedule, accumulation, clipping, precision, checkpoints, resuming and logging are the
+    library's. Ours are the loss with all its terms in the log, and a validation in eval mode with
+    detection metrics.
+
+    The checkpoint is chosen by ``evaluation.metric_for_best``, whose lowest value, 0, is what a
+    detector that finds nothing gets. The validation loss would not do: on images without objects,
+    or with objects that were never read, the emptiest detector has the lowest loss. A value of 0
+    or without meaning chooses nothing; the last state is kept then.
+
+    Parameters
+    ----------
+    config : helpers.config.Config
+    **options
+        As for `transformers.Trainer`: ``model``, a `peft.PeftModel` from
+        `helpers.model.lora.add_lora`; ``args`` from `training_arguments`; ``train_dataset`` and
+        ``eval_dataset``, each a `helpers.data.dataset.PromptDataset`; ``data_collator``, a
+        `helpers.data.dataset.PromptCollator`; ``callbacks``.
+    guards : helpers.train.guards.Guards, optional
+        Sees every batch and may stop the run before the next optimiser step.
+    """
+
+    def __init__(self, config, *, guards=None, **options):
+        if options["args"].n_gpu > 1:
+            # torch's DataParallel cannot split targets; torchrun uses all GPUs.
+            options["args"]._n_gpu = 1
+        super().__init__(**options)
+        self.remove_callback(PrinterCallback)
+        self.config, self.guards = config, guards
+        if guards is not None:
+            self.add_callback(guards)
+        self._sums, self._num_batches = defaultdict(float), 0
+        self._divisors = None
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Collect the batches of an optimiser step, and count what all of them hold together.
+
+        The library averages the losses of accumulated batches, and the gradients of devices. Means
+        over the objects and rows of each batch would weigh an object or a prompt by how many others
+        happen to be in its batch.
+        """
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        targets = [target for batch in samples for target in batch["targets"]]
+        counts = torch.tensor(target_counts(targets), device=self.args.device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        num_parts = len(samples) * self.accelerator.num_processes
+        self._divisors = loss_divisors(counts.tolist(), max(num_parts, 1))
+        return samples, num_items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Compute the weighted loss of one batch and remember its terms for the log.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            The possibly wrapped model.
+        inputs : dict
+            From `helpers.data.dataset.PromptCollator`.
+        return_outputs : bool
+            True to get the model outputs too.
+        num_items_in_batch : None
+            Unused; the losses are means, which the library divides by the accumulation steps.
+
+        Returns
+        -------
+        torch.Tensor or tuple
+            Scalar, or (scalar, outputs).
+        """
+        outputs = model(**model_inputs(inputs, self.args.device))
+        if self.guards is None or self.guards.are_finite(outputs, inputs["targets"]):
+            terms = self._terms(outputs, inputs["targets"], self._divisors)
+        else:  # cannot be matched; the guard stops all processes before the step
+            terms = {"total": outputs["pred_logits"].sum() * math.nan}
+        total = terms.pop("total")
+        statistics = output_statistics(outputs)
+        if self.guards is not None:
+            self.guards.observe(inputs, total, terms, statistics["train_share_at_clamp"])
+        for name, value in (terms | statistics).items():
+            self._sums[name] += value.detach()
+        self._num_batches += 1
+        return (total, outputs) if return_outputs else total
+
+    def _terms(self, outputs, targets, divisors=None):
+        """Return the loss terms of a batch, computed in float32."""
+        variant = self.config.loss.variant
+        return sam3_losses(loss_inputs(outputs), targets, variant, divisors=divisors)
+
+    def log(self, logs, start_time=None):
+        """Add the means of the loss terms since the last log to an entry of the training loss.
+
+        On several devices a loss term is that of all rows together; the statistics of the outputs
+        are the mean of what each device saw.
+        """
+        if "loss" in logs and self._num_batches:
+            sums = torch.stack([torch.as_tensor(value) for value in self._sums.values()])
+            means = self.accelerator.reduce(sums / self._num_batches, "mean").tolist()
+            logs |= dict(zip(self._sums, means, strict=True))
+            self._sums, self._num_batches = defaultdict(float), 0
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Judge the current state on the validation split, in eval mode.
+
+        Every process judges the whole split, so that all of them choose the same checkpoint.
+
+        Parameters
+        ----------
+        eval_dataset : helpers.data.dataset.PromptDataset, optional
+            By default the one given at construction.
+        ignore_keys : None
+            Unused.
+        metric_key_prefix : str
+            Prefix of the names in the log.
+
+        Returns
+        -------
+        dict of str to float
+            The loss and the metrics of `helpers.detect.metrics.evaluate_queries` that have a value,
+            with prefix, and ``<prefix>_selection``.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        loader = DataLoader(
+            dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            collate_fn=self.data_collator,
+            generator=torch.Generator(),  # leaves the global generator, and so a resumed run, alone
+        )
+        settings = self.config.evaluation
+        model = self.model.eval()
+        queries, loss_sum = [], 0.0
+        for batch in loader:
+            targets, asked = batch["targets"], batch["queries"]
+            divisors = loss_divisors(target_counts(targets))
+            for rows, outputs in outputs_by_rows(
+                model, batch, self.args.device, self.accelerator.autocast
+            ):
+                loss = self._terms(outputs, targets[rows], divisors)["total"]
+                loss_sum += loss.item() * (int(batch["image_index"][-1]) + 1)
+                queries += queries_from_outputs(
+                    outputs, asked[rows], dataset, settings.mask_threshold
+                )
+        metrics = evaluate_queries(queries, settings.score_threshold)
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        numbers = {"loss": loss_sum / len(dataset)} | numbers
+        logs = {f"{metric_key_prefix}_{name}": float(value) for name, value in numbers.items()}
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        chosen_by = metrics[settings.metric_for_best]
+        return logs | {f"{metric_key_prefix}_{SELECTION}": chosen_by or math.nan}
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Write the adapter of a checkpoint so that plain PEFT can read it."""
+        if self.args.should_save:
+            base = self.config.model
+            save_adapter(self.model, output_dir or self.args.output_dir, base.name, base.revision)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Load the adapter of a checkpoint, refusing one that does not fit."""
+        weights = read_adapter_weights(resume_from_checkpoint)
+        load_adapter_weights(model or self.model, weights, resume_from_checkpoint)
+
+
+@torch.no_grad()
+def output_statistics(outputs):
+    """Describe the outputs of a training step beside its loss.
+
+    Parameters
+    ----------
+    outputs : helpers.model.sam3.PromptedSam3Output
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        Scalars over all queries of the batch: ``train_query_logit_mean`` and ``_max``;
+        ``train_softplus_mean``, the mean of ``log(1 + exp(logit))``, which is what a loss without
+        objects pushes down; ``train_presence_prob``; ``train_share_at_clamp``, the share of query
+        and presence logits at the model's clamps, where their gradient is zero: a state with most
+        of them there cannot be trained out of it.
+    """
+    logits, presence = outputs["pred_logits"].float(), outputs["presence_logits"].float()
+    clamped = torch.cat(
+        [
+            (logits.abs() >= _AT_CLAMP * SCORE_LOGIT_CLAMP).flatten(),
+            (presence.abs() >= _AT_CLAMP * PRESENCE_LOGIT_CLAMP).flatten(),
+        ]
+    )
+    return {
+        "train_query_logit_mean": logits.mean(),
+        "train_query_logit_max": logits.max(),
+        "train_softplus_mean": torch.nn.functional.softplus(logits).mean(),
+        "train_presence_prob": presence.sigmoid().mean(),
+        "train_share_at_clamp": clamped.float().mean(),
+    }

@@ -106,8 +106,8 @@ def predict(args):
 
 def evaluate(args):
     """Judge a model on a split; status 1 if the split has nothing to find."""
-    from helpers.checks.dataset import read_config_split
     from helpers.config import load_config
+    from helpers.data.dataset import load_dataset
     from helpers.detect.metrics import evaluate_queries
     from helpers.detect.predictor import untrained_prompts as untrained
     from helpers.detect.queries import predict_split
@@ -116,7 +116,7 @@ def evaluate(args):
     config = loaded.run.config if loaded.run else load_config(DEFAULT_CONFIG)
     settings = config.evaluation
     data_dir = args.data or config.data.data_dir
-    split = read_config_split(config, args.split, data_dir)
+    split = load_dataset(config, data_dir).split(args.split)
     if loaded.run:
         asked = [args.prompt] if args.prompt else split.categories
         for prompt in untrained(asked, loaded.run.prompts["prompts"]):
@@ -151,20 +151,18 @@ def report(args):
 
 
 def diagnose(args):
-    """Say why a run detects nothing; status 1 if a cause was found."""
+    """Say why a run detects nothing; status 1 for causes, 3 if too little could be examined."""
     from helpers.diagnose.diagnosis import diagnose as examine
-
-    def show(gate):
-        _say(f"{gate.status:<12}{gate.name}: {gate.measured}")
 
     diagnosis = examine(
         args.adapter,
         data_dir=args.data,
         image=args.image,
         prompt=args.prompt,
-        on_gate=show if args.json else None,
+        progress=True,
     )
-    return (0 if diagnosis.healthy else 1), diagnosis.to_json(), diagnosis.summary()
+    status = {"healthy": 0, "causes": 1, "undecided": 3}[diagnosis.verdict]
+    return status, diagnosis.to_json(), diagnosis.summary()
 
 
 def load_model(args):

@@ -6,8 +6,6 @@ Libraries are imported inside, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
-import sys
-
 from helpers.cli.model import DEFAULT_CONFIG, add_set_option
 from helpers.errors import InputError
 from helpers.files import resolve
@@ -71,8 +69,9 @@ def _convert_options(command):
 
 def check(args):
     """Check a dataset; status 1 if a finding is an error."""
-    from helpers.checks.dataset import check_config_data
+    from helpers.checks.dataset import check_dataset
     from helpers.config import load_config
+    from helpers.data.dataset import load_dataset
     from helpers.model.sam3 import load_base
 
     if args.data is None and args.config is None:
@@ -82,13 +81,7 @@ def check(args):
     model = processor = None
     if resolve(config.model.name).is_dir():  # else a gated model, which a data check does not need
         model, processor = load_base(config.model.name, resolution=config.model.resolution)
-    report = check_config_data(
-        config,
-        model,
-        processor,
-        data_dir=args.data,
-        disable_progress=not sys.stderr.isatty(),
-    )
+    report = check_dataset(load_dataset(config, args.data), model, processor)
     return (0 if report.ok else 1), report.to_json(), report.summary()
 
 

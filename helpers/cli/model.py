@@ -210,8 +210,8 @@ def predict(args):
 
 def evaluate(args):
     """Judge a model on a split; status 1 if the split has nothing to find."""
-    from helpers.checks.dataset import read_config_split
     from helpers.config import load_config
+    from helpers.data.dataset import load_dataset
     from helpers.detect.metrics import evaluate_queries
     from helpers.detect.predictor import untrained_prompts as untrained
     from helpers.detect.queries import predict_split
@@ -220,7 +220,7 @@ def evaluate(args):
     config = loaded.run.config if loaded.run else load_config(DEFAULT_CONFIG)
     settings = config.evaluation
     data_dir = args.data or config.data.data_dir
-    split = read_config_split(config, args.split, data_dir)
+    split = load_dataset(config, data_dir).split(args.split)
     if loaded.run:
         words = [args.prompt] if args.prompt else split.categories
         for prompt in untrained(words, loaded.run.prompts["prompts"]):

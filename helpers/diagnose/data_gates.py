@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -274,7 +273,7 @@ def image_files(examination):
     findings, evidence = [], []
     for name in SPLITS:
         split = examination.split(name)
-        found, _ = image_checks.check_images(split, SimpleNamespace(update=lambda: None))
+        found = image_checks.check_images(split, examination.dataset.look(split))
         findings += found
         evidence += evidence_of(found, len(split.records))
     return _texts(findings), evidence

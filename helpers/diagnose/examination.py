@@ -8,7 +8,6 @@ from functools import cached_property
 
 import torch
 
-from helpers.checks.dataset import read_config_split
 from helpers.config import load_config
 from helpers.data import dataset as datasets
 from helpers.detect import queries as prediction_queries
@@ -172,29 +171,17 @@ class Examination:
         """
         data = self.config.data
         name = {"train": data.train_split, "valid": data.val_split}.get(name, name)
-        if name not in self._splits:
-            self._splits[name] = read_config_split(self.config, name, self.data_dir)
-        return self._splits[name]
+        return self.dataset.split(name)
 
     @cached_property
-    def _splits(self):
-        return {}
+    def dataset(self):
+        """`helpers.data.dataset.Dataset`: what the run was trained on, or what stands in for it."""
+        return datasets.load_dataset(self.config, self.data_dir)
 
     @cached_property
     def train_dataset(self):
         """`helpers.data.dataset.PromptDataset`: the training data as the trainer saw them."""
-        model, processor = self.base
-        data = self.config.data
-        return datasets.PromptDataset(
-            self.split("train"),
-            processor,
-            resolution=model.resolution,
-            mask_size=model.mask_size,
-            prompt=data.prompt,
-            num_negatives=data.num_negatives,
-            negative_prompts=data.negative_prompts,
-            seed=self.config.training.seed,
-        )
+        return datasets.PromptDataset.from_config(self.config, self.split("train"), *self.base)
 
     @cached_property
     def train_queries(self):

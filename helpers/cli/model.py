@@ -255,20 +255,18 @@ def report(args):
 
 
 def diagnose(args):
-    """Say why a run detects nothing; status 1 if a cause was found."""
+    """Say why a run detects nothing; status 1 for causes, 3 if too little could be examined."""
     from helpers.diagnose.diagnosis import diagnose as examine
-
-    def show(gate):
-        _say(f"{gate.status:<12}{gate.name}: {gate.measured}")
 
     diagnosis = examine(
         args.adapter,
         data_dir=args.data,
         image=args.image,
         prompt=args.prompt,
-        on_gate=show,
+        progress=True,
     )
-    return (0 if diagnosis.healthy else 1), diagnosis.to_json(), diagnosis.summary()
+    status = {"healthy": 0, "causes": 1, "undecided": 3}[diagnosis.verdict]
+    return status, diagnosis.to_json(), diagnosis.summary()
 
 
 def merge(args):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
-from tiny_random import RESOLUTION, save_tiny_base, tiny_run_config, write_dataset
+from tiny_random import RESOLUTION, save_tiny_base
 
 from helpers.__main__ import main
 from helpers.cli.model import _labels
@@ -19,34 +19,16 @@ from helpers.detect.predictor import Predictor
 from helpers.detect.tiles import predict_tiled
 from helpers.files import ROOT
 from helpers.train.run import load_run
-from helpers.train.training import train
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "bars")
-
-
-@pytest.fixture(scope="module")
-def config_file(base, data_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("config")
-    output = f"output.output_dir={folder / 'run'}"
-    return tiny_run_config(base, data_dir, output).save(folder / "tiny.yaml")
-
-
-@pytest.fixture(scope="module")
-def run(config_file):
-    return train(load_config(config_file)).folder
 
 
 @pytest.fixture
-def data_copy(data_dir, tmp_path):
-    return shutil.copytree(data_dir, tmp_path / "copy")
+def run(run_folder):
+    return run_folder
+
+
+@pytest.fixture
+def config_file(run_folder):
+    return run_folder / "config.yaml"
 
 
 def call(capfd, *arguments):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from numbers import Real
+
+_UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats, surrogates, separators of lines
 
 
 class InputError(Exception):
@@ -53,6 +56,16 @@ class InputError(Exception):
 def _rebuild(message, where, fix):
     """Build an `InputError` from the three parts `InputError.__reduce__` stored."""
     return InputError(message, where=where, fix=fix)
+
+
+def printable(text):
+    """Escape what a terminal would obey or cannot encode; newlines and tabs stay as they are."""
+    return "".join(
+        character.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(character) in _UNPRINTABLE and character not in "\n\t"
+        else character
+        for character in str(text)
+    )
 
 
 def check_probability(value, name, where=None):

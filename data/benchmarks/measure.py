@@ -227,15 +227,8 @@ def _loader(case, config, model, processor, place):
         atexit.register(folder.cleanup)
         cache = BackboneCache(folder.name, model.to(place), processor)
         cache.fill(split.records[:1])
-    dataset = PromptDataset(
-        split,
-        processor,
-        resolution=model.resolution,
-        mask_size=model.mask_size,
-        num_negatives=case.prompts - 1,
-        negative_prompts=config.data.negative_prompts,
-        backbone_cache=cache,
-    )
+    changes = {"num_negatives": case.prompts - 1, "backbone_cache": cache}
+    dataset = PromptDataset.from_config(config, split, model, processor, **changes)
     collator = PromptCollator(processor)
     if case.cached:
         return lambda: [collator([dataset[0]])]

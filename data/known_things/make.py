@@ -1,63 +1,54 @@
-"""Write ``data/known_things``: walls with what the embedded base knows, as one COCO split.
+"""Write ``data/known_things``: ``python -m data.known_things.make``.
 
-The walls are the first of those that the base's own score is measured on; its training never saw
-them. Pictures are PNG, so that a model gets exactly the pixels that were rendered.
+32 walls with the ten things that the embedded base knows, drawn with a seed that its training does
+not use. They measure what an adapter makes the base forget.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from data.tiny_sam3.make_score import choose_prompts, held_out_walls, prompt_generator
-from data.wall_cracks.make import mask_entry
+from data.tiny_sam3.make_score import HELD_OUT_SEED, choose_prompts, held_out_walls
+from data.wall_cracks.make import annotation_entry
 from data.wall_cracks.make_scenes import BASE_CONCEPTS
-from helpers.files import DATA
+from helpers.files import ROOT, write_json
 
-KNOWN_THINGS = DATA / "known_things"
-WALLS = 32
-CATEGORIES = [
-    {"id": number, "name": noun, "supercategory": "wall"}
-    for number, noun in enumerate(BASE_CONCEPTS, start=1)
-]
+NUM_WALLS = 32
 
 
-def write_known_things(folder: Path, count: int = WALLS) -> None:
-    """Write ``count`` walls and their annotations to ``folder/test``."""
-    split = folder / "test"
-    (split / "images").mkdir(parents=True, exist_ok=True)
-    category_ids = {category["name"]: category["id"] for category in CATEGORIES}
-    images, annotations = [], []
-    for index, scene in enumerate(held_out_walls(count)):
-        file_name = f"images/known_{index:03d}.png"
-        Image.fromarray(scene.image).save(split / file_name, optimize=True)
+def write_walls(folder):
+    """Write images (PNG, so that no pixel changes), annotations and the prompts to ask."""
+    images_folder = folder / "test" / "images"
+    images_folder.mkdir(parents=True, exist_ok=True)
+    ids = {noun: number for number, noun in enumerate(BASE_CONCEPTS, start=1)}
+    images, annotations, prompts = [], [], {}
+    for index, scene in enumerate(held_out_walls(NUM_WALLS)):
+        name = f"known_{index:03d}.png"
+        Image.fromarray(scene.image).save(images_folder / name, optimize=True)
         height, width = scene.image.shape[:2]
-        image = {"id": index, "file_name": file_name, "width": width, "height": height}
-        # What the experiment asks about this wall: present nouns and as many absent ones.
-        image["prompts"] = choose_prompts(prompt_generator(index), scene.concepts)
+        image = {"id": index + 1, "file_name": f"images/{name}", "width": width, "height": height}
         images.append(image)
         for item in scene.objects:
-            entry = {"id": len(annotations) + 1, "image_id": index, **mask_entry(item.mask)}
-            annotations.append(entry | {"category_id": category_ids[item.concept]})
-    content = {
-        "info": {"description": "known_things, synthetic", "license": "CC0-1.0"},
-        "images": images,
-        "categories": CATEGORIES,
-        "annotations": annotations,
-    }
-    (split / "_annotations.coco.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+            entry = annotation_entry(item.mask, as_polygon=False)
+            entry |= {"id": len(annotations) + 1, "image_id": image["id"]}
+            annotations.append(entry | {"category_id": ids[item.concept]})
+        generator = np.random.default_rng((HELD_OUT_SEED, 2, index))
+        chosen = choose_prompts(generator, scene.concepts)
+        prompts[name] = [noun for noun in dict.fromkeys(chosen) if noun in ids]
+    categories = [{"id": number, "name": noun} for noun, number in ids.items()]
+    content = {"images": images, "categories": categories, "annotations": annotations}
+    (folder / "test" / "_annotations.coco.json").write_text(json.dumps(content) + "\n")
+    write_json(folder / "prompts.json", prompts)
 
 
-def main() -> None:
-    """Write the split."""
-    parser = argparse.ArgumentParser(description="Write the walls with things the base knows.")
-    parser.add_argument(
-        "--output", type=Path, default=KNOWN_THINGS, help="folder to write (default: %(default)s)"
-    )
-    arguments = parser.parse_args()
-    write_known_things(arguments.output)
-    print(f"{arguments.output}: {WALLS} walls")
+def main():
+    """Write the walls into the folder that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=ROOT / "data" / "known_things")
+    write_walls(parser.parse_args().output)
 
 
 if __name__ == "__main__":

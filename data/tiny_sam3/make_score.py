@@ -37,11 +37,6 @@ def crack_walls(count: int) -> Iterable[Scene]:
         yield draw_wall(np.random.default_rng((HELD_OUT_SEED, 1, index)), has_crack=True)
 
 
-def prompt_generator(index: int) -> np.random.Generator:
-    """Return the source of randomness for the prompts of one held-out wall."""
-    return np.random.default_rng((HELD_OUT_SEED, 2, index))
-
-
 def choose_prompts(rng: np.random.Generator, present: Sequence[str]) -> list[str]:
     """Return up to two present nouns and as many absent ones, known and unrelated in turn."""
     here = [str(noun) for noun in rng.permutation(sorted(set(present)))[:2]]
@@ -64,7 +59,7 @@ def detection_queries(
     queries = []
     bar = {"total": count, "unit": "wall", "disable": disable_progress}
     for index, scene in enumerate(tqdm(held_out_walls(count), desc="held-out walls", **bar)):
-        prompts = choose_prompts(prompt_generator(index), scene.concepts)
+        prompts = choose_prompts(np.random.default_rng((HELD_OUT_SEED, 2, index)), scene.concepts)
         for raw in predictor.raw(Image.fromarray(scene.image), list(dict.fromkeys(prompts))):
             found = detect(raw, SCORE_FLOOR)
             masks = [item.mask for item in scene.objects if item.concept == raw.prompt]

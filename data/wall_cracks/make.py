@@ -53,12 +53,12 @@ def polygons_of(mask: np.ndarray) -> list[list[float]] | None:
     return polygons or None
 
 
-def mask_entry(mask: np.ndarray, polygons: list[list[float]] | None = None) -> dict:
-    """Return ``segmentation``, ``bbox`` in pixels, ``area`` and crowd flag of an object.
+def annotation_entry(mask: np.ndarray, as_polygon: bool) -> dict:
+    """Return the COCO entry of one object: ``segmentation``, ``bbox`` in pixels, ``area``, crowd flag.
 
-    Without polygons the segmentation is a run-length encoding. Box and area are those of the
-    decoded segmentation, so that all three always agree.
+    Box and area are those of the decoded segmentation, so that all three always agree.
     """
+    polygons = polygons_of(mask) if as_polygon else None
     if polygons is not None:
         segmentation = polygons
         rle = coco_mask.merge(coco_mask.frPyObjects(polygons, *mask.shape))
@@ -66,17 +66,12 @@ def mask_entry(mask: np.ndarray, polygons: list[list[float]] | None = None) -> d
         rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
         segmentation = {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
     return {
+        "category_id": CATEGORY["id"],
         "bbox": [float(value) for value in coco_mask.toBbox(rle)],
         "segmentation": segmentation,
         "area": float(coco_mask.area(rle)),
         "iscrowd": 0,
     }
-
-
-def annotation_entry(mask: np.ndarray, as_polygon: bool) -> dict:
-    """Return the COCO entry of one crack; as run lengths where polygons cannot hold its holes."""
-    polygons = polygons_of(mask) if as_polygon else None
-    return {"category_id": CATEGORY["id"], **mask_entry(mask, polygons)}
 
 
 def write_split(folder: Path, count: int, rng: np.random.Generator) -> None:

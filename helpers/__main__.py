@@ -128,7 +128,7 @@ def _convert_options(command):
     command.add_argument("--seed", type=int, default=42, help="of the division, default 42")
     command.add_argument("--tile", type=int, metavar="PIXELS", help="cut larger images into tiles")
     command.add_argument("--overlap", type=float, default=0.2, help="of tiles, default 0.2")
-    command.add_argument("--copy", action="store_true", help="copy images, never link them")
+    command.add_argument("--copy", action="store_true", help="images are always copied")
 
 
 def _predict_options(command):

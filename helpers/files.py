@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+
+from tqdm import tqdm
 
 from helpers.errors import InputError
 
@@ -94,6 +98,42 @@ def read_json(path, fix):
         raise InputError("is a JSON without keys", where=path, fix=fix)
     return content
 
+
+def file_digest(path):
+    """Return the SHA-256 of a file's bytes as 64 hex digits."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(
+            f"cannot be read ({error.strerror or error})",
+            where=path,
+            fix="restore the file or remove its entry",
+        ) from error
+
+
+class _LinePerUpdate:
+    """Let a progress bar write lines, which a log file and a notebook keep readable."""
+
+    def write(self, text):
+        """Write an update without the cursor movements around it."""
+        if text := text.strip():
+            print(text, file=sys.stderr)
+
+    def flush(self):
+        """Flush standard error."""
+        sys.stderr.flush()
+
+
+def progress_bar(total, title, unit="image"):
+    """Return a `tqdm.tqdm` on stderr for work of seconds: a bar, or a line every ten seconds."""
+    settings = {"total": total, "desc": title, "unit": unit, "delay": PROGRESS_DELAY}
+    if sys.stderr.isatty():
+        return tqdm(**settings)
+    return tqdm(**settings, file=_LinePerUpdate(), mininterval=10, ncols=80)
+
+
+PROGRESS_DELAY = 3  # seconds that work may take in silence
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"

@@ -12,6 +12,11 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from transformers import Sam3ImageProcessor
 
+from helpers.checks.dataset import check_dataset
+from helpers.config import load_config
+from helpers.data.dataset import load_dataset
+from helpers.files import CONFIGS
+
 WIDTH, HEIGHT = 96, 64
 CATEGORIES = ("crack", "joint")
 DATASET = {
@@ -131,3 +136,24 @@ class WordTokenizer:
 def make_processor():
     """Return what a Sam3Processor is used for here, without a download."""
     return SimpleNamespace(image_processor=Sam3ImageProcessor(), tokenizer=WordTokenizer())
+
+
+def dataset_at(root, **settings):
+    """Open a dataset with the data settings of the crack config, but for those given."""
+    config = load_config(CONFIGS / "crack_detection_config.yaml", profile="tiny")
+    plain = {"num_negatives": 0, "negative_prompts": (), "prompt": None, "prompts_by_category": {}}
+    data = config.data.model_copy(update=plain | settings)
+    return load_dataset(config.model_copy(update={"data": data}), root)
+
+
+def model_of(resolution=56, mask_size=32, num_queries=200):
+    """Return what a check reads of a model."""
+    decoder = SimpleNamespace(num_queries=num_queries)
+    config = SimpleNamespace(detr_decoder_config=decoder)
+    return SimpleNamespace(resolution=resolution, mask_size=mask_size, config=config)
+
+
+def check(root, *, mask_size=32, num_queries=200, **settings):
+    """Check a dataset for a model of 56 pixels."""
+    model = model_of(mask_size=mask_size, num_queries=num_queries)
+    return check_dataset(dataset_at(root, **settings), model, make_processor())

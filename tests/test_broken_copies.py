@@ -3,9 +3,8 @@
 import json
 
 import pytest
-from builders import DATASET, edit_coco, make_processor, write_coco, write_per_image
+from builders import DATASET, check, edit_coco, write_coco, write_per_image
 
-from helpers.checks.dataset import check_dataset
 from helpers.data.coco import read_split
 from helpers.errors import InputError
 from helpers.files import WALL_CRACKS
@@ -20,14 +19,7 @@ def train(tmp_path):
 
 
 def findings_of(folder):
-    report = check_dataset(
-        folder,
-        resolution=56,
-        mask_size=32,
-        processor=make_processor(),
-        disable_progress=True,
-    )
-    return {finding.code: finding for finding in report.findings}
+    return {finding.code: finding for finding in check(folder).findings}
 
 
 def objects_of(split):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from builders import edit_coco, make_processor, write_coco
+from builders import check, edit_coco, make_processor, write_coco
 from tiny_random import (
     save_tiny_base,
     tiny_model,
@@ -13,7 +13,6 @@ from tiny_random import (
 )
 
 from helpers.__main__ import main
-from helpers.checks.dataset import check_dataset
 from helpers.config import load_config
 from helpers.data.coco import read_split
 from helpers.data.dataset import PromptDataset
@@ -101,10 +100,7 @@ def test_checks_look_at_the_nouns(tmp_path):
         edit_coco(tmp_path, name, lambda c: [c["categories"][i].update(name=n) for i, n in ((0, "cracks"), (1, "0"))])  # fmt: skip
 
     def codes(**settings):
-        report = check_dataset(
-            tmp_path, resolution=56, mask_size=32, disable_progress=True, **settings
-        )
-        return {finding.code for finding in report.findings}
+        return {finding.code for finding in check(tmp_path, **settings).findings}
 
     assert "D32_NO_NOUN" in codes()
     assert "D32_NO_NOUN" not in codes(prompts_by_category={"0": "joint", "cracks": "crack"})

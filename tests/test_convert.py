@@ -2,12 +2,20 @@ import json
 
 import numpy as np
 import pytest
-from builders import DATASET, coco_of, edit_coco, mask_of, write_coco, write_image, write_per_image
+from builders import (
+    DATASET,
+    check,
+    coco_of,
+    edit_coco,
+    mask_of,
+    write_coco,
+    write_image,
+    write_per_image,
+)
 from PIL import Image
 from source_builders import TRUTH, masks_in, masks_of, write_with_supervision
 
 from helpers.__main__ import main
-from helpers.checks.dataset import check_dataset
 from helpers.convert import conversion as module
 from helpers.convert.conversion import convert, read_source
 from helpers.data.coco import read_split
@@ -63,7 +71,7 @@ def test_converted_data_are_sound_and_read_again(tmp_path, kind):
     again = read_source(tmp_path / "dst")
     if kind != "voc":  # of which only the boxes are read
         assert masks_in(again) == masks_of(TRUTH)
-    report = check_dataset(tmp_path / "dst", resolution=56, mask_size=32, disable_progress=True)
+    report = check(tmp_path / "dst")
     assert not [f for f in report.findings if f.severity == "error"], report.summary()
 
 

@@ -7,8 +7,8 @@ import pytest
 from builders import (
     HEIGHT,
     WIDTH,
+    check,
     edit_coco,
-    make_processor,
     mask_of,
     segmentation_of,
     write_coco,
@@ -17,17 +17,11 @@ from builders import (
 )
 from PIL import Image
 
-from helpers.checks.dataset import check_dataset
 from helpers.checks.findings import CODES, SEVERITIES
 from helpers.errors import InputError
 from helpers.files import ROOT
 
 REAL_DATA = ROOT.parent / "shared" / "data"
-
-
-def check(root, **settings):
-    settings = {"resolution": 56, "mask_size": 32, "processor": make_processor(), **settings}
-    return check_dataset(root, disable_progress=True, **settings)
 
 
 def codes_of(report):
@@ -292,15 +286,19 @@ def test_missing_dataset_is_refused(tmp_path):
         check(tmp_path)
 
 
-def test_progress_goes_to_stderr_or_nowhere(tmp_path, capsys):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_goes_to_stderr_once_it_takes_long(tmp_path, capsys, monkeypatch, terminal):
     write_coco(tmp_path)
-    check_dataset(tmp_path, resolution=56, mask_size=32)
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "check train" in captured.err
     check(tmp_path)
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
+    monkeypatch.setattr("helpers.files.PROGRESS_DELAY", 0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    check(tmp_path)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "8/8" in captured.err
+    assert ("\r" in captured.err) == terminal
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the real datasets are not beside the project")

@@ -6,6 +6,7 @@ from builders import edit_coco, write_coco, write_image, write_per_image
 
 from helpers.data.coco import read_split
 from helpers.data.dataset import data_fingerprint
+from helpers.errors import InputError
 
 
 @pytest.fixture
@@ -64,5 +65,5 @@ def test_split_without_images_has_one_too(root):
 
 def test_missing_image_is_no_data(root):
     (root / "train" / "a.png").unlink()
-    with pytest.raises(OSError, match=r"a\.png"):
+    with pytest.raises(InputError, match=r"a\.png"):
         of(root)

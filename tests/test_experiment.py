@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from helpers.lab.designs import (
     Cell,
     cells_of,
 )
-from helpers.lab.experiment import RESPONSES, publish, run_experiment
+from helpers.lab.experiment import KNOWN_THINGS, RESPONSES, publish, run_experiment
 from helpers.model.lora import add_lora
 from helpers.model.sam3 import load_base
 
@@ -123,9 +124,21 @@ def small(tmp_path, monkeypatch):
 
     monkeypatch.setitem(DESIGNS, "causes", design)
     monkeypatch.setattr(experiment_designs, "_SHORT", {})
-    monkeypatch.setattr("helpers.lab.experiment.RETENTION_WALLS", 1)
+    monkeypatch.setattr(experiment, "KNOWN_THINGS", one_known_wall(tmp_path / "known"))
     monkeypatch.setattr(jobs, "ProcessPoolExecutor", InThisProcess)
     return tmp_path, {"profile": "tiny", "data_dir": data, "seeds": [1, 2]}
+
+
+def one_known_wall(folder):
+    """Copy the first wall of data/known_things, for a base that answers slowly or wrongly."""
+    (folder / "test" / "images").mkdir(parents=True)
+    content = json.loads((KNOWN_THINGS / "test" / "_annotations.coco.json").read_text())
+    content["images"] = content["images"][:1]
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] == 1]
+    (folder / "test" / "_annotations.coco.json").write_text(json.dumps(content))
+    shutil.copy(KNOWN_THINGS / "test" / "images" / "known_000.png", folder / "test" / "images")
+    shutil.copy(KNOWN_THINGS / "prompts.json", folder)
+    return folder
 
 
 class InThisProcess:

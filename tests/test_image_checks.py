@@ -1,13 +1,10 @@
 """Copies of an image in two splits are found, whatever they were saved as."""
 
-from types import SimpleNamespace
-
 import pytest
-from builders import write_coco
+from builders import dataset_at, write_coco
 from PIL import Image
 
-from helpers.checks.images import check_images, check_leakage
-from helpers.data.coco import read_split
+from helpers.checks.images import check_leakage
 
 FILES = {
     "train": {"a.png": [("crack", 8, 8, 16, 32)], "b.png": []},
@@ -16,11 +13,11 @@ FILES = {
 
 
 def leakage(root):
-    splits = {name: read_split(root, name) for name in FILES}
-    bar = SimpleNamespace(update=lambda: None)
-    return check_leakage(
-        splits, {name: check_images(split, bar)[1] for name, split in splits.items()}
-    )
+    dataset = dataset_at(root)
+    splits = {name: dataset.split(name) for name in FILES}
+    for split in splits.values():
+        dataset.look(split)
+    return check_leakage(splits, dataset.pictures)
 
 
 def test_different_images_are_no_leakage(tmp_path):

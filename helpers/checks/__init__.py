@@ -1,12 +1,11 @@
 """What is wrong with a dataset."""
 
-from helpers.checks.dataset import check_config_data, check_dataset
+from helpers.checks.dataset import check_dataset
 from helpers.checks.findings import CODES
 from helpers.checks.words import check_categories
 
 __all__ = [
     "CODES",
     "check_categories",
-    "check_config_data",
     "check_dataset",
 ]

@@ -1,105 +1,75 @@
-"""A dataset as a config says it: its splits with the nouns they are asked by, and its check."""
+"""The check of a whole dataset: every split, its files, and what of it reaches the loss."""
 
 from __future__ import annotations
 
 from collections import Counter
-from types import SimpleNamespace
-
-from tqdm import tqdm
-from transformers import Sam3ImageProcessor
+from dataclasses import dataclass
 
 from helpers.checks.boxes_and_masks import check_annotations
 from helpers.checks.findings import SEVERITIES, Finding, Report
-from helpers.checks.images import check_images, check_leakage
+from helpers.checks.images import check_images, check_leakage, is_usable_picture
 from helpers.checks.words import check_categories, check_prompts, check_splits_agree
-from helpers.data.coco import COCO_FILE, find_splits, read_split
-from helpers.data.dataset import PromptCollator, PromptDataset, join_queries
-from helpers.data.records import refuse_unknown_categories, rename_categories
+from helpers.data.coco import COCO_FILE
+from helpers.data.dataset import PromptCollator, PromptDataset, model_sizes
 from helpers.errors import InputError
-from helpers.files import resolve
+from helpers.files import progress_bar
 
+NUM_QUERIES = 200  # objects that SAM3 can find per prompt
 MIN_KEPT = 0.99  # share of the objects in the files that must reach the loss
 
 
-def check_dataset(
-    data_dir,
-    *,
-    resolution,
-    mask_size,
-    processor=None,
-    num_queries=200,
-    prompt=None,
-    prompts_by_category=None,
-    num_negatives=0,
-    negative_prompts=(),
-    layout=None,
-    disable_progress=False,
-):
+def check_dataset(dataset, model=None, processor=None):
     """Look for every fault of a dataset that makes a fine-tuned SAM3 detect nothing.
+
+    Each image is decoded once and stays described in ``dataset.pictures``; pixels and masks are not
+    kept. Progress shows on stderr if it takes longer than a few seconds.
 
     Parameters
     ----------
-    data_dir : str or os.PathLike
-        A folder with one folder per split.
-    resolution : int
-        Side of the model's square input in pixels.
-    mask_size : int
-        Cells per side of its mask grid.
+    dataset : helpers.data.dataset.Dataset
+        Its config says which prompts and nouns are asked.
+    model : helpers.model.prompted.PromptedSam3, optional
+        Its base. Without it the sizes are those of a SAM3 at ``model.resolution`` of the config.
     processor : transformers.Sam3Processor, optional
-        The one training will use. Without it images are prepared by a default image processor and
-        prompts are not turned into tokens.
-    num_queries : int
-        Objects the model can find per prompt.
-    prompt, num_negatives, negative_prompts
-        As in `helpers.data.dataset.PromptDataset`.
-    prompts_by_category : dict of str to str, optional
-        Nouns the categories are asked by, see `helpers.data.records.rename_categories`.
-    layout : {"coco", "per_image"}, optional
-        As in `helpers.data.coco.read_split`.
-    disable_progress : bool
-        True for no progress bar on stderr.
+        Of the base. Without it prompts are not turned into tokens.
 
     Returns
     -------
     Report
-        Errors first. Codes, severities and the rows of the cause catalogue are in
-        `helpers.checks.findings.CODES`.
+        Errors first. Codes and severities are in `helpers.checks.findings.CODES`.
 
     Raises
     ------
     InputError
-        If the folder is missing or holds no split, or ``prompts_by_category`` names a category
-        that no split has. Anything wrong inside a split is a finding.
+        If the folder holds no split, or ``prompts_by_category`` names a category that no split
+        has. Anything wrong inside a split is a finding.
     """
-    names = find_splits(data_dir)
-    splits, unreadable = _read_splits(data_dir, names, layout)
-    prompts_by_category = prompts_by_category or {}
-    refuse_unknown_categories(prompts_by_category, list(splits.values()))
-    findings, counts, seen = _missing_splits(names, data_dir) + unreadable, {}, {}
-    settings = {
-        "resolution": resolution,
-        "mask_size": mask_size,
-        "prompt": prompt,
-        "num_negatives": num_negatives,
-        "negative_prompts": negative_prompts,
-    }
-    for name, as_read in splits.items():
-        split = splits[name] = rename_categories(as_read, prompts_by_category)
+    names = dataset.names
+    splits, findings = _read_splits(dataset)
+    dataset.refuse_unknown_categories()
+    findings += _missing_splits(names, dataset.root)
+    mask_size = model_sizes(dataset.config, model)[1]
+    num_queries = NUM_QUERIES if model is None else model.config.detr_decoder_config.num_queries
+    counts = {}
+    with progress_bar(sum(len(split.records) for split in splits.values()), "check") as bar:
+        for split in splits.values():
+            dataset.look(split, bar)
+    for name, split in splits.items():
         findings += check_annotations(split, mask_size=mask_size, num_queries=num_queries)
-        loaded, seen[name], counts[name] = _check_loading(
-            split, processor, settings, disable_progress
-        )
-        findings += check_categories(split) + loaded
-    findings += check_splits_agree(splits) + check_leakage(splits, seen)
-    return Report(resolve(data_dir), tuple(sorted(findings, key=_by_urgency)), counts)
+        findings += check_images(split, dataset.pictures)
+        findings += check_categories(split)
+        loading, counts[name] = _check_loading(dataset, split, model, processor)
+        findings += loading
+    findings += check_splits_agree(splits) + check_leakage(splits, dataset.pictures)
+    return Report(dataset.root, tuple(sorted(findings, key=_by_urgency)), counts)
 
 
-def _read_splits(data_dir, names, layout):
-    """Read every split that can be read; returns them by name, and a finding for each other one."""
+def _read_splits(dataset):
+    """Return every split that can be read by its name, and a finding for each other one."""
     splits, findings = {}, []
-    for name in names:
+    for name in dataset.names:
         try:
-            splits[name] = read_split(data_dir, name, layout)
+            splits[name] = dataset.split(name)
         except InputError as error:
             findings.append(
                 Finding("D03_UNREADABLE", error.where or name, error.message, error.fix)
@@ -113,26 +83,81 @@ def _by_urgency(finding):
     return SEVERITIES.index(finding.severity), is_consequence, finding.code
 
 
-def _check_loading(split, processor, settings, disable_progress):
-    """Return the findings of one split's images and prompts, the images seen, and its counts."""
-    findings, seen, queries = _open_and_load(split, processor, settings, disable_progress)
+def _check_loading(dataset, split, model, processor):
+    """Return the findings of the queries that training would make of a split, and its counts."""
+    data, findings, queries = dataset.config.data, [], _QueryCounts()
+    try:
+        prompts = PromptDataset.from_config(dataset.config, split, model)
+    except InputError as error:
+        if split.records:  # without any it is reported as D06_EMPTY_SPLIT
+            findings = [_refusal(error, split.name)]
+    else:
+        findings = queries.add(prompts, dataset.pictures, processor)
     counts = _counts(split, queries)
     findings = findings + check_objects_arrive(split, counts)
-    if queries:
-        absent = counts["absent_queries"]
-        nouns = settings["negative_prompts"]
-        findings += check_prompts(split, absent, settings["num_negatives"], nouns)
-    return findings, seen, counts
+    if queries.present or queries.absent:
+        findings += check_prompts(split, queries.absent, data.num_negatives, data.negative_prompts)
+    return findings, counts
 
 
-def _missing_splits(names, data_dir):
+def _refusal(error, where):
+    """Turn an error of the training dataset into a finding."""
+    return Finding("D09_LOADER_REFUSES", error.where or where, error.message, error.fix)
+
+
+@dataclass
+class _QueryCounts:
+    """What of a split reaches the loss, counted image by image without its pixels."""
+
+    objects: int = 0
+    masks: int = 0
+    present: int = 0
+    absent: int = 0
+
+    def add(self, prompts, pictures, processor):
+        """Count a `PromptDataset`; return a D09 finding per reason for which images are refused."""
+        findings, refused, collator = {}, {}, PromptCollator(processor)
+        for index, record in enumerate(prompts.records):
+            if not is_usable_picture(record, pictures[record.path]):
+                continue
+            queries = prompts.targets(index, 0)
+            for prompt in {query["prompt"] for query in queries} - refused.keys():
+                refused[prompt] = _token_problem(collator, prompt)
+            problems = [refused[query["prompt"]] for query in queries if refused[query["prompt"]]]
+            for error in problems[:1]:
+                where = f"{prompts.split.name}/{record.image_id}"
+                findings.setdefault(error.message, _refusal(error, where))
+            if not problems:
+                self._add(queries)
+        return list(findings.values())
+
+    def _add(self, queries):
+        """Add the queries of one image."""
+        for query in queries:
+            self.objects += len(query["boxes_cxcywh"])
+            self.masks += int(query["mask_valid"].sum())
+            self.present += query["is_positive"]
+            self.absent += not query["is_positive"]
+
+
+def _token_problem(collator, prompt):
+    """Return the InputError that a prompt causes in the collator, or None."""
+    try:
+        if collator.processor is not None:
+            collator.tokenize([prompt])
+    except InputError as error:
+        return error
+    return None
+
+
+def _missing_splits(names, root):
     """Report the usual splits that a dataset lacks."""
     findings = []
     if "train" not in names:
         findings.append(
             Finding(
                 "D04_NO_TRAIN_SPLIT",
-                str(resolve(data_dir)),
+                str(root),
                 f"there is no folder 'train' with annotations, only {', '.join(names)}",
                 f"put the training images with {COCO_FILE} into 'train'",
             )
@@ -142,83 +167,12 @@ def _missing_splits(names, data_dir):
             findings.append(
                 Finding(
                     "D05_MISSING_SPLIT",
-                    str(resolve(data_dir)),
+                    str(root),
                     f"there is no folder '{name}' with annotations",
                     "set images of other scenes aside, or nothing can be measured on it",
                 )
             )
     return findings
-
-
-def _open_and_load(split, processor, settings, disable_progress):
-    """Open every image by itself and then through the real dataset; one progress bar for both.
-
-    Returns
-    -------
-    findings : list of Finding
-        From both passes.
-    images : list of helpers.checks.images.SeenImage
-        From `helpers.checks.images.check_images`.
-    queries : list of (dict, dict)
-        From `_load_all`.
-    """
-    collate = PromptCollator(processor) if processor else join_queries
-    processor = processor or SimpleNamespace(image_processor=Sam3ImageProcessor())
-    total = 2 * len(split.records)
-    with tqdm(total=total, desc=f"check {split.name}", disable=disable_progress) as bar:
-        findings, images = check_images(split, bar)
-        seen = {place.path for finding in findings for place in finding.places}
-        dataset, refusal = _real_dataset(split, processor, **settings)
-        queries, loading = _load_all(dataset, collate, seen, bar) if dataset else ([], refusal)
-        bar.update(total - bar.n)
-    return findings + loading, images, queries
-
-
-def _real_dataset(split, processor, **settings):
-    """Build the dataset training would use; None and a finding if it refuses the split."""
-    try:
-        return PromptDataset(split, processor, **settings), []
-    except InputError as error:
-        if not split.records:  # reported as D06_EMPTY_SPLIT
-            return None, []
-        where = error.where or split.name
-        return None, [Finding("D09_LOADER_REFUSES", where, error.message, error.fix)]
-
-
-def _load_all(dataset, collate, seen, bar):
-    """Pass every image through the real dataset and collate.
-
-    Parameters
-    ----------
-    dataset : PromptDataset
-        As training would use it.
-    collate : callable
-        A `PromptCollator` or `helpers.data.dataset.join_queries`.
-    seen : set of pathlib.Path
-        Images already reported; that they fail again is no news.
-    bar : tqdm.tqdm
-        Advanced by one per image.
-
-    Returns
-    -------
-    queries : list of (dict, dict)
-        Description and target of each query that would reach the loss.
-    findings : list of Finding
-        ``D09_LOADER_REFUSES``, one per reason.
-    """
-    queries, findings = [], {}
-    for index, record in enumerate(dataset.records):
-        bar.update()
-        try:
-            batch = collate([dataset[index]])
-        except InputError as error:
-            if record.path not in seen:
-                where = error.where or f"{dataset.split.name}/{record.image_id}"
-                finding = Finding("D09_LOADER_REFUSES", where, error.message, error.fix)
-                findings.setdefault(error.message, finding)
-            continue
-        queries += zip(batch["queries"], batch["targets"], strict=True)
-    return queries, list(findings.values())
 
 
 def _counts(split, queries):
@@ -230,10 +184,10 @@ def _counts(split, queries):
         "images_without_objects": sum(not record.objects for record in split.records),
         "objects_in_files": len(objects),
         "crowd_objects": sum(item.is_crowd for item in objects),
-        "objects_after_collate": sum(len(target["boxes_cxcywh"]) for _, target in queries),
-        "masks_after_collate": sum(int(target["mask_valid"].sum()) for _, target in queries),
-        "present_queries": sum(query["is_positive"] for query, _ in queries),
-        "absent_queries": sum(not query["is_positive"] for query, _ in queries),
+        "objects_after_collate": queries.objects,
+        "masks_after_collate": queries.masks,
+        "present_queries": queries.present,
+        "absent_queries": queries.absent,
         "objects_per_category": {name: names[name] for name in sorted(names)},
     }
 
@@ -284,75 +238,3 @@ def check_objects_arrive(split, counts):
             "mend the other errors of this split; training on it teaches to detect less",
         )
     ]
-
-
-def read_config_split(config, name, data_dir=None):
-    """Read a split with the nouns that its categories are asked by.
-
-    Parameters
-    ----------
-    config : helpers.config.Config
-        For ``data.data_dir`` and ``data.prompts_by_category``.
-    name : str
-        Name of the split.
-    data_dir : os.PathLike, optional
-        Another dataset.
-
-    Returns
-    -------
-    helpers.data.records.Split
-        See `helpers.data.records.rename_categories`.
-
-    Raises
-    ------
-    InputError
-        See `helpers.data.coco.read_split`.
-    """
-    data = config.data
-    split = read_split(data.data_dir if data_dir is None else data_dir, name)
-    return rename_categories(split, data.prompts_by_category)
-
-
-def check_config_data(config, model=None, processor=None, *, data_dir=None, disable_progress=False):
-    """Check the dataset of a config with the prompts, nouns and sizes that its training uses.
-
-    Parameters
-    ----------
-    config : helpers.config.Config
-    model : helpers.model.prompted.PromptedSam3, optional
-        Its base. Without it the sizes are those of a SAM3 at ``model.resolution``.
-    processor : transformers.Sam3Processor, optional
-        Of the base, see `helpers.checks.dataset.check_dataset`.
-    data_dir : os.PathLike, optional
-        Another dataset.
-    disable_progress : bool
-        True for no progress bar on stderr.
-
-    Returns
-    -------
-    helpers.checks.findings.Report
-
-    Raises
-    ------
-    InputError
-        See `helpers.checks.dataset.check_dataset`.
-    """
-    data = config.data
-    sizes = {
-        "resolution": config.model.resolution,
-        "mask_size": config.model.resolution // 14 * 4,
-    }
-    if model is not None:
-        num_queries = model.config.detr_decoder_config.num_queries
-        sizes = {"resolution": model.resolution, "mask_size": model.mask_size}
-        sizes |= {"num_queries": num_queries}
-    return check_dataset(
-        data.data_dir if data_dir is None else data_dir,
-        **sizes,
-        processor=processor,
-        prompt=data.prompt,
-        prompts_by_category=data.prompts_by_category,
-        num_negatives=data.num_negatives,
-        negative_prompts=data.negative_prompts,
-        disable_progress=disable_progress,
-    )

@@ -1,10 +1,8 @@
-"""Find out from pixels whether annotations were made on turned or mirrored images."""
+"""Faults of image files: broken, of another size, in two splits, turned against their masks."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
-from dataclasses import dataclass
 from itertools import combinations
 
 import cv2
@@ -13,9 +11,7 @@ from pycocotools import mask as coco_mask
 
 from helpers.checks.findings import Place, finding_at
 from helpers.data.dataset import mask_fits_image
-from helpers.data.images import near_pairs, open_upright, picture_hash, same_shape, upright_size
-from helpers.data.records import ImageRecord
-from helpers.errors import InputError
+from helpers.data.images import near_pairs, open_upright, same_shape
 
 WHAT_AND_FIX = {
     "D07_UNANNOTATED_IMAGE": (
@@ -45,52 +41,27 @@ WHAT_AND_FIX = {
 }
 
 
-@dataclass(frozen=True)
-class SeenImage:
-    """An image that could be opened, and what tells it from others.
-
-    Attributes
-    ----------
-    record : helpers.data.records.ImageRecord
-    digest : str
-        SHA-256 of the file.
-    look : numpy.ndarray
-        From `helpers.data.images.picture_hash`.
-    """
-
-    record: ImageRecord
-    digest: str
-    look: np.ndarray
-
-
-def check_images(split, bar):
-    """Open every image file and compare it with what the annotations say about it.
+def check_images(split, pictures):
+    """Compare image files with what the annotations say about them.
 
     Parameters
     ----------
     split : Split
-        Its images are decoded one after the other.
-    bar : tqdm.tqdm
-        Advanced by one per image.
+    pictures : dict of pathlib.Path to helpers.data.images.Picture
+        From `helpers.data.dataset.Dataset.look`.
 
     Returns
     -------
-    findings : list of Finding
+    list of Finding
         ``D07_UNANNOTATED_IMAGE``, ``D08_MISSING_IMAGE``, ``D70_BROKEN_IMAGE``,
         ``D71_IMAGE_SHAPE``, ``D72_IMAGE_SCALED``, ``D73_IMAGE_TURNED``.
-    seen : list of SeenImage
-        The images that could be opened.
     """
-    places, details, seen = defaultdict(list), defaultdict(list), []
+    places, details = defaultdict(list), defaultdict(list)
     for record in split.records:
-        bar.update()
-        code, detail, look = _look_at(record)
+        code, detail = _fault_of(record, pictures[record.path])
         if code is not None:
             places[code].append(Place(split.name, record.image_id, record.path))
             details[code].append(detail)
-        if look is not None:
-            digest = hashlib.sha256(record.path.read_bytes()).hexdigest()
-            seen.append(SeenImage(record, digest, look))
     code = "D07_UNANNOTATED_IMAGE"
     places[code] = [Place(split.name, path.name, path) for path in split.unannotated]
     findings = []
@@ -99,38 +70,39 @@ def check_images(split, bar):
         findings += finding_at(
             code, places[code], f"{len(places[code])} images {what}{detail}", fix
         )
-    return findings, seen
+    return findings
 
 
-def _look_at(record):
-    """Return the code of what is wrong with an image file or None, a detail, and its hash."""
-    if not record.path.is_file():
-        return "D08_MISSING_IMAGE", str(record.path), None
-    try:
-        image = open_upright(record.path)
-        _, orientation = upright_size(record.path)
-    except InputError as error:
-        return "D70_BROKEN_IMAGE", error.message, None
-    size, look = image.size, picture_hash(image)
-    stated = (record.width, record.height)
-    turn = "" if orientation == 1 else f", EXIF orientation {orientation}"
+def _fault_of(record, picture):
+    """Return the code of what is wrong with an image file, or None, and a detail."""
+    if not picture.digest and not record.path.is_file():
+        return "D08_MISSING_IMAGE", str(record.path)
+    if picture.problem is not None:
+        return "D70_BROKEN_IMAGE", picture.problem
+    size, stated = picture.size, (record.width, record.height)
+    turn = "" if picture.orientation == 1 else f", EXIF orientation {picture.orientation}"
     detail = f"{size[0]} x {size[1]} upright{turn}, {stated[0]} x {stated[1]} stated"
     if not same_shape(size, stated):
-        return "D71_IMAGE_SHAPE", detail, look
+        return "D71_IMAGE_SHAPE", detail
     if size != stated:
-        return "D72_IMAGE_SCALED", detail, look
-    return ("D73_IMAGE_TURNED" if turn else None), detail, look
+        return "D72_IMAGE_SCALED", detail
+    return ("D73_IMAGE_TURNED" if turn else None), detail
 
 
-def check_leakage(splits, seen):
+def is_usable_picture(record, picture):
+    """Return whether the training loader can take the image of a record."""
+    return picture.size is not None and same_shape(picture.size, (record.width, record.height))
+
+
+def check_leakage(splits, pictures):
     """Find images that are in two splits, as the same file or as a copy that looks the same.
 
     Parameters
     ----------
     splits : dict of str to Split
         By name.
-    seen : dict of str to list of SeenImage
-        By name of the split, from `check_images`.
+    pictures : dict of pathlib.Path to helpers.data.images.Picture
+        Of their images.
 
     Returns
     -------
@@ -138,30 +110,34 @@ def check_leakage(splits, seen):
         ``D80_LEAKAGE``, one per pair of splits.
     """
     findings = []
-    for first, second in combinations(seen, 2):
-        same, alike = _shared(seen[first], seen[second])
-        what = [f"{len(same)} are the same files"] if same else []
-        what += [f"{len(alike)} look the same, as copies saved anew do"] if alike else []
-        shared = [*same, *alike]
+    for first, second in combinations(splits, 2):
+        same, similar = _shared(splits[first].records, splits[second].records, pictures)
+        parts = [f"{len(same)} are the same files"] if same else []
+        parts += [f"{len(similar)} look the same, as copies saved anew do"] if similar else []
+        shared = [*same, *similar]
         findings += finding_at(
             "D80_LEAKAGE",
             [Place(second, record.image_id, record.path) for record in shared],
             f"{len(shared)} of {len(splits[second].records)} images of '{second}' are also in "
-            f"'{first}': {', '.join(what)}",
+            f"'{first}': {', '.join(parts)}",
             "keep each photograph, and all its crops, in one split",
         )
     return findings
 
 
-def _shared(first, second):
+def _shared(first, second, pictures):
     """Return the records of `second` that `first` has byte for byte, and those it has by looks."""
-    known = {one.digest for one in first}
-    same = [one.record for one in second if one.digest in known]
+    first, second = (
+        [(record, pictures[record.path]) for record in records if pictures[record.path].size]
+        for records in (first, second)
+    )
     if not first or not second:
-        return same, []
-    looks = [np.stack([one.look for one in group]) for group in (first, second)]
+        return [], []
+    digests = {picture.digest for _, picture in first}
+    same = [record for record, picture in second if picture.digest in digests]
+    looks = [np.stack([picture.look for _, picture in group]) for group in (first, second)]
     rows = sorted(set(near_pairs(*looks)[:, 1].tolist()))
-    return same, [second[row].record for row in rows if second[row].digest not in known]
+    return same, [second[row][0] for row in rows if second[row][1].digest not in digests]
 
 
 SIDE_PX = 256

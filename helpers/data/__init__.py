@@ -1,7 +1,13 @@
 """From annotation files to what the model is asked."""
 
 from helpers.data.coco import find_splits, read_split
-from helpers.data.dataset import PromptCollator, PromptDataset, count_objects
+from helpers.data.dataset import (
+    Dataset,
+    PromptCollator,
+    PromptDataset,
+    count_objects,
+    load_dataset,
+)
 from helpers.data.images import open_upright
 from helpers.data.masks import mask_to_rle, rle_box_xyxy
 from helpers.data.prompts import absent_candidates
@@ -9,11 +15,13 @@ from helpers.data.records import Category, rename_categories
 
 __all__ = [
     "Category",
+    "Dataset",
     "PromptCollator",
     "PromptDataset",
     "absent_candidates",
     "count_objects",
     "find_splits",
+    "load_dataset",
     "mask_to_rle",
     "open_upright",
     "read_split",

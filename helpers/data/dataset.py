@@ -1,39 +1,120 @@
-"""One item per image with all its queries, one query per (image, category), ready for the model."""
+"""A dataset as a config says it, and its images as queries: one per image and category."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 
 import pandas as pd
 import torch
-from torch.utils.data import Dataset
 from torchvision.ops import box_convert
 
-from helpers.data.images import load_pixels
+from helpers.config import Config
+from helpers.data.coco import find_splits, read_split, split_folder
+from helpers.data.images import load_pixels, look_at
 from helpers.data.masks import clip_box, masks_on_grid, rle_area
 from helpers.data.prompts import absent_candidates, absent_prompts, nouns_overlap, present_prompts
+from helpers.data.records import refuse_unknown_categories, rename_categories
 from helpers.errors import InputError
+from helpers.files import file_digest, resolve
 
 
-def object_targets(objects, record, mask_size):
-    """Build what the loss compares n objects of one image with.
+@dataclass(frozen=True)
+class Dataset:
+    """The splits of a folder as a config asks for them; each is read and each image decoded once.
+
+    Attributes
+    ----------
+    root : pathlib.Path
+        Folder of the dataset, resolved.
+    config : helpers.config.Config
+        What it was loaded with; ``data`` holds the nouns and the absent prompts.
+    pictures : dict of pathlib.Path to helpers.data.images.Picture
+        What was seen of the image files so far, see `look`.
+    """
+
+    root: Path
+    config: Config
+    pictures: dict = field(default_factory=dict, repr=False, compare=False)
+    _read: dict = field(default_factory=dict, repr=False, compare=False)
+    _splits: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def names(self):
+        """Names of the splits, see `helpers.data.coco.find_splits`."""
+        return find_splits(self.root)
+
+    def split(self, name):
+        """Return a split with the nouns that its categories are asked by.
+
+        Parameters
+        ----------
+        name : str
+            ``val`` and ``valid`` mean the same.
+
+        Returns
+        -------
+        helpers.data.records.Split
+
+        Raises
+        ------
+        InputError
+            See `helpers.data.coco.read_split`.
+        """
+        name, _ = split_folder(self.root, name)
+        if name not in self._splits:
+            self._read[name] = read_split(self.root, name)
+            nouns = self.config.data.prompts_by_category
+            self._splits[name] = rename_categories(self._read[name], nouns)
+        return self._splits[name]
+
+    def refuse_unknown_categories(self):
+        """Raise InputError if the config renames a category that none of the splits read has."""
+        nouns = self.config.data.prompts_by_category
+        refuse_unknown_categories(nouns, list(self._read.values()))
+
+    def look(self, split, bar=None):
+        """Decode the images of a split that were not decoded yet; return a dict of path to Picture."""
+        for record in split.records:
+            if record.path not in self.pictures:
+                self.pictures[record.path] = look_at(record.path)
+            if bar is not None:
+                bar.update()
+        return {record.path: self.pictures[record.path] for record in split.records}
+
+
+def load_dataset(config, data_dir=None):
+    """Open the dataset of a config; a split is read when it is first asked for.
 
     Parameters
     ----------
-    objects : list of ObjectAnnotation
-        Each with a box that keeps an area inside the image.
-    record : ImageRecord
-        The image; its size normalises the boxes.
-    mask_size : int
-        Cells per side of the mask grid.
+    config : helpers.config.Config
+    data_dir : os.PathLike, optional
+        Another dataset than ``data.data_dir``, with the same settings.
 
     Returns
     -------
-    dict
-        ``boxes_cxcywh`` float32 ``(n, 4)`` in [0, 1], clipped to the image; ``masks`` uint8
-        ``(n, mask_size, mask_size)``; ``mask_valid`` bool ``(n,)``, False for an object without a
-        mask of this image's size that has a pixel in it, whose ``masks`` are zero.
+    Dataset
+
+    Raises
+    ------
+    InputError
+        If there is no such folder.
+    """
+    root = resolve(config.data.data_dir if data_dir is None else data_dir)
+    if not root.is_dir():
+        raise InputError("no such folder", where=root, fix="check the path of the dataset")
+    return Dataset(root, config)
+
+
+def object_targets(objects, record, mask_size):
+    """Return what the loss compares n objects of one image with.
+
+    ``boxes_cxcywh`` float32 (n, 4) in [0, 1], clipped to the image; ``masks`` uint8
+    (n, mask_size, mask_size), decoded only if ``mask_size`` is not 0; ``mask_valid`` bool (n,).
     """
     boxes_xyxy = [clip_box(item.box_xyxy, record.width, record.height) for item in objects]
     scale = torch.tensor([record.width, record.height, record.width, record.height])
@@ -42,72 +123,60 @@ def object_targets(objects, record, mask_size):
     )
     valid = [mask_fits_image(record, item) and rle_area(item.rle) > 0 for item in objects]
     masks = torch.zeros((len(objects), mask_size, mask_size), dtype=torch.uint8)
-    rles = [item.rle for item, usable in zip(objects, valid, strict=True) if usable]
     mask_valid = torch.tensor(valid, dtype=torch.bool)
-    masks[mask_valid] = masks_on_grid(rles, mask_size)
+    if mask_size:
+        rles = [item.rle for item, usable in zip(objects, valid, strict=True) if usable]
+        masks[mask_valid] = masks_on_grid(rles, mask_size)
     return {"boxes_cxcywh": boxes_cxcywh, "masks": masks, "mask_valid": mask_valid}
 
 
 def mask_fits_image(record, item):
-    """Tell whether an object has a mask of the size of its image.
-
-    Parameters
-    ----------
-    record : ImageRecord
-        The image.
-    item : ObjectAnnotation
-        An object in it.
-
-    Returns
-    -------
-    bool
-        False without a readable mask.
-    """
+    """Return whether an object has a readable mask of the size of its image."""
     return item.rle is not None and list(item.rle["size"]) == [record.height, record.width]
 
 
-def data_fingerprint(split):
-    """Return 16 hex digits of the SHA-256 of a split's images and annotations.
+def data_fingerprint(split, pictures=None):
+    """Return 16 hex digits of the SHA-256 of what a split teaches.
 
     Parameters
     ----------
     split : helpers.data.records.Split
+        With the nouns it is asked by.
+    pictures : dict of pathlib.Path to helpers.data.images.Picture, optional
+        From `Dataset.look`; files that are not among them are read.
 
     Returns
     -------
     str
         The same wherever the split's folder lies and in either layout. It changes with any byte of
-        an image, any box, mask, category or known content, and with the name of a file. The cost
-        is that of reading the files once.
+        an image, any box, mask, noun or known content, and with the name of a file, which decides
+        the draw of absent prompts.
 
     Raises
     ------
-    OSError
+    InputError
         If an image cannot be read.
     """
-    digest = hashlib.sha256()
+    pictures = pictures or {}
+    digest = hashlib.sha256(json.dumps(split.categories).encode("utf-8"))
     for record in split.records:
         objects = [
-            [
-                item.category,
-                item.box_xyxy,
-                item.is_crowd,
-                None if item.rle is None else dict(item.rle),
-            ]
+            [item.category, item.file_category, item.box_xyxy, item.is_crowd, item.rle]
             for item in record.objects
         ]
         size = [record.width, record.height]
-        described = [record.image_id, size, sorted(record.contents), objects]
-        digest.update(json.dumps(described, sort_keys=True).encode("utf-8"))
-        with record.path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        description = [record.image_id, size, sorted(record.contents), objects]
+        digest.update(json.dumps(description, sort_keys=True).encode("utf-8"))
+        picture = pictures.get(record.path)
+        known = picture.digest if picture else ""
+        digest.update((known or file_digest(record.path)).encode("ascii"))
     return digest.hexdigest()[:16]
 
 
 MAX_TOKENS = 32  # context of SAM3's text encoder; its processor would cut or fail beyond it
 
 
-class PromptDataset(Dataset):
+class PromptDataset(torch.utils.data.Dataset):
     """The images of a split with their prompts and targets.
 
     Parameters
@@ -187,6 +256,56 @@ class PromptDataset(Dataset):
                 fix="list nouns in data.negative_prompts that the images do not show",
             )
 
+    @classmethod
+    def from_config(cls, config, split, model=None, processor=None, **changes):
+        """Build the dataset that a config trains on.
+
+        Parameters
+        ----------
+        config : helpers.config.Config
+            For the prompts, the seed and, without a model, the sizes of a SAM3.
+        split : helpers.data.records.Split
+        model : helpers.model.prompted.PromptedSam3 or peft.PeftModel, optional
+            For its resolution and mask grid.
+        processor : transformers.Sam3Processor, optional
+            Not needed for `targets`.
+        **changes
+            Parameters of the class in place of what config and model say, or a ``backbone_cache``.
+
+        Returns
+        -------
+        PromptDataset
+        """
+        resolution, mask_size = model_sizes(config, model)
+        settings = {
+            "resolution": resolution,
+            "mask_size": mask_size,
+            "prompt": config.data.prompt,
+            "num_negatives": config.data.num_negatives,
+            "negative_prompts": config.data.negative_prompts,
+            "seed": config.training.seed,
+        }
+        return cls(split, processor, **settings | changes)
+
+    @classmethod
+    def for_evaluation(
+        cls, split, model, processor, *, prompt=None, absent_prompts=(), backbone_cache=None
+    ):
+        """Build the questions of an evaluation: every category and absent noun on every image."""
+        num_nouns = len(split.categories if prompt is None else (prompt,)) + len(absent_prompts)
+        return cls(
+            split,
+            processor,
+            resolution=model.resolution,
+            mask_size=model.mask_size,
+            prompt=prompt,
+            # All there are. With a single noun and no other, only images without it can ask for it.
+            num_negatives=num_nouns if num_nouns > 1 else 0,
+            negative_prompts=tuple(absent_prompts),
+            resample_negatives=False,
+            backbone_cache=backbone_cache,
+        )
+
     def __len__(self):
         """Return the number of images with a query."""
         return len(self.records)
@@ -229,21 +348,26 @@ class PromptDataset(Dataset):
         InputError
             If the image cannot be opened or its shape is not the annotated one.
         """
+        queries, record = self.targets(index), self.records[index]
+        if self.backbone_cache is not None:
+            return {"backbone_states": self.backbone_cache.states(record), "queries": queries}
+        pixel_values = load_pixels(record, self.processor, self.resolution)
+        return {"pixel_values": pixel_values, "queries": queries}
+
+    def targets(self, index, mask_size=None):
+        """Return the ``queries`` of `__getitem__` without opening the image; mask size 0 counts."""
         record = self.records[index]
-        queries = [
+        mask_size = self.mask_size if mask_size is None else mask_size
+        return [
             {
                 "image_id": record.image_id,
                 "prompt": prompt,
                 "category": prompt,
                 "is_positive": bool(objects),
-                **object_targets(objects, record, self.mask_size),
+                **object_targets(objects, record, mask_size),
             }
             for prompt, objects in self._prompts(record).items()
         ]
-        if self.backbone_cache is not None:
-            return {"backbone_states": self.backbone_cache.states(record), "queries": queries}
-        pixel_values = load_pixels(record, self.processor, self.resolution)
-        return {"pixel_values": pixel_values, "queries": queries}
 
     def _prompts(self, record):
         """Map each prompt of an image to its objects, absent prompts to none."""
@@ -259,6 +383,13 @@ class PromptDataset(Dataset):
             epoch=self.epoch if self.resample_negatives else 0,
         )
         return {**prompts, **{noun: [] for noun in absent}}
+
+
+def model_sizes(config, model=None):
+    """Return the side of the input in pixels and of the mask grid in cells, of a model or a SAM3."""
+    if model is not None:
+        return model.resolution, model.mask_size
+    return config.model.resolution, config.model.resolution // 14 * 4
 
 
 class PromptCollator:
@@ -370,7 +501,7 @@ def count_objects(loader_or_dataset):
     Parameters
     ----------
     loader_or_dataset : torch.utils.data.DataLoader or PromptDataset
-        A loader with a `PromptCollator`, or a dataset, which is then collated image by image.
+        A loader with a `PromptCollator`, or a dataset, of which no image is opened.
 
     Returns
     -------
@@ -378,10 +509,17 @@ def count_objects(loader_or_dataset):
         One row per query: ``image_id``, ``prompt``, ``is_positive``, ``num_objects``,
         ``num_masks`` (of which with a usable mask).
     """
-    batches = loader_or_dataset
     if isinstance(loader_or_dataset, PromptDataset):
         dataset = loader_or_dataset
-        batches = (join_queries([dataset[index]]) for index in range(len(dataset)))
+        pairs = (
+            (query, query) for index in range(len(dataset)) for query in dataset.targets(index, 0)
+        )
+    else:
+        pairs = (
+            pair
+            for batch in loader_or_dataset
+            for pair in zip(batch["queries"], batch["targets"], strict=True)
+        )
     rows = [
         (
             query["image_id"],
@@ -390,8 +528,7 @@ def count_objects(loader_or_dataset):
             len(target["boxes_cxcywh"]),
             int(target["mask_valid"].sum()),
         )
-        for batch in batches
-        for query, target in zip(batch["queries"], batch["targets"], strict=True)
+        for query, target in pairs
     ]
     columns = ["image_id", "prompt", "is_positive", "num_objects", "num_masks"]
     return pd.DataFrame(rows, columns=columns)

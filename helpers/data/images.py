@@ -1,6 +1,12 @@
-"""Tell whether two pictures look the same although their files differ."""
+"""Image files: opened upright, described by one decoding, compared by their looks."""
 
 from __future__ import annotations
+
+import hashlib
+import io
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -12,6 +18,31 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow clips these to white in RGB
 SAME_SHAPE = 0.01  # relative difference of aspects that rounding to whole pixels can make
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What one decoding of an image file tells.
+
+    Attributes
+    ----------
+    digest : str
+        SHA-256 of the file; empty without a file.
+    size : tuple of int or None
+        (width, height) in pixels, upright; None for a file that cannot be used.
+    orientation : int
+        The EXIF orientation, 1 for upright.
+    look : numpy.ndarray or None
+        From `picture_hash`.
+    problem : str or None
+        Why the file cannot be used.
+    """
+
+    digest: str
+    size: tuple[int, int] | None = None
+    orientation: int = 1
+    look: np.ndarray | None = None
+    problem: str | None = None
 
 
 def open_upright(path):
@@ -32,15 +63,55 @@ def open_upright(path):
     InputError
         If the file is missing, corrupt or truncated, or holds more than 8 bits per channel.
     """
+    with _opened(path, path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def upright_size(path):
+    """Read from the header the (width, height) an image has upright, and its EXIF orientation.
+
+    Raises
+    ------
+    InputError
+        If the header cannot be read.
+    """
+    with _opened(path, path, any_depth=True) as image:
+        return _upright_size(image)
+
+
+def look_at(path):
+    """Read, hash and decode an image file once; what is wrong with it is part of the `Picture`."""
+    path = Path(path)
+    if not path.is_file():
+        return Picture("", problem="no such image")
     try:
-        with Image.open(path) as image:
-            if image.mode in DEEP_MODES:
+        content = path.read_bytes()
+    except OSError as error:
+        return Picture("", problem=f"cannot be read ({error.strerror or error})")
+    digest = hashlib.sha256(content).hexdigest()
+    try:
+        with _opened(io.BytesIO(content), path) as image:
+            size, orientation = _upright_size(image)
+            # A JPEG is decoded at an eighth of its size: its whole stream is read all the same.
+            image.draft("L", (4 * SIDE, 4 * SIDE))
+            look = picture_hash(ImageOps.exif_transpose(image))
+    except InputError as error:
+        return Picture(digest, problem=error.message)
+    return Picture(digest, size, orientation, look)
+
+
+@contextmanager
+def _opened(source, path, any_depth=False):
+    """Open an image from a path or stream; whatever goes wrong with it is an InputError."""
+    try:
+        with Image.open(source) as image:
+            if image.mode in DEEP_MODES and not any_depth:
                 raise InputError(
                     f"has mode {image.mode}, which a conversion to 8 bits would clip to white",
                     where=path,
                     fix="convert the image to 8 bits per channel",
                 )
-            return ImageOps.exif_transpose(image).convert("RGB")
+            yield image
     except InputError:
         raise
     except FileNotFoundError as error:
@@ -48,39 +119,16 @@ def open_upright(path):
             "no such image", where=path, fix="restore the file or remove its annotation entry"
         ) from error
     except Exception as error:  # Pillow raises a different type for each way a file can be broken
+        reason = str(error).removesuffix(f" {source!r}")
         raise InputError(
-            f"is no readable image ({error})", where=path, fix="replace or remove the file"
+            f"is no readable image ({reason})", where=path, fix="replace or remove the file"
         ) from error
 
 
-def upright_size(path):
-    """Read the size an image has once its EXIF orientation is applied, from the header alone.
-
-    Parameters
-    ----------
-    path : os.PathLike
-        An image file.
-
-    Returns
-    -------
-    size : tuple of int
-        (width, height) in pixels.
-    orientation : int
-        The EXIF orientation, 1 for upright.
-
-    Raises
-    ------
-    InputError
-        If the header cannot be read.
-    """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception as error:  # as in `open_upright`
-        raise InputError(
-            f"is no readable image ({error})", where=path, fix="replace or remove the file"
-        ) from error
+def _upright_size(image):
+    """Return (width, height) as upright, and the EXIF orientation, of an open image."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    width, height = image.size
     return ((height, width) if orientation in TURNED else (width, height)), orientation
 
 

@@ -162,18 +162,12 @@ def evaluation_dataset(
     helpers.data.dataset.PromptDataset
         The same questions in every epoch.
     """
-    base = base_of(model)
-    num_nouns = len(split.categories if prompt is None else (prompt,)) + len(absent_prompts)
-    return PromptDataset(
+    return PromptDataset.for_evaluation(
         split,
+        base_of(model),
         processor,
-        resolution=base.resolution,
-        mask_size=base.mask_size,
         prompt=prompt,
-        # All there are. With a single noun and no other, only images without it can ask for it.
-        num_negatives=num_nouns if num_nouns > 1 else 0,
-        negative_prompts=tuple(absent_prompts),
-        resample_negatives=False,
+        absent_prompts=absent_prompts,
         backbone_cache=backbone_cache,
     )
 

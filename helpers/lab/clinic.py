@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 
 from helpers.causes import CAUSES
-from helpers.checks.dataset import read_config_split
 from helpers.config import load_config
 from helpers.data import prompts
+from helpers.data.dataset import load_dataset
 from helpers.detect import metrics as evaluation
 from helpers.detect import predictor as prediction
 from helpers.detect import queries as prediction_queries
@@ -376,7 +376,7 @@ class Clinic:
         }
         self.healthy = self._healthy_run()
         config = load_config(self.healthy / RUN_CONFIG)
-        self._truth = read_config_split(config, config.data.val_split, data_dir)
+        self._truth = load_dataset(config, data_dir).split(config.data.val_split)
         self._questions = prepare_questions(self._truth, config.evaluation.absent_prompts)
         self.signs = self.measure(self.healthy)
 

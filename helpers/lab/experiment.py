@@ -24,10 +24,8 @@ import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from data.tiny_sam3.make_score import detection_queries
 from helpers.data.coco import read_split
 from helpers.detect.metrics import coco_ap, evaluate_queries
-from helpers.detect.predictor import Predictor
 from helpers.detect.queries import predict_split
 from helpers.errors import InputError
 from helpers.files import DATA, ROOT, RUNS, WALL_CRACKS, read_json, resolve, write_json, write_text
@@ -112,7 +110,8 @@ def _end_with_parent():
     os._exit(1)
 
 
-RETENTION_WALLS = 32
+KNOWN_THINGS = DATA / "known_things"
+"""32 walls with what the embedded base knows, and ``prompts.json``: what is asked on each."""
 _OF_EVALUATION = {
     "detected_share": "max_score_present_share_above",
     "max_score": "max_score_present",
@@ -201,8 +200,15 @@ def judge(model, processor, config, data_dir):
     present = [query for query in queries if query["gt"]]
     for name in ("presence_prob", "max_query_prob"):
         row[name] = sum(query[name] for query in present) / len(present)
-    retention = coco_ap(detection_queries(Predictor(model, processor), RETENTION_WALLS, True))
+    retention = coco_ap(known_queries(model, processor))
     return row | {f"retention_{name}": retention[name] for name in ("AP", "AP50")}
+
+
+def known_queries(model, processor):
+    """Ask for present and absent known things on the walls of `KNOWN_THINGS`."""
+    prompts = read_json(KNOWN_THINGS / "prompts.json", "restore data/known_things")
+    queries = predict_split(model, processor, read_split(KNOWN_THINGS, "test"))
+    return [query for query in queries if query["prompt"] in prompts[query["image_id"]]]
 
 
 def run_base(cell, profile, data_dir):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from helpers.data.dataset import PromptCollator
 from helpers.data.images import load_pixels
 from helpers.errors import InputError
-from helpers.files import resolve, staged_folder, write_json
+from helpers.files import file_digest, resolve, staged_folder, write_json
 
 TENSOR = "backbone_states"
 _DESCRIPTION = "cache.json"
@@ -45,16 +45,18 @@ class BackboneCache:
         Its backbone runs where and in the type in which it is. It must have no adapter.
     processor : transformers.Sam3Processor
         Set to the model's resolution.
+    pictures : dict of pathlib.Path to helpers.data.images.Picture
+        Files whose digest is known; others are read.
     """
 
-    def __init__(self, folder, model, processor):
+    def __init__(self, folder, model, processor, pictures=None):
         self.model, self.processor = model, processor
         backbone = model.vision_encoder.backbone
         self.dtype = backbone.dtype
         patch = backbone.config.patch_size
         self.shape = ((model.resolution // patch) ** 2, backbone.config.hidden_size)
         self.folder = resolve(folder) / _key(backbone, processor, model.resolution)
-        self._files = {}
+        self._pictures, self._files = pictures or {}, {}
 
     @property
     def bytes_per_image(self):
@@ -159,12 +161,9 @@ class BackboneCache:
     def _file_of(self, record):
         """Return the file of an image; its content is read once per cache."""
         if record.path not in self._files:
-            try:
-                with record.path.open("rb") as file:
-                    name = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-            except OSError as error:
-                raise InputError(f"cannot be read ({error})", where=record.path) from error
-            self._files[record.path] = self.folder / f"{name}.safetensors"
+            picture = self._pictures.get(record.path)
+            digest = picture.digest if picture else file_digest(record.path)
+            self._files[record.path] = self.folder / f"{digest[:32]}.safetensors"
         return self._files[record.path]
 
     def _check_room(self, num_images):

@@ -6,12 +6,16 @@ import sys
 from dataclasses import dataclass
 
 from accelerate import PartialState
-from torch.utils.data import DataLoader
 
-from helpers.checks.dataset import check_config_data, read_config_split
-from helpers.data.dataset import PromptCollator, PromptDataset, count_objects, data_fingerprint
+from helpers.checks.dataset import check_dataset
+from helpers.data.dataset import (
+    PromptCollator,
+    PromptDataset,
+    count_objects,
+    data_fingerprint,
+    load_dataset,
+)
 from helpers.data.records import rename_categories
-from helpers.detect.queries import evaluation_dataset
 from helpers.errors import InputError
 from helpers.model.cache import BackboneCache, text_states
 
@@ -62,47 +66,35 @@ def training_data(config, model, processor, *, train_split=None, val_split=None,
         If the data cannot be used, no object reaches the loss, or the feature cache has nothing to
         keep or no room.
     """
-    data = config.data
-    if (train_split is None or val_split is None) and not allow_empty:
-        progress = sys.stderr.isatty()
-        check_config_data(
-            config, model, processor, disable_progress=not progress
-        ).raise_for_errors()
+    data, dataset, pictures = config.data, None, {}
+    if train_split is None or val_split is None:
+        dataset = load_dataset(config)
+        pictures = dataset.pictures  # what the check sees of the images is not looked at again
+        if not allow_empty:
+            check_dataset(dataset, model, processor).raise_for_errors()
     splits = [
-        read_config_split(config, name)
-        if split is None
-        else rename_categories(split, data.prompts_by_category)
+        dataset.split(name) if split is None else rename_categories(split, data.prompts_by_category)
         for split, name in ((train_split, data.train_split), (val_split, data.val_split))
     ]
-    cache = _filled_cache(config, model, processor, splits)
-    train = PromptDataset(
-        splits[0],
-        processor,
-        resolution=model.resolution,
-        mask_size=model.mask_size,
-        prompt=data.prompt,
-        num_negatives=data.num_negatives,
-        negative_prompts=data.negative_prompts,
-        seed=config.training.seed,
-        backbone_cache=cache,
-    )
-    valid = evaluation_dataset(
+    cache = _filled_cache(config, model, processor, splits, pictures)
+    train = PromptDataset.from_config(config, splits[0], model, processor, backbone_cache=cache)
+    valid = PromptDataset.for_evaluation(
         splits[1],
-        processor,
         model,
+        processor,
         prompt=data.prompt,
         absent_prompts=config.evaluation.absent_prompts,
         backbone_cache=cache,
     )
     collator = PromptCollator(processor)
-    counts = _counts(config, collator, {"train": train, "valid": valid}, allow_empty)
+    counts = _counts({"train": train, "valid": valid}, allow_empty)
     if config.training.feature_cache is not None and not config.lora.apply_to_text_encoder:
         states = text_states(model, processor, (*train.nouns, *valid.nouns))
         collator = PromptCollator(processor, states)
-    return TrainingData(train, valid, collator, counts, data_fingerprint(splits[0]))
+    return TrainingData(train, valid, collator, counts, data_fingerprint(splits[0], pictures))
 
 
-def _filled_cache(config, model, processor, splits):
+def _filled_cache(config, model, processor, splits, pictures):
     """Return a cache with the features of all images; None if the run wants or can have none."""
     folder, lora = config.training.feature_cache, config.lora
     if folder is None:
@@ -116,7 +108,7 @@ def _filled_cache(config, model, processor, splits):
     model.to(PartialState().device)
     if lora.apply_to_vision_encoder:
         return None
-    cache = BackboneCache(folder, model, processor)
+    cache = BackboneCache(folder, model, processor, pictures)
     records = [record for split in splits for record in split.records]
     missing = len(cache.missing(records))
     if missing and PartialState().is_main_process:
@@ -134,17 +126,14 @@ def _filled_cache(config, model, processor, splits):
     return cache
 
 
-def _counts(config, collator, datasets, allow_empty):
+def _counts(datasets, allow_empty):
     """Count the objects that reach the loss in each dataset; refuse a training set without any."""
-    counts = {}
-    for name, dataset in datasets.items():
-        workers = config.training.num_workers
-        counts[name] = count_objects(DataLoader(dataset, collate_fn=collator, num_workers=workers))
+    counts = {name: count_objects(dataset) for name, dataset in datasets.items()}
     if not counts["train"]["num_objects"].any() and not allow_empty:
         split = datasets["train"].split
         raise InputError(
             f"no object of {len(split.records)} images reaches the loss "
-            "(row 1 of the cause catalogue); training would teach to detect nothing",
+            "(cause no_objects in data/causes.csv); training would teach to detect nothing",
             where=split.root,
             fix="run 'python -m helpers check' on the dataset, or pass allow_empty=True on purpose",
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 import helpers
 from helpers.causes import CAUSES
 from helpers.config import load_config
-from helpers.config_schema import GuardSection
+from helpers.config import GuardSection
 from helpers.files import CONFIGS, WALL_CRACKS
 from helpers.train.run import RUN_CONFIG
 from helpers.train.training import train

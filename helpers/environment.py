@@ -68,7 +68,9 @@ def require():
     table = report()
     broken = table[table["status"].isin(["missing", "too old"])]
     if len(broken):
-        names = ", ".join(f"{row.Index} {row.declared} is {row.status}" for row in broken.itertuples())
+        names = ", ".join(
+            f"{row.Index} {row.declared} is {row.status}" for row in broken.itertuples()
+        )
         raise InputError(f"the environment does not fit: {names}", where=sys.prefix, fix=_SETUP)
     return table
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -40,13 +42,38 @@ def staged_folder(folder):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+    _remove_dead_staging(folder)
+    staging = Path(tempfile.mkdtemp(prefix=f"{_OWN_STAGING}{os.getpid()}-", dir=folder))
     try:
         yield staging
         for path in sorted(staging.iterdir()):
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+_OWN_STAGING = f".partial-{platform.node()}-"
+
+
+def _remove_dead_staging(folder):
+    """Remove staging folders that killed processes of this machine left behind."""
+    for path in folder.glob(f"{glob.escape(_OWN_STAGING)}*-*"):
+        pid = path.name.removeprefix(_OWN_STAGING).partition("-")[0]
+        if pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(pid):
+    """Return False only if no process has this number; Windows has no harmless question."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_text(path, text):

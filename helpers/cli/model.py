@@ -402,9 +402,8 @@ def load_model(args):
     InputError
         If any of it is missing, damaged, or does not belong together.
     """
-    import torch
-
     from helpers.config import load_config
+    from helpers.model.sam3 import best_device
     from helpers.train.run import load_run
 
     folder = args.adapter
@@ -421,8 +420,7 @@ def load_model(args):
     else:
         run = load_run(folder, base=args.base)
         model, processor, name = run.model, run.processor, str(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Loaded(model.to(device), processor, run, name)
+    return Loaded(model.to(best_device()), processor, run, name)
 
 
 def _is_bare_adapter(folder):

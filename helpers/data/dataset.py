@@ -427,7 +427,7 @@ class PromptCollator:
         Raises
         ------
         InputError
-            If a prompt is longer than 32 tokens.
+            If a prompt is longer than 32 tokens, or no text.
         """
         batch = join_queries(items)
         prompts = [query["prompt"] for query in batch["queries"]]
@@ -455,6 +455,12 @@ class PromptCollator:
         InputError
             If a prompt is longer than 32 tokens.
         """
+        for prompt in prompts:
+            if any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise InputError(
+                    f"the prompt {prompt!r} is no text: it holds bytes that are not UTF-8",
+                    fix="type the prompt in a terminal or file that uses UTF-8",
+                )
         tokens = self.processor.tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS)
         for prompt, ids in zip(prompts, tokens["input_ids"], strict=True):
             if len(ids) > MAX_TOKENS:

@@ -6,15 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
-
 from helpers.config import load_config
 from helpers.data import dataset as datasets
 from helpers.detect import queries as prediction_queries
 from helpers.detect.predictor import Predictor
 from helpers.errors import InputError
 from helpers.files import read_json, resolve
-from helpers.model.sam3 import base_dtype, load_base
+from helpers.model.sam3 import base_dtype, best_device, load_base
 from helpers.train import run as run_folder
 
 OK, FAILED, NOT_CHECKED = "ok", "failed", "not checked"
@@ -155,8 +153,7 @@ class Examination:
     @cached_property
     def device(self):
         """torch.device: where run and base compute, the accelerator if there is one."""
-        is_there = torch.accelerator.is_available()
-        return torch.accelerator.current_accelerator() if is_there else torch.device("cpu")
+        return best_device()
 
     @cached_property
     def num_processes(self):

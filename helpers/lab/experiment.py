@@ -31,7 +31,7 @@ from helpers.errors import InputError
 from helpers.files import DATA, ROOT, RUNS, WALL_CRACKS, read_json, resolve, write_json, write_text
 from helpers.lab.designs import DESIGNS, SEEDS, cells_of
 from helpers.lab.spoil import read_split_wrong_keys
-from helpers.model.sam3 import load_base
+from helpers.model.sam3 import best_device, load_base
 from helpers.train.training import train
 
 
@@ -186,7 +186,7 @@ def judge(model, processor, config, data_dir):
     dict of str to float
         `RESPONSES`.
     """
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(best_device())
     settings = config.evaluation
     queries = predict_split(
         model,

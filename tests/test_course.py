@@ -190,7 +190,7 @@ def test_settings_are_read_as_the_configs_are(tmp_path):
 
 def test_setting_that_cannot_be_read_is_one_line(capsys):
     assert main(["run", "--set", "a=[1"]) == 2
-    assert "--set a=[1" in capsys.readouterr().err
+    assert "--set a" in capsys.readouterr().err
 
 
 def test_strip_keeps_outputs_counts_and_ids_and_drops_the_rest(tmp_path):

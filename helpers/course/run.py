@@ -248,7 +248,7 @@ def _setting(text):
     name, separator, value = text.partition("=")
     if not separator:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
-    return name, parse_yaml(value, where=f"--set {text}")
+    return name, parse_yaml(value, where=f"--set {name}")
 
 
 def _parse_arguments(arguments):

@@ -16,7 +16,6 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from helpers.config import load_config
-from helpers.config_schema import Probability
 from helpers.environment import require, versions_line
 from helpers.errors import InputError
 from helpers.files import CONFIGS, ROOT, resolve, write_text
@@ -80,7 +79,7 @@ class NotebookRun(BaseModel):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
     output_dir: Annotated[Path, BeforeValidator(_output_folder)]
     fast_run: bool
-    thresholds: dict[str, Probability]
+    thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]]
 
     @property
     def folder(self):

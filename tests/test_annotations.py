@@ -65,7 +65,7 @@ def test_both_layouts_in_one_folder(tmp_path):
     write_per_image(write_coco(tmp_path))
     assert read_split(tmp_path, "train").layout == "coco"
     assert read_split(tmp_path, "train", layout="per_image").layout == "per_image"
-    with pytest.raises(InputError, match="no layout 'yolo'"):
+    with pytest.raises(InputError, match="in the layout yolo"):
         read_split(tmp_path, "train", layout="yolo")
 
 

@@ -270,7 +270,7 @@ def test_forms_of_the_report(tmp_path):
     assert severities == sorted(severities)
     table = report.to_frame()
     assert list(table["code"]) == [f["code"] for f in data["findings"]]
-    assert table.set_index("code").loc["D10_ALL_CROWD", "row"] == "1b"
+    assert table.set_index("code").loc["D10_ALL_CROWD", "cause"] == "objects_filtered"
     assert report.counts_frame().loc["train", "crowd_objects"] == 1
     text = report.summary()
     assert "NOT OK" in text

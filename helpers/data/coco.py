@@ -284,8 +284,8 @@ def image_record(where, image, annotations, names, root):
     if not isinstance(file_name, str) or not file_name.strip():
         raise InputError("an image entry has no file_name", where=where, fix="add the file's name")
     image_id = PurePosixPath(file_name.replace("\\", "/")).as_posix().removeprefix("images/")
-    candidates = (root / "images" / image_id, root / image_id)
-    path = next((path for path in candidates if path.is_file()), candidates[0])
+    below, beside = root / "images" / image_id, root / image_id
+    path = below if below.is_file() or (not beside.is_file() and below.parent.is_dir()) else beside
     place = f"{where}: image {image_id}"
     width, height = image.get("width"), image.get("height")
     if width is None and height is None:

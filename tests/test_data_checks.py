@@ -198,7 +198,7 @@ FAULTS = [
     ("D22_BOX_OFF_MASK", change(0, bbox=[40, 8, 16, 32]), "1 of 5 boxes overlap"),
     ("D23_BOX_FROM_MASK", change(0, bbox=None), "1 of 5 objects have no bbox"),
     ("D24_AREA_DIFFERS", change(0, area=51), "51 px stated, 512 px drawn"),
-    ("D24_AREA_DIFFERS", change_all(area=4 * 512), "4 of 5 areas differ"),
+    ("D24_AREA_DIFFERS", change_all(area=4 * 512), "5 of 5 areas differ"),
     ("D24_AREA_DIFFERS", change(0, area=float("nan")), "1 of 5 areas differ"),
     ("D24_AREA_DIFFERS", change(0, area=5000, segmentation=[]), "5000 px stated, 512 px drawn"),
     ("D30_ROOT_CATEGORY", add_category(0, "defect"), "'defect' is the parent"),

@@ -60,7 +60,7 @@ def data_dir(shared_folder):
 @pytest.fixture(scope="session")
 def config(base, data_dir, shared_folder):
     """Return the config of the shared run: two epochs of three steps, a threshold that some exceed."""
-    output = f"output.output_dir={shared_folder / 'tiny_random_run'}"
+    output = ("output.output_dir", shared_folder / "tiny_random_run")
     return tiny_run_config(base, data_dir, output, "evaluation.score_threshold=0.189")
 
 

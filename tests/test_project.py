@@ -11,10 +11,10 @@ from importlib.metadata import packages_distributions
 
 import nbformat
 import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from helpers.config import parse_yaml
 from helpers.course.run import STRIP_ARGUMENTS
 from helpers.environment import SUBJECT_PACKAGES
 from helpers.files import ROOT
@@ -63,7 +63,7 @@ def locked():
 
 
 def conda_pins():
-    entries = yaml.safe_load(read("environment.yml"))["dependencies"]
+    entries = parse_yaml(read("environment.yml"), where="")["dependencies"]
     [nested] = [entry["pip"] for entry in entries if isinstance(entry, dict)]
     assert nested.pop() == "-e ."
     return {canonicalize_name(pin.split("==")[0]): pin.split("==")[1] for pin in nested}
@@ -94,9 +94,9 @@ def test_environment_pins_what_the_lock_holds():
 def test_python_is_the_same_everywhere():
     project = tomllib.loads(read("pyproject.toml"))
     oldest = project["project"]["requires-python"].removeprefix(">=")
-    assert f"python={oldest}" in yaml.safe_load(read("environment.yml"))["dependencies"]
+    assert f"python={oldest}" in parse_yaml(read("environment.yml"), where="")["dependencies"]
     assert project["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
-    workflow = yaml.safe_load(read(".github/workflows/ci.yml"))
+    workflow = parse_yaml(read(".github/workflows/ci.yml"), where="")
     steps = [step for name in ("lint", "test") for step in workflow["jobs"][name]["steps"]]
     assert {
         step["with"]["python-version"] for step in steps if "setup-python" in step.get("uses", "")
@@ -104,7 +104,7 @@ def test_python_is_the_same_everywhere():
 
 
 def test_pre_commit_uses_the_locked_tools_and_the_same_settings():
-    repos = yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]
+    repos = parse_yaml(read(".pre-commit-config.yaml"), where="")["repos"]
     by_name = {repo["repo"].rsplit("/", 1)[1]: repo for repo in repos}
     assert by_name["ruff-pre-commit"]["rev"] == "v" + locked()["ruff"]
     assert by_name["nbstripout"]["rev"] == locked()["nbstripout"]
@@ -112,7 +112,7 @@ def test_pre_commit_uses_the_locked_tools_and_the_same_settings():
 
 
 def test_workflow_calls_make_targets_that_exist():
-    jobs = yaml.safe_load(read(".github/workflows/ci.yml"))["jobs"].values()
+    jobs = parse_yaml(read(".github/workflows/ci.yml"), where="")["jobs"].values()
     commands = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
     called = {command.split()[1] for command in commands if command.startswith("make ")}
     assert {"lint", "test", "newest"} <= called <= make_targets()

@@ -93,16 +93,17 @@ class NotebookRun:
         ----------
         name : str
             ``"full_lora"`` or ``"crack_detection"``: a file ``configs/<name>_config.yaml``.
-        *overrides : str
-            Further settings such as ``"lora.rank=4"``; they win over everything else.
+        *overrides : str or (str, object)
+            Further settings such as ``"lora.rank=4"`` or ``("lora.rank", 4)``; they win over
+            everything else.
 
         Returns
         -------
         helpers.config.Config
         """
-        settings = [f"data.data_dir={self.data_dir}", f"training.seed={self.seed}"]
+        settings = [("data.data_dir", self.data_dir), ("training.seed", self.seed)]
         if not self.fast_run:
-            settings += ["scale.num_epochs=1.0", "scale.warmup_steps=1.0"]
+            settings += [("scale.num_epochs", 1.0), ("scale.warmup_steps", 1.0)]
         path = CONFIGS / f"{name}_config.yaml"
         return load_config(path, profile=self.profile, overrides=(*settings, *overrides))
 

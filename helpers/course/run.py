@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 import papermill
-import yaml
 from papermill.exceptions import PapermillExecutionError
 
+from helpers.config import parse_yaml
 from helpers.course.notebook import RESULTS_FILE
 from helpers.environment import versions_line
 from helpers.errors import InputError
@@ -255,7 +255,7 @@ def _setting(text):
     name, separator, value = text.partition("=")
     if not separator:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
-    return name, yaml.safe_load(value)
+    return name, parse_yaml(value, where=f"--set {name}")
 
 
 def main(arguments=None):

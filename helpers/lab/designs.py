@@ -59,7 +59,7 @@ class Cell:
     def config(self, profile, data_dir):
         """Return the `helpers.config.Config` of the run."""
         short = _SHORT.get(profile, {}).get(self.design, ())
-        settings = [f"data.data_dir={data_dir}", f"training.seed={self.seed}"]
+        settings = [("data.data_dir", str(data_dir)), ("training.seed", self.seed)]
         path = CONFIGS / f"{self.config_name}_config.yaml"
         return load_config(path, profile, [*settings, *_BATCH, *short, *self.overrides])
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import helpers
 from helpers.causes import CAUSES
-from helpers.config import load_config
-from helpers.config_schema import GuardSection
+from helpers.config import GuardSection, load_config
 from helpers.files import CONFIGS, WALL_CRACKS
 from helpers.train.run import RUN_CONFIG
 from helpers.train.training import train
@@ -124,13 +123,13 @@ def _spoiled_data(fault, folder, data_dir):
 def _name_dataset(run, data_dir):
     """Let the config of a run name another dataset."""
     path = run / RUN_CONFIG
-    load_config(path, overrides=[f"data.data_dir={data_dir}"]).save(path)
+    load_config(path, overrides={"data.data_dir": data_dir}).save(path)
 
 
 def _train(fault, run, data_dir, settings, profile):
     """Train with everything off that would refuse the fault."""
     own = () if fault is None else fault.settings
-    overrides = [f"data.data_dir={data_dir}", *LAB_SETTINGS, *settings, *GUARDS_OFF, *own]
+    overrides = [("data.data_dir", data_dir), *LAB_SETTINGS, *settings, *GUARDS_OFF, *own]
     path = CONFIGS / "crack_detection_config.yaml"
     config = load_config(path, profile, overrides)
     try:

@@ -56,6 +56,11 @@ class Cause(NamedTuple):
     source: str
     confusable: str
 
+    @property
+    def row(self):
+        """Empty: causes have names, no numbers."""
+        return ""
+
 
 def _read_table():
     """Return the rows of the table, a dict of key to `Cause` in the order of the stages."""

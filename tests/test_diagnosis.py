@@ -1,8 +1,8 @@
+import ast
 import csv
 import inspect
 import json
 import math
-import re
 from pathlib import Path
 
 import pandas as pd
@@ -66,11 +66,17 @@ def test_every_test_of_the_catalogue_exists():
 
 
 def test_every_cause_that_a_gate_may_name_is_in_the_catalogue():
+    place = {"Evidence": 0, "evidence_if": 1}
     for module in (adapter_gates, answer_gates, data_gates, run_gates):
-        source = inspect.getsource(module)
-        named = re.findall(r'(?:Evidence\(|evidence_if\([^"]*?)"([a-z_]+)"', source)
-        assert named
-        assert set(named) <= set(CAUSES)
+        calls = [
+            node
+            for node in ast.walk(ast.parse(inspect.getsource(module)))
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) in place
+        ]
+        arguments = [call.args[place[call.func.id]] for call in calls]
+        causes = {node.value for node in arguments if isinstance(node, ast.Constant)}
+        assert causes
+        assert causes <= set(CAUSES)
 
 
 def test_a_cause_is_as_likely_as_its_strongest_evidence():

@@ -55,6 +55,18 @@ def nouns_overlap(first, second):
     return bool(words and others) and (words <= others or others <= words)
 
 
+def true_objects(record):
+    """List the objects of an image that count as ground truth, in training and in evaluation.
+
+    Crowd regions do not, nor do boxes without area inside the image; an object without a mask does.
+    """
+    return [
+        item
+        for item in record.objects
+        if not item.is_crowd and clip_box(item.box_xyxy, record.width, record.height) is not None
+    ]
+
+
 def present_prompts(record, categories, prompt=None):
     """Group the usable objects of an image by the prompt that asks for them.
 
@@ -75,11 +87,7 @@ def present_prompts(record, categories, prompt=None):
     dict of str to list of ObjectAnnotation
         Prompts in the order of ``categories``.
     """
-    usable = [
-        item
-        for item in record.objects
-        if not item.is_crowd and clip_box(item.box_xyxy, record.width, record.height) is not None
-    ]
+    usable = true_objects(record)
     if prompt is not None:
         return {prompt: usable} if usable else {}
     groups = {name: [item for item in usable if item.category == name] for name in categories}

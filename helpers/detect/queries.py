@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from helpers.data.dataset import PromptCollator, PromptDataset
-from helpers.data.masks import clip_box, mask_to_rle, rle_area
-from helpers.data.prompts import present_prompts, true_objects
+from helpers.data.masks import clip_box
+from helpers.data.prompts import present_prompts
+from helpers.data.records import true_objects, true_rle
 from helpers.detect.detections import detect, raw_predictions, reaches
 from helpers.errors import InputError, check_probability
 from helpers.model.prompted import base_of, outputs_by_rows
@@ -310,10 +311,7 @@ def _query(answer, detections, record, objects):
         prompt=answer.prompt,
         height=record.height,
         width=record.width,
-        gt=[
-            _mask_or_box(item.rle, box, record)
-            for item, box in zip(objects, boxes_xyxy, strict=True)
-        ],
+        gt=[true_rle(record, item) for item in objects],
         gt_boxes_xyxy=boxes_xyxy,
         pred=[
             {"rle": item["mask_rle"], "score": item["score"], "box_xyxy": item["box_xyxy"]}
@@ -323,17 +321,6 @@ def _query(answer, detections, record, objects):
         max_query_prob=answer.max_query_prob,
         max_score=answer.max_score,
     )
-
-
-def _mask_or_box(rle, box_xyxy, record):
-    """Return a mask of the image's size with a pixel in it: the annotated one, or the box."""
-    size = [record.height, record.width]
-    if rle is not None and list(rle["size"]) == size and rle_area(rle):
-        return dict(rle)
-    x0, y0, x1, y1 = box_xyxy
-    rows, columns = np.ogrid[: record.height, : record.width]
-    filled = (rows >= int(y0)) & (rows < max(y1, int(y0) + 1))
-    return mask_to_rle(filled & (columns >= int(x0)) & (columns < max(x1, int(x0) + 1)))
 
 
 def prompt_scores(queries, score_threshold):

@@ -11,8 +11,8 @@ from helpers.checks.boxes_and_masks import check_annotations
 from helpers.checks.images import check_images, contrast_per_turn
 from helpers.checks.words import check_categories, similar_names
 from helpers.data.coco import entries_of
-from helpers.data.dataset import mask_fits_image
 from helpers.data.masks import rle_area
+from helpers.data.records import mask_fits_image
 from helpers.detect.predictor import untrained_prompts
 from helpers.diagnose.examination import Evidence, Inapplicable, evidence_if, gate
 from helpers.errors import InputError

@@ -132,7 +132,6 @@ def convert(args):
         seed=args.seed,
         tile=args.tile,
         overlap=args.overlap,
-        copy=args.copy,
     )
     return 0, summary, summary_text(summary)
 

@@ -77,7 +77,7 @@ OPTIONS = {
         "auto (default): pixels if all are whole numbers",
     },
     "--seed": {"type": int, "default": 42, "help": "of the division, default 42"},
-    "--copy": _flag("copy images, never link them"),
+    "--copy": _flag("accepted for old command lines; images are always copied"),
     # what to give away
     "--dtype": {"help": "float32 or bfloat16, by default that of the base's files"},
     "--repo": {"metavar": "OWNER/NAME", "help": "name on the Hub"},

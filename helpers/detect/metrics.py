@@ -273,16 +273,14 @@ def union_iou(queries, score_threshold):
     check_probability(score_threshold, "score_threshold")
     true = detected = either = 0
     for query in as_query_list(queries):
-        rles = query.rles(score_threshold)
-        true += _united_area(query.gt)
-        detected += _united_area(rles)
-        either += _united_area(query.gt + rles)
+        unions = [coco_mask.merge(rles) for rles in (query.gt, query.rles(score_threshold)) if rles]
+        if query.gt:
+            true += int(coco_mask.area(unions[0]))
+        if len(unions) > query.is_positive:
+            detected += int(coco_mask.area(unions[-1]))
+        if unions:
+            either += int(coco_mask.area(coco_mask.merge(unions)))
     return (true + detected - either) / either if true else None
-
-
-def _united_area(rles):
-    """Count the pixels of the union of masks."""
-    return int(coco_mask.area(coco_mask.merge(rles))) if rles else 0
 
 
 def threshold_sweep(queries, thresholds, iou_threshold=0.5):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -70,21 +70,20 @@ class Query:
     def __post_init__(self):
         """Refuse what a metric would silently make a wrong number of."""
         where = f"{self.prompt!r} on image {self.image_id!r}"
-        for rle in self.gt:
-            self._check_rle(rle, where)
+        size = [self.height, self.width]
+        for rle in (*self.gt, *(detection.get("rle") for detection in self.pred)):
+            _check_rle(rle, size, where)
         for detection in self.pred:
-            self._check_rle(detection.get("rle"), where)
             check_probability(detection.get("score"), "score", where)
-            if detection.get("box_xyxy") is not None:
-                _check_box(detection["box_xyxy"], where)
+        boxes_xyxy = [detection.get("box_xyxy") for detection in self.pred]
+        _check_boxes([box_xyxy for box_xyxy in boxes_xyxy if box_xyxy is not None], where)
         if self.max_score is not None:
             check_probability(self.max_score, "max_score", where)
         if self.gt_boxes_xyxy is not None:
             if len(self.gt_boxes_xyxy) != len(self.gt):
                 message = f"{len(self.gt_boxes_xyxy)} gt_boxes_xyxy for {len(self.gt)} objects"
                 raise InputError(message, where=where)
-            for box_xyxy in self.gt_boxes_xyxy:
-                _check_box(box_xyxy, where)
+            _check_boxes(self.gt_boxes_xyxy, where)
 
     @classmethod
     def from_dict(cls, mapping):
@@ -122,24 +121,26 @@ class Query:
         """``max_score``, else the best detection's score, else 0."""
         return max(self.scores, default=0.0) if self.max_score is None else self.max_score
 
-    def _check_rle(self, rle, where):
-        """Refuse a mask that is not a compressed RLE of the picture's size."""
-        if not isinstance(rle, Mapping) or not isinstance(rle.get("counts"), str | bytes):
-            raise InputError(
-                "a mask is not a COCO compressed RLE",
-                where=where,
-                fix="encode it with pycocotools.mask.encode",
-            )
-        size = [self.height, self.width]
-        if list(rle.get("size", ())) != size:
-            message = f"a mask has size {rle.get('size')}, the picture has {size} (height, width)"
-            raise InputError(message, where=where)
+
+def _check_rle(rle, size, where):
+    """Refuse a mask that is not a compressed RLE of the picture's size."""
+    if not isinstance(rle, dict) or not isinstance(rle.get("counts"), str | bytes):
+        raise InputError(
+            "a mask is not a COCO compressed RLE",
+            where=where,
+            fix="encode it with pycocotools.mask.encode",
+        )
+    if list(rle.get("size", ())) != size:
+        message = f"a mask has size {rle.get('size')}, the picture has {size} (height, width)"
+        raise InputError(message, where=where)
 
 
-def _check_box(box_xyxy, where):
-    """Refuse a box that is not four finite numbers."""
-    if np.shape(box_xyxy) != (4,) or not np.isfinite(box_xyxy).all():
-        raise InputError(f"a box is {box_xyxy!r}", where=where, fix="give x0, y0, x1, y1 in pixels")
+def _check_boxes(boxes_xyxy, where):
+    """Refuse boxes that are not four finite numbers each."""
+    for box_xyxy in boxes_xyxy:
+        if len(box_xyxy) != 4 or not all(map(math.isfinite, box_xyxy)):
+            fix = "give x0, y0, x1, y1 in pixels"
+            raise InputError(f"a box is {box_xyxy!r}", where=where, fix=fix)
 
 
 def as_query_list(queries):

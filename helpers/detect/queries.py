@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from functools import cached_property
+from numbers import Real
 
 import numpy as np
 import pandas as pd
@@ -138,9 +139,14 @@ def _check_rle(rle, size, where):
 def _check_boxes(boxes_xyxy, where):
     """Refuse boxes that are not four finite numbers each."""
     for box_xyxy in boxes_xyxy:
-        if len(box_xyxy) != 4 or not all(map(math.isfinite, box_xyxy)):
+        if np.shape(box_xyxy) != (4,) or not all(map(_is_finite, box_xyxy)):
             fix = "give x0, y0, x1, y1 in pixels"
             raise InputError(f"a box is {box_xyxy!r}", where=where, fix=fix)
+
+
+def _is_finite(value):
+    """True for a finite number."""
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def as_query_list(queries):

@@ -31,9 +31,8 @@ _IMAGE_EPSILON = 1e-6
 def coco_ap(queries, iou_type="segm"):
     """Compute COCO average precision with faster-coco-eval, equal to pycocotools' numbers.
 
-    Every prompt is a category and ``image_id`` the picture, so a detection of an absent prompt
-    costs precision only when that prompt is present on another picture (COCO leaves out
-    categories without an object).
+    Every prompt is a category, so a detection of an absent prompt costs precision only when that
+    prompt is present on another picture (COCO leaves out categories without an object).
 
     Parameters
     ----------
@@ -139,7 +138,7 @@ def cgf1(queries, score_threshold=0.5):
     Parameters
     ----------
     queries : list of Query or of dict
-        Those that are not exhaustive are skipped.
+        Those that are not exhaustive are skipped; InputError if none is left.
     score_threshold : float
         In [0, 1]; detections below it are ignored.
 
@@ -154,11 +153,6 @@ def cgf1(queries, score_threshold=0.5):
         These are the native numbers also where they have no meaning: without an absent or
         without a present prompt IL_MCC and cgF1 are 0, and positive_macro_F1 is -1 when no query
         has both objects and detections. `evaluate_queries` refuses to report them then.
-
-    Raises
-    ------
-    InputError
-        When no query is exhaustive, and for an invalid query or threshold.
 
     Notes
     -----
@@ -255,20 +249,11 @@ def _f1(hits, num_pred, num_gt):
 
 
 def union_iou(queries, score_threshold):
-    """Compute the IoU of all detected pixels with all true pixels.
+    """Compute the IoU in [0, 1] of all detected pixels with all true pixels.
 
-    Parameters
-    ----------
-    queries : list of Query or of dict
-        Per query the masks are united; intersections and unions are then summed over all queries,
-        so pixels found for an absent prompt are wrong.
-    score_threshold : float
-        In [0, 1].
-
-    Returns
-    -------
-    float or None
-        In [0, 1]; None when no object has a pixel.
+    Per query the masks from `score_threshold` on are united; intersections and unions are then
+    summed over all queries, so pixels found for an absent prompt are wrong. None when no object has
+    a pixel.
     """
     check_probability(score_threshold, "score_threshold")
     true = detected = either = 0
@@ -284,14 +269,13 @@ def union_iou(queries, score_threshold):
 
 
 def threshold_sweep(queries, thresholds, iou_threshold=0.5):
-    """Count detections and compute precision and recall over score thresholds.
+    """Count detections and compute precision and recall over score thresholds in [0, 1].
 
     Parameters
     ----------
     queries : list of Query or of dict
         All count: detections of absent prompts are wrong.
     thresholds : sequence of float
-        Score thresholds in [0, 1].
     iou_threshold : float
         Mask IoU in (0, 1] from which a matched pair is a hit.
 
@@ -329,13 +313,7 @@ def threshold_sweep(queries, thresholds, iou_threshold=0.5):
 
 
 def evaluate_queries(queries, score_threshold):
-    """Compute the numbers that a report shows.
-
-    Parameters
-    ----------
-    queries : list of Query or of dict
-    score_threshold : float
-        In [0, 1], for everything but AP.
+    """Compute the numbers that a report shows; `score_threshold` is for everything but AP.
 
     Returns
     -------

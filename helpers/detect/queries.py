@@ -31,40 +31,19 @@ _REQUIRED = ("image_id", "prompt", "height", "width", "gt", "pred")
 class Query:
     """One prompt on one picture: the objects it asks for, and the detections.
 
-    Attributes
-    ----------
-    image_id : hashable
-        The picture.
-    prompt : str
-    height, width : int
-        Size of the picture in pixels.
-    gt : list of dict
-        Masks of the objects as COCO compressed RLE; empty where the prompt is absent.
-    pred : list of dict
-        ``rle``, ``score`` in [0, 1] and optionally ``box_xyxy`` in pixels of each detection.
-    exhaustive : bool
-        False if the picture may show objects that are not in `gt`; cgF1 skips such queries.
-    gt_boxes_xyxy : list, optional
-        Boxes of `gt` in pixels; by default those around the masks.
-    presence_prob, max_query_prob, max_score : float, optional
-        What the model said about the prompt, whatever the threshold.
-
-    Raises
-    ------
-    InputError
-        For a mask that is no compressed RLE of the picture's size, a score that is no probability,
-        a box that is not four finite numbers, and numbers of boxes and objects that differ.
+    Raises InputError for a mask that is no compressed RLE of the picture's size, a score that is no
+    probability, a box that is not four finite numbers, and numbers of boxes and objects that differ.
     """
 
     image_id: object
     prompt: str
-    height: int
+    height: int  # of the picture, in pixels
     width: int
-    gt: list
-    pred: list
-    exhaustive: bool = True
-    gt_boxes_xyxy: list | None = None
-    presence_prob: float | None = None
+    gt: list  # masks of the objects, COCO compressed RLE; empty where the prompt is absent
+    pred: list  # dicts of rle, score in [0, 1] and optionally box_xyxy in pixels
+    exhaustive: bool = True  # False if the picture may show more objects; cgF1 skips these
+    gt_boxes_xyxy: list | None = None  # in pixels; by default those around the masks
+    presence_prob: float | None = None  # this and the next two whatever the threshold
     max_query_prob: float | None = None
     max_score: float | None = None
 
@@ -180,7 +159,6 @@ def evaluation_dataset(
     absent_prompts : sequence of str
         Nouns asked wherever the picture is not known to show them.
     backbone_cache : helpers.model.cache.BackboneCache, optional
-        See `helpers.data.dataset.PromptDataset`.
 
     Returns
     -------
@@ -221,26 +199,17 @@ def predict_split(
     ----------
     model : helpers.model.sam3.PromptedSam3 or peft.PeftModel
         Put into eval mode.
-    processor : transformers.Sam3Processor
-    split : helpers.data.records.Split
-    prompt, absent_prompts
+    processor, split, prompt, absent_prompts
         See `evaluation_dataset`.
     mask_threshold : float
         In [0, 1].
-    batch_size : int
-        Images at once.
-    num_workers : int
-        Processes that load images.
+    batch_size, num_workers : int
+        Images at once, and processes that load them.
 
     Returns
     -------
     list of Query
-        One per image and prompt.
-
-    Raises
-    ------
-    InputError
-        If an image cannot be read or nothing can be asked.
+        One per image and prompt. InputError if an image cannot be read or nothing can be asked.
     """
     dataset = evaluation_dataset(
         split, processor, model, prompt=prompt, absent_prompts=absent_prompts
@@ -286,17 +255,12 @@ def as_queries(predictions, records):
     Parameters
     ----------
     predictions : sequence of helpers.detect.predictor.Prediction
-        Made on the files of `records`.
+        Made on the files of `records`; InputError for another file.
     records : sequence of helpers.data.records.ImageRecord
 
     Returns
     -------
     list of Query
-
-    Raises
-    ------
-    InputError
-        For a prediction on an image that no record names.
     """
     by_path = {str(record.path): record for record in records}
     queries = []
@@ -345,12 +309,7 @@ def prompt_scores(queries, score_threshold):
     pandas.DataFrame
         Index ``prompt`` and ``shown`` ("present" or "absent"), present ones first. Columns
         ``images``; the means ``presence``, ``max query`` and ``max score``, all in [0, 1]; and
-        ``reached``, the share of the images whose highest score is at least the threshold.
-
-    Raises
-    ------
-    InputError
-        For a threshold that is no probability or queries that are none.
+        ``reached``, the share of the images whose highest score reaches the threshold.
     """
     check_probability(score_threshold, "score_threshold")
     table = pd.DataFrame(

@@ -12,23 +12,16 @@ from helpers.model.prompted import SCORE_LOGIT_CLAMP, base_of
 
 
 def adapter_report(model):
-    """Count and measure the LoRA of every component.
-
-    Parameters
-    ----------
-    model : peft.PeftModel
-        On any device, ``meta`` included. Call it between the backward pass and the step, or give
-        gradients a chance to exist, for `grad_norm` to be known.
+    """Count and measure the LoRA of every component of a `peft.PeftModel`, also on ``meta``.
 
     Returns
     -------
     pandas.DataFrame
         One row per component and a row ``total``; index ``component``. Columns: ``modules``
         (adapted linear layers), ``parameters`` (of A and B), ``share`` (of all parameters of the
-        model, the adapter included, as PEFT counts), ``grad_norm`` (Euclidean, of A and B
-        together; NaN where no gradient exists), ``B_norm`` (Euclidean; NaN on ``meta``) and
-        ``B_nonzero`` (share of modules whose B is not all zero; NaN without modules). B starts at
-        zero, so a module with B zero after training does nothing.
+        model, the adapter included), ``grad_norm`` (Euclidean, of A and B together; NaN before a
+        backward pass), ``B_norm`` (Euclidean; NaN on ``meta``) and ``B_nonzero`` (share of modules
+        whose B is not all zero). B starts at zero: a module whose B stays zero does nothing.
     """
     layers = lora_layers(model)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -76,14 +69,7 @@ def prompt_embeddings(model, processor, prompts):
 
 
 def prompt_embedding_change(model, processor, prompts):
-    """Compare the embeddings of prompts with the adapter switched on and off.
-
-    Parameters
-    ----------
-    model : peft.PeftModel
-        In eval mode.
-    processor : transformers.Sam3Processor
-    prompts : sequence of str
+    """Compare the embeddings of prompts with the adapter of a `peft.PeftModel` on and off.
 
     Returns
     -------
@@ -114,13 +100,6 @@ def prompt_embedding_change(model, processor, prompts):
 def query_logit_bounds(model, processor, prompts):
     """Compute the range of logits that the frozen scoring head lets each prompt get.
 
-    Parameters
-    ----------
-    model : helpers.model.sam3.PromptedSam3 or peft.PeftModel
-        With LoRA on the text encoder the bounds are those of its present state.
-    processor : transformers.Sam3Processor
-    prompts : sequence of str
-
     Returns
     -------
     pandas.DataFrame
@@ -130,11 +109,9 @@ def query_logit_bounds(model, processor, prompts):
 
     Notes
     -----
-    The logit of a query is the scaled dot product of a projection of its decoder state and one of
-    the prompt. The state comes out of a layer norm, so it lies in an ellipsoid. LoRA on vision, text
-    or DETR moves it within the ellipsoid; while the norm, the projections and the prompt are frozen,
-    no training can leave it. With the norm's output ``gamma * n + beta``, where ``n`` has mean 0 and a length below
-    ``sqrt(d)``, and the logit ``a . h + b``: the extremes are
+    The logit is affine in the decoder state. The state comes out of a layer norm, so it lies in an
+    ellipsoid, and LoRA moves it only within: with the output ``gamma * n + beta``, where ``n`` has
+    mean 0 and a length below ``sqrt(d)``, and the logit ``a . h + b``, the extremes are
     ``a . beta + b -/+ sqrt(d) |v - mean(v)|`` with ``v = a * gamma``.
     """
     base = base_of(model)

@@ -1,8 +1,7 @@
 """Outputs of frozen encoders, computed once: image features on disk, text features in memory.
 
-An encoder without an adapter gives the same output for the same input in every epoch. Of the vision
-encoder the output of the backbone is kept, not the feature pyramid of the neck: at full size 10.6 MB
-per image in bfloat16 in place of 56 MB, and the neck is 4 % of the work.
+Of the vision encoder the output of the backbone is kept, not the feature pyramid of the neck: at
+full size 10.6 MB per image in bfloat16 in place of 56 MB, and the neck is 4 % of the work.
 """
 
 from __future__ import annotations
@@ -32,23 +31,12 @@ _PROMPTS_AT_ONCE = 32
 
 
 class BackboneCache:
-    """Outputs of a frozen vision backbone, one memory-mapped file per image.
+    """Outputs of a frozen vision backbone without adapter, one memory-mapped file per image.
 
-    The folder of the files is named by all that decides their content besides the image: the
-    weights of the backbone and their type, the preprocessing and the version of transformers. The
-    files are named by the content of the image and hold a checksum. So nothing stale or damaged is
-    ever read, runs share the files, and each is there completely or not at all.
-
-    Parameters
-    ----------
-    folder : os.PathLike
-        Of all caches, see `helpers.files.resolve`.
-    model : helpers.model.prompted.PromptedSam3
-        Its backbone runs where and in the type in which it is. It must have no adapter.
-    processor : transformers.Sam3Processor
-        Set to the model's resolution.
-    pictures : dict of pathlib.Path to helpers.data.images.Picture
-        Files whose digest is known; others are read.
+    The folder is named by all that decides its content besides the image: the weights of the backbone
+    and their type, the preprocessing and the version of transformers. The files are named by the
+    content of the image and hold a checksum. So nothing stale or damaged is ever read, runs share the
+    files, and each is there completely or not at all. Of `pictures` the digest is known.
     """
 
     def __init__(self, folder, model, processor, pictures=None):
@@ -78,9 +66,8 @@ class BackboneCache:
     def fill(self, records, *, batch_size=1, num_workers=0, progress=False):
         """Run the backbone on the images that are missing, and write its output.
 
-        Of several processes each takes its share; all return when all are done. InputError is
-        raised for an image that cannot be used, and before anything is computed if the folder
-        cannot be written or the disk has no room.
+        Of several processes each takes its share; all return when all are done. InputError for an image
+        that cannot be used, and before anything is computed for a folder or disk that cannot take it.
         """
         missing = self.missing(records)
         processes = PartialState()
@@ -125,10 +112,7 @@ class BackboneCache:
                 write_tensors(file, {TENSOR: tensor.clone()}, {CHECKSUM: _checksum(tensor)})
 
     def states(self, record):
-        """Read the backbone's output (N, C) for an image that `fill` has seen.
-
-        InputError names the file if it is missing or damaged.
-        """
+        """Read the backbone's output (N, C) for an image; InputError names a missing or damaged file."""
         file = self._file_of(record)
         try:
             with safe_open(file, framework="pt") as content:

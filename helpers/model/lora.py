@@ -1,9 +1,4 @@
-"""LoRA on SAM3 through PEFT: where it sits, and saving and loading it without silent gaps.
-
-The config's flags and names are translated into the modules of the Hugging Face model. What they
-translate to is checked twice: before PEFT runs, against the model, and after, against what PEFT
-adapted.
-"""
+"""LoRA on SAM3 through PEFT: where it sits, and saving and loading it without silent gaps."""
 
 from __future__ import annotations
 
@@ -77,8 +72,7 @@ def component_of(module_name):
 def target_modules(model, lora):
     """Map each enabled component to the full names of the linear layers that get LoRA.
 
-    A name need not occur in every enabled component (the mask decoder has no ``fc1``), but
-    InputError is raised for a name that occurs in none, and for a component without any.
+    InputError for a name that occurs in no enabled component, and for a component without any.
     """
     names, used = {component: [] for component in enabled_components(lora)}, set()
     for name, module in model.named_modules():
@@ -158,12 +152,6 @@ def add_lora(model, lora):
     ------
     InputError
         When a name or a component matches nothing, or the model already carries an adapter.
-
-    Warns
-    -----
-    UserWarning
-        With the geometry encoder enabled: text prompts never pass through it, so its LoRA gets no
-        gradient and stays zero.
     """
     if lora_layers(model):
         raise InputError("the model already carries LoRA", fix="load the base again")
@@ -196,8 +184,7 @@ def add_lora(model, lora):
 def save_adapter(model, folder, base_name, revision=None):
     """Write an adapter that plain PEFT can load on a plain `Sam3Model`, completely or not at all.
 
-    ``base.json`` names the base and holds what tells damage later: its fingerprint, rank and alpha,
-    and the SHA-256 of the weights.
+    ``base.json`` holds what tells damage later: fingerprint of the base, rank, alpha, and SHA-256.
     """
     config = deepcopy(model.peft_config[model.active_adapters[0]])
     config.inference_mode = True
@@ -235,30 +222,11 @@ def write_tensors(path, tensors, metadata=None):
 
 
 def load_adapter(model, folder, *, lora=None, is_trainable=False):
-    """Put a saved adapter on its base, completely or not at all.
+    """Put a saved adapter on its base, completely or not at all; in eval mode unless trainable.
 
-    Parameters
-    ----------
-    model : helpers.model.sam3.PromptedSam3
-        The base, without LoRA; changed in place.
-    folder : os.PathLike
-        Written by `save_adapter` or by PEFT.
-    lora : helpers.config.LoraSection, optional
-        What the run was trained with; rank and alpha of the adapter must be the same.
-    is_trainable : bool
-        True to train it on.
-
-    Returns
-    -------
-    peft.PeftModel
-        In eval mode unless trainable.
-
-    Raises
-    ------
-    InputError
-        If the folder holds no adapter, a file or value in it is damaged (NaN, whole numbers, other
-        bytes than were saved), or the adapter was made for another base: keys missing or
-        unexpected, shapes or ranks that differ, or equal shapes with other weights.
+    InputError, by file, key and value, if the folder holds no adapter, a file is damaged (NaN, whole
+    numbers, other bytes than were saved, rank or alpha other than `lora` of the run says), or the
+    adapter was made for another base: keys, shapes or the base's weights differ.
     """
     folder = Path(folder)
     if not folder.is_dir():

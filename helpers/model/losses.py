@@ -82,11 +82,10 @@ def box_terms(pred_boxes_cxcywh, targets, matches, num_boxes):
 def score_terms(pred_logits, presence_logits, targets, matches, ious, variant, num_rows):
     """Compute ``loss_ce`` of the query scores (B, Q) and ``presence_loss`` of the presence (B, 1).
 
-    ``native``: matched ``10 BCE(z, t)``, others ``p^2 BCE(z, 0)`` with p^2 differentiated; rows without
-    objects count as zeros in the mean over B * max(Q, 200); presence is ``0.5 BCE`` averaged over all
-    rows, and a row is present if an object has width and height. ``early``: matched
-    ``0.5 BCE(z, t)``, others ``BCE(z, 0)``, divided by B * Q + 1e-6, all rows alike, and no presence
-    loss. In both ``t = max(0.01, p^0.25 IoU^0.75)`` without gradient, and `num_rows` is B.
+    ``native``: matched ``10 BCE(z, t)``, others ``p^2 BCE(z, 0)``; rows without objects count as zeros
+    in the mean over B * max(Q, 200); presence is ``0.5 BCE`` averaged over all rows. ``early``: matched
+    ``0.5 BCE(z, t)``, others ``BCE(z, 0)``, divided by B * Q + 1e-6, all rows alike, no presence loss.
+    In both ``t = max(0.01, p^0.25 IoU^0.75)`` without gradient, and `num_rows` is B.
     """
     logits = pred_logits.float()
     prob = logits.sigmoid()
@@ -119,9 +118,8 @@ def score_terms(pred_logits, presence_logits, targets, matches, ious, variant, n
 def mask_terms(pred_masks, targets, matches, num_boxes):
     """Compute focal and dice loss of the matched masks, at the size of the targets.
 
-    ``loss_mask``: focal loss (alpha 0.25, gamma 2) averaged over pixels; ``loss_dice``:
-    1 - (2 sum(p y) + 1) / (sum p + sum y + 1); both summed over the pairs whose mask is valid and
-    divided by `num_boxes`. Only matched ones of the (B, Q, h, w) logits are resized.
+    Focal loss is averaged over pixels, dice is 1 - (2 sum(p y) + 1) / (sum p + sum y + 1); both are
+    summed over the pairs whose mask is valid and divided by `num_boxes`.
     """
     nothing = pred_masks[:0].float().sum()
     loss_mask, loss_dice = [nothing], [nothing]
@@ -221,18 +219,15 @@ def sam3_losses(outputs, targets, variant="native", *, divisors=None):
         n may be 0; H, W may differ from h, w and between rows.
     variant : {"native", "early"}
         Meta's published setting, or that of the failing script.
-    divisors : helpers.model.losses.Divisors, optional
+    divisors : Divisors, optional
         By default those of this batch. A trainer passes those of a whole optimiser step.
 
     Returns
     -------
     dict of str to torch.Tensor
-        Scalars, float32: the unweighted terms ``loss_ce``, ``presence_loss``, ``loss_bbox``,
-        ``loss_giou``, ``loss_mask``, ``loss_dice``, ``loss_semantic_seg``,
-        ``loss_semantic_dice`` of the final layer; for ``native`` also ``aux0.loss_ce`` and so on
-        (ce, presence, bbox, giou of each earlier layer); and ``total``, `weighted_sum` of them
-        all with ``WEIGHTS[variant]``. ``total`` can always be differentiated, also when no row
-        has an object.
+        Float32 scalars: the unweighted terms of `WEIGHTS` of the final layer; for ``native`` also
+        ``aux0.loss_ce`` and so on (ce, presence, bbox, giou of each earlier layer); and ``total``,
+        which can always be differentiated, also when no row has an object.
 
     Raises
     ------
@@ -242,8 +237,7 @@ def sam3_losses(outputs, targets, variant="native", *, divisors=None):
 
     Notes
     -----
-    Forms and constants are those of facebookresearch/sam3 at 99d02f2,
-    ``sam3/train/loss/loss_fns.py``. Everything is computed in float32.
+    Source: facebookresearch/sam3 at 99d02f2, ``sam3/train/loss/loss_fns.py``.
     """
     _check(outputs, targets, variant)
     if divisors is None:

@@ -85,32 +85,21 @@ PRESENCE_LOGIT_CLAMP = 10.0
 class PromptedSam3Output(Sam3ImageSegmentationOutput):
     """`Sam3ImageSegmentationOutput` with the names that `helpers.model.losses.sam3_losses` reads.
 
-    Attributes
-    ----------
-    pred_boxes_cxcywh : torch.Tensor
-        (B, Q, 4) boxes of the last decoder layer, centre and size as fractions of the image.
-    semantic_logits : torch.Tensor
-        (B, 1, h, w), the same tensor as ``semantic_seg``.
-    aux : list of dict
-        ``pred_logits`` (B, Q), ``pred_boxes_cxcywh`` (B, Q, 4) and ``presence_logits`` (B, 1) of
-        every decoder layer but the last, first layer first.
+    ``aux`` holds ``pred_logits`` (B, Q), ``pred_boxes_cxcywh`` (B, Q, 4) and ``presence_logits``
+    (B, 1) of every decoder layer but the last, first layer first.
     """
 
-    pred_boxes_cxcywh: torch.Tensor | None = None
-    semantic_logits: torch.Tensor | None = None
+    pred_boxes_cxcywh: torch.Tensor | None = None  # (B, Q, 4) of the last layer, in [0, 1]
+    semantic_logits: torch.Tensor | None = None  # (B, 1, h, w), the same as semantic_seg
     aux: list | None = None
 
 
 class PromptedSam3(Sam3Model):
     """A `Sam3Model` that takes I images with B prompts and returns every decoder layer.
 
-    Parameters, modules and checkpoint keys are those of `Sam3Model`, so the weights of one load
-    into the other.
-
-    Loaded in bfloat16, the two encoders are kept in it, 96 % of the parameters of the full model,
-    and their matrix products and those of the rest run in it through autocast, which the model
-    switches on by itself. The rest stays in float32: a box in bfloat16 is rounded to 1/256 of the
-    image, 4 of 1008 pixels.
+    Parameters, modules and checkpoint keys are those of `Sam3Model`. Loaded in bfloat16, the two
+    encoders are kept in it, 96 % of the parameters of the full model, and matrix products run in it
+    through autocast. The rest stays in float32: a box in bfloat16 is rounded to 1/256 of the image.
     """
 
     _keep_in_fp32_modules_strict = (

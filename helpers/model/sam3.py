@@ -39,8 +39,7 @@ def newest_revision(name_or_path):
 def base_dtype(mixed_precision):
     """Return the type in which a frozen base is kept: bfloat16 for ``bf16``, else float32.
 
-    The range of float16 is too small for weights and activations that were trained in bfloat16, so
-    ``fp16`` uses it in single operations only.
+    The range of float16 is too small for activations of a base that was trained in bfloat16.
     """
     return torch.bfloat16 if mixed_precision == "bf16" else torch.float32
 
@@ -51,7 +50,7 @@ def best_device():
 
 
 def load_base(name_or_path, revision=None, dtype=None, resolution=None):
-    """Load a SAM3 base and its processor, in eval mode.
+    """Load a SAM3 base and its processor, in eval mode, completely or not at all.
 
     Parameters
     ----------
@@ -60,8 +59,7 @@ def load_base(name_or_path, revision=None, dtype=None, resolution=None):
     revision : str, optional
         Branch, tag or commit on the hub.
     dtype : torch.dtype, optional
-        Type of the weights, float32 by default; bfloat16 is that of the two encoders only, see
-        `helpers.model.prompted.PromptedSam3`.
+        Type of the weights, float32 by default; bfloat16 is that of the two encoders only.
     resolution : int, optional
         Side of the square input in pixels, the base's own by default; a multiple of its patch.
 
@@ -74,8 +72,7 @@ def load_base(name_or_path, revision=None, dtype=None, resolution=None):
     Raises
     ------
     InputError
-        When the folder is missing or holds no SAM3, when the hub refuses access, or when a weight
-        is missing, unexpected or of another shape: a base is loaded completely or not at all.
+        When the folder holds no SAM3, the hub refuses access, or a weight does not fit.
     """
     source = _locate(name_or_path)
     options = {} if revision is None else {"revision": revision}
@@ -95,10 +92,7 @@ def load_base(name_or_path, revision=None, dtype=None, resolution=None):
 
 
 def base_fingerprint(model):
-    """Return 16 hex digits that tell two bases of equal shape apart, with or without adapter.
-
-    The names and shapes of all tensors and the bfloat16 values of a dozen of them go in.
-    """
+    """Hash names, shapes and some bfloat16 values of a base, with or without adapter: 16 hex digits."""
     tensors = {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in base_of(model).state_dict().items()

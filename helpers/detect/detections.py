@@ -90,20 +90,10 @@ def raw_predictions(outputs, described):
 
 
 def detect(raw, score_threshold, mask_threshold=0.5, max_detections=None):
-    """Keep the queries that reach a threshold and give them masks at the size of the image.
+    """Keep the queries that reach a score and give them masks at the size of the image.
 
-    Parameters
-    ----------
-    raw : RawPrediction
-    score_threshold, mask_threshold : float
-        In [0, 1]; a query is kept from its threshold on, a pixel above its own.
-    max_detections : int, optional
-        Keep at most the best this many.
-
-    Returns
-    -------
-    list of dict
-        See `Prediction.detections`. Duplicates are not suppressed, as in SAM3 itself.
+    Both thresholds are in [0, 1]: a query is kept from its own on, a pixel above its own. Returns a
+    list as `Prediction.detections`, at most `max_detections`; duplicates stay, as in SAM3 itself.
     """
     check_probability(score_threshold, "score_threshold")
     check_probability(mask_threshold, "mask_threshold")
@@ -137,14 +127,10 @@ def masks_at_image_size(mask_logits, height, width, mask_threshold):
 
 
 def output_table(raws):
-    """Describe raw outputs by the numbers that a zero detection is diagnosed with.
+    """Describe `RawPrediction`s by the numbers that a zero detection is diagnosed with.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per `RawPrediction`: ``image_id``, ``prompt``; ``logit_min``, ``logit_median`` and
-        ``logit_max`` over the queries; ``presence_prob``, ``max_query_prob``, ``max_score``; and
-        ``semantic_mean`` and ``semantic_max``, probabilities over the pixels of the semantic map.
+    A data frame with one row each: ``logit_*`` over the queries, the probabilities of presence and
+    of the best query, their product, and ``semantic_*`` over the pixels of the semantic map.
     """
     rows = [{name: number(raw) for name, number in _COLUMNS.items()} for raw in raws]
     return pd.DataFrame(rows, columns=list(_COLUMNS))

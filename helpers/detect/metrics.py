@@ -39,18 +39,12 @@ def coco_ap(queries, iou_type="segm"):
     queries : list of Query or of dict
         With all scores, not only those above a threshold. The 100 best detections of each count.
     iou_type : {"segm", "bbox"}
-        Masks or boxes. Boxes that a query does not give are those around its masks.
 
     Returns
     -------
     dict
         ``AP`` (mean over IoU 0.50:0.95), ``AP50``, ``AP75``, in [0, 1]. When no query has an
         object they are None and a fourth key, ``reason``, says so.
-
-    Raises
-    ------
-    InputError
-        For another `iou_type`, a prompt that occurs twice on one picture, and an invalid query.
     """
     return _average_precisions(as_query_list(queries), (iou_type,))[0]
 
@@ -249,11 +243,9 @@ def _f1(hits, num_pred, num_gt):
 
 
 def union_iou(queries, score_threshold):
-    """Compute the IoU in [0, 1] of all detected pixels with all true pixels.
+    """Compute the IoU in [0, 1] of all detected pixels with all true ones; None without a true one.
 
-    Per query the masks from `score_threshold` on are united; intersections and unions are then
-    summed over all queries, so pixels found for an absent prompt are wrong. None when no object has
-    a pixel.
+    Masks are united per query and summed over queries: pixels of an absent prompt are wrong.
     """
     check_probability(score_threshold, "score_threshold")
     true = detected = either = 0
@@ -271,20 +263,12 @@ def union_iou(queries, score_threshold):
 def threshold_sweep(queries, thresholds, iou_threshold=0.5):
     """Count detections and compute precision and recall over score thresholds in [0, 1].
 
-    Parameters
-    ----------
-    queries : list of Query or of dict
-        All count: detections of absent prompts are wrong.
-    thresholds : sequence of float
-    iou_threshold : float
-        Mask IoU in (0, 1] from which a matched pair is a hit.
-
     Returns
     -------
     pandas.DataFrame
-        One row per threshold: ``threshold``, ``count`` (detections), ``precision`` (NaN without
-        a detection), ``recall`` (NaN without an object), ``f1`` = 2 hits / (detections +
-        objects) (NaN without either).
+        One row per threshold: ``threshold``, ``count`` (detections, those of absent prompts too),
+        ``precision`` (NaN without a detection), ``recall`` (NaN without an object), ``f1`` = 2 hits /
+        (detections + objects) (NaN without either). A hit is a pair from `iou_threshold` on.
     """
     queries = as_query_list(queries)
     check_probability(iou_threshold, "iou_threshold")

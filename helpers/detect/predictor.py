@@ -46,14 +46,9 @@ class Prediction:
 
 
 class Predictor:
-    """Ask a model for prompts on images.
+    """Ask a `PromptedSam3`, with or without adapter, for prompts on images.
 
-    Parameters
-    ----------
-    model : helpers.model.sam3.PromptedSam3 or peft.PeftModel
-        Used in eval mode, on the device it is on.
-    processor : transformers.Sam3Processor
-        Set to the model's resolution, as `helpers.model.sam3.load_base` returns it.
+    The model is used in eval mode where it is; the processor is set to its resolution.
     """
 
     def __init__(self, model, processor):
@@ -64,9 +59,7 @@ class Predictor:
     def raw(self, image, prompts, name=None):
         """Run the model on one image; the vision encoder runs once for all P prompts.
 
-        Returns P `RawPrediction`, whose ``image`` is `name`, by default the path. A file is turned
-        upright by its EXIF orientation. InputError: no readable image, a prompt that is empty, no
-        text or longer than 32 tokens.
+        Returns P `RawPrediction`, whose ``image`` is `name`, by default the path. A file is turned upright.
         """
         prompts = check_prompts(prompts)
         if isinstance(image, str | os.PathLike):
@@ -138,20 +131,9 @@ def check_prompts(prompts):
 
 
 def raw_outputs(model, processor, records, prompts):
-    """Ask a model the same prompts on many images.
+    """Ask a model the same prompts, or those of each ``image_id`` in a dict, on many records.
 
-    Parameters
-    ----------
-    model : helpers.model.sam3.PromptedSam3 or peft.PeftModel
-    processor : transformers.Sam3Processor
-    records : sequence of helpers.data.records.ImageRecord
-    prompts : sequence of str or dict of str to sequence of str
-        The prompts of every image, or those of each ``image_id``.
-
-    Returns
-    -------
-    list of helpers.detect.detections.RawPrediction
-        One per image and prompt; ``image`` is the ``image_id``.
+    Returns one `RawPrediction` per image and prompt; its ``image`` is the ``image_id``.
     """
     predictor = Predictor(model, processor)
     raws = []

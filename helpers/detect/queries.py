@@ -146,24 +146,10 @@ def as_query_list(queries):
 def evaluation_dataset(
     split, processor, model, *, prompt=None, absent_prompts=(), backbone_cache=None
 ):
-    """Build the questions of an evaluation: every category and every absent noun on every image.
+    """Build the questions of an evaluation: a `PromptDataset` with the same ones in every epoch.
 
-    Parameters
-    ----------
-    split : helpers.data.records.Split
-    processor : transformers.Sam3Processor
-    model : helpers.model.sam3.PromptedSam3 or peft.PeftModel
-        For its resolution and grid.
-    prompt : str, optional
-        Replaces every category name.
-    absent_prompts : sequence of str
-        Nouns asked wherever the picture is not known to show them.
-    backbone_cache : helpers.model.cache.BackboneCache, optional
-
-    Returns
-    -------
-    helpers.data.dataset.PromptDataset
-        The same questions in every epoch.
+    Every category of the split, or `prompt` in their place, is asked on every image, and every absent
+    noun wherever the picture is not known to show it. The model gives resolution and grid.
     """
     base = base_of(model)
     num_nouns = len(split.categories if prompt is None else (prompt,)) + len(absent_prompts)
@@ -193,23 +179,10 @@ def predict_split(
     batch_size=4,
     num_workers=0,
 ):
-    """Ask a model about every image of a split.
+    """Ask a model about every image of a split: list of `Query`, one per image and prompt.
 
-    Parameters
-    ----------
-    model : helpers.model.sam3.PromptedSam3 or peft.PeftModel
-        Put into eval mode.
-    processor, split, prompt, absent_prompts
-        See `evaluation_dataset`.
-    mask_threshold : float
-        In [0, 1].
-    batch_size, num_workers : int
-        Images at once, and processes that load them.
-
-    Returns
-    -------
-    list of Query
-        One per image and prompt. InputError if an image cannot be read or nothing can be asked.
+    The model is put into eval mode; see `evaluation_dataset` for the prompts. InputError if an image
+    cannot be read or nothing can be asked.
     """
     dataset = evaluation_dataset(
         split, processor, model, prompt=prompt, absent_prompts=absent_prompts
@@ -247,20 +220,10 @@ def queries_from_outputs(outputs, questions, dataset, mask_threshold):
 
 
 def as_queries(predictions, records):
-    """Set predictions beside the annotated objects of their images.
+    """Set predictions on the files of some records beside their objects: list of `Query`.
 
     Every annotated object counts as what the prompt asked for, whatever its category: the question
-    is how much of what was marked is an object at all.
-
-    Parameters
-    ----------
-    predictions : sequence of helpers.detect.predictor.Prediction
-        Made on the files of `records`; InputError for another file.
-    records : sequence of helpers.data.records.ImageRecord
-
-    Returns
-    -------
-    list of Query
+    is how much of what was marked is an object at all. InputError for a file without record.
     """
     by_path = {str(record.path): record for record in records}
     queries = []
@@ -296,13 +259,6 @@ def _query(answer, detections, record, objects):
 
 def prompt_scores(queries, score_threshold):
     """Summarise the highest score of every query, by prompt and by whether it is present.
-
-    Parameters
-    ----------
-    queries : list of Query
-        As `predict_split` returns them.
-    score_threshold : float
-        In [0, 1].
 
     Returns
     -------

@@ -1,9 +1,8 @@
 """Detect on photographs of several thousand pixels tile by tile, and join the pieces.
 
 Two pieces are one object if they agree where both tiles saw it, and if that is not a small part of
-them. `supervision.InferenceSlicer` compares whole masks: on the four cracks of
-`tests/test_tiling.py`, two of them across seams, it leaves 13 detections at its default (IoU 0.5,
-suppression), and which threshold serves depends on the overlap and on how the objects lie.
+them. `supervision.InferenceSlicer` compares whole masks: of the four cracks of
+`tests/test_tiling.py` it makes 13 detections.
 """
 
 from __future__ import annotations
@@ -72,28 +71,24 @@ class _Piece:
 def predict_tiled(
     predictor, image, prompts, *, tile=1008, overlap=0.2, threshold=0.3, mask_threshold=0.5
 ):
-    """Detect prompts on a large image, tile by tile.
+    """Detect prompts on a large image, tile by tile: list of `Prediction` of the whole image.
 
     Parameters
     ----------
     predictor : helpers.detect.predictor.Predictor
         Asked once per tile for all prompts.
-    image : os.PathLike or PIL.Image.Image
-    prompts : str or sequence of str
-        P prompts.
     tile : int
         Side of a tile in pixels; 1008 shows every pixel to the full model.
     overlap : float
         In (0, 1), see `tile_boxes`. Objects are joined by what two tiles share, so it cannot be 0.
-    threshold, mask_threshold : float
-        In [0, 1], see `helpers.detect.predictor.Predictor.predict`.
+    image, prompts, threshold, mask_threshold
+        See `helpers.detect.predictor.Predictor.predict`.
 
-    Returns
-    -------
-    list of helpers.detect.predictor.Prediction
-        P, with boxes and masks of the whole image. An object across seams is one detection: the
-        union of its pieces, their best score, and the box around its mask. Probabilities are the
-        highest of any tile. Detections of one tile are never joined with each other directly.
+    Notes
+    -----
+    An object across seams is one detection: the union of its pieces, their best score, and the box
+    around its mask. Probabilities are the highest of any tile. Detections of one tile are never joined
+    with each other directly.
     """
     prompts = check_prompts(prompts)
     if not overlap > 0:

@@ -3,10 +3,8 @@
 A row is one image with one prompt. Queries that a Hungarian matching gives to an object learn
 box, mask and score; all other queries of a row *with* objects learn a low score; a row *without*
 objects teaches only the presence token (variant ``native``). The variant ``early`` is the loss of
-the script that this workbook is about: there rows without objects push every score down.
-
-Left out on purpose: the one-to-many branch (see `helpers.matching`), and the factor sqrt(B) that
-Meta's published training configs put on the total.
+the failing script: there rows without objects push every score down. Left out on purpose: the
+one-to-many branch, and the factor sqrt(B) of Meta's published configs.
 """
 
 from __future__ import annotations
@@ -48,10 +46,9 @@ def target_counts(targets):
 
 
 def loss_divisors(counts, num_parts=1):
-    """Turn counts into `Divisors`; no objects count as one object.
+    """Turn counts, summed over the `num_parts` batches of an optimiser step, into `Divisors`.
 
-    `counts` are summed over all parts of an optimiser step, `num_parts` of them on all devices: the
-    mean of the parts' losses is then the loss of one batch with all rows, however they are spread.
+    The mean of the parts' losses is then the loss of one batch with all rows. No object counts as one.
     """
     boxes, rows, masked_rows = counts
     divisors = max(boxes, 1.0), rows, masked_rows + EPSILON
@@ -61,8 +58,7 @@ def loss_divisors(counts, num_parts=1):
 def box_terms(pred_boxes_cxcywh, targets, matches, num_boxes):
     """Compute L1 and GIoU loss of the matched boxes, and the IoU (pairs,) of each, without gradient.
 
-    ``loss_bbox`` sums the absolute differences over pairs and coordinates, ``loss_giou`` sums
-    1 - GIoU; both are divided by `num_boxes`.
+    Both are sums over the pairs, divided by `num_boxes`.
     """
     device = pred_boxes_cxcywh.device
     predicted = torch.cat([pred_boxes_cxcywh[b, q] for b, (q, _) in enumerate(matches)]).float()
@@ -140,11 +136,7 @@ def mask_terms(pred_masks, targets, matches, num_boxes):
 
 
 def semantic_terms(semantic_logits, targets, num_rows=None):
-    """Compute focal (alpha 0.6, gamma 2) and dice loss of the (B, 1, h, w) map against unions.
-
-    Summed over the rows whose union of masks is not empty, and divided by `num_rows` (by default
-    their number plus 1e-6); 0 without such a row.
-    """
+    """Compute focal and dice loss of the (B, 1, h, w) map against the unions of masks; empty ones skip."""
     nothing = semantic_logits[:0].float().sum()
     focal, dice = [nothing], [nothing]
     for row, target in enumerate(targets):

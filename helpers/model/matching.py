@@ -1,10 +1,7 @@
 """One-to-one assignment of queries to objects, as SAM3 does it in training.
 
-For every row of the batch (one image with one prompt) each object gets the one query that is
-cheapest for it in a combined cost of classification, box distance and box overlap. These are the
-numbers of Meta's ``BinaryHungarianMatcherV2``. SAM3's second matcher, the one-to-many assignment
-(several queries per object, on duplicated queries), is left out: the Hugging Face model has no
-such branch.
+These are the numbers of Meta's ``BinaryHungarianMatcherV2``. SAM3's one-to-many assignment (several
+queries per object, on duplicated queries) is left out: the Hugging Face model has no such branch.
 """
 
 from __future__ import annotations

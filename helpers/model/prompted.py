@@ -19,11 +19,10 @@ from transformers.models.sam3.modeling_sam3 import (
 
 
 class Float32Positions(Sam3SinePositionEmbedding):
-    """The position codes of the feature maps, always computed in float32.
+    """The position codes of the feature maps, always in float32; all images share one.
 
-    The port computes them in the type of the map. In bfloat16 a code of the map of 72 x 72 cells is
-    then off by up to 0.034, where rounding the exact one would cost 0.002
-    (`tests/test_precision.py`). All images share one code, so one is kept.
+    The port computes them in the type of the map: in bfloat16 a code of 72 x 72 cells is off by up to
+    0.034, where rounding the exact one would cost 0.002 (`tests/test_precision.py`).
     """
 
     def forward(self, shape, device, dtype, mask=None):
@@ -221,9 +220,7 @@ class PromptedSam3(Sam3Model):
     def _capture_decoder(self):
         """Collect what the decoder and its heads return inside `Sam3Model.forward`.
 
-        Capturing rather than computing again keeps the dropout of the scoring head the same for
-        the last layer and the others. The box head is called once per layer inside the decoder
-        and then once for all layers; the last call is kept.
+        Computing again would draw another dropout. The last call of the box head is that of all layers.
         """
         captured = {}
         modules = {

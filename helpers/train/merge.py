@@ -11,7 +11,7 @@ import torch
 from transformers import Sam3Model
 
 from helpers.data.coco import read_split
-from helpers.detect.detections import masks_at_image_size
+from helpers.detect.detections import masks_at_image_size, reaches
 from helpers.detect.predictor import GENERIC_PROMPT, Predictor
 from helpers.errors import InputError
 from helpers.files import WALL_CRACKS, staged_folder, write_json, write_text
@@ -220,7 +220,7 @@ def compare(expected, actual, score_threshold, mask_threshold, margin=0.0):
         for name in ("query_logits", "presence_logit", "mask_logits"):
             logits.append(float(np.abs(getattr(one, name) - getattr(other, name)).max()))
         scores.append(float(np.abs(one.scores - other.scores).max()))
-        kept, kept_too = one.scores > score_threshold, other.scores > score_threshold
+        kept, kept_too = (reaches(raw.scores, score_threshold) for raw in (one, other))
         far = np.abs(one.scores - score_threshold) > margin
         changed += int(((kept != kept_too) & far).sum())
         detected += int(kept.sum())

@@ -110,20 +110,23 @@ def _numbered(values):
 
 
 def _annotations(ids, rles, boxes_xyxy, last_id):
-    """Describe masks and boxes as COCO does: RLE, x y w h in pixels, area in pixels."""
-    if not rles:
-        return []
-    boxes_xywh, areas = coco_mask.toBbox(rles).tolist(), coco_mask.area(rles).tolist()
-    for index, box_xyxy in enumerate(boxes_xyxy or ()):
-        if box_xyxy is not None:
-            x0, y0, x1, y1 = (float(value) for value in box_xyxy)
-            boxes_xywh[index] = [x0, y0, x1 - x0, y1 - y0]
+    """Describe masks and boxes as COCO does: RLE and x y w h in pixels."""
+    boxes_xyxy = [None] * len(rles) if boxes_xyxy is None else boxes_xyxy
+    common = {**ids, "area": 1.0}  # of the range "all", the only one that is evaluated
     return [
-        {**ids, "id": number, "segmentation": rle, "bbox": box, "area": area}
-        for number, (rle, box, area) in enumerate(
-            zip(rles, boxes_xywh, areas, strict=True), start=last_id + 1
+        {**common, "id": number, "segmentation": rle, "bbox": _box_xywh(rle, box_xyxy)}
+        for number, (rle, box_xyxy) in enumerate(
+            zip(rles, boxes_xyxy, strict=True), start=last_id + 1
         )
     ]
+
+
+def _box_xywh(rle, box_xyxy):
+    """Return a box as x y w h, by default that around the mask."""
+    if box_xyxy is None:
+        return coco_mask.toBbox(rle).tolist()
+    x0, y0, x1, y1 = map(float, box_xyxy)
+    return [x0, y0, x1 - x0, y1 - y0]
 
 
 def cgf1(queries, score_threshold=0.5):

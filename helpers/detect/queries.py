@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from functools import cached_property
-from numbers import Real
 
 import numpy as np
 import pandas as pd
@@ -125,7 +124,10 @@ def _check_boxes(boxes_xyxy, where):
 
 def _is_finite(value):
     """True for a finite number."""
-    return isinstance(value, Real) and math.isfinite(value)
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False
 
 
 def as_query_list(queries):

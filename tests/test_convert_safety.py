@@ -13,6 +13,7 @@ from builders import DATASET, coco_of, edit_coco, mask_of, write_coco, write_ima
 from PIL import Image
 from source_builders import write_with_supervision
 
+from helpers.__main__ import main
 from helpers.convert import conversion as module
 from helpers.convert.conversion import convert
 from helpers.data.coco import read_split
@@ -101,7 +102,7 @@ def test_names_differ_where_case_or_accents_do_not_count(tmp_path):
         write_image(src / name.replace("PNG", "png"), seed=seed).rename(src / name)
     convert(src, tmp_path / "dst")
     written = [record.image_id for record in read_split(tmp_path / "dst", "train").records]
-    assert len({module._plain(name) for name in written}) == len(names)
+    assert len({module.spelling(name) for name in written}) == len(names)
 
 
 @pytest.fixture
@@ -232,7 +233,7 @@ def test_a_killed_conversion_leaves_no_destination_and_can_be_repeated(tmp_path,
 
     def run():
         module._place = stop
-        convert(src, dst)
+        main(["convert", str(src), str(dst)])
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
@@ -285,7 +286,6 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, owner, number, text):
     def fail(*args, **kwargs):
         raise OSError(number, text)
 
-    monkeypatch.setattr(module, "FICLONE", 0)
     monkeypatch.setattr(f"helpers.convert.conversion.{owner}", fail)
     refused(src, tmp_path / "dst", text)
 

@@ -88,31 +88,18 @@ def divide(labels, shares, seed):
 
 
 def split_source(splits, shares, seed):
-    """Divide all images of a source anew.
+    """Divide the images of all splits anew by shares of train, valid and, if there are three, test.
 
-    Parameters
-    ----------
-    splits : dict of str to list of helpers.convert.source.SourceImage
-        Whatever splits there were are joined.
-    shares : sequence of float
-        Of train, valid and, if there are three, test.
-    seed : int
-        Equal seeds give equal splits.
-
-    Returns
-    -------
-    splits : dict of str to list of helpers.convert.source.SourceImage
-        A split with share 0 is left out.
-    notes : list of str
-        For people.
-
-    Raises
-    ------
-    InputError
-        If the shares do not add up to 1, or a split would be empty.
+    Return the new splits (one of share 0 is left out) and notes. Equal seeds give equal splits. Shares
+    that do not add up to 1, or leave a split empty, raise InputError.
     """
     shares = list(shares)
-    if len(shares) not in (2, 3) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6 or not shares[0]:
+    if (
+        len(shares) not in (2, 3)
+        or min(shares) < 0
+        or not abs(sum(shares) - 1) <= 1e-6
+        or not shares[0]
+    ):
         raise InputError(
             f"the shares {shares} are not of train, valid and test",
             fix="give numbers that add up to 1, for example --split 0.8 0.1 0.1",

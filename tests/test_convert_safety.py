@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 
 import numpy as np
@@ -13,7 +14,6 @@ from builders import DATASET, coco_of, edit_coco, mask_of, write_coco, write_ima
 from PIL import Image
 from source_builders import write_with_supervision
 
-from helpers.__main__ import main
 from helpers.convert import conversion as module
 from helpers.convert.conversion import convert
 from helpers.data.coco import read_split
@@ -233,7 +233,8 @@ def test_a_killed_conversion_leaves_no_destination_and_can_be_repeated(tmp_path,
 
     def run():
         module._place = stop
-        main(["convert", str(src), str(dst)])
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as `python -m helpers` does
+        convert(src, dst)
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()

@@ -29,11 +29,11 @@ from helpers.data.coco import (
     entries_of,
     find_splits,
     layouts_of,
-    read_json_object,
     split_folder,
 )
 from helpers.data.records import Category
 from helpers.errors import InputError
+from helpers.files import read_json
 
 _KEYS = {"images", "annotations", "categories"}
 _OWN_KEYS = {"file_name", "width", "height"}
@@ -78,7 +78,7 @@ def read_coco(root):
             splits[split].append(SourceImage(path, width, height, objects, extra, own_files))
     notes = note_of(respelt, "images are spelt otherwise on the disk")
     notes += note_of(resized, "images have another size than stated")
-    content = read_json_object(next(iter(files.values()))) if files else {}
+    content = read_json(next(iter(files.values()))) if files else {}
     header = {key: content[key] for key in content if key not in _KEYS}
     kind = "coco" if files else "per_image"
     return Source(kind, splits, _merge(table.values()), tuple(notes), (*files.values(),), header)
@@ -106,7 +106,7 @@ def _coco_files(root):
     for path in places:
         is_named = split_of_name(path.stem) or path.stem.startswith("instances")
         try:
-            if not path.name.startswith(".") and read_json_object(path).keys() >= _KEYS:
+            if not path.name.startswith(".") and read_json(path).keys() >= _KEYS:
                 paths.append(path)
         except (
             InputError

@@ -30,6 +30,7 @@ from helpers.data.coco import COCO_FILE, find_splits, read_split
 from helpers.data.images import IMAGE_SUFFIXES
 from helpers.data.masks import rle_area, rle_box_xyxy, segmentation_to_rle
 from helpers.errors import InputError, printable
+from helpers.files import progress_bar
 
 FORMATS = {
     "coco": (is_coco, read_coco),
@@ -220,7 +221,7 @@ def _refuse_destination(src, dst):
         raise InputError("exists and is not empty", where=dst, fix="choose another folder")
     if src.is_dir() and Path(os.path.realpath(dst)).is_relative_to(os.path.realpath(src)):
         raise InputError(
-            "lies inside the source, which is not changed",
+            "lies inside the source",
             where=dst,
             fix="choose a folder beside it",
         )
@@ -293,7 +294,9 @@ def _write_split(folder, images, source, tile, overlap):
     image_ids = _ids([image.extra.get("id") for image in images])
     own_ids = _ids([item.get("id") for image in images for item in image.objects])
     entries, annotations = [], []
+    bar = progress_bar(len(images), f"writing {folder.name}")
     for image, image_id in zip(images, image_ids, strict=True):
+        bar.update()
         _place(image.path, folder / image.name)
         stated = {"file_name": image.name, "width": image.width, "height": image.height}
         entries.append({**image.extra, "id": image_id, **stated})
@@ -302,6 +305,7 @@ def _write_split(folder, images, source, tile, overlap):
             category_id = by_name[entry.pop("category")]
             entry |= {"id": own_ids[len(annotations)], "image_id": image_id}
             annotations.append(entry | {"category_id": category_id})
+    bar.close()
     table = [
         {"id": entry.category_id, "name": entry.name}
         | ({"supercategory": entry.supercategory} if entry.supercategory else {})

@@ -26,6 +26,7 @@ from helpers.convert.source import (
 from helpers.data.images import IMAGE_SUFFIXES
 from helpers.data.masks import mask_to_rle
 from helpers.errors import InputError
+from helpers.files import progress_bar
 
 IMAGE_FOLDERS = ("images", "jpegimages")
 MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "ground_truth", "gt")
@@ -60,10 +61,11 @@ def read_masks(root, category=None, objects="components"):
     if objects not in OBJECTS:
         raise InputError(f"objects is {objects!r}", fix=f"use one of {', '.join(OBJECTS)}")
     names = _names(root, category, objects)
-    splits, masks, soft = {}, {}, []
+    splits, masks, soft, bar = {}, {}, [], progress_bar(None, "reading masks")
     for split, folders in _folder_pairs(root).items():
         splits[split] = []
         for path, mask_file in _pairs(*folders):
+            bar.update()
             refuse_outside(mask_file, root)
             values, is_soft = _mask_values(mask_file)
             size = picture_size(path, root)
@@ -85,6 +87,7 @@ def read_masks(root, category=None, objects="components"):
             present = [int(value) for value in np.unique(values) if value]
             masks[mask_file] = {value: _objects_of(values == value, objects) for value in present}
             splits[split].append(SourceImage(path, *size, (), {}, (mask_file,)))
+    bar.close()
     notes = note_of(soft, "masks have soft edges, cut at half")
     names = _names_of_values(names, masks, objects, bool(soft), notes)
     for images in splits.values():

@@ -193,14 +193,11 @@ def settle_polygons(source, meaning="auto"):
 
 def _all_whole(images):
     """Return whether there are polygons and all their corners are whole numbers."""
-    has_polygons = False
-    for image in images:
-        limit = PRECISION * max(image.width, image.height)
-        for corners in (corners for item in image.objects for corners in _polygons(item)):
-            has_polygons = True
-            if (np.abs(corners - np.round(corners)) > limit).any():
-                return False
-    return has_polygons
+    polygons = [(image, part) for image in images for i in image.objects for part in _polygons(i)]
+    return bool(polygons) and all(
+        (np.abs(part - np.round(part)) <= PRECISION * max(image.width, image.height)).all()
+        for image, part in polygons
+    )
 
 
 def _polygons(item):

@@ -11,6 +11,7 @@ from scipy.sparse.csgraph import connected_components
 
 from helpers.data.images import near_pairs, open_upright, picture_hash
 from helpers.errors import InputError
+from helpers.files import progress_bar
 
 NAMES = ("train", "valid", "test")
 ROBOFLOW = re.compile(r"(?:_(?:jpe?g|png|bmp|webp|tiff?))?\.rf\.[0-9A-Za-z]+$")
@@ -59,7 +60,11 @@ def scene_groups(paths):
     Each image is opened. Images linked by others share a label, too.
     """
     groups, notes = name_groups([path.stem for path in paths])
-    hashes = np.array([picture_hash(open_upright(path)) for path in paths]).reshape(-1, 32)
+    hashes = np.empty((len(paths), 32), dtype=np.uint8)
+    with progress_bar(len(paths), "comparing images") as bar:
+        for index, path in enumerate(paths):
+            hashes[index] = picture_hash(open_upright(path))
+            bar.update()
     first_of = {}
     by_name = [(index, first_of.setdefault(group, index)) for index, group in enumerate(groups)]
     by_look = near_pairs(hashes, hashes)

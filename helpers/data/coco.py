@@ -28,7 +28,6 @@ SPLIT_FOLDERS = {
 """Name of each split, and what its folder may be called in any case."""
 _EXPORT_AGAIN = "export the annotations again"
 _CONTRADICTION = "_contradiction"
-read_json_object = read_json
 
 
 def find_splits(data_dir):

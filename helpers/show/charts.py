@@ -35,8 +35,7 @@ def threshold_figure(sweep, score_threshold=None):
     Parameters
     ----------
     sweep : pandas.DataFrame
-        Columns ``threshold``, ``count``, ``precision``, ``recall``, ``f1``, as
-        `helpers.detect.metrics.threshold_sweep` returns them.
+        From `helpers.detect.metrics.threshold_sweep`.
     score_threshold : float, optional
         In [0, 1]; marked by a vertical line.
     """
@@ -97,11 +96,11 @@ def logit_heatmap_figure(logits, row_labels=None, *, rows="image", limits=None):
     logits : array_like
         (n, Q), n and Q at least 1.
     row_labels : sequence of str, optional
-        n texts for the rows; numbers by default.
+        n texts; numbers by default.
     rows : str
         What a row is, for the axis.
     limits : tuple of float, optional
-        Logits at the two ends of the colour scale; by default the smallest and the largest.
+        Logits at the ends of the colour scale; by default the smallest and the largest.
     """
     logits = np.asarray(logits, dtype=float)
     if logits.ndim != 2 or logits.size == 0:
@@ -129,7 +128,7 @@ def grouped_bars_figure(table, ylabel, *, top=None):
     ----------
     table : pandas.DataFrame
         One group per row, one bar per column; the names of index and columns, where set, label
-        the axis and the legend. Not-a-number is shown as a missing bar.
+        the axis and the legend. A bar of NaN is missing.
     ylabel : str
         What the values are.
     top : float, optional
@@ -157,9 +156,9 @@ def component_bars_figure(table, columns):
     Parameters
     ----------
     table : pandas.DataFrame
-        For example the report of `helpers.model.lora.adapter_report`; the index names the rows.
+        For example from `helpers.model.adapter_report`; the index names the rows.
     columns : sequence of str
-        Numeric columns, one panel each. Not-a-number (no gradient yet) is shown as a missing bar.
+        Numeric columns, one panel each. A bar of NaN (no gradient yet) is missing.
     """
     size = (2.2 + 3.2 * len(columns), 1.2 + 0.45 * len(table))
     figure = Figure(figsize=size, layout="constrained")
@@ -207,7 +206,6 @@ def dress(ax, xlabel, ylabel):
 
 
 _NOT_A_LOSS = ("epoch", "step", "learning_rate", "grad_norm", "total_flos", "train_", "eval_")
-_NOT_A_METRIC = ("eval_loss", "eval_runtime", "per_second")
 
 
 def history_frame(log_history):
@@ -224,24 +222,11 @@ def loss_terms(history):
     return [name for name in history if not name.startswith(_NOT_A_LOSS)]
 
 
-def validation_metrics(history):
-    """Return the columns of a `history_frame` that are metrics of the validation split."""
-    names = [name for name in history if name.startswith("eval_")]
-    return [name for name in names if not any(part in name for part in _NOT_A_METRIC)]
-
-
 def draw_lines(ax, table, columns, *, xlabel, ylabel, log=False):
     """Draw columns of a table against its index, each with a dash, a marker and a colour.
 
-    Parameters
-    ----------
-    ax : matplotlib.axes.Axes
-    table : pandas.DataFrame
-    columns : sequence of str
-        May be empty: then the axes say that there is nothing yet.
-    xlabel, ylabel : str
-    log : bool
-        Logarithmic y axis; values that are not positive are left out.
+    Without a column the axes say that nothing is logged yet; a logarithmic axis (`log`) leaves out
+    values that are not positive.
     """
     ax.set_prop_cycle(CYCLE)
     for name in columns:
@@ -278,9 +263,8 @@ def schedule_frame(configs, num_images, num_processes=1):
     Returns
     -------
     pandas.DataFrame
-        One row per config: ``images per step``, ``epochs``, ``steps`` (of the optimiser, in all),
-        ``warm-up steps``, ``peak`` (learning rate the config asks for) and ``reached`` (share of
-        it that the linear warm-up attains before the run ends, 1 if it ends in time).
+        One row per config: ``images per step``, ``epochs``, ``steps``, ``warm-up steps``, ``peak``
+        (learning rate the config asks for) and ``reached`` (share of it that the warm-up attains).
     """
     rows = {}
     for name, config in configs.items():
@@ -300,16 +284,15 @@ def schedule_frame(configs, num_images, num_processes=1):
 
 
 def runs_figure(histories, names):
-    """Draw some logged numbers of several runs by epoch, on common axes.
+    """Draw logged numbers of several runs by epoch, on common axes.
 
     Parameters
     ----------
     histories : dict of str to list of dict
         Name of a run to its ``trainer.state.log_history``.
     names : dict of str to str
-        Logged name, for example ``"loss"`` or ``"eval_AP50"``, to the label of its axis; one panel
-        each. Numbers logged more than once in an epoch are averaged over it. Losses get a
-        logarithmic axis.
+        Logged name, for example ``"eval_AP50"``, to the label of its axis; one panel each. Numbers
+        are averaged over an epoch. Losses get a logarithmic axis.
     """
     figure = Figure(figsize=(1 + 3.4 * len(names), 4.2), layout="constrained")
     axes = figure.subplots(1, len(names), squeeze=False)[0]

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from helpers.detect.detections import detect
 from helpers.errors import InputError, check_probability, printable
-from helpers.show.charts import draw_lines, history_frame, loss_terms, validation_metrics
+from helpers.show.charts import draw_lines, history_frame, loss_terms
 from helpers.show.pictures import (
     MAX_COLUMNS,
     TRUTH_COLOUR,
@@ -34,6 +34,8 @@ from helpers.show.pictures import (
 
 _WIDE = {"style": {"description_width": "initial"}, "layout": {"width": "32em"}}
 _REDRAW_SECONDS = 2.0
+_PANEL_METRICS = ("eval_AP50", "eval_cgF1", "eval_max_score_present_share_above")
+"""Shares from 0 to 1, drawn on one axis while a training runs."""
 
 
 class StrictSlider(widgets.FloatSlider):
@@ -92,17 +94,11 @@ def threshold_panel(image, raws, *, score_threshold=0.3, mask_threshold=0.5):
     Parameters
     ----------
     image : PIL.Image.Image, numpy.ndarray or os.PathLike
-        See `helpers.show.pictures.as_picture`.
+        An array is (H, W, 3) uint8.
     raws : sequence of helpers.detect.detections.RawPrediction
-        Outputs for this image, one per prompt, as ``Predictor.raw`` returns them. With several
-        prompts a dropdown chooses.
+        Outputs for this image, one per prompt, as ``Predictor.raw`` returns them.
     score_threshold, mask_threshold : float
-        First values of the sliders, in [0, 1].
-
-    Returns
-    -------
-    ThresholdPanel
-        With its first picture drawn.
+        First values of the sliders ``score`` and ``mask``, in [0, 1].
 
     Raises
     ------
@@ -156,19 +152,15 @@ class LossPanel:
         left, right = figure.subplots(1, 2)
         terms = ["loss"] if "loss" in history else loss_terms(history)
         draw_lines(left, history, terms, xlabel="optimiser step", ylabel="training loss", log=True)
-        metrics = validation_metrics(history)
+        metrics = [name for name in _PANEL_METRICS if name in history]
         draw_lines(right, history, metrics, xlabel="optimiser step", ylabel="validation metric")
+        right.set_ylim(-0.03, 1.03)
         self.picture.value = _img(figure, self.readout.value, width="100%")
         self._drawn_at = time.monotonic()
 
 
 class LivePlotCallback(TrainerCallback):
-    """Feed a `LossPanel` from a `transformers.Trainer`; prints nothing.
-
-    Parameters
-    ----------
-    panel : LossPanel
-    """
+    """Feed a `LossPanel` from a `transformers.Trainer`; prints nothing."""
 
     def __init__(self, panel):
         self.panel = panel
@@ -200,7 +192,7 @@ def target_picture(batch, row, image_processor):
     Parameters
     ----------
     batch : dict
-        From `helpers.data.dataset.PromptCollator`, with B queries.
+        From `helpers.data.PromptCollator`, with B queries.
     row : int
         Query, from 0 to B - 1.
     image_processor : transformers.Sam3ImageProcessor
@@ -209,8 +201,7 @@ def target_picture(batch, row, image_processor):
     Returns
     -------
     PIL.Image.Image
-        See `helpers.show.pictures.annotate`. A mask is as coarse as the grid it is learned on; an
-        object without a usable mask is drawn as its box.
+        A mask is as coarse as the grid it is learned on; an object without one is drawn as its box.
     """
     pixel_values = batch["pixel_values"][int(batch["image_index"][row])].numpy()
     mean, std = (
@@ -236,17 +227,7 @@ def describe_target(batch, row):
 
 
 def targets_figure(batch, image_processor, columns=MAX_COLUMNS):
-    """Draw the targets of every query of a batch.
-
-    Parameters
-    ----------
-    batch : dict
-        From `helpers.data.dataset.PromptCollator`; not empty.
-    image_processor : transformers.Sam3ImageProcessor
-        See `target_picture`.
-    columns : int
-        Pictures per row.
-    """
+    """Draw the targets of every query of a batch; the arguments are those of `target_picture`."""
     items = [
         (
             target_picture(batch, row, image_processor),
@@ -291,22 +272,7 @@ class BrowsePanel:
 def browse_panel(batch, image_processor):
     """Make a panel that shows the targets of a collated batch, one query at a time.
 
-    Parameters
-    ----------
-    batch : dict
-        From `helpers.data.dataset.PromptCollator`.
-    image_processor : transformers.Sam3ImageProcessor
-        See `target_picture`.
-
-    Returns
-    -------
-    BrowsePanel
-        With its first picture drawn.
-
-    Raises
-    ------
-    InputError
-        For a batch without a query.
+    The arguments are those of `target_picture`; a batch without a query is refused.
     """
     if not batch["queries"]:
         raise InputError("the batch has no query", fix="collate at least one image with a prompt")

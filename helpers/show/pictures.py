@@ -65,12 +65,12 @@ def decode_mask(rle, size, where):
 
 
 def annotate(image, boxes_xyxy, masks=None, labels=None, colour=PREDICTION_COLOUR):
-    """Draw boxes, masks and labels on an enlarged copy of a picture.
+    """Draw boxes, masks and labels on a copy of a picture, enlarged to 720 pixels.
 
     Parameters
     ----------
     image : PIL.Image.Image, numpy.ndarray or os.PathLike
-        See `as_picture`.
+        An array is (H, W, 3) uint8.
     boxes_xyxy : array_like
         (n, 4) in pixels of the image; n may be 0.
     masks : array_like, optional
@@ -83,7 +83,6 @@ def annotate(image, boxes_xyxy, masks=None, labels=None, colour=PREDICTION_COLOU
     Returns
     -------
     PIL.Image.Image
-        Longest side 720 pixels.
     """
     picture = as_picture(image)
     scale = CANVAS_PIXELS / max(picture.size)
@@ -171,16 +170,11 @@ def prediction_figure(image, predictions, objects=None):
     Parameters
     ----------
     image : PIL.Image.Image, numpy.ndarray or os.PathLike
-        See `as_picture`.
+        An array is (H, W, 3) uint8.
     predictions : sequence of dict
-        See `draw_prediction`; at least one.
+        ``prompt``, ``presence_prob``, ``max_score`` and ``detections`` of each: `Prediction.to_dict`.
     objects : sequence of helpers.data.records.ObjectAnnotation, optional
         Ground truth.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        At most three panels in a row.
     """
     return _grid(_panels(image, objects, predictions), MAX_COLUMNS)
 
@@ -206,13 +200,7 @@ def comparison_figure(rows):
     Parameters
     ----------
     rows : sequence of tuple
-        ``(image, objects, predictions)`` of each image, see `draw_objects` and `draw_prediction`;
-        objects may be None.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        As many columns as the longest row has panels.
+        ``(image, objects, predictions)`` as for `prediction_figure`; objects may be None.
     """
     panels = [_panels(*row) for row in rows]
     columns = max(map(len, panels), default=0)
@@ -222,14 +210,13 @@ def comparison_figure(rows):
 
 
 def gallery_figure(items, columns=MAX_COLUMNS):
-    """Draw annotated images with a caption each, for example the worst findings of the data check.
+    """Draw annotated images with a caption each, `columns` per row.
 
     Parameters
     ----------
     items : sequence of tuple
-        ``(image, objects, caption)``, see `draw_objects`; a caption of None counts the objects.
+        ``(image, objects, caption)``; a caption of None counts the objects.
     columns : int
-        Pictures per row.
     """
     return _grid([(draw_objects, *item) for item in items], columns)
 

@@ -8,8 +8,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from helpers.__main__ import main
 from helpers.errors import InputError
-from helpers.train.merge import merge
-from helpers.train.share import plan_push, push
+from helpers.train.share import merge, plan_push, push
 
 REPO = "somebody/cracks"
 

@@ -84,6 +84,12 @@ def _train_options(command):
         action="store_true",
         help="when memory runs out, start again with checkpointing, then with smaller batches",
     )
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="take one step on the fullest batch, print memory and seconds, and write nothing; "
+        "status 1 if memory runs out",
+    )
 
 
 def add_set_option(command):
@@ -201,13 +207,16 @@ def train(args):
     from helpers.config import load_config
     from helpers.train.report import report, report_text
     from helpers.train.run import RUN_CONFIG
+    from helpers.train.training import dry_run, dry_run_text, train_within_memory
     from helpers.train.training import train as run_training
-    from helpers.train.training import train_within_memory
 
     overrides = list(args.set)
     if args.data is not None:
         overrides.append(("data.data_dir", args.data))
     config = load_config(args.config, profile=args.profile, overrides=overrides)
+    if args.dry_run:
+        result = dry_run(config)
+        return (0 if result["fits"] else 1), result, dry_run_text(result)
     output_dir = args.output
     settings = {"output_dir": output_dir, "resume": args.resume, "overwrite": args.overwrite}
     try:
@@ -332,8 +341,8 @@ def diagnose(args):
 
 def merge(args):
     """Write a full model; status 1, and nothing written, if it detects anything else."""
-    from helpers.train.merge import MergeDiffers
-    from helpers.train.merge import merge as merge_run
+    from helpers.train.share import MergeDiffers
+    from helpers.train.share import merge as merge_run
 
     try:
         document, status = merge_run(args.adapter, args.output, args.dtype, args.base), 0
@@ -405,7 +414,7 @@ def load_model(args):
     import torch
 
     from helpers.config import load_config
-    from helpers.train.run import load_run
+    from helpers.train.run import is_bare_adapter, load_run
 
     folder = args.adapter
     if args.config is not None:
@@ -413,7 +422,7 @@ def load_model(args):
     if folder is None:
         model, processor, name = _base(args)
         run, name = None, f"base {name}"
-    elif _is_bare_adapter(resolve(folder)):
+    elif is_bare_adapter(resolve(folder)):
         from helpers.model.lora import load_adapter
 
         model, processor, _ = _base(args, adapter=resolve(folder))
@@ -423,14 +432,6 @@ def load_model(args):
         model, processor, name = run.model, run.processor, str(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Loaded(model.to(device), processor, run, name)
-
-
-def _is_bare_adapter(folder):
-    """True if a folder holds a PEFT adapter but not the rest of a run."""
-    from helpers.model.lora import CONFIG_FILE
-    from helpers.train.run import RUN_CONFIG
-
-    return (folder / CONFIG_FILE).is_file() and not (folder / RUN_CONFIG).is_file()
 
 
 def _base(args, adapter=None):

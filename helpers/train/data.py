@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+import torch
 from accelerate import PartialState
 
 from helpers.checks.dataset import check_dataset
@@ -129,6 +130,8 @@ def _filled_cache(config, model, processor, splits, pictures):
 def _counts(datasets, allow_empty):
     """Count the objects that reach the loss in each dataset; refuse a training set without any."""
     counts = {name: count_objects(dataset) for name, dataset in datasets.items()}
+    for _ in counts:  # the draw of a loader that starts: seeds give the runs that they always gave
+        torch.empty((), dtype=torch.int64).random_()
     if not counts["train"]["num_objects"].any() and not allow_empty:
         split = datasets["train"].split
         raise InputError(

@@ -79,13 +79,13 @@ def write_json(path, content):
     return write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path, fix):
+def read_json(path, fix="export the file again"):
     """Read a JSON object.
 
     Parameters
     ----------
     path : os.PathLike
-        The file.
+        The file, UTF-8 with or without a byte order mark.
     fix : str
         Advice for the error message.
 
@@ -102,12 +102,19 @@ def read_json(path, fix):
     if not path.is_file():
         raise InputError("no such file", where=path, fix=fix)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"), parse_int=_parse_int)
+    except UnicodeDecodeError as error:
+        raise InputError("is not UTF-8 text", where=path, fix="save it as UTF-8") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"is no complete JSON ({error})", where=path, fix=fix) from error
     if not isinstance(content, dict):
         raise InputError("is a JSON without keys", where=path, fix=fix)
     return content
+
+
+def _parse_int(digits):
+    """Read a whole number; one beyond any id becomes a float, as Python refuses 4,300 digits."""
+    return int(digits) if len(digits) < 40 else float(digits)
 
 
 def file_digest(path):

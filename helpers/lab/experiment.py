@@ -197,9 +197,9 @@ def judge(model, processor, config, data_dir):
     )
     metrics = evaluate_queries(queries, settings.score_threshold)
     row = {name: metrics[source] for name, source in _OF_EVALUATION.items()}
-    present = [query for query in queries if query["gt"]]
+    present = [query for query in queries if query.is_positive]
     for name in ("presence_prob", "max_query_prob"):
-        row[name] = sum(query[name] for query in present) / len(present)
+        row[name] = sum(getattr(query, name) for query in present) / len(present)
     retention = coco_ap(known_queries(model, processor))
     return row | {f"retention_{name}": retention[name] for name in ("AP", "AP50")}
 
@@ -208,7 +208,7 @@ def known_queries(model, processor):
     """Ask for present and absent known things on the walls of `KNOWN_THINGS`."""
     prompts = read_json(KNOWN_THINGS / "prompts.json", "restore data/known_things")
     queries = predict_split(model, processor, read_split(KNOWN_THINGS, "test"))
-    return [query for query in queries if query["prompt"] in prompts[query["image_id"]]]
+    return [query for query in queries if query.prompt in prompts[query.image_id]]
 
 
 def run_base(cell, profile, data_dir):

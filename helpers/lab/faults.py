@@ -810,7 +810,7 @@ def _absent_prompts_dropped():
     original = evaluation.evaluate_queries
 
     def evaluate_queries(queries, score_threshold):
-        asked = [query for query in queries if query["gt"]]
+        asked = [query for query in queries if query.is_positive]
         return original(asked or queries, score_threshold)
 
     with replaced("detect.metrics.evaluate_queries", evaluate_queries):

@@ -104,7 +104,7 @@ def test_another_table_is_refused(run_copy, name, old, new):
 
 def test_a_log_of_another_run_is_refused(run_copy):
     lines = (run_copy / "curves.csv").read_text().splitlines(keepends=True)
-    (run_copy / "curves.csv").write_text("".join(lines[:4]))
+    (run_copy / "curves.csv").write_text("".join(lines[:5]))  # the first epoch, complete
     with pytest.raises(InputError, match="ends at step"):
         read_run(run_copy)
 

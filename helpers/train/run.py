@@ -288,7 +288,7 @@ def read_history(folder):
 def _read_audit(path):
     """Return the adapter report of a run, index ``component``."""
     columns = ("modules", "parameters", "share", "grad_norm", "B_norm", "B_nonzero")
-    table = _read_table(path, columns, index="component")
+    table = _read_table(path, columns, names="component")
     if "total" not in table.index or table.index.has_duplicates:
         raise InputError("has no row 'total', or one twice", where=path, fix=_TRAIN_AGAIN)
     if table[["modules", "parameters", "share"]].isna().any(axis=None):
@@ -296,14 +296,16 @@ def _read_audit(path):
     return table
 
 
-def _read_table(path, columns, index=None):
-    """Return a CSV file of a run, complete, with these columns, and with numbers in all of them."""
+def _read_table(path, columns, names=None):
+    """Return a CSV file of a run, complete, with these columns of numbers, and one of names."""
     try:
         text = path.read_text(encoding="utf-8")
-        table = pd.read_csv(path, index_col=index)
-    except (OSError, ValueError, KeyError) as error:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot be read ({error})", where=path, fix=_TRAIN_AGAIN) from error
-    missing = [name for name in columns if name not in table]
+    missing = [name for name in (*columns, names or "step") if name not in table]
+    if names in table:
+        table = table.set_index(names)
     texts = [str(name) for name in table if table[name].dtype.kind not in "if"]
     problem = None
     if missing:

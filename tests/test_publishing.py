@@ -111,7 +111,7 @@ def test_folders_of_this_machine_are_named(run):
 def test_unfinished_run_is_refused(run, hub, capsys):
     (run / "metrics.json").unlink()
     assert main(["push", "--adapter", str(run), "--repo", REPO, "--yes"]) == 2
-    assert "interrupted" in capsys.readouterr().err
+    assert "no metrics.json" in capsys.readouterr().err
     assert hub.created == hub.uploaded == []
 
 

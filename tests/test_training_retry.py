@@ -62,7 +62,7 @@ def test_smaller_steps_are_tried_until_one_fits(base, data_dir, tmp_path):
 def test_what_never_fits_ends_with_the_advice(base, data_dir, tmp_path):
     gpu = SmallGpu(images=0)
     config = tiny_run_config(base, data_dir, "training.batch_size=2")
-    with pytest.raises(OutOfMemory, match="helpers plan"):
+    with pytest.raises(OutOfMemory, match="train --dry-run"):
         train_within_memory(config, output_dir=tmp_path / "run", callbacks=[gpu])
     assert gpu.attempts == [(2, 2, False), (2, 2, True), (1, 4, True)]
 

@@ -470,7 +470,9 @@ def dry_run_text(result):
 def smaller_step(config):
     """Return the next change that needs less memory and leaves what is learned as it is, or None."""
     for _, changes in ladder(config):
-        if changes and all(name.startswith("training.") for name in changes):
+        if not all(name.startswith("training.") for name in changes):
+            return None  # each setting is on top of the one before
+        if changes:
             return changes
     return None
 

@@ -10,13 +10,14 @@ import os
 import signal
 import sys
 
-from helpers.cli import data, model
+from helpers.cli.commands import add_commands
 from helpers.errors import InputError, printable
 
 _EPILOG = """exit status:
   0    done, nothing found wrong
   1    findings with errors, or a failure of the thing that was checked
   2    unusable input: a missing or damaged file, an impossible value, an adapter of another base
+  3    diagnose: no cause found, but too little could be examined to call the run healthy
   3    diagnose: no cause found, but too little could be examined to call the run healthy
   130  interrupted with Ctrl-C
 
@@ -57,8 +58,7 @@ def build_parser():
         command.set_defaults(function=function)
         return command
 
-    data.add_commands(add)
-    model.add_commands(add)
+    add_commands(add)
     return parser
 
 

@@ -7,7 +7,7 @@ import pytest
 from lab import ask, causes, write_small_walls
 
 from helpers.causes import CAUSES
-from helpers.diagnose.adapter_gates import CHECKPOINT_GATES, CODE_GATES
+from helpers.diagnose.adapter_gates import BASE_GATES, CHECKPOINT_GATES
 from helpers.diagnose.diagnosis import rank
 from helpers.diagnose.examination import Examination
 from helpers.diagnose.run_gates import RUN_GATES
@@ -15,7 +15,7 @@ from helpers.lab.faults import CHECKPOINT_FAULTS, CODE_FAULTS
 from helpers.lab.planting import planted
 
 FAULTS = CODE_FAULTS | CHECKPOINT_FAULTS
-GATES = (*RUN_GATES, *CODE_GATES, *CHECKPOINT_GATES)
+GATES = (*RUN_GATES, *BASE_GATES, *CHECKPOINT_GATES)
 GATE_OF = {
     "mask weight times 100": "loss terms",
     "score weight zero": "loss terms",

@@ -13,10 +13,9 @@ from tiny_random import RESOLUTION, save_tiny_base, write_dataset
 import helpers
 from helpers.data.coco import read_split
 from helpers.data.masks import rle_box_xyxy
-from helpers.diagnose.data_gates import DATA_GATES, LOADER_GATES
+from helpers.diagnose.data_gates import DATA_GATES, PROMPT_GATES
 from helpers.diagnose.examination import Examination
 from helpers.diagnose.run_gates import CONFIG_GATES
-from helpers.diagnose.word_gates import PROMPT_GATES
 from helpers.errors import InputError
 from helpers.files import TINY_BASE
 from helpers.lab.faults import DATA_FAULTS, PROMPT_FAULTS
@@ -145,7 +144,7 @@ def test_wrong_keys_leave_a_run_that_tells_of_it_later(tmp_path, bars, random_se
     history = [entry for entry in read_history(run) if "loss_bbox" in entry]
     assert history
     assert all(entry["loss_bbox"] == entry["loss_mask"] == 0 for entry in history)
-    causes, _ = examine(run, LOADER_GATES, None)
+    causes, _ = examine(run, DATA_GATES[-2:], None)
     assert causes == ["no_objects"]  # the reader is right again, the record is not
 
 

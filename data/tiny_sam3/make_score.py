@@ -2,13 +2,13 @@
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 from tqdm.auto import tqdm
 
 from data.tiny_sam3.make_examples import unrelated_prompt
 from data.tiny_sam3.make_vocabulary import HELD_OUT_NOUNS
 from data.wall_cracks.make import draw_wall
 from data.wall_cracks.make_scenes import BASE_CONCEPTS, draw_concepts, render_scene
+from helpers.data.masks import mask_to_rle
 from helpers.detect.detections import detect
 from helpers.detect.metrics import cgf1, coco_ap, threshold_sweep
 
@@ -57,7 +57,7 @@ def detection_queries(predictor, count, disable_progress=False):
                     "height": raw.height,
                     "width": raw.width,
                     "exhaustive": True,
-                    "gt": [_rle(mask) for mask in masks],
+                    "gt": [mask_to_rle(mask) for mask in masks],
                     "pred": [{"rle": one["mask_rle"], "score": one["score"]} for one in found],
                     "max_score": raw.max_score,
                 }
@@ -107,8 +107,3 @@ def score_base(predictor, walls=300, cracks=100):
     return summarise_scores(
         detection_queries(predictor, walls), rejection_scores(predictor, cracks)
     )
-
-
-def _rle(mask):
-    encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}

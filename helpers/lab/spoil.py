@@ -20,7 +20,7 @@ from pycocotools import mask as coco_mask
 
 from helpers.data.coco import COCO_FILE, read_split
 from helpers.data.images import IMAGE_SUFFIXES, open_upright
-from helpers.data.masks import rle_box_xyxy, segmentation_to_rle
+from helpers.data.masks import mask_to_rle, rle_box_xyxy, segmentation_to_rle
 from helpers.data.records import ObjectAnnotation
 from helpers.errors import InputError
 from helpers.files import write_json
@@ -67,9 +67,7 @@ def _change_masks(content, change):
     sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
     for entry in content["annotations"]:
         rle = segmentation_to_rle(entry["segmentation"], *sizes[entry["image_id"]])
-        mask = np.asfortranarray(change(coco_mask.decode(rle)))
-        counts = coco_mask.encode(mask)["counts"].decode("ascii")
-        entry["segmentation"] = {"size": list(mask.shape), "counts": counts}
+        entry["segmentation"] = mask_to_rle(change(coco_mask.decode(rle)))
 
 
 def halve_masks(content):
@@ -291,9 +289,8 @@ def _in_every_mask(change):
     def change_all(content):
         for entry in content["annotations"]:
             if "segmentation" in entry:
-                mask = np.asfortranarray(change(coco_mask.decode(entry["segmentation"])))
-                counts = coco_mask.encode(mask)["counts"].decode("ascii")
-                entry["segmentation"] = {"size": list(mask.shape), "counts": counts}
+                mask = change(coco_mask.decode(entry["segmentation"]))
+                entry["segmentation"] = mask_to_rle(mask)
 
     return _in_every_file(change_all)
 

@@ -18,7 +18,6 @@ _EPILOG = """exit status:
   1    findings with errors, or a failure of the thing that was checked
   2    unusable input: a missing or damaged file, an impossible value, an adapter of another base
   3    diagnose: no cause found, but too little could be examined to call the run healthy
-  3    diagnose: no cause found, but too little could be examined to call the run healthy
   130  interrupted with Ctrl-C
 
 With --json, stdout is one JSON document and nothing else; remarks go to stderr.

@@ -12,6 +12,7 @@ from torchvision.ops import box_iou
 
 from helpers.data.prompts import absent_candidates, present_prompts
 from helpers.detect.predictor import untrained_prompts
+from helpers.diagnose.data_gates import MIN_IMAGES
 from helpers.diagnose.examination import Inapplicable, evidence_if, gate
 from helpers.errors import InputError
 from helpers.model.audit import prompt_embeddings
@@ -36,7 +37,6 @@ MORE_LOCATED = 0.2
 """Share of the objects that the run must locate beyond its base, which also has boxes."""
 FOUND, HIDDEN = 0.3, 0.1
 """A word that answers, and one that does not, on the same pictures."""
-MIN_IMAGES = 4  # of fewer, nothing is said
 MISSED_BY = 0.5  # of the median score where the object is annotated
 MISSED_SHARE = 0.25  # of the images without annotation; healthy: at most 0.25, 4 of 16
 MIN_APART = 0.9  # share of pairs ordered rightly; healthy: 0.99 or more, half the labels: 0.77

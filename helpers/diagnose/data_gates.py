@@ -83,11 +83,10 @@ def annotations_alone(examination):
     model = examination.base[0]
     num_queries = model.config.detr_decoder_config.num_queries
     findings, evidence = [], []
-    for name in SPLITS:
-        split = examination.split(name)
-        new = check_annotations(split, mask_size=model.mask_size, num_queries=num_queries)
-        findings += new
-        evidence += evidence_of(new, split.num_objects)
+    for split in map(examination.split, SPLITS):
+        faults = check_annotations(split, mask_size=model.mask_size, num_queries=num_queries)
+        findings += faults
+        evidence += evidence_of(faults, split.num_objects)
     return _texts(findings), evidence
 
 
@@ -95,11 +94,10 @@ def annotations_alone(examination):
 def image_files(examination):
     """Open every image and compare it with what is stated about it."""
     findings, evidence = [], []
-    for name in SPLITS:
-        split = examination.split(name)
-        new = check_images(split, examination.dataset.look(split))
-        findings += new
-        evidence += evidence_of(new, len(split.records))
+    for split in map(examination.split, SPLITS):
+        faults = check_images(split, examination.dataset.look(split))
+        findings += faults
+        evidence += evidence_of(faults, len(split.records))
     return _texts(findings), evidence
 
 
@@ -247,44 +245,26 @@ def masks_after_loader(examination):
 
 @gate(PROMPT_GATES, "names", "no category is nearly another, or the parent of one")
 def nearly_the_same_names(examination):
-    """Find names that hardly differ, or are parents, and words asked as absent beside them.
+    """Find categories whose names hardly differ, and parents of others.
 
     Where two such names have objects, each is taught to leave those of the other out. One without
     objects is never asked beside the other by `helpers.data.prompts`, and names no cause.
     """
     split = examination.split("train")
-    used = _used_categories(split)
-    clashes = Counter(
-        f"'{query['prompt']}' is asked as absent where the picture shows '{category}'"
-        for record, query, _ in examination.train_queries
-        for category in {item.category for item in record.objects}
-        if not query["is_positive"]
-        and (
-            similar_names(query["prompt"], category)
-            or query["prompt"] == _parents(split).get(category)
-        )
-    )
-    texts = [f"{text}, on {count} images" for text, count in clashes.items()]
-    texts += [
+    pairs = [
         f"'{first}' and '{second}' share the objects"
-        for first, second in combinations(used, 2)
+        for first, second in combinations(_used_categories(split), 2)
         if similar_names(first, second)
     ]
-    if texts:
-        text = "; ".join(texts)
-        return text, [Evidence("category_names", 1.0 if clashes else 0.9, text)]
+    if pairs:
+        return "; ".join(pairs), [Evidence("category_names", 0.9, "; ".join(pairs))]
     remarks = [
         finding.message
         for finding in check_categories(split)
         if finding.code in ("D30_ROOT_CATEGORY", "D31_SIMILAR_NAMES")
     ]
-    text = "; ".join(["no absent prompt is nearly a present one", *remarks])
-    return text, [Evidence("category_names", SLIP, remark) for remark in remarks]
-
-
-def _parents(split):
-    """Return the supercategory of each category: dict of str to str."""
-    return {entry.name: entry.supercategory for entry in split.category_table}
+    evidence = [Evidence("category_names", SLIP, remark) for remark in remarks]
+    return "; ".join(remarks) or "no category is nearly another", evidence
 
 
 def _used_categories(split):

@@ -29,12 +29,12 @@ def name_groups(stems):
     all images is cut into runs of neighbouring numbers, whose borders may still be alike.
     """
     plain = [ROBOFLOW.sub("", stem) for stem in stems]
-    found = [LAST_NUMBER.match(stem) for stem in plain]
+    matches = [LAST_NUMBER.match(stem) for stem in plain]
     groups = [
         match[1]
         if match and (re.search(r"\d", match[1]) or "frame" in match[1].casefold())
         else stem
-        for match, stem in zip(found, plain, strict=True)
+        for match, stem in zip(matches, plain, strict=True)
     ]
     notes = []
     for name, count in Counter(groups).items():
@@ -111,10 +111,12 @@ def split_source(splits, shares, seed):
         )
     images = [image for name in splits for image in splits[name]]
     labels, notes = scene_groups([image.path for image in images])
-    chosen = divide(labels, shares, seed)
+    split_indices = divide(labels, shares, seed)
     result = {}
     for index, (name, share) in enumerate(zip(NAMES, shares, strict=False)):
-        members = [image for image, split in zip(images, chosen, strict=True) if split == index]
+        members = [
+            image for image, split in zip(images, split_indices, strict=True) if split == index
+        ]
         if share and not members:
             raise InputError(
                 f"{len(images)} images in {labels.max() + 1} scenes leave none for '{name}'",

@@ -89,16 +89,16 @@ def _piece(item, mask, extent, box):
     left, top, right, bottom = max(left, x0), max(top, y0), min(right, x1), min(bottom, y1)
     if right <= left or bottom <= top:
         return None, 0.0
-    same = {key: item[key] for key in ("category", "iscrowd") if key in item}
+    entry = {key: item[key] for key in ("category", "iscrowd") if key in item}
     if mask is None:
         bbox = [left - x0, top - y0, right - left, bottom - top]
-        return same | {"bbox": bbox}, max(bbox[2:])
+        return entry | {"bbox": bbox}, max(bbox[2:])
     part = mask[y0:y1, x0:x1]
     if not part.any():
         return None, 0.0
     rle = mask_to_rle(part)
     left, top, right, bottom = rle_box_xyxy(rle)
-    return same | {"segmentation": rle}, max(right - left, bottom - top)
+    return entry | {"segmentation": rle}, max(right - left, bottom - top)
 
 
 def _contains(box, extent):

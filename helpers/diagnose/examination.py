@@ -15,7 +15,7 @@ from helpers.data.dataset import PromptCollator, PromptDataset, load_dataset
 from helpers.detect.predictor import Predictor
 from helpers.errors import InputError
 from helpers.files import read_json, resolve
-from helpers.model.lora import read_adapter_weights
+from helpers.model.lora import WEIGHTS_FILE, check_tensors, read_adapter_weights
 from helpers.model.sam3 import base_dtype, best_device, load_base
 from helpers.train import run as run_folder
 
@@ -169,8 +169,7 @@ class Examination:
     def adapter_weights(self):
         """The tensors of the adapter file by name; InputError if a number in it is not finite."""
         weights = read_adapter_weights(self.files.folder)
-        if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
-            raise InputError("the adapter holds NaN or infinite numbers", where=self.folder)
+        check_tensors(weights, self.files.folder / WEIGHTS_FILE)
         return weights
 
     @cached_property

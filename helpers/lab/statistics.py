@@ -1,4 +1,7 @@
-"""The committed tables of the experiment: loaded, checked against the designs, and drawn."""
+"""The committed tables of the experiment: loaded, checked against the designs, compared and drawn.
+
+What they show holds for a base that never met the word it is taught.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,41 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy.stats import ttest_1samp
+from scipy.stats import norm, t, ttest_1samp
 
 from helpers.errors import InputError
 from helpers.files import ROOT, resolve
-from helpers.lab.designs import SEEDS, cells_of
-from helpers.lab.experiment import DATA_DIR, RESPONSES, TABLES, TEXT_COLUMNS
+from helpers.lab.experiment import DATA_DIR, RESPONSES, SEEDS, TABLES, TEXT_COLUMNS, cells_of
 from helpers.show.charts import COLOURS, MARKERS, dress
 
+CONFIDENCE = 0.95
 INTERACTION = "interaction"
 TIMES = " x "
 """Between the factors of an interaction: ``"objects x text_lora"``."""
-CONFIDENCE = 0.95
-_ROUNDING = 1e-12
+SCOPE = "holds for a base that never met the word"
+FACTORS = {
+    "causes": {
+        "objects": ("no", "yes"),
+        "prompt": ("object", "crack"),
+        "text_lora": ("off", "on"),
+        "negatives": (0, 3),
+    },
+    "schedule": {"schedule": ("failing", "fixed"), "text_lora": ("off", "on")},
+}
+"""Factors of the two factorial designs with their levels, the document's position first."""
+SHARES = {"detected_share": 26, "false_positive_rate": 90}
+"""Responses that count, with what they count of: crack images and absent prompts of the test split."""
+LABELS = {
+    "detected_share": "crack images detected at 0.3",
+    "max_score": "highest score, crack present",
+    "AP50": "mask AP50",
+    "union_iou": "union IoU",
+    "cgF1": "cgF1",
+    "IL_MCC": "IL_MCC",
+    "false_positive_rate": "absent prompts answered at 0.3",
+    "retention_AP": "AP on the base's own concepts",
+}
+"""Responses as one would say them."""
 
 
 class Estimate(NamedTuple):
@@ -29,7 +54,7 @@ class Estimate(NamedTuple):
     Attributes
     ----------
     value, low, high : float
-        Mean over the repetitions and the ends of the interval; NaN ends for one repetition.
+        Mean over the repetitions and the ends of the interval; NaN ends where it is not known.
     count : int
         Repetitions.
     """
@@ -49,96 +74,90 @@ class Estimate(NamedTuple):
         return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
-def estimate(values):
-    """Estimate a mean from one value per repetition.
+def wilson(share, count):
+    """Return Wilson's interval of shares in [0, 1] of a count, which need not be whole: low, high."""
+    z2 = norm.ppf((1 + CONFIDENCE) / 2) ** 2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = np.sqrt(z2 * share * (1 - share) / count + z2**2 / (4 * count**2)) / (1 + z2 / count)
+    return np.clip(centre - half, 0, share), np.clip(centre + half, share, 1)
+
+
+def effective_count(shares, count):
+    """Return how many independent cases shares (repetitions, cells) are worth, at most ``count``.
+
+    Shares that scatter over the repetitions more than such a count would are worth fewer (Korn and
+    Graubard 1998). All repetitions see the same images, so together they are not worth more.
+    """
+    repetitions, mean = len(shares), shares.mean(axis=0)
+    if repetitions < 2:
+        return np.full(mean.shape, float(count))
+    variance = shares.var(axis=0, ddof=1) / repetitions
+    tail = (1 + CONFIDENCE) / 2
+    few = (norm.ppf(tail) / t.ppf(tail, repetitions - 1)) ** 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        worth = few * mean * (1 - mean) / variance
+    return np.where(variance > 1e-12, np.minimum(worth, count), count)
+
+
+def contrast(values, weights, count=None):
+    """Estimate a weighted sum of the cells of a design.
 
     Parameters
     ----------
-    values : sequence of float
-        For example the effect of a factor in each of five seeds.
+    values : numpy.ndarray
+        (repetitions, cells), one outcome.
+    weights : numpy.ndarray
+        (cells,), for example -1 and +1 for a difference.
+    count : int, optional
+        Given for shares: what they are shares of.
 
     Returns
     -------
     Estimate
-        With Student's t interval. In a balanced design that is the interval of a mixed model in
-        which intercept and effect vary at random from seed to seed. It covers what it promises
-        with five seeds, where a percentile bootstrap of the seeds covers some 82 %. Values that
-        are all the same have an interval without width.
+        For shares, Wilson's interval of each cell, joined as Newcombe joins two (1998; for any sum:
+        Zou and Donner 2008). It has a width where all repetitions agree and stays within what is
+        possible. For other outcomes, Student's interval over the repetitions, which covers what it
+        promises with five of them, where a percentile bootstrap covers some 82 %.
 
     Raises
     ------
     InputError
-        Without a value, or with one that is missing.
+        Without a repetition, or with a value that is missing.
     """
-    values = np.asarray(values, dtype=float)
+    values, weights = np.asarray(values, dtype=float), np.asarray(weights, dtype=float)
     if not len(values) or np.isnan(values).any():
         raise InputError(f"no mean of {values.tolist()}", fix="give one value per repetition")
-    mean = float(values.mean())
-    if len(values) == 1:
-        return Estimate(mean, np.nan, np.nan, 1)
-    if np.ptp(values) <= _ROUNDING * np.abs(values).max():
-        return Estimate(mean, mean, mean, len(values))
-    low, high = ttest_1samp(values, 0.0).confidence_interval(CONFIDENCE)
-    return Estimate(mean, float(low), float(high), len(values))
+    sums = values @ weights
+    mean = float(sums.mean())
+    if count is not None:
+        shares = values.mean(axis=0)
+        ends = np.stack(wilson(shares, effective_count(values, count))) * weights
+        below, above = weights * shares - ends.min(axis=0), ends.max(axis=0) - weights * shares
+        low, high = mean - np.sqrt((below**2).sum()), mean + np.sqrt((above**2).sum())
+    elif len(sums) == 1:
+        low = high = np.nan
+    elif np.ptp(sums) <= 1e-12 * np.abs(values).max():
+        low = high = mean
+    else:
+        low, high = ttest_1samp(sums, 0.0).confidence_interval(CONFIDENCE)
+    return Estimate(mean, float(low), float(high), len(sums))
 
 
-def contrasts(table, factors, outcomes, block="seed"):
-    """Compute all main effects and interactions of two factors within each repetition.
+def effect_weights(cells, factors):
+    """Map each main effect and interaction to its weights (cells,).
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        One row per run: the factors, the block and the outcomes as columns.
-    factors : dict of str to tuple
-        Factor to its two levels, the reference first.
-    outcomes : sequence of str
-        Numeric columns without gaps.
-    block : str
-        Column of the repetition; each must hold every combination of levels exactly once.
-
-    Returns
-    -------
-    pandas.DataFrame
-        MultiIndex ``effect`` and block, columns the outcomes. A main effect is the mean over the
-        factor's second level minus that over its first. An interaction, ``"a x b"``, is the
-        effect of b at the second level of a minus its effect at the first.
-
-    Raises
-    ------
-    InputError
-        When a combination is missing or repeated, or an outcome has a gap.
+    A main effect is the mean over the factor's second level minus that over its first. An
+    interaction, ``"a x b"``, is the effect of b at the second level of a minus that at its first.
     """
-    outcomes = list(outcomes)
-    wanted = set(product(*factors.values()))
-    rows = {}
-    for repetition, runs in table.groupby(block):
-        cells = runs.set_index(list(factors))[outcomes].astype(float)
-        cells.index = cells.index.map(lambda key: key if isinstance(key, tuple) else (key,))
-        if len(cells) != len(wanted) or set(cells.index) != wanted:
-            raise InputError(
-                f"{len(cells)} runs are not the {len(wanted)} combinations",
-                where=f"{block} {repetition}",
-                fix="give every combination of the levels exactly once",
-            )
-        if cells.isna().any(axis=None):
-            names = ", ".join(cells.columns[cells.isna().any()])
-            raise InputError(f"an outcome is missing: {names}", fix="leave the column out")
-        signs = _signs(cells.index, factors)
-        for name, sign in signs.items():
-            rows[name, repetition] = cells.mul(sign, axis=0).sum() / (len(cells) / 2)
-            if TIMES in name:
-                rows[name, repetition] *= 2
-    return pd.DataFrame(rows).T.rename_axis(["effect", block])
-
-
-def _signs(index, factors):
-    """Return, for every effect, +1 or -1 per cell."""
-    single = {
-        name: np.array([1.0 if key[place] == levels[1] else -1.0 for key in index])
+    signs = {
+        name: np.array([1.0 if cell[place] == levels[1] else -1.0 for cell in cells])
         for place, (name, levels) in enumerate(factors.items())
     }
-    pairs = {f"{a}{TIMES}{b}": single[a] * single[b] for a, b in combinations(factors, 2)}
-    return single | pairs
+    half = len(cells) / 2
+    effects = {name: sign / half for name, sign in signs.items()}
+    for a, b in combinations(factors, 2):
+        effects[f"{a}{TIMES}{b}"] = 2 * signs[a] * signs[b] / half
+    return effects
 
 
 def effect_table(table, factors, outcome, block="seed"):
@@ -146,21 +165,42 @@ def effect_table(table, factors, outcome, block="seed"):
 
     Parameters
     ----------
-    table, factors, block
-        See `contrasts`.
+    table : pandas.DataFrame
+        One row per run: the factors, the block and the outcome as columns.
+    factors : dict of str to tuple
+        Factor to its two levels, the reference first.
     outcome : str
-        A column.
+        A numeric column without gaps; those in `SHARES` are taken as shares.
+    block : str
+        Column of the repetition; each must hold every combination of levels exactly once.
 
     Returns
     -------
     pandas.DataFrame
-        Index ``effect``; columns ``value``, ``low``, ``high``, ``count`` and ``is_clear``.
+        Index ``effect``; columns ``value``, ``low``, ``high``, ``count`` and ``is_clear``. See
+        `effect_weights` for the effects and `contrast` for the intervals.
+
+    Raises
+    ------
+    InputError
+        When a combination is missing or repeated, or an outcome has a gap.
     """
-    within = contrasts(table, factors, [outcome], block)[outcome]
+    cells = list(product(*factors.values()))
+    values = []
+    for repetition, runs in table.groupby(block):
+        keys = list(runs[list(factors)].itertuples(index=False, name=None))
+        if sorted(keys, key=str) != sorted(cells, key=str):
+            raise InputError(
+                f"{len(keys)} runs are not the {len(cells)} combinations",
+                where=f"{block} {repetition}",
+                fix="give every combination of the levels exactly once",
+            )
+        by_cell = dict(zip(keys, runs[outcome], strict=True))
+        values.append([by_cell[cell] for cell in cells])
     rows = {}
-    for effect in dict.fromkeys(within.index.get_level_values("effect")):
-        one = estimate(within.loc[effect])
-        rows[effect] = one._asdict() | {"is_clear": one.is_clear}
+    for effect, weights in effect_weights(cells, factors).items():
+        estimate = contrast(values, weights, SHARES.get(outcome))
+        rows[effect] = estimate._asdict() | {"is_clear": estimate.is_clear}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("effect")
 
 
@@ -172,7 +212,7 @@ def paired_difference(table, outcome, reference, other, block="seed"):
     table : pandas.DataFrame
         One row per run.
     outcome : str
-        A column.
+        A column; those in `SHARES` are taken as shares.
     reference, other : dict
         Column to value; each must pick exactly one run per repetition.
     block : str
@@ -181,7 +221,7 @@ def paired_difference(table, outcome, reference, other, block="seed"):
     Returns
     -------
     Estimate
-        Of `other` minus `reference`.
+        Of `other` minus `reference`, see `contrast`.
 
     Raises
     ------
@@ -189,44 +229,15 @@ def paired_difference(table, outcome, reference, other, block="seed"):
         If the runs do not pair up.
     """
     sides = []
-    for picked in (reference, other):
-        chosen = table
-        for column, value in picked.items():
-            chosen = chosen[chosen[column] == value]
+    for levels in (reference, other):
+        chosen = table[(table[list(levels)] == pd.Series(levels)).all(axis=1)]
         sides.append(chosen.set_index(block)[outcome].astype(float).sort_index())
     if not len(sides[0]) or sides[0].index.tolist() != sides[1].index.tolist():
         raise InputError(
             f"{len(sides[0])} runs with {reference} and {len(sides[1])} with {other} do not pair up",
             fix="let each pick one run per repetition",
         )
-    return estimate(sides[1] - sides[0])
-
-
-def one_step_effects(table, factors, state, outcome, block="seed"):
-    """Estimate what changing one factor alone does, starting from one combination.
-
-    Parameters
-    ----------
-    table, factors, block
-        See `contrasts`.
-    state : dict
-        Factor to the level it starts from.
-    outcome : str
-        A column.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``factor``; columns ``from``, ``to``, and ``value``, ``low``, ``high``, ``count``,
-        ``is_clear`` of the change.
-    """
-    rows = {}
-    for factor, levels in factors.items():
-        other = next(level for level in levels if level != state[factor])
-        one = paired_difference(table, outcome, state, state | {factor: other}, block)
-        rows[factor] = {"from": state[factor], "to": other, **one._asdict()}
-        rows[factor]["is_clear"] = one.is_clear
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("factor")
+    return contrast(np.stack(sides, axis=1), [-1, 1], SHARES.get(outcome))
 
 
 def main_effects(cells):
@@ -242,7 +253,6 @@ def main_effects(cells):
     -------
     pandas.DataFrame
         Index ``effect``: the names of the two factors and ``interaction``; columns as in `cells`.
-        See `contrasts`.
 
     Raises
     ------
@@ -253,15 +263,18 @@ def main_effects(cells):
     if cells.index.nlevels != 2 or None in names:
         raise InputError("the cells need an index of two named factors")
     levels = {name: tuple(cells.index.get_level_values(name).unique()) for name in names}
-    if any(len(values) != 2 for values in levels.values()):
+    if set(cells.index) != set(product(*levels.values())) or len(cells) != 4:
         raise InputError(
             f"{len(cells)} cells are no 2 x 2",
             where=TIMES.join(names),
             fix="give every combination of two values each exactly once",
         )
-    table = cells.reset_index().assign(repetition=1)
-    effects = contrasts(table, levels, cells.columns, "repetition").droplevel("repetition")
-    return effects.rename(index={TIMES.join(names): INTERACTION})
+    if cells.isna().any(axis=None):
+        gaps = ", ".join(cells.columns[cells.isna().any()])
+        raise InputError(f"an outcome is missing: {gaps}", fix="leave the column out")
+    weights = pd.DataFrame(effect_weights(cells.index, levels), index=cells.index)
+    effects = weights.T @ cells.astype(float)
+    return effects.rename(index={TIMES.join(names): INTERACTION}).rename_axis("effect")
 
 
 def word_effects(effects, outcome, *, unit=""):
@@ -287,38 +300,14 @@ def word_effects(effects, outcome, *, unit=""):
     subject = f"{outcome} {unit}".strip()
     if not values.any():
         return f"{subject}: neither '{larger}' nor '{smaller}' changes it (both +0.000)."
-    said = f"'{larger}' changes it by {values[larger]:+.3f}"
-    other = f"'{smaller}' by {values[smaller]:+.3f}"
+    first = f"'{larger}' changes it by {values[larger]:+.3f}"
+    second = f"'{smaller}' by {values[smaller]:+.3f}"
     if abs(values[larger]) == abs(values[smaller]):
-        return f"{subject}: {said} and {other}: equally much."
+        return f"{subject}: {first} and {second}: equally much."
     if values[smaller] == 0:
-        return f"{subject}: {said}, {other}: only the first makes a difference."
+        return f"{subject}: {first}, {second}: only the first makes a difference."
     ratio = abs(values[larger] / values[smaller])
-    return f"{subject}: {said}, {other}: the first is {ratio:.1f} times as large."
-
-
-BASE_TABLE = "base"
-FACTORS = {
-    "causes": {
-        "objects": ("no", "yes"),
-        "prompt": ("object", "crack"),
-        "text_lora": ("off", "on"),
-        "negatives": (0, 3),
-    },
-    "schedule": {"schedule": ("failing", "fixed"), "text_lora": ("off", "on")},
-}
-"""Factors of the two factorial designs with their levels, the document's position first."""
-LABELS = {
-    "detected_share": "crack images detected at 0.3",
-    "max_score": "highest score, crack present",
-    "AP50": "mask AP50",
-    "union_iou": "union IoU",
-    "cgF1": "cgF1",
-    "IL_MCC": "IL_MCC",
-    "false_positive_rate": "absent prompts answered at 0.3",
-    "retention_AP": "AP on the base's own concepts",
-}
-"""Responses as one would say them."""
+    return f"{subject}: {first}, {second}: the first is {ratio:.1f} times as large."
 
 
 def tables_folder(path):
@@ -350,7 +339,7 @@ def load_table(design, folder=TABLES, *, profile="tiny"):
     Parameters
     ----------
     design : str
-        Key of `helpers.lab.designs.DESIGNS`.
+        Key of `helpers.lab.experiment.DESIGNS`.
     folder : os.PathLike
     profile : str
         Of the configs that the rows' hashes are compared with.
@@ -370,13 +359,9 @@ def load_table(design, folder=TABLES, *, profile="tiny"):
         raise InputError("no such table", where=path, fix="run `make experiment`")
     table = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=TEXT_COLUMNS)
     cells = cells_of(design, SEEDS)
-    names = list(cells[0].factors)
-    levels = {
-        tuple(str(value) for value in row)
-        for row in table[[*names, "seed"]].itertuples(index=False)
-    }
-    wanted = {(*map(str, cell.factors.values()), str(cell.seed)) for cell in cells}
-    if levels != wanted or len(table) != len(cells):
+    keys = [*cells[0].factors, "seed"]
+    rows = sorted(table[keys].astype(str).itertuples(index=False, name=None))
+    if rows != sorted((*map(str, cell.factors.values()), str(cell.seed)) for cell in cells):
         raise InputError(
             f"{len(table)} rows are not the {len(cells)} runs of the design '{design}'",
             where=path,
@@ -394,8 +379,28 @@ def load_table(design, folder=TABLES, *, profile="tiny"):
     return table
 
 
+def load_base_row(folder=TABLES):
+    """Read what the base answers without any adapter.
+
+    Parameters
+    ----------
+    folder : os.PathLike
+
+    Returns
+    -------
+    pandas.Series
+        `helpers.lab.experiment.RESPONSES` by name.
+    """
+    path = folder / "base.csv"
+    if not path.is_file():
+        raise InputError("no such table", where=path, fix="run `make experiment`")
+    return pd.read_csv(path).iloc[0][list(RESPONSES)].astype(float)
+
+
 def steps_table(table, outcome):
     """Show what one change does from the failing state, and one fault from the working one.
+
+    The numbers hold for a base that never met the word.
 
     Parameters
     ----------
@@ -409,41 +414,23 @@ def steps_table(table, outcome):
     pandas.DataFrame
         Index ``state`` (failing, working) and the factor that is changed; columns ``change`` (its
         levels), ``before`` and ``after`` (means over the seeds), and the ``low`` and ``high`` end
-        of the 95 % interval of the difference.
+        of the 95 % interval of the difference, see `contrast`.
     """
-    factors = FACTORS["causes"]
     rows = {}
     for end, name in enumerate(("failing", "working")):
-        state = {factor: levels[end] for factor, levels in factors.items()}
-        steps = one_step_effects(table, factors, state, outcome)
+        state = {factor: levels[end] for factor, levels in FACTORS["causes"].items()}
         before = table.loc[(table[list(state)] == pd.Series(state)).all(axis=1), outcome].mean()
-        for factor, step in steps.iterrows():
+        for factor, levels in FACTORS["causes"].items():
+            other = levels[1 - end]
+            step = paired_difference(table, outcome, state, state | {factor: other})
             rows[name, factor] = {
-                "change": f"{step['from']} to {step['to']}",
+                "change": f"{state[factor]} to {other}",
                 "before": before,
-                "after": before + step["value"],
-                "low": step["low"],
-                "high": step["high"],
+                "after": before + step.value,
+                "low": step.low,
+                "high": step.high,
             }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["state", "changed"])
-
-
-def load_base_row(folder=TABLES):
-    """Read what the base answers without any adapter.
-
-    Parameters
-    ----------
-    folder : os.PathLike
-
-    Returns
-    -------
-    pandas.Series
-        `helpers.lab.experiment.RESPONSES` by name.
-    """
-    path = folder / f"{BASE_TABLE}.csv"
-    if not path.is_file():
-        raise InputError("no such table", where=path, fix="run `make experiment`")
-    return pd.read_csv(path).iloc[0][list(RESPONSES)].astype(float)
 
 
 def effects_figure(table, factors, outcomes):
@@ -454,7 +441,7 @@ def effects_figure(table, factors, outcomes):
     table : pandas.DataFrame
         From `load_table`.
     factors : dict
-        See `helpers.lab.statistics.contrasts`.
+        See `effect_table`.
     outcomes : sequence of str
         One panel each.
 
@@ -463,21 +450,17 @@ def effects_figure(table, factors, outcomes):
     matplotlib.figure.Figure
         A filled marker stands for an interval that does not hold 0.
     """
-    figure = Figure(figsize=(2.4 + 2.9 * len(outcomes), 4.4), layout="constrained")
-    axes = figure.subplots(1, len(outcomes), sharey=True, squeeze=False)[0]
-    for number, (ax, outcome) in enumerate(zip(axes, outcomes, strict=True)):
-        effects = effect_table(table, factors, outcome)
+    tables = {outcome: effect_table(table, factors, outcome) for outcome in outcomes}
+    names = [effect.replace("_", " ") for effect in tables[outcomes[0]].index]
+    figure, axes = _panels((2.4 + 2.9 * len(outcomes), 4.4), names, len(outcomes))
+    for number, (ax, (outcome, effects)) in enumerate(zip(axes, tables.items(), strict=True)):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         for place, row in enumerate(effects.itertuples()):
-            colour = COLOURS[number % len(COLOURS)]
             ax.plot([row.low, row.high], [place, place], color=colour, linewidth=2)
             face = colour if row.is_clear else "white"
-            ax.plot(
-                row.value, place, MARKERS[number % len(MARKERS)], color=colour, markerfacecolor=face
-            )
+            ax.plot(row.value, place, marker, color=colour, markerfacecolor=face)
         ax.axvline(0, color="0.35", linestyle=":")
         dress(ax, f"change of\n{LABELS.get(outcome, outcome)}", "")
-        ax.set_yticks(range(len(effects)), [name.replace("_", " ") for name in effects.index])
-    axes[0].invert_yaxis()
     return figure
 
 
@@ -501,9 +484,9 @@ def levels_figure(table, column, outcomes, *, order=None, base=None):
     matplotlib.figure.Figure
     """
     levels = list(dict.fromkeys(table[column])) if order is None else list(order)
+    names = [str(level).replace("_", " ") for level in levels]
     size = (2.6 + 2.7 * len(outcomes), 1.4 + 0.36 * len(levels))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, len(outcomes), sharey=True, squeeze=False)[0]
+    figure, axes = _panels(size, names, len(outcomes))
     for number, (ax, outcome) in enumerate(zip(axes, outcomes, strict=True)):
         for place, level in enumerate(levels):
             values = table.loc[table[column] == level, outcome]
@@ -512,6 +495,14 @@ def levels_figure(table, column, outcomes, *, order=None, base=None):
         if base is not None:
             ax.axvline(base[outcome], color="0.35", linestyle=":")
         dress(ax, LABELS.get(outcome, outcome), "")
-        ax.set_yticks(range(len(levels)), [str(level).replace("_", " ") for level in levels])
-    axes[0].invert_yaxis()
     return figure
+
+
+def _panels(size, names, count):
+    """Return a figure and its panels side by side, one named row from top to bottom per name."""
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.supxlabel(SCOPE, fontsize="small", color="0.35")
+    return figure, axes

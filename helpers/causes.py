@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 STAGES = (
+    "files",
     "data",
     "prompts",
     "base",
@@ -49,6 +50,12 @@ class Cause(NamedTuple):
 
 
 CAUSES = {
+    "damaged_run": Cause(
+        "",
+        "files",
+        "files of the run are missing, cut off or changed",
+        "restore the folder from a copy, or train again with --overwrite",
+    ),
     "no_objects": Cause(
         "1",
         "data",

@@ -48,9 +48,7 @@ def test_table_figure_and_files(tmp_path, monkeypatch, capsys):
     document = json.loads((tmp_path / "benchmarks" / "a_test.json").read_text())
     assert (tmp_path / "benchmarks" / "a_test.png").is_file()
     (case,) = document["cases"].values()
-    rate = document["matmul_flops_per_second"]
     assert case["flops_per_second"] == pytest.approx(case["flops"] / case["median_seconds"])
-    assert 0 < case["share_of_matmul_rate"] == case["flops_per_second"] / rate < 1
     assert document["device"]["name"]
     assert "detect, 1 prompt" in capsys.readouterr().out
 

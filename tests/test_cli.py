@@ -1,48 +1,34 @@
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
-from tiny_random import RESOLUTION, save_tiny_base, tiny_run_config, write_dataset
+from tiny_random import RESOLUTION, save_tiny_base
 
 from helpers.__main__ import main
+from helpers.cli.model import _labels
 from helpers.config import load_config
 from helpers.detect.predictor import Predictor
 from helpers.detect.tiles import predict_tiled
 from helpers.files import ROOT
 from helpers.train.run import load_run
-from helpers.train.training import train
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "bars")
-
-
-@pytest.fixture(scope="module")
-def config_file(base, data_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("config")
-    output = f"output.output_dir={folder / 'run'}"
-    return tiny_run_config(base, data_dir, output).save(folder / "tiny.yaml")
-
-
-@pytest.fixture(scope="module")
-def run(config_file):
-    return train(load_config(config_file)).folder
 
 
 @pytest.fixture
-def data_copy(data_dir, tmp_path):
-    return shutil.copytree(data_dir, tmp_path / "copy")
+def run(run_folder):
+    return run_folder
+
+
+@pytest.fixture
+def config_file(run_folder):
+    return run_folder / "config.yaml"
 
 
 def call(capfd, *arguments):
@@ -432,6 +418,132 @@ def test_predict_does_not_draw_over_its_image(capfd, run, data_dir, tmp_path):
     arguments = ("predict", "--adapter", run, "--image", image, "--prompt", "crack")
     refused(capfd, *arguments, "--output", image, naming="overwrite")
     assert image.read_bytes() == before
+
+
+@pytest.fixture
+def twins(data_dir, tmp_path):
+    """Two different pictures of one name, in two folders."""
+    images = []
+    for number, folder in enumerate("ab"):
+        (tmp_path / folder).mkdir()
+        source = data_dir / "test" / f"test_{number}.png"
+        images.append(shutil.copy(source, tmp_path / folder / "0001.png"))
+    return images
+
+
+def test_predict_draws_each_of_two_pictures_of_one_name(capfd, run, twins, tmp_path):
+    arguments = ("predict", "--adapter", run, "--prompt", "crack", "--image", *twins)
+    assert call(capfd, *arguments, "--output", tmp_path / "o.png")[0] == 0
+    pictures = [tmp_path / f"o_{folder}_0001.png" for folder in "ab"]
+    first, second = (picture.read_bytes() for picture in pictures)
+    assert first != second
+    before = {picture: picture.stat().st_mtime_ns for picture in pictures}
+    assert call(capfd, *arguments, "--output", tmp_path / "o.png")[0] == 0  # its own are replaced
+    assert all(picture.stat().st_mtime_ns > before[picture] for picture in pictures)
+
+
+@pytest.mark.parametrize("stems", [("a/b_c", "a_b/c"), ("x", "x"), ("Wall", "wall"), ("d/x", "x")])
+def test_no_two_pictures_get_one_name(stems):
+    endings = (".png", ".jpg")
+    images = [Path(stem + ending) for stem, ending in zip(stems, endings, strict=True)]
+    labels = _labels(images)
+    assert len({label.casefold() for label in labels}) == 2
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink, None], ids=["hard link", "link", "itself"])
+def test_predict_never_draws_over_another_input(capfd, run, twins, tmp_path, link):
+    """Also where the output's name is another name of the input."""
+    target = tmp_path / "o_a_0001.png"
+    images = list(twins)
+    if link is None:
+        images.append(shutil.copy(twins[1], target))
+    else:
+        link(twins[1], target)
+    before = target.read_bytes()
+    arguments = ("predict", "--adapter", run, "--prompt", "crack", "--image", *images)
+    refused(capfd, *arguments, "--output", tmp_path / "o.png", naming="o_a_0001.png")
+    assert target.read_bytes() == before == twins[1].read_bytes()
+
+
+def test_predict_keeps_a_picture_that_it_did_not_draw(capfd, run, data_dir, tmp_path):
+    photo = tmp_path / "holiday.png"
+    Image.new("RGB", (9, 9)).save(photo)
+    before = photo.read_bytes()
+    image = data_dir / "test" / "test_0.png"
+    arguments = ("predict", "--adapter", run, "--image", image, "--prompt", "crack")
+    refused(capfd, *arguments, "--output", photo, naming="not drawn by predict")
+    refused(capfd, *arguments, "--output", tmp_path, naming="is a folder")
+    assert photo.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "make room"),
+        (errno.EROFS, "can be written"),
+        (errno.EACCES, "permissions"),
+        (errno.ENAMETOOLONG, "shorter name"),
+    ],
+)
+def test_a_disk_that_refuses_is_one_line(
+    capfd, monkeypatch, run, data_dir, tmp_path, number, remedy
+):
+    def refuse(figure, path, **options):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", refuse)
+    image = data_dir / "test" / "test_0.png"
+    arguments = ("predict", "--adapter", run, "--image", image, "--prompt", "crack")
+    assert remedy in refused(capfd, *arguments, "--output", tmp_path / "o.png", naming="o.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_too_long_is_one_line(capfd, run, data_dir, tmp_path):
+    image = data_dir / "test" / "test_0.png"
+    arguments = ("predict", "--adapter", run, "--image", image, "--prompt", "crack")
+    refused(capfd, *arguments, "--output", tmp_path / ("x" * 300 + ".png"), naming="shorter name")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_an_answer_that_cannot_be_written_is_one_line(data_dir, options):
+    command = [sys.executable, "-m", "helpers", "check", str(data_dir), *options]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False
+        )
+    assert done.returncode == 2
+    assert "make room" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_names_never_reach_the_terminal_raw(capfd, tmp_path):
+    line = refused(capfd, "check", tmp_path / "a\x1b[2J\nb", naming="\\x1b[2J\\nb")
+    assert "\x1b" not in line
+
+
+def test_a_number_that_json_cannot_hold_is_one_line(capfd, monkeypatch, run):
+    monkeypatch.setattr("helpers.train.report.report", lambda run: {"loss": float("nan")})
+    monkeypatch.setattr("helpers.train.report.report_text", lambda content: "")
+    refused(capfd, "report", "--adapter", run, "--json", naming="NaN")
+
+
+def test_ctrl_c_promises_a_resumption_only_where_there_is_one(
+    capfd, monkeypatch, config_file, tmp_path
+):
+    def interrupt(config, output_dir, **settings):
+        if output_dir.exists():
+            (output_dir / "config.yaml").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("helpers.train.training.train", interrupt)
+    arguments = ("train", "--config", config_file, "--output", tmp_path / "run")
+    status, _, err = call(capfd, *arguments)
+    assert (status, err) == (130, "interrupted\n")
+    (tmp_path / "run").mkdir()
+    status, _, err = call(capfd, *arguments)
+    assert (status, err) == (130, "continue with --resume\ninterrupted\n")
 
 
 # -- unusable adapters -----------------------------------------------------------------------

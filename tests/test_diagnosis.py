@@ -1,14 +1,32 @@
 import json
+import math
+import shutil
+from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tiny_random import save_tiny_base, tiny_run_config, write_dataset
 
 from helpers.__main__ import main
 from helpers.causes import CAUSES, LEFT_OUT, STAGES
 from helpers.diagnose import diagnosis
-from helpers.diagnose.diagnosis import Diagnosis, diagnose, pass_gate, rank
-from helpers.diagnose.examination import FAILED, NOT_CHECKED, OK, Evidence, Gate, GateResult
+from helpers.diagnose.diagnosis import diagnose, pass_gate, rank
+from helpers.diagnose.examination import (
+    CRASHED,
+    FAILED,
+    NOT_APPLICABLE,
+    NOT_CHECKED,
+    OK,
+    Evidence,
+    Gate,
+    GateResult,
+    Inapplicable,
+)
+from helpers.diagnose.run_gates import FILE_GATES, RUN_GATES
 from helpers.errors import InputError
+from helpers.files import write_json
 from helpers.lab.faults import FAULTS, faults_frame, rows_covered
 from helpers.train.training import train
 
@@ -28,7 +46,7 @@ def test_causes_are_ordered_by_stage_and_every_row_has_a_fault_or_a_reason():
     assert stages == sorted(stages)
     assert rows_covered() | set(LEFT_OUT) == ROWS
     assert not rows_covered() & set(LEFT_OUT)
-    assert {fault.cause for fault in FAULTS.values()} == set(CAUSES)
+    assert {fault.cause for fault in FAULTS.values()} == set(CAUSES) - {"damaged_run"}
     assert all(fault.what and fault.signature and fault.cure for fault in FAULTS.values())
 
 
@@ -69,33 +87,6 @@ def test_weak_evidence_names_no_cause():
     assert pass_gate(gate, None).status == OK
 
 
-def test_a_gate_that_cannot_be_asked_or_crashes_is_a_result():
-    def refuse(_):
-        raise InputError("nothing to ask", fix="train")
-
-    def crash(_):
-        raise KeyError("masks")
-
-    for examine, text in (
-        (refuse, "nothing to ask. Fix: train"),
-        (crash, "raised KeyError: 'masks'"),
-    ):
-        result = pass_gate(Gate("name", "expected", examine), None)
-        assert (result.status, result.measured) == (NOT_CHECKED, text)
-
-
-def test_the_text_names_gates_causes_and_what_was_left_open():
-    gates = (
-        result_of(Evidence("no_objects", 1.0, "0 of 57 objects")),
-        GateResult("another gate", NOT_CHECKED, "no model", "a model"),
-    )
-    text = Diagnosis(rank(gates), gates).summary()
-    assert "1. no annotated object reached the loss [no_objects, row 1]" in text
-    assert "evidence: 0 of 57 objects" in text
-    assert "not checked: another gate" in text
-    assert "no cause found" in Diagnosis((), gates[1:]).summary()
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished run of the random base."""
@@ -106,33 +97,159 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
-def test_every_gate_answers_about_a_real_run(run):
-    asked = []
-    found = diagnose(run, on_gate=asked.append)
-    assert [gate.name for gate in asked] == [gate.name for gate in diagnosis.GATES]
-    assert not [gate for gate in found.gates if "raised" in gate.measured]
+def test_every_gate_answers_about_a_real_run(run, capsys):
+    found = diagnose(run, progress=True)
+    assert "gate" in capsys.readouterr().err
     names = [gate.name for gate in diagnosis.GATES]
+    assert [gate.name for gate in found.gates] == names
     assert len(names) == len(set(names))
+    assert not found.open_gates
+    assert found.gates[0].status == OK
 
 
-def test_the_command_answers_in_json_and_by_its_status(run, monkeypatch, capsys):
-    bad = Gate("bad", "well", lambda _: ("ill", [Evidence("at_clamp", 1.0, "seen")]))
-    good = Gate("good", "well", lambda _: ("well", []))
-    monkeypatch.setattr(diagnosis, "GATES", (good,))
-    assert main(["diagnose", "--adapter", str(run), "--json"]) == 0
+@pytest.mark.parametrize(
+    ("statuses", "verdict", "status"),
+    [
+        ((OK, OK), "healthy", 0),
+        ((OK, NOT_APPLICABLE), "healthy", 0),
+        ((OK, NOT_CHECKED), "undecided", 3),
+        ((CRASHED, OK), "undecided", 3),
+        ((NOT_CHECKED, FAILED), "causes", 1),
+        ((CRASHED, FAILED), "causes", 1),
+    ],
+)
+def test_only_a_run_that_was_examined_is_healthy(
+    run, monkeypatch, capsys, statuses, verdict, status
+):
+    gates = tuple(Gate(f"gate {n}", "well", _answer(kind)) for n, kind in enumerate(statuses))
+    monkeypatch.setattr(diagnosis, "GATES", gates)
+    assert main(["diagnose", "--adapter", str(run), "--json"]) == status
     document = json.loads(capsys.readouterr().out)
-    assert document == {
-        "healthy": True,
-        "causes": [],
-        "gates": [{"name": "good", "status": "ok", "measured": "well", "expected": "well"}],
-    }
-    monkeypatch.setattr(diagnosis, "GATES", (good, bad))
-    assert main(["diagnose", "--adapter", str(run), "--json"]) == 1
-    document = json.loads(capsys.readouterr().out)
-    assert not document["healthy"]
-    [cause] = document["causes"]
-    assert set(cause) == {"code", "row", "confidence", "evidence", "fix"}
-    assert (cause["code"], cause["row"], cause["evidence"]) == ("at_clamp", "18", ["seen"])
+    assert (document["verdict"], document["healthy"]) == (verdict, status == 0)
+    assert [gate["status"] for gate in document["gates"]] == list(statuses)
+    assert [cause["code"] for cause in document["causes"]] == ["at_clamp"] * (verdict == "causes")
+    assert main(["diagnose", "--adapter", str(run)]) == status
+    text = capsys.readouterr().out
+    assert ("looks healthy" in text) == (status == 0)
+    assert "2 gates: " in text
+    for gate in document["gates"]:
+        assert gate["measured"] in text
+
+
+def _answer(status):
+    """Return a question that ends with some status."""
+
+    def examine(_):
+        match status:
+            case "not checked":
+                raise InputError("the base is not there")
+            case "not applicable":
+                raise Inapplicable("no picture was given")
+            case "crashed":
+                raise KeyError("masks")
+        return "measured", [Evidence("at_clamp", 1.0, "seen")] if status == FAILED else []
+
+    return examine
+
+
+FILES = (
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_report.csv",
+    "base.json",
+    "config.yaml",
+    "curves.csv",
+    "environment.json",
+    "metrics.json",
+    "prompts.json",
+)
+
+
+def halve(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+@pytest.fixture
+def only_files(monkeypatch):
+    """Ask nothing but the gate of files: it has to see damage on its own."""
+    monkeypatch.setattr(diagnosis, "GATES", FILE_GATES)
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return Path(
+        shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    )
+
+
+def test_a_whole_run_has_no_damage(copy, only_files):
+    assert main(["diagnose", "--adapter", str(copy)]) == 0
+    assert {path.name for path in copy.iterdir()} == set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [Path.unlink, halve, lambda path: path.write_bytes(b"")])
+def test_a_damaged_run_is_never_healthy(copy, only_files, capsys, name, damage):
+    damage(copy / name)
+    assert main(["diagnose", "--adapter", str(copy)]) in ((2,) if name == "config.yaml" else (1,))
+    output = capsys.readouterr()
+    assert name in output.out + output.err
+    assert "looks healthy" not in output.out
+
+
+def change_json(**changes):
+    return lambda path: write_json(path, json.loads(path.read_text()) | changes)
+
+
+def change_table(change):
+    return lambda path: change(pd.read_csv(path)).to_csv(path, index=False)
+
+
+def change_weights(change):
+    return lambda path: save_file({k: change(t) for k, t in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "cause"),
+    [
+        ("metrics.json", lambda path: path.write_text("{}\n"), "damaged_run"),
+        ("metrics.json", change_json(valid=[1]), "damaged_run"),
+        ("metrics.json", change_json(train_loss=3), "damaged_run"),
+        ("metrics.json", change_json(steps="x"), "damaged_run"),
+        ("metrics.json", change_json(steps=999), "damaged_run"),
+        ("metrics.json", change_json(objects=None), "damaged_run"),
+        ("prompts.json", lambda path: path.write_text("{}\n"), "damaged_run"),
+        ("prompts.json", change_json(prompts=None), "damaged_run"),
+        ("base.json", change_json(fingerprint=None), "damaged_run"),
+        ("adapter_config.json", change_json(r="8"), "damaged_run"),
+        ("adapter_config.json", change_json(lora_alpha=None), "damaged_run"),
+        ("curves.csv", change_table(lambda t: t.drop(columns="step")), "damaged_run"),
+        ("curves.csv", change_table(lambda t: t.assign(step="x")), "damaged_run"),
+        ("curves.csv", change_table(lambda t: t[:0]), "damaged_run"),
+        ("curves.csv", change_table(lambda t: t[:-3]), "damaged_run"),
+        ("adapter_report.csv", change_table(lambda t: t[:-1]), "damaged_run"),
+        ("adapter_report.csv", change_table(lambda t: t.add_suffix("x")), "damaged_run"),
+        ("adapter_model.safetensors", change_weights(torch.Tensor.int), "damaged_run"),
+        ("adapter_model.safetensors", change_weights(lambda t: t * math.nan), "not_finite"),
+        ("adapter_model.safetensors", change_weights(lambda t: t / 0), "not_finite"),
+    ],
+)
+def test_values_that_no_training_writes_are_named(copy, only_files, name, damage, cause):
+    damage(copy / name)
+    [found] = diagnose(copy).causes
+    assert found.code == cause
+    assert any(name in text for text in found.evidence)
+
+
+def test_an_interrupted_run_is_called_so(copy, capsys, monkeypatch):
+    for name in set(FILES) - {"config.yaml", "prompts.json", "environment.json", "curves.csv"}:
+        (copy / name).unlink()
+    monkeypatch.setattr(diagnosis, "GATES", (*FILE_GATES, *RUN_GATES[:1]))
+    assert main(["diagnose", "--adapter", str(copy)]) == 3
+    assert "not checked: the run" in (text := capsys.readouterr().out)
+    assert "unfinished" in text
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from tiny_random import save_tiny_base, tiny_run_config, write_dataset
+from tiny_random import tiny_run_config
 
 from helpers.data.coco import read_split
 from helpers.data.dataset import PromptCollator, PromptDataset
@@ -16,16 +16,6 @@ from helpers.model.sam3 import load_base
 from helpers.train.training import train
 
 FROZEN_VISION = ("lora.apply_to_vision_encoder=false", "lora.apply_to_text_encoder=true")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

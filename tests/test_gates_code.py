@@ -198,4 +198,4 @@ def test_without_an_adapter_nothing_about_it_is_checked(records):
         result = ask(CHECKPOINT_GATES, gate.name, records)
         assert result.status in ("not checked", "ok")
         assert result.evidence == ()
-    assert len({gate.name for gate in (*RUN_GATES, *CODE_GATES, *CHECKPOINT_GATES)}) == 22
+    assert len({gate.name for gate in (*RUN_GATES, *CODE_GATES, *CHECKPOINT_GATES)}) == 16

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from tiny_random import save_tiny_base, tiny_run_config, write_dataset
+from tiny_random import tiny_run_config
 from transformers import TrainerCallback
 
 from helpers.__main__ import main
@@ -17,17 +17,8 @@ from helpers.train.guards import ADAPTER_STEPS, OFF_IF_EMPTY, WINDOW, Guards, Gu
 from helpers.train.run import read_history, read_run
 from helpers.train.training import train
 
+THRESHOLD = "evaluation.score_threshold=0.189"  # as in the shared run
 OFF = tuple(f"guards.{key}=false" for key in GuardSection.model_fields)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "bars")
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +26,15 @@ def start(base, data_dir):
     """Train the random base for 2 epochs of 3 steps; options go to `train`."""
 
     def run(folder, *settings, **options):
-        config = tiny_run_config(base, data_dir, *settings)
+        config = tiny_run_config(base, data_dir, THRESHOLD, *settings)
         return train(config, output_dir=folder, **options)
 
     return run
 
 
 @pytest.fixture(scope="module")
-def healthy(start, tmp_path_factory):
-    return start(tmp_path_factory.mktemp("runs") / "healthy")
+def healthy(run):
+    return run
 
 
 def train_losses(run):

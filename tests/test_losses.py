@@ -1,6 +1,7 @@
 """The loss against Meta's recorded numbers, and in the cases where nothing is there to learn."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,131 @@ def test_only_early_presence_has_no_gradient(name):
         weighted_sum(terms, NATIVE_WEIGHTS).backward()
         without = [recorded for recorded, key in GRAD_NAMES.items() if outputs[key].grad is None]
         assert without == RECORD["cases"][name]["no_autograd_path"][variant]
+
+
+# --- the paper's formulas, written with `math` ------------------------------------------------
+
+SIDE, BOX_WIDTH, ROWS, PRESENT, QUERIES = 8, 0.4, 3, 2, 3
+CONSTANT = [
+    {"matched": 1.0, "others": -2.0, "shift": 0.1, "presence": 0.5, "mask": 0.5},
+    {"matched": -1.5, "others": 0.7, "shift": 0.2, "presence": -2.0, "mask": -1.0},
+]
+"""Query logits at the object and elsewhere, shift of the box, presence and mask logits."""
+PERFECT = {"matched": 6.0, "others": -6.0, "shift": 0.0, "presence": 6.0, "mask": 6.0}
+WORSE = {
+    "a missed object": {"matched": -4.0},
+    "false alarms": {"others": 4.0},
+    "a box that is off": {"shift": 0.2},
+    "inverted masks": {"mask": -6.0},
+    "a wrong presence": {"presence": -6.0},
+}
+
+
+def sigmoid(logit):
+    return 1 / (1 + math.exp(-logit))
+
+
+def softplus(logit):
+    return math.log1p(math.exp(logit))
+
+
+def half_focal(logit, alpha):
+    """Focal loss, gamma 2, of one logit everywhere where half of the pixels are set."""
+    prob = sigmoid(logit)
+    inside = alpha * (1 - prob) ** 2 * softplus(-logit)
+    return 0.5 * (inside + (1 - alpha) * prob**2 * softplus(logit))
+
+
+def half_dice(logit):
+    """Dice loss, smoothed by 1, of one logit everywhere where half of the pixels are set."""
+    pixels, prob = SIDE**2, sigmoid(logit)
+    return 1 - (pixels * prob + 1) / (pixels * prob + pixels / 2 + 1)
+
+
+def formula(variant, matched, others, shift, presence, mask):
+    """Terms of the final layer of `example_of` with the same logit everywhere, unweighted."""
+    iou = (BOX_WIDTH - shift) / (BOX_WIDTH + shift)
+    soft_target = max(0.01, sigmoid(matched) ** 0.25 * iou**0.75)
+    at_object = softplus(matched) - soft_target * matched
+    elsewhere = softplus(others)
+    if variant == "native":
+        penalty = (QUERIES - 1) * sigmoid(others) ** 2 * elsewhere
+        loss_ce = PRESENT * (10 * at_object + penalty) / (ROWS * 200)
+        yes, no = softplus(-presence), softplus(presence)
+        presence_loss = 0.5 * (PRESENT * yes + (ROWS - PRESENT) * no) / ROWS
+    else:
+        with_object = PRESENT * (0.5 * at_object + (QUERIES - 1) * elsewhere)
+        without_object = (ROWS - PRESENT) * QUERIES * elsewhere
+        loss_ce = (with_object + without_object) / (ROWS * QUERIES + 1e-6)
+        presence_loss = 0.0
+    return {
+        "loss_ce": loss_ce,
+        "presence_loss": presence_loss,
+        "loss_bbox": shift,
+        "loss_giou": 1 - iou,
+        "loss_mask": half_focal(mask, 0.25),
+        "loss_dice": half_dice(mask),
+        "loss_semantic_seg": half_focal(mask, 0.6),
+        "loss_semantic_dice": half_dice(mask),
+    }
+
+
+def example_of(matched, others, shift, presence, mask, *, is_right):
+    """Outputs and targets; `is_right`: presence and masks answer right instead of constantly."""
+    inside = torch.zeros(SIDE, SIDE)
+    inside[:, : SIDE // 2] = 1
+    present = torch.tensor([True] * PRESENT + [False] * (ROWS - PRESENT))
+    logits = torch.full((ROWS, QUERIES), others)
+    logits[present, 0] = matched
+    boxes = torch.tensor([0.1, 0.1, 0.05, 0.05]).repeat(ROWS, QUERIES, 1)
+    boxes[:, 0] = torch.tensor([0.5 + shift, 0.5, BOX_WIDTH, BOX_WIDTH])
+    sign = torch.where(present, 1.0, -1.0) if is_right else torch.ones(ROWS)
+    pattern = 2 * inside - 1 if is_right else torch.ones(SIDE, SIDE)
+    layer = {
+        "pred_logits": logits,
+        "pred_boxes_cxcywh": boxes,
+        "presence_logits": presence * sign[:, None],
+    }
+    masks = (mask * pattern).expand(ROWS, QUERIES, SIDE, SIDE)
+    outputs = layer | {"pred_masks": masks, "semantic_logits": masks[:, :1], "aux": [layer]}
+    objects = {
+        "boxes_cxcywh": torch.tensor([[0.5, 0.5, BOX_WIDTH, BOX_WIDTH]]),
+        "masks": inside[None].to(torch.uint8),
+    }
+    nothing = {name: value[:0] for name, value in objects.items()}
+    return outputs, [objects if here else nothing for here in present.tolist()]
+
+
+@pytest.mark.parametrize("variant", ["native", "early"])
+@pytest.mark.parametrize("example", CONSTANT, ids=["found", "missed"])
+def test_every_term_equals_its_formula(variant, example):
+    terms = sam3_losses(*example_of(**example, is_right=False), variant)
+    expected = formula(variant, **example)
+    final = {name: terms[name].item() for name in expected}
+    assert final == pytest.approx(expected, rel=1e-4)
+    aux = {name: value.item() for name, value in terms.items() if name.startswith("aux0.")}
+    layer = {
+        name: expected[name] for name in ("loss_ce", "presence_loss", "loss_bbox", "loss_giou")
+    }
+    assert aux == pytest.approx(
+        {f"aux0.{name}": value for name, value in layer.items()} if variant == "native" else {},
+        rel=1e-4,
+    )
+    weights = NATIVE_WEIGHTS if variant == "native" else EARLY_WEIGHTS
+    total = sum(weight * expected[name] for name, weight in weights.items())
+    total += sum(weights[name] * layer[name] for name in layer) if variant == "native" else 0
+    assert terms["total"].item() == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["native", "early"])
+@pytest.mark.parametrize("name", WORSE)
+def test_a_worse_answer_costs_more(variant, name):
+    best = sam3_losses(*example_of(**PERFECT, is_right=True), variant)["total"]
+    worse = sam3_losses(*example_of(**(PERFECT | WORSE[name]), is_right=True), variant)["total"]
+    if (variant, name) == ("early", "a wrong presence"):
+        assert worse == best  # the failing script had no presence loss
+    else:
+        assert worse > best
 
 
 # --- small cases of our own -------------------------------------------------------------------

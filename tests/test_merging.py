@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from tiny_random import save_tiny_base, tiny_run_config, write_dataset
 from transformers import Sam3Model, Sam3Processor
 
 import helpers.train.merge
@@ -22,18 +21,6 @@ from helpers.model.sam3 import load_base
 from helpers.train.merge import CAST, EXACT, Comparison, MergeDiffers, compare, merge
 from helpers.train.run import load_run
 from helpers.train.training import train
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    config = tiny_run_config(
-        save_tiny_base(folder / "base"),
-        write_dataset(folder / "bars"),
-        "evaluation.score_threshold=0.18",
-        "scale.num_epochs=0.02",
-    )
-    return train(config, output_dir=folder / "run")
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +116,7 @@ def test_code_of_the_merged_card_needs_transformers_only(run, merged, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     [raw] = Predictor(load_run(run.folder).model, run.processor).raw(image_of(run), ["crack"])
-    kept = raw.scores[raw.scores > 0.18]
+    kept = raw.scores[raw.scores > run.config.evaluation.score_threshold]
     assert len(kept)
     np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), kept, atol=1e-4)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from tiny_random import RESOLUTION, save_tiny_base, tiny_config, tiny_run_config, write_dataset
+from tiny_random import RESOLUTION, tiny_config, tiny_run_config
 from transformers import Sam3VideoConfig
 
 from helpers.detect.predictor import Predictor
@@ -23,23 +23,11 @@ torch.save(found, "found.pt")
 """
 
 
-def trained(folder, *overrides):
-    """Train for an epoch, and set a threshold that some queries of the random base exceed."""
-    base = save_tiny_base(folder / "base")
-    data_dir = write_dataset(folder / "bars")
-    settings = ("scale.num_epochs=0.02", "evaluation.score_threshold=0.18", *overrides)
-    return train(tiny_run_config(base, data_dir, *settings), output_dir=folder / "run")
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture(scope="module")
-def run_at_another_resolution(tmp_path_factory):
-    side = 2 * RESOLUTION
-    return trained(tmp_path_factory.mktemp("larger"), f"model.resolution={side}")
+def run_at_another_resolution(base, data_dir, tmp_path_factory):
+    settings = ("scale.num_epochs=0.02", "evaluation.score_threshold=0.189")
+    config = tiny_run_config(base, data_dir, *settings, f"model.resolution={2 * RESOLUTION}")
+    return train(config, output_dir=tmp_path_factory.mktemp("larger") / "run")
 
 
 def code_of(card):
@@ -67,7 +55,10 @@ def test_code_of_the_card_detects_the_same_without_this_package(which, request, 
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(tmp_path / "found.pt")
 
-    predictor, threshold = Predictor(run.model, run.processor), 0.18
+    predictor, threshold = (
+        Predictor(run.model, run.processor),
+        run.config.evaluation.score_threshold,
+    )
     [raw] = predictor.raw(image, ["crack"])
     [ours] = predictor.predict(image, ["crack"], threshold)
     kept = raw.scores > threshold

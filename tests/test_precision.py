@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Sam3Model
+from transformers import Sam3Config, Sam3Model
 from transformers.models.sam3.modeling_sam3 import Sam3SinePositionEmbedding
 
 from helpers.detect.predictor import Predictor
@@ -13,6 +13,12 @@ from helpers.model.prompted import Float32Positions
 from helpers.model.sam3 import base_fingerprint, load_base
 
 PROMPTS = ("moss", "joint", "dog", "tile")
+UNSURE_LOGIT = 2.0
+"""Within this distance of 0 the base does not know whether a concept is there.
+
+The types differ by up to 0.3 in presence logits, which lie in [-10, 10]: near 0 that is up to 0.07 in
+probability, and which side of 0 it falls on depends on the processor. Beyond 2 it is below 0.04.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +37,11 @@ def pictures():
     return [Image.open(path).convert("RGB") for path in paths]
 
 
-def largest_error(answers, reference, name):
+def mean_error(answers, reference, name):
+    """Mean over all questions and queries: the largest one depends on the processor."""
     pairs = zip(answers, reference, strict=True)
-    return max(np.abs(getattr(one, name) - getattr(other, name)).max() for one, other in pairs)
+    errors = [np.abs(getattr(one, name) - getattr(other, name)).mean() for one, other in pairs]
+    return float(np.mean(errors))
 
 
 def answers_of(predictor, pictures):
@@ -52,8 +60,6 @@ def test_encoders_are_kept_in_bfloat16_and_the_rest_in_float32(half):
 
 def test_float32_parts_are_few_at_full_size():
     with torch.device("meta"):
-        from transformers import Sam3Config
-
         full = Sam3Model(Sam3Config())
     count = {
         name: sum(parameter.numel() for parameter in module.parameters())
@@ -71,21 +77,28 @@ def test_boxes_are_closer_to_float32_than_those_of_a_model_wholly_in_bfloat16(
     whole, processor = load_base(TINY_BASE)
     whole = answers_of(Predictor(whole.to(torch.bfloat16), processor), pictures)
     error = {
-        name: (largest_error(kept, reference, name), largest_error(whole, reference, name))
+        name: (mean_error(kept, reference, name), mean_error(whole, reference, name))
         for name in ("boxes_xyxy", "query_logits", "presence_logit", "mask_logits")
     }
     assert all(ours > 0 for ours, _ in error.values())
     assert error["boxes_xyxy"][0] < error["boxes_xyxy"][1] / 2, error
     side = pictures[0].width
-    assert error["boxes_xyxy"][0] / side < 0.02, error
+    assert error["boxes_xyxy"][0] / side < 1 / 256, error  # a box rounded to bfloat16 is off so far
 
 
-def test_no_detection_of_a_known_concept_is_won_or_lost(exact, half, pictures):
-    for one, other in zip(
-        answers_of(Predictor(*half), pictures), answers_of(Predictor(*exact), pictures), strict=True
-    ):
-        assert (one.scores > 0.5).sum() == (other.scores > 0.5).sum()
+def test_no_clear_answer_is_won_or_lost(exact, half, pictures):
+    reference = answers_of(Predictor(*exact), pictures)
+    clear = [
+        (one, other)
+        for one, other in zip(answers_of(Predictor(*half), pictures), reference, strict=True)
+        if abs(other.presence_logit) > UNSURE_LOGIT
+    ]
+    assert len(clear) >= 12
+    assert sum(other.max_score > 0.5 for _, other in clear) >= 2
+    for one, other in clear:
         assert one.presence_prob == pytest.approx(other.presence_prob, abs=0.05)
+        sure = np.abs(other.scores - 0.5) > 0.1
+        np.testing.assert_array_equal(one.scores[sure] > 0.5, other.scores[sure] > 0.5)
 
 
 def test_both_types_have_one_fingerprint(exact, half):

@@ -1,35 +1,22 @@
 import json
-import shutil
 from inspect import signature
 from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
-from tiny_random import save_tiny_base, tiny_run_config, write_dataset
 
 from helpers.__main__ import main
 from helpers.errors import InputError
 from helpers.train.merge import merge
 from helpers.train.share import plan_push, push
-from helpers.train.training import train
 
 REPO = "somebody/cracks"
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    config = tiny_run_config(
-        save_tiny_base(folder / "base"), write_dataset(folder / "bars"), "scale.num_epochs=0.02"
-    )
-    return train(config, output_dir=folder / "run").folder
-
-
 @pytest.fixture
-def run(trained, tmp_path):
-    """Return a copy that may be spoiled."""
-    return shutil.copytree(trained, tmp_path / "run")
+def run(run_copy):
+    return run_copy
 
 
 class Hub:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from tiny_random import save_tiny_base, write_dataset
+from tiny_random import save_tiny_base
 from two_processes import gradients_of_an_epoch, interrupted_run, run_config
 
 from helpers.errors import InputError
@@ -25,11 +25,6 @@ def base(tmp_path_factory):
         content[part]["dropout"] = 0.0
     write_json(folder / "config.json", content)
     return folder
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "bars")
 
 
 @pytest.fixture(scope="module")

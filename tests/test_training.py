@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from peft import PeftModel
-from tiny_random import save_tiny_base, tiny_run_config, write_dataset
+from tiny_random import tiny_run_config
 from transformers import Sam3Model, TrainerCallback
 
 from helpers.config import load_config
@@ -36,22 +36,8 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data") / "bars")
-
-
-@pytest.fixture(scope="module")
-def config(base, data_dir):
-    return tiny_run_config(base, data_dir)
-
-
-@pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
+    """Return a run as `train` returns it, not as it is read back."""
     return train(config, output_dir=tmp_path_factory.mktemp("runs") / "finished")
 
 
@@ -189,8 +175,8 @@ def test_half_written_checkpoint_is_passed_over(config, finished, tmp_path):
     assert losses(resumed.history) == pytest.approx(losses(finished.history))
 
 
-def test_equal_seeds_give_equal_runs(config, finished, tmp_path):
-    again = train(config, output_dir=tmp_path / "run")
+def test_equal_seeds_give_equal_runs(finished, run_folder):
+    again = read_run(run_folder)
     assert losses(again.history) == losses(finished.history)
 
 

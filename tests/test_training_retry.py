@@ -1,22 +1,12 @@
 import pytest
 import torch
-from tiny_random import save_tiny_base, tiny_run_config, write_dataset
+from tiny_random import tiny_run_config
 from transformers import TrainerCallback
 
 from helpers.config import load_config
 from helpers.errors import InputError
 from helpers.train.run import RUN_CONFIG, STOPPED_FILE
 from helpers.train.training import OutOfMemory, smaller_step, train_within_memory
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data"))
 
 
 class SmallGpu(TrainerCallback):

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from helpers.device_rate import matmul_rate
-from helpers.step_counter import StepCounter
 from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import Sam3Config, Sam3Model, Sam3Processor
 
@@ -160,7 +159,7 @@ def measure(case, base, profile, min_seconds):
     torch.manual_seed(0)
     place = device()["device"]
     step = (_training_step if case.config else _detection)(case, base, profile, place)
-    with StepCounter() as counter:
+    with FlopCounterMode(display=False) as counter:
         step()
     if place == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -175,7 +174,7 @@ def measure(case, base, profile, min_seconds):
         "seconds": [round(one, 5) for one in seconds],
         "median_seconds": round(statistics.median(seconds), 5),
         "peak_bytes": _peak_bytes(place),
-        "flops": counter.flops,
+        "flops": counter.get_total_flops(),
     }
 
 
@@ -313,29 +312,24 @@ def bench(base, profile, *, cases=CASES, min_seconds=2.0):
     -------
     dict
         ``versions``, ``device``, ``base``, ``resolution``, ``training_prompts``,
-        ``matmul_flops_per_second`` (measured, of square products in the precision of the run) and
-        ``cases``: per name ``median_seconds``, ``seconds``, ``images_per_second``, ``peak_bytes``,
-        ``flops``, ``flops_per_second``, ``share_of_matmul_rate``; or ``failed``, a reason.
+        and ``cases``: per name ``median_seconds``, ``seconds``, ``images_per_second``,
+        ``peak_bytes``, ``flops``, ``flops_per_second``; or ``failed``, a reason.
     """
     config = load_config(CONFIGS / "crack_detection_config.yaml", profile=profile)
     place = device()
     if place["device"] == "cpu":
         place["name"] = _cpu_name()
     half = config.training.mixed_precision == "bf16"
-    rate = matmul_rate(place["device"], torch.bfloat16 if half else torch.float32)
     results = {}
     for case in tqdm(cases, desc="cases", disable=not sys.stderr.isatty()):
         if half or case.name != "train, base in half":  # else the same as the case before
-            results[case.name] = _with_rates(
-                _in_own_process(case, base, profile, min_seconds), rate
-            )
+            results[case.name] = _with_rates(_in_own_process(case, base, profile, min_seconds))
     return {
         "versions": versions_line(),
         "device": place,
         "base": Path(base).name if Path(base).is_dir() else base,
         "resolution": config.model.resolution,
         "training_prompts": TRAINING_PROMPTS,
-        "matmul_flops_per_second": rate,
         "cases": results,
     }
 
@@ -364,7 +358,7 @@ def _in_own_process(case, base, profile, min_seconds):
     return {"failed": "out of memory" if no_memory else lines[-1][:200]}
 
 
-def _with_rates(result, rate):
+def _with_rates(result):
     """Add what follows from the measured numbers."""
     if "failed" in result:
         return result
@@ -372,7 +366,6 @@ def _with_rates(result, rate):
     return result | {
         "images_per_second": 1 / result["median_seconds"],
         "flops_per_second": speed,
-        "share_of_matmul_rate": speed / rate,
     }
 
 
@@ -390,9 +383,8 @@ def bench_text(document):
     """
     lines = [
         f"{document['base']} at {document['resolution']} px on {document['device']['name']} "
-        f"({document['device']['device']}, {document['device']['torch_threads']} threads); "
-        f"matrix products reach {document['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s",
-        f"{'case':<30}{'s':>9}{'GB':>8}{'TFLOP':>9}{'TFLOP/s':>9}{'of matmul':>11}",
+        f"({document['device']['device']}, {document['device']['torch_threads']} threads)",
+        f"{'case':<30}{'s':>9}{'GB':>8}{'TFLOP':>9}{'TFLOP/s':>9}",
     ]
     for name, case in document["cases"].items():
         if "failed" in case:
@@ -401,7 +393,6 @@ def bench_text(document):
         lines.append(
             f"{name:<30}{case['median_seconds']:>9.3g}{case['peak_bytes'] / 1e9:>8.1f}"
             f"{case['flops'] / 1e12:>9.3g}{case['flops_per_second'] / 1e12:>9.3g}"
-            f"{case['share_of_matmul_rate']:>11.0%}"
         )
     return "\n".join(lines)
 

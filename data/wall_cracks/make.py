@@ -1,4 +1,4 @@
-"""Generate the course's data, ``data/wall_cracks``: ``python -m helpers.wall_cracks``.
+"""Generate the course's data, ``data/wall_cracks``: ``python -m data.wall_cracks.make``.
 
 Walls with cracks, and with things the embedded base already knows; a fifth of them has no crack.
 Every split is written in both layouts the course reads, the seed document's (one JSON per image) and

@@ -1,10 +1,70 @@
-"""The commands that give a result away: ``merge`` and ``push``; see `helpers.commands`."""
+"""The commands about datasets: ``check`` and ``convert``.
+
+Every command takes the parsed arguments and returns ``(exit status, JSON document, text)``.
+Libraries are imported inside, so that ``--help`` answers at once.
+"""
 
 from __future__ import annotations
 
-from helpers.cli.model import DEFAULT_CONFIG
+from helpers.cli.model import DEFAULT_CONFIG, add_set_option
 from helpers.errors import InputError
 from helpers.files import resolve
+
+
+def add_commands(add):
+    """Add the parsers of this file's commands."""
+    _check_options(add(check))
+    _convert_options(add(convert))
+
+
+def _check_options(command):
+    """Add the options of ``check``."""
+    command.add_argument(
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help="folder with one folder per split, by default data.data_dir of --config",
+    )
+    command.add_argument("--config", metavar="FILE", help="check as its training would read it")
+    command.add_argument("--profile", help="tiny, sam3 or a file; without --config tiny by default")
+    add_set_option(command)
+
+
+def _convert_options(command):
+    """Add the options of ``convert``."""
+    command.add_argument("source", metavar="SRC", help="dataset: a folder, or a COCO file")
+    command.add_argument("output", metavar="DST", help="new folder, one folder per split in it")
+    command.add_argument(
+        "--format",
+        choices=("coco", "yolo", "voc", "masks", "labelme"),
+        help="by default recognised; coco means Roboflow's export and per-image JSON, too",
+    )
+    command.add_argument("--category", metavar="NOUN", help="what binary mask pictures show")
+    command.add_argument(
+        "--objects",
+        choices=("components", "whole", "values"),
+        default="components",
+        help="what is one object of a mask picture: a connected component (default), all of a "
+        "class, or each value",
+    )
+    command.add_argument(
+        "--polygons",
+        choices=("auto", "outline", "pixels"),
+        default="auto",
+        help="whether corners (YOLO, VOC, LabelMe) lie on the outline or are pixels of the object; "
+        "auto (default): pixels if all are whole numbers",
+    )
+    command.add_argument(
+        "--split",
+        nargs="+",
+        type=float,
+        metavar="SHARE",
+        help="divide anew into train, valid and test, for example 0.8 0.1 0.1",
+    )
+    command.add_argument("--seed", type=int, default=42, help="of the division, default 42")
+    command.add_argument("--tile", type=int, metavar="PIXELS", help="cut larger images into tiles")
+    command.add_argument("--overlap", type=float, default=0.2, help="of tiles, default 0.2")
+    command.add_argument("--copy", action="store_true", help="copy images, never link them")
 
 
 def check(args):
@@ -44,55 +104,3 @@ def convert(args):
         copy=args.copy,
     )
     return 0, summary, summary_text(summary)
-
-
-def merge(args):
-    """Write a full model; status 1, and nothing written, if it detects anything else."""
-    from helpers.train.merge import MergeDiffers
-    from helpers.train.merge import merge as merge_run
-
-    try:
-        document, status = merge_run(args.adapter, args.output, args.dtype, args.base), 0
-    except MergeDiffers as verdict:
-        document, status = verdict.document, 1
-    lines = [
-        f"compared with base and adapter on {document['num_images']} images "
-        f"({document['images']}), {document['written']['num_questions']} questions:"
-    ]
-    for name, title in (
-        ("merged", "merged, float32"),
-        ("written", f"written, {document['dtype']}"),
-    ):
-        numbers = document[name]
-        lines.append(
-            f"  {title:<18}{numbers['num_detections']} detections, {numbers['num_changed']} changed; "
-            f"logits differ by at most {numbers['max_logit_difference']:.2g}, scores by "
-            f"{numbers['max_score_difference']:.2g}; masks agree to an IoU of at least "
-            f"{numbers['min_mask_iou']:.3f}"
-        )
-    if status:
-        lines.append("not the same: nothing was written")
-    else:
-        lines.append(f"the same: {args.output} is a full model in {document['dtype']}")
-    return status, document, "\n".join(lines)
-
-
-def push(args):
-    """Show what an upload to the Hugging Face Hub would send; with --yes, send it."""
-    from helpers.train.share import plan_push
-    from helpers.train.share import push as upload
-
-    plan = plan_push(args.adapter, args.repo)
-    url = upload(plan) if args.yes else None
-    document = plan.to_json() | {"url": url}
-    total = sum(plan.files.values())
-    lines = [f"{plan.folder} -> {plan.repo}: {len(plan.files)} files, {total / 1e6:.1f} MB"]
-    lines += [f"  {size:>13,}  {name}" for name, size in plan.files.items()]
-    for title, entries in (
-        ("left out", plan.left_out),
-        ("missing from the card", plan.missing),
-        ("names a folder of this machine", plan.machine_paths),
-    ):
-        lines += [f"{title}:", *(f"  {entry}" for entry in entries)] if entries else []
-    lines.append(f"uploaded to {url}" if url else "nothing was sent; add --yes to upload")
-    return 0, document, "\n".join(lines)

@@ -1,21 +1,27 @@
-"""What the commands of ``python -m helpers`` do; the parser is in `helpers.__main__`.
+"""The commands about models: train, predict, evaluate, report, diagnose, merge and push.
 
-Every function takes the parsed arguments and returns ``(exit status, JSON document, text)``. The
-libraries are imported inside, so that ``--help`` answers at once.
+Every command takes the parsed arguments and returns ``(exit status, JSON document, text)``.
+Libraries are imported inside, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from helpers.errors import InputError
+from helpers.errors import InputError, printable
 from helpers.files import CONFIGS, resolve
 
 DEFAULT_CONFIG = CONFIGS / "crack_detection_config.yaml"
 LARGE = 2
 """Longest side of an image, in sides of the model's input, from which it should be cut into tiles."""
+_THRESHOLD_HELP = "score in [0, 1]; by default that of the run's config, 0.3 without a run"
+_SIGNATURE = "sam3-lora-workbook predict"
+"""Stored in a picture, so that a later call knows it may replace it."""
 _HEADLINES = (
     "AP",
     "AP50",
@@ -38,10 +44,102 @@ class Loaded(NamedTuple):
     name: str
 
 
+def add_commands(add):
+    """Add the parsers of this file's commands."""
+    model = _model_parser()
+    _train_options(add(train))
+    _predict_options(add(predict, model))
+    _evaluate_options(add(evaluate, model))
+    add(report).add_argument("--adapter", required=True, metavar="RUN", help="run folder")
+    _diagnose_options(add(diagnose))
+    _share_options(add(merge), add(push))
+
+
+def _train_options(command):
+    """Add the options of ``train``."""
+    command.add_argument("--config", required=True, metavar="FILE", help="a file of configs/")
+    command.add_argument("--profile", help="tiny, sam3 or a file")
+    command.add_argument("--data", metavar="DIR", help="dataset, in place of data.data_dir")
+    command.add_argument("--output", metavar="RUN", help="run folder, by default output.output_dir")
+    add_set_option(command)
+    command.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    command.add_argument("--overwrite", action="store_true", help="replace a run in the folder")
+    command.add_argument(
+        "--retry-smaller",
+        action="store_true",
+        help="when memory runs out, start again with checkpointing, then with smaller batches",
+    )
+
+
+def add_set_option(command):
+    """Add ``--set``."""
+    command.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting"
+    )
+
+
+def _predict_options(command):
+    """Add the options of ``predict``."""
+    command.add_argument(
+        "--image", nargs="+", action="extend", required=True, metavar="IMG", help="files or folders"
+    )
+    command.add_argument("--prompt", action="append", default=[], help="noun; may be repeated")
+    command.add_argument("--threshold", type=float, help=_THRESHOLD_HELP)
+    command.add_argument(
+        "--mask-threshold", type=float, help="in [0, 1]; by default as the config says, 0.5"
+    )
+    command.add_argument(
+        "--tile", type=int, metavar="PIXELS", help="look at larger images in tiles of this side"
+    )
+    command.add_argument("--overlap", type=float, default=0.2, help="of tiles, default 0.2")
+    command.add_argument("--output", metavar="PNG", help="picture to draw")
+
+
+def _evaluate_options(command):
+    """Add the options of ``evaluate``."""
+    command.add_argument("--data", metavar="DIR", help="dataset, by default that of the run")
+    command.add_argument("--split", default="test", help="split, by default test")
+    command.add_argument("--prompt", help="ask for this word in place of the category names")
+    command.add_argument("--threshold", type=float, help=_THRESHOLD_HELP)
+
+
+def _diagnose_options(command):
+    """Add the options of ``diagnose``."""
+    command.add_argument("--adapter", required=True, metavar="RUN", help="run folder")
+    command.add_argument("--data", metavar="DIR", help="dataset, by default that of the run")
+    command.add_argument("--image", metavar="IMG", help="a picture in which nothing is found")
+    command.add_argument("--prompt", help="the word that was asked, by default the category names")
+
+
+def _share_options(merge_command, push_command):
+    """Add the options of ``merge`` and ``push``."""
+    add = merge_command.add_argument
+    add("--adapter", required=True, metavar="RUN", help="run folder")
+    add("--output", required=True, metavar="DIR", help="new folder of the model")
+    add("--dtype", help="float32 or bfloat16, by default that of the base's files")
+    add("--base", metavar="NAME", help="another place of the base")
+    add = push_command.add_argument
+    add("--adapter", required=True, metavar="DIR", help="run or merged model")
+    add("--repo", required=True, metavar="OWNER/NAME", help="name on the Hub")
+    add("--yes", action="store_true", help="upload; by default only look")
+
+
+def _model_parser():
+    """Return the options that say which model to use; without any, the embedded base alone."""
+    parser = argparse.ArgumentParser(add_help=False)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--adapter", metavar="RUN", help="run folder, or folder of a PEFT adapter")
+    source.add_argument("--config", metavar="FILE", help="find the run in its output.output_dir")
+    parser.add_argument("--base", metavar="NAME", help="base model: a folder or a hub name")
+    parser.add_argument("--profile", help="tiny (default) or sam3: whose base to use")
+    return parser
+
+
 def train(args):
     """Train and report; unusable input is refused before anything is written."""
     from helpers.config import load_config
     from helpers.train.report import report, report_text
+    from helpers.train.run import RUN_CONFIG
     from helpers.train.training import train as run_training
     from helpers.train.training import train_within_memory
 
@@ -51,10 +149,15 @@ def train(args):
     config = load_config(args.config, profile=args.profile, overrides=overrides)
     output_dir = None if args.output is None else Path(args.output).expanduser().absolute()
     settings = {"output_dir": output_dir, "resume": args.resume, "overwrite": args.overwrite}
-    if args.retry_smaller:
-        result = train_within_memory(config, on_retry=_say, **settings)
-    else:
-        result = run_training(config, **settings)
+    try:
+        if args.retry_smaller:
+            result = train_within_memory(config, on_retry=_say, **settings)
+        else:
+            result = run_training(config, **settings)
+    except KeyboardInterrupt:
+        if (resolve(output_dir or config.output.output_dir) / RUN_CONFIG).is_file():
+            _say("continue with --resume")
+        raise
     content = report(result)
     return 0, content, report_text(content)
 
@@ -66,6 +169,7 @@ def predict(args):
     from helpers.detect.tiles import predict_tiled
 
     images = _image_files(args.image)
+    paths = None if args.output is None else _picture_paths(args.output, images)
     loaded = load_model(args)
     settings = loaded.run.config.evaluation if loaded.run else None
     threshold, mask_threshold = args.threshold, args.mask_threshold
@@ -89,18 +193,18 @@ def predict(args):
     thresholds = {"threshold": threshold, "mask_threshold": mask_threshold}
     if args.tile is None:
         _hint_at_tiles(images, loaded.model)
-        found = predictor.predict(images, args.prompt or None, **thresholds)
+        predictions = predictor.predict(images, args.prompt or None, **thresholds)
     else:
         tiles = {"tile": args.tile, "overlap": args.overlap}
-        asked = args.prompt or [GENERIC_PROMPT]
-        found = [
-            one
+        prompts = args.prompt or [GENERIC_PROMPT]
+        predictions = [
+            prediction
             for path in images
-            for one in predict_tiled(predictor, path, asked, **tiles, **thresholds)
+            for prediction in predict_tiled(predictor, path, prompts, **tiles, **thresholds)
         ]
-    document = [prediction.to_dict() for prediction in found]
-    if args.output is not None:
-        _draw(args.output, images, document)
+    document = [prediction.to_dict() for prediction in predictions]
+    if paths is not None:
+        _draw(paths, document)
     return 0, document, "\n".join(_line(entry) for entry in document)
 
 
@@ -118,8 +222,8 @@ def evaluate(args):
     data_dir = args.data or config.data.data_dir
     split = load_dataset(config, data_dir).split(args.split)
     if loaded.run:
-        asked = [args.prompt] if args.prompt else split.categories
-        for prompt in untrained(asked, loaded.run.prompts["prompts"]):
+        words = [args.prompt] if args.prompt else split.categories
+        for prompt in untrained(words, loaded.run.prompts["prompts"]):
             _say(f"warning: '{prompt}' was never trained as a present prompt")
     queries = predict_split(
         loaded.model,
@@ -151,20 +255,70 @@ def report(args):
 
 
 def diagnose(args):
-    """Say why a run detects nothing; status 1 if a cause was found."""
+    """Say why a run detects nothing; status 1 for causes, 3 if too little could be examined."""
     from helpers.diagnose.diagnosis import diagnose as examine
-
-    def show(gate):
-        _say(f"{gate.status:<12}{gate.name}: {gate.measured}")
 
     diagnosis = examine(
         args.adapter,
         data_dir=args.data,
         image=args.image,
         prompt=args.prompt,
-        on_gate=show if args.json else None,
+        progress=True,
     )
-    return (0 if diagnosis.healthy else 1), diagnosis.to_json(), diagnosis.summary()
+    status = {"healthy": 0, "causes": 1, "undecided": 3}[diagnosis.verdict]
+    return status, diagnosis.to_json(), diagnosis.summary()
+
+
+def merge(args):
+    """Write a full model; status 1, and nothing written, if it detects anything else."""
+    from helpers.train.merge import MergeDiffers
+    from helpers.train.merge import merge as merge_run
+
+    try:
+        document, status = merge_run(args.adapter, args.output, args.dtype, args.base), 0
+    except MergeDiffers as verdict:
+        document, status = verdict.document, 1
+    lines = [
+        f"compared with base and adapter on {document['num_images']} images "
+        f"({document['images']}), {document['written']['num_questions']} questions:"
+    ]
+    for name, title in (
+        ("merged", "merged, float32"),
+        ("written", f"written, {document['dtype']}"),
+    ):
+        numbers = document[name]
+        lines.append(
+            f"  {title:<18}{numbers['num_detections']} detections, {numbers['num_changed']} changed; "
+            f"logits differ by at most {numbers['max_logit_difference']:.2g}, scores by "
+            f"{numbers['max_score_difference']:.2g}; masks agree to an IoU of at least "
+            f"{numbers['min_mask_iou']:.3f}"
+        )
+    if status:
+        lines.append("not the same: nothing was written")
+    else:
+        lines.append(f"the same: {args.output} is a full model in {document['dtype']}")
+    return status, document, "\n".join(lines)
+
+
+def push(args):
+    """Show what an upload to the Hugging Face Hub would send; with --yes, send it."""
+    from helpers.train.share import plan_push
+    from helpers.train.share import push as upload
+
+    plan = plan_push(args.adapter, args.repo)
+    url = upload(plan) if args.yes else None
+    document = plan.to_json() | {"url": url}
+    total = sum(plan.files.values())
+    lines = [f"{plan.folder} -> {plan.repo}: {len(plan.files)} files, {total / 1e6:.1f} MB"]
+    lines += [f"  {size:>13,}  {name}" for name, size in plan.files.items()]
+    for title, entries in (
+        ("left out", plan.left_out),
+        ("missing from the card", plan.missing),
+        ("names a folder of this machine", plan.machine_paths),
+    ):
+        lines += [f"{title}:", *(f"  {entry}" for entry in entries)] if entries else []
+    lines.append(f"uploaded to {url}" if url else "nothing was sent; add --yes to upload")
+    return 0, document, "\n".join(lines)
 
 
 def load_model(args):
@@ -211,7 +365,7 @@ def load_model(args):
 
 
 def _is_bare_adapter(folder):
-    """Tell whether a folder holds a PEFT adapter but not the rest of a run."""
+    """True if a folder holds a PEFT adapter but not the rest of a run."""
     from helpers.model.lora import CONFIG_FILE
     from helpers.train.run import RUN_CONFIG
 
@@ -242,11 +396,15 @@ def _image_files(paths):
     from helpers.data.images import IMAGE_SUFFIXES
 
     files = []
-    for given in paths:
-        path = Path(given).expanduser()
-        path = path if path.exists() else resolve(given)
+    for text in paths:
+        path = Path(text).expanduser()
+        path = path if path.exists() else resolve(text)
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            inside = sorted(
+                entry
+                for entry in path.iterdir()
+                if entry.suffix.lower() in IMAGE_SUFFIXES and not entry.name.startswith(".")
+            )
             if not inside:
                 raise InputError("the folder holds no image", where=path, fix="name image files")
             files += inside
@@ -254,7 +412,7 @@ def _image_files(paths):
             files.append(path)
         else:
             raise InputError("no such image", where=path, fix="check the path")
-    return files
+    return list(dict.fromkeys(files))
 
 
 def _hint_at_tiles(images, model):
@@ -275,19 +433,71 @@ def _hint_at_tiles(images, model):
         )
 
 
-def _draw(output, images, document):
-    """Write one picture per image; with several images the name of each is put into the file's."""
+def _picture_paths(output, images):
+    """Return where the picture of each image goes; refuse to write over anything of the user's.
+
+    With several images the stem of each joins the name, with as many of its folders as keep the
+    names apart.
+    """
+    output = Path(output).expanduser()
+    if output.is_dir():
+        raise InputError("is a folder", where=output, fix=f"name a file: {output / 'answer.png'}")
+    paths = {}
+    for image, label in zip(images, _labels(images), strict=True):
+        name = output.name if label is None else f"{output.stem}_{label}{output.suffix}"
+        path = output.with_name(name)
+        for other in images:
+            if path.exists() and path.samefile(other):
+                raise InputError(
+                    "would overwrite the image", where=path, fix="choose another --output"
+                )
+        if path.exists() and not _is_own_picture(path):
+            raise InputError(
+                "exists, and was not drawn by predict",
+                where=path,
+                fix="choose another --output, or remove the file",
+            )
+        paths[image] = path
+    return paths
+
+
+def _labels(images):
+    """Return a name for each image that no other has, compared without case; None for one alone."""
+    if len(images) == 1:
+        return [None]
+    parts = [image.absolute().with_suffix("").parts[1:] for image in images]
+    for depth in range(1, max(map(len, parts)) + 1):
+        labels = ["_".join(part[-depth:]) for part in parts]
+        if len({label.casefold() for label in labels}) == len(labels):
+            return labels
+    # a/b_c.png and a_b/c.png, or x.png and x.jpg: a number tells them apart
+    return [f"{part[-1]}_{number}" for number, part in enumerate(parts, start=1)]
+
+
+def _is_own_picture(path):
+    """True if a file is empty or a picture that an earlier call drew."""
+    from PIL import Image
+
+    if path.stat().st_size == 0:
+        return True
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("Software") == _SIGNATURE
+    except (OSError, ValueError):
+        return False
+
+
+def _draw(paths, document):
+    """Write the picture of each image, whole or not at all."""
     from helpers.show.pictures import save_prediction_figure
 
-    output = Path(output).expanduser()
-    for image in images:
-        path = output
-        if len(images) > 1:
-            path = output.with_name(f"{output.stem}_{image.stem}{output.suffix}")
-        if path.resolve() == image.resolve():
-            raise InputError("would overwrite the image", where=path, fix="choose another --output")
-        entries = [entry for entry in document if entry["image"] == str(image)]
-        save_prediction_figure(path, image, entries)
+    for image, path in paths.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+            staged = Path(folder) / path.name
+            entries = [entry for entry in document if entry["image"] == str(image)]
+            save_prediction_figure(staged, image, entries, software=_SIGNATURE)
+            os.replace(staged, path)
 
 
 def _line(entry):
@@ -302,4 +512,4 @@ def _line(entry):
 
 def _say(text):
     """Print a remark for people on stderr."""
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)

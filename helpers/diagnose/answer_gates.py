@@ -16,11 +16,10 @@ from transformers import set_seed
 
 from helpers.data.prompts import absent_candidates, present_prompts
 from helpers.detect import predictor as prediction
-from helpers.diagnose.examination import Evidence, Gate
+from helpers.diagnose.examination import Evidence, Gate, Inapplicable
 from helpers.errors import InputError
 from helpers.model import audit as adapter_audit
 from helpers.model import lora as adapters
-from helpers.model import sam3
 from helpers.model.lora import component_of, lora_layers
 from helpers.model.prompted import PRESENCE_LOGIT_CLAMP, model_inputs
 from helpers.train import trainer
@@ -72,8 +71,12 @@ def words_apart(examination):
     """Compare the embeddings of trained words with those of others, before and after training."""
     own = list(examination.files.prompts["prompts"])
     others = [word for word in examination.config.data.negative_prompts if word not in own]
-    if not (own and others):
-        raise InputError("there are no other words to compare with", where="data.negative_prompts")
+    if not own:
+        raise InputError("no word was trained with objects", where=examination.folder)
+    if not others:
+        raise Inapplicable(
+            "there are no other words to compare with", where="data.negative_prompts"
+        )
     before = _mean_cosine(*examination.base, own, others)
     after = _mean_cosine(examination.loaded.model, examination.loaded.processor, own, others)
     text = (
@@ -102,7 +105,7 @@ def known_words(examination):
     before = examination.raws(words, adapted=False, records=records) if words else {}
     known = [key for key, raw in before.items() if raw.max_score > KNOWN_SCORE]
     if len(known) < LEAST_KNOWN:
-        raise InputError(f"the base finds {len(known)} of {len(words)} other words on the images")
+        raise Inapplicable(f"the base finds {len(known)} of {len(words)} other words on the images")
     now = examination.raws(words, records=records)
     kept = sum(now[key].max_score > KEPT_SCORE for key in known)
     text = f"of {len(known)} answers that the base gives to other words, the run keeps {kept}"
@@ -137,9 +140,7 @@ def one_batch(examination):
         raise InputError("no training image shows an object", where=examination.data_dir)
     batch = examination.collator([dataset[index] for index in shown[:OVERFIT_IMAGES]])
     set_seed(config.training.seed)
-    settings = config.model
-    model, _ = sam3.load_base(settings.name, settings.revision, resolution=settings.resolution)
-    model = adapters.add_lora(model, config.lora)
+    model = adapters.add_lora(examination.fresh_base()[0], config.lora)
     with tempfile.TemporaryDirectory() as folder:
         loop = trainer.Sam3Trainer(
             config,
@@ -390,7 +391,7 @@ def _wrong_word(text, means, asked, trained):
 def own_picture(examination):
     """Say what run and base answer about the user's own picture, and which word would do."""
     if examination.image is None:
-        return "no picture was given", []
+        raise Inapplicable("no picture was given")
     trained = list(examination.files.prompts["prompts"])
     words = list(dict.fromkeys((*examination.asked, *trained)))
     run = prediction.Predictor(examination.loaded.model, examination.loaded.processor)

@@ -15,7 +15,7 @@ from helpers.checks.images import contrast_per_turn
 from helpers.data.coco import entries_of
 from helpers.data.dataset import mask_fits_image
 from helpers.data.masks import rle_area, rle_box_xyxy
-from helpers.diagnose.examination import Evidence, Gate
+from helpers.diagnose.examination import Evidence, Gate, Inapplicable
 from helpers.errors import InputError
 from helpers.files import resolve
 
@@ -339,7 +339,7 @@ def annotations_on_pixels(examination):
         name: float(np.nanmedian(values)) for name, values in per_turn.items() if len(values)
     }
     if len(records) < MIN_IMAGES or not medians:
-        raise InputError(f"fewer than {MIN_IMAGES} images with masks", where=examination.data_dir)
+        raise Inapplicable(f"fewer than {MIN_IMAGES} images with masks", where=examination.data_dir)
     upright, *turned = medians
     best = max(turned, key=medians.get)
     text = (
@@ -367,7 +367,7 @@ def unannotated_objects(examination):
     empty = examination.unannotated
     if min(len(shown), len(empty)) < MIN_IMAGES:
         reason = f"{len(shown)} images with and {len(empty)} without objects are too few to compare"
-        raise InputError(reason, where=examination.data_dir)
+        raise Inapplicable(reason, where=examination.data_dir)
     present = {item.category for record in shown for item in record.objects}
     control = list(examination.config.evaluation.absent_prompts)
     raws = examination.raws([*present, *control], records=[*shown, *empty])

@@ -6,18 +6,33 @@ healthy detector. What the model says is compared with what the base says to the
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+
+from tqdm import tqdm
 
 from helpers.causes import CAUSES, STAGES
 from helpers.diagnose.adapter_gates import CHECKPOINT_GATES, CODE_GATES
 from helpers.diagnose.answer_gates import BEHAVIOUR_GATES
 from helpers.diagnose.data_gates import DATA_GATES
-from helpers.diagnose.examination import FAILED, NOT_CHECKED, OK, Evidence, Examination, GateResult
-from helpers.diagnose.run_gates import CONFIG_GATES, RUN_GATES
+from helpers.diagnose.examination import (
+    CRASHED,
+    FAILED,
+    NOT_APPLICABLE,
+    NOT_CHECKED,
+    OK,
+    UNDECIDED,
+    Evidence,
+    Examination,
+    GateResult,
+    Inapplicable,
+)
+from helpers.diagnose.run_gates import CONFIG_GATES, FILE_GATES, RUN_GATES
 from helpers.diagnose.word_gates import PROMPT_GATES
 from helpers.errors import InputError
 
 GATES = (
+    *FILE_GATES,
     *DATA_GATES,
     *PROMPT_GATES,
     *CONFIG_GATES,
@@ -32,6 +47,13 @@ LEAST_CONFIDENCE = 0.5
 """Evidence below this is shown with its gate but names no cause."""
 EXPLAINED = 0.5
 """Factor on what is only a behaviour when an earlier cause was observed that may explain it."""
+
+
+_VERDICTS = {
+    "healthy": "no cause found: the run looks healthy",
+    "causes": "causes found: see above, the most likely first",
+    "undecided": "no cause found, but the gates above were left open: the run may not be healthy",
+}
 
 
 @dataclass(frozen=True)
@@ -69,14 +91,27 @@ class Diagnosis:
     gates: tuple[GateResult, ...]
 
     @property
+    def open_gates(self):
+        """Tuple of GateResult: the gates that could not be checked, or crashed."""
+        return tuple(gate for gate in self.gates if gate.status in UNDECIDED)
+
+    @property
+    def verdict(self):
+        """{"healthy", "causes", "undecided"}: healthy only if no gate was left open."""
+        if self.causes:
+            return "causes"
+        return "undecided" if self.open_gates else "healthy"
+
+    @property
     def healthy(self):
-        """bool: True if no cause was found."""
-        return not self.causes
+        """bool: True if every gate that applies was checked and none names a cause."""
+        return self.verdict == "healthy"
 
     def to_json(self):
-        """Return ``{"healthy", "causes", "gates"}`` of plain values."""
+        """Return ``{"healthy", "verdict", "causes", "gates"}`` of plain values."""
         return {
             "healthy": self.healthy,
+            "verdict": self.verdict,
             "causes": [cause.to_json() for cause in self.causes],
             "gates": [gate.to_json() for gate in self.gates],
         }
@@ -85,24 +120,24 @@ class Diagnosis:
         """Return the diagnosis as text: gates, causes with evidence and fix, what was left open."""
         lines = []
         for gate in self.gates:
-            lines.append(f"{gate.status:<12}{gate.name}: {gate.measured}")
+            lines.append(f"{gate.status:<16}{gate.name}: {gate.measured}")
             if gate.status == FAILED:
-                lines.append(f"{'':<12}expected: {gate.expected}")
+                lines.append(f"{'':<16}expected: {gate.expected}")
         lines.append("")
         for number, cause in enumerate(self.causes, start=1):
-            lines.append(f"{number}. {cause.title} [{cause.code}, row {cause.row}]")
+            lines.append(f"{number}. {cause.title} [{cause.code}]")
             lines.append(f"   confidence {cause.confidence:.2f}")
             lines += [f"   evidence: {text}" for text in cause.evidence]
             lines.append(f"   fix: {cause.fix}")
-        open_gates = [gate.name for gate in self.gates if gate.status == NOT_CHECKED]
-        if self.healthy:
-            lines.append("no cause found: the run looks healthy")
-        if open_gates:
-            lines.append(f"not checked: {'; '.join(open_gates)}")
+        counts = Counter(gate.status for gate in self.gates)
+        numbers = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+        lines.append(f"{len(self.gates)} gates: {numbers}")
+        lines += [f"{gate.status}: {gate.name} ({gate.measured})" for gate in self.open_gates]
+        lines.append(_VERDICTS[self.verdict])
         return "\n".join(lines)
 
 
-def diagnose(folder, *, data_dir=None, image=None, prompt=None, on_gate=None):
+def diagnose(folder, *, data_dir=None, image=None, prompt=None, progress=False):
     """Examine a run and name the causes of what is wrong with it.
 
     Parameters
@@ -113,8 +148,8 @@ def diagnose(folder, *, data_dir=None, image=None, prompt=None, on_gate=None):
         Dataset in place of the run's.
     image, prompt : optional
         A picture, and a word asked of it, of which one wants to know why nothing is found.
-    on_gate : callable, optional
-        Called with each `helpers.diagnose.examination.GateResult` as it comes, for progress.
+    progress : bool
+        Show the gate at work on stderr.
 
     Returns
     -------
@@ -127,10 +162,10 @@ def diagnose(folder, *, data_dir=None, image=None, prompt=None, on_gate=None):
     """
     examination = Examination(folder, data_dir, image, prompt)
     results = []
-    for gate in GATES:
-        results.append(pass_gate(gate, examination))
-        if on_gate is not None:
-            on_gate(results[-1])
+    with tqdm(GATES, desc="diagnose", unit="gate", disable=not progress, leave=False) as gates:
+        for gate in gates:
+            gates.set_postfix_str(gate.name)
+            results.append(pass_gate(gate, examination))
     return Diagnosis(rank(results), tuple(results))
 
 
@@ -148,11 +183,13 @@ def pass_gate(gate, examination):
     """
     try:
         measured, evidence = gate.examine(examination)
+    except Inapplicable as error:
+        return GateResult(gate.name, NOT_APPLICABLE, str(error), gate.expected)
     except InputError as error:
         return GateResult(gate.name, NOT_CHECKED, str(error), gate.expected)
     except Exception as error:  # a pipeline that raises here is part of what is examined
-        text = f"raised {type(error).__name__}: {error}"
-        return GateResult(gate.name, NOT_CHECKED, text, gate.expected)
+        text = f"raised {type(error).__name__}: {' '.join(str(error).split())}"
+        return GateResult(gate.name, CRASHED, text, gate.expected)
     failed = any(one.confidence >= LEAST_CONFIDENCE for one in evidence)
     status = FAILED if failed else OK
     return GateResult(gate.name, status, measured, gate.expected, tuple(evidence))

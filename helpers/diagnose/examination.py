@@ -13,11 +13,18 @@ from helpers.data import dataset as datasets
 from helpers.detect import queries as prediction_queries
 from helpers.detect.predictor import Predictor
 from helpers.errors import InputError
-from helpers.files import resolve
-from helpers.model.sam3 import load_base
+from helpers.files import read_json, resolve
+from helpers.model.sam3 import base_dtype, load_base
 from helpers.train import run as run_folder
 
 OK, FAILED, NOT_CHECKED = "ok", "failed", "not checked"
+NOT_APPLICABLE, CRASHED = "not applicable", "crashed"
+UNDECIDED = (NOT_CHECKED, CRASHED)
+"""While a gate stands like this, nobody knows whether the run is healthy."""
+
+
+class Inapplicable(InputError):
+    """A gate has no answer for this run by its nature, which says nothing against the run."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,9 @@ class Gate:
         What a healthy run shows.
     examine : callable
         Takes a `helpers.diagnose.examination.Examination`, returns ``(measured, evidence)``: a text with the
-        numbers, and a list of `Evidence`, empty if all is well. It raises
-        `helpers.errors.InputError` with the reason if it cannot be asked of this run.
+        numbers, and a list of `Evidence`, empty if all is well. It raises `Inapplicable` if it does
+        not apply to this run, and `helpers.errors.InputError` if something that it needs cannot be
+        read: then the run cannot be called healthy.
     """
 
     name: str
@@ -66,7 +74,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class GateResult:
-    """What became of a gate: its name, ``status`` (ok, failed, not checked), what it measured."""
+    """What became of a gate: its name, one of the five statuses above, and what it measured."""
 
     name: str
     status: str
@@ -145,17 +153,37 @@ class Examination:
         return run_folder.read_run(self.folder)
 
     @cached_property
+    def device(self):
+        """torch.device: where run and base compute, the accelerator if there is one."""
+        is_there = torch.accelerator.is_available()
+        return torch.accelerator.current_accelerator() if is_there else torch.device("cpu")
+
+    @cached_property
+    def num_processes(self):
+        """int: how many processes trained together; 1 if the run did not record it."""
+        path = self.folder / run_folder.VERSIONS_FILE
+        return read_json(path, fix="train again with --overwrite").get("num_processes", 1)
+
+    @cached_property
     def loaded(self):
         """`helpers.train.run.RunResult`: the run with its model; InputError if it cannot load."""
         result = run_folder.load_run(self.folder)
-        result.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        result.model.to(self.device)
         return result
 
     @cached_property
     def base(self):
-        """tuple: a second model without any adapter, and its processor."""
+        """tuple: a second model without any adapter, and its processor; no gate changes it."""
+        return self.fresh_base()
+
+    def fresh_base(self, dtype=None):
+        """Load a base to train or wrap: on the run's device, by default in the run's precision."""
         settings = self.config.model
-        return load_base(settings.name, settings.revision, resolution=settings.resolution)
+        dtype = dtype or base_dtype(self.config.training.mixed_precision)
+        model, processor = load_base(
+            settings.name, settings.revision, dtype=dtype, resolution=settings.resolution
+        )
+        return model.to(self.device), processor
 
     def split(self, name):
         """Read a split through the pipeline's own reader.

@@ -6,22 +6,163 @@ No model is loaded here.
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import get_scheduler
 
 from helpers.causes import CAUSES
-from helpers.diagnose.examination import Evidence, Gate
+from helpers.config import load_config, read_yaml
+from helpers.diagnose.examination import Evidence, Gate, Inapplicable
 from helpers.diagnose.self_tests import weighted_terms
 from helpers.errors import InputError
 from helpers.files import read_json, resolve
-from helpers.model.lora import COMPONENTS, SPELLINGS, WEIGHTS_FILE, component_of
+from helpers.model.lora import (
+    BASE_FILE,
+    COMPONENTS,
+    CONFIG_FILE,
+    SPELLINGS,
+    WEIGHTS_FILE,
+    component_of,
+    read_adapter_weights,
+)
 from helpers.show.charts import schedule_frame
 from helpers.train import run as run_folder
 from helpers.train.run import read_history
+from helpers.train.trainer import CURVES_FILE
+
+EARLY_FILES = (run_folder.RUN_CONFIG, run_folder.PROMPTS_FILE, run_folder.VERSIONS_FILE)
+"""Written before the first step; curves.csv follows with the first log."""
+LATE_FILES = (WEIGHTS_FILE, CONFIG_FILE, BASE_FILE, run_folder.AUDIT_FILE, run_folder.CARD_FILE)
+"""Written after the last step, and then metrics.json."""
+_KEYS = {
+    run_folder.METRICS_FILE: {
+        "steps": int,
+        "epochs": Real,
+        "best_step": int | None,
+        "valid": dict,
+        "train_loss": dict,
+        "valid_loss": dict,
+        "objects": dict,
+    },
+    run_folder.PROMPTS_FILE: {"prompts": dict, "negatives": dict, "negatives_per_image": int},
+    run_folder.VERSIONS_FILE: {"packages": dict},
+    CONFIG_FILE: {"peft_type": str, "r": int, "lora_alpha": Real, "target_modules": str | list},
+    BASE_FILE: {"name": str, "fingerprint": str},
+}
+_COLUMNS = {
+    CURVES_FILE: ("step", "loss", "learning_rate"),
+    run_folder.AUDIT_FILE: ("modules", "parameters", "grad_norm", "B_norm", "B_nonzero"),
+}
+
+
+def run_files(examination):
+    """Read every file that the run should hold; name what is missing, cut or of another type."""
+    folder = examination.folder
+    if examination.is_finished:
+        names = (*EARLY_FILES, CURVES_FILE, *LATE_FILES, run_folder.METRICS_FILE)
+    else:
+        names = EARLY_FILES
+    texts = {}
+    for name in names:
+        try:
+            _read_run_file(folder / name)
+        except InputError as error:
+            texts[name] = f"{name} {error.message}"
+    saved = [name for name in LATE_FILES if (folder / name).is_file()]
+    if saved and not examination.is_finished:
+        texts[run_folder.METRICS_FILE] = (
+            f"{run_folder.METRICS_FILE} is missing, which is written after {saved[0]}: it was lost, "
+            "or the run was interrupted while it saved"
+        )
+    if examination.is_finished and not texts.keys() & {CURVES_FILE, run_folder.METRICS_FILE}:
+        last = int(pd.read_csv(folder / CURVES_FILE)["step"].max())
+        steps = read_json(folder / run_folder.METRICS_FILE, fix="")["steps"]
+        if last != steps:
+            texts[CURVES_FILE] = (
+                f"{CURVES_FILE} ends at step {last}, {run_folder.METRICS_FILE} counts {steps} steps"
+            )
+    evidence = [
+        Evidence("damaged_run", 0.7 if name == run_folder.CARD_FILE else 1.0, text)
+        for name, text in texts.items()
+    ]
+    if WEIGHTS_FILE in saved and WEIGHTS_FILE not in texts:
+        evidence += _not_finite(read_adapter_weights(folder))
+    return "; ".join([f"{len(names)} files looked at", *(one.text for one in evidence)]), evidence
+
+
+def _not_finite(weights):
+    """Return evidence if adapter tensors hold NaN or infinite numbers."""
+    broken = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if not broken:
+        return []
+    text = (
+        f"{WEIGHTS_FILE} holds NaN or infinite numbers in {len(broken)} of {len(weights)} tensors, "
+        f"for example {broken[0]}"
+    )
+    return [Evidence("not_finite", 1.0, text)]
+
+
+def _read_run_file(path):
+    """Read one file of a run as its kind asks; raise InputError if that is impossible."""
+    if not path.is_file():
+        raise InputError("is missing")
+    if not path.stat().st_size:
+        raise InputError("is empty")
+    if path.name == WEIGHTS_FILE:
+        _check_weights(read_adapter_weights(path.parent))
+        return
+    if not path.read_bytes().endswith(b"\n") and path.name != CONFIG_FILE:
+        raise InputError("ends in the middle of a line, so its end is missing")
+    if path.suffix == ".json":
+        _check_keys(read_json(path, fix=""), _KEYS[path.name])
+    elif path.suffix == ".csv":
+        _check_table(path)
+    elif path.name == run_folder.RUN_CONFIG:
+        sections = load_config(path).model_dump()
+        missing = [name for name in sections if name not in read_yaml(path)]
+        if missing:
+            raise InputError(f"lacks the section {missing[0]}")
+
+
+def _check_weights(weights):
+    """Refuse weights that no training writes: none at all, or whole numbers."""
+    whole = [name for name, tensor in weights.items() if not tensor.is_floating_point()]
+    if whole or not weights:
+        raise InputError(f"holds whole numbers as {whole[0]}" if whole else "holds no tensor")
+
+
+def _check_keys(content, types):
+    """Refuse a JSON object that lacks a key, or has one of another type."""
+    for key, expected in types.items():
+        if key not in content:
+            raise InputError(f"lacks the key {key}")
+        if not isinstance(content[key], expected):
+            raise InputError(f"has {content[key]!r:.40} as {key}")
+
+
+def _check_table(path):
+    """Refuse a table that lacks a column, holds text among numbers, or ends too early."""
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read ({error})") from error
+    columns = _COLUMNS[path.name]
+    if missing := [name for name in columns if name not in table]:
+        raise InputError(f"lacks the column {missing[0]}")
+    texts = [name for name in columns if not pd.api.types.is_numeric_dtype(table[name])]
+    if table.empty or texts:
+        raise InputError(f"has text in the column {texts[0]}" if texts else "has no row")
+    if (
+        path.name == run_folder.AUDIT_FILE
+        and "total" not in table.get("component", pd.Series()).values
+    ):
+        raise InputError("lacks the row total")
+
 
 MAX_DROPOUT = 0.2
 FEW_IMAGES, MAX_EPOCHS = 100, 50
@@ -48,15 +189,15 @@ def settings_in_log(examination):
     """Compare the logged steps and learning rates with what config and data come to."""
     config = examination.config
     if resolve(config.data.data_dir) != examination.data_dir:
-        raise InputError("asked about another dataset than was trained on", where="data_dir")
+        raise Inapplicable("asked about another dataset than was trained on", where="data_dir")
     history = read_history(examination.folder)
     logged = {
         entry["step"]: entry["learning_rate"] for entry in history if "learning_rate" in entry
     }
     if not logged:
         raise InputError("no learning rate was logged", where=examination.folder)
-    plan = schedule_frame({"run": config}, len(examination.train_dataset)).loc["run"]
-    steps = int(plan["steps"])
+    images, processes = len(examination.train_dataset), examination.num_processes
+    steps = int(schedule_frame({"run": config}, images, processes).loc["run", "steps"])
     expected = _expected_rates(config, steps)
     peak = config.effective_learning_rate
     off = [
@@ -87,6 +228,7 @@ def _expected_rates(config, steps):
     return [config.effective_learning_rate * scheduler.lr_lambdas[0](step) for step in range(steps)]
 
 
+FILE_GATES = (Gate("files of the run", "all there, complete, without NaN", run_files),)
 CONFIG_GATES = (
     Gate(
         "regularisation",

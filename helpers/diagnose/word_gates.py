@@ -7,7 +7,7 @@ from itertools import combinations
 
 from helpers.checks.words import check_categories, similar_names
 from helpers.detect.predictor import Predictor, untrained_prompts
-from helpers.diagnose.examination import Evidence, Gate
+from helpers.diagnose.examination import Evidence, Gate, Inapplicable
 from helpers.errors import InputError
 from helpers.files import read_json
 from helpers.train.run import PROMPTS_FILE
@@ -66,7 +66,7 @@ def absent_prompts_asked(examination):
 def objects_of_one_category(examination):
     """Compare the categories of the objects that a prompt gets with the prompt."""
     if examination.config.data.prompt is not None:
-        raise InputError("data.prompt asks for all categories at once", where=examination.folder)
+        raise Inapplicable("data.prompt asks for all categories at once", where=examination.folder)
     mixed = Counter()
     for record, query, target in examination.train_queries:
         own = sum(item.category == query["prompt"] for item in record.objects)
@@ -140,7 +140,7 @@ def absent_prompts_in_pictures(examination):
             asked += 1
             seen[raw.prompt] += raw.max_score > IN_PICTURE
     if not asked:
-        raise InputError("no absent prompt was asked", where=examination.folder)
+        raise Inapplicable("no absent prompt was asked", where=examination.folder)
     words = ", ".join(f"{word} ({count})" for word, count in seen.most_common(5) if count)
     text = (
         f"the base sees {seen.total()} of {asked} absent prompts in {len(chosen)} pictures"

@@ -325,7 +325,7 @@ def curves_figure(log_history, terms=None, metrics=None):
     return figure
 
 
-def schedule_frame(configs, num_images):
+def schedule_frame(configs, num_images, num_processes=1):
     """Compute the optimiser steps of some configs, and how far their warm-up gets.
 
     Parameters
@@ -334,6 +334,8 @@ def schedule_frame(configs, num_images):
         By name; the profile's multipliers count.
     num_images : int
         Training images with a query.
+    num_processes : int
+        Processes that train together; each takes a batch of its own.
 
     Returns
     -------
@@ -345,11 +347,11 @@ def schedule_frame(configs, num_images):
     rows = {}
     for name, config in configs.items():
         training = config.training
-        batches = math.ceil(num_images / training.batch_size)
-        per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
+        per_step = training.batch_size * training.gradient_accumulation_steps * num_processes
+        per_epoch = math.ceil(num_images / per_step)
         steps, warmup = per_epoch * config.effective_num_epochs, config.effective_warmup_steps
         rows[name] = {
-            "images per step": training.batch_size * training.gradient_accumulation_steps,
+            "images per step": per_step,
             "epochs": config.effective_num_epochs,
             "steps": steps,
             "warm-up steps": warmup,

@@ -253,7 +253,7 @@ def prediction_figure(image, predictions, objects=None):
     return _grid(_panels(image, objects, predictions), MAX_COLUMNS)
 
 
-def save_prediction_figure(path, image, predictions):
+def save_prediction_figure(path, image, predictions, software=None):
     """Write the picture of `prediction_figure`, without ground truth, to a file.
 
     Parameters
@@ -264,6 +264,8 @@ def save_prediction_figure(path, image, predictions):
         See `as_picture`.
     predictions : sequence of dict
         See `draw_prediction`.
+    software : str, optional
+        Stored in a PNG as the program that wrote it.
 
     Raises
     ------
@@ -279,7 +281,8 @@ def save_prediction_figure(path, image, predictions):
             f"no picture can be written as {path.suffix!r}", where=path, fix=f"end it in {endings}"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    metadata = {"Software": software} if software and path.suffix.lower() == ".png" else None
+    figure.savefig(path, dpi=150, metadata=metadata)
 
 
 def comparison_figure(rows):

@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.lab.planting import planted
 from tiny_random import save_tiny_base, tiny_run_config, write_dataset
 
 from helpers.causes import CAUSES
@@ -16,7 +17,6 @@ from helpers.diagnose.answer_gates import BEHAVIOUR_GATES
 from helpers.diagnose.diagnosis import pass_gate
 from helpers.diagnose.examination import Examination, Gate
 from helpers.lab.faults import TRAINING_FAULTS
-from helpers.lab.planting import planted
 from helpers.model.lora import add_lora
 from helpers.model.sam3 import load_base
 from helpers.train.trainer import Sam3Trainer

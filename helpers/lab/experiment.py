@@ -15,8 +15,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -328,7 +330,7 @@ def run_jobs(function, jobs, *, description, done=0, workers=None):
     # inner_max_num_threads: one torch thread per worker, several slow one another down.
     with joblib.parallel_config("loky", n_jobs=workers, inner_max_num_threads=1):
         pool = joblib.Parallel(return_as="generator_unordered", batch_size=1)
-        results = pool(joblib.delayed(_quietly)(function, job) for job in jobs)
+        results = pool(joblib.delayed(_in_worker)(os.getpid(), function, job) for job in jobs)
         try:
             yield from tqdm(results, desc=description, **bar)
         except TerminatedWorkerError as error:
@@ -338,12 +340,26 @@ def run_jobs(function, jobs, *, description, done=0, workers=None):
             ) from error
 
 
-def _quietly(function, job):
-    """Call a function in a worker: one thread, no chatter."""
+def _in_worker(parent, function, job):
+    """Call a function in a worker process."""
+    _prepare_worker(parent)
+    return function(*job)
+
+
+@cache
+def _prepare_worker(parent):
+    """Set a worker up, once: one torch thread, no chatter, and no life beyond that of its parent."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     disable_progress_bar()
-    return function(*job)
+    # loky ends idle workers, but not those in the middle of a job when their parent was killed.
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+
+
+def _end_with_parent(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def run_experiment(design, output_dir, *, profile, data_dir, seeds=SEEDS, workers=None):

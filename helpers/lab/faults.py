@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -119,8 +120,9 @@ def planted(fault, folder, *, healthy=None, settings=(), data_dir=WALL_CRACKS, p
             _train(fault, run, data_dir, settings, profile)
         else:
             shutil.copytree(healthy, run)
-            path = run / RUN_CONFIG
-            load_config(path, overrides=[data_override(data_dir)]).save(path)
+            if fault.spoil_data is not None:
+                path = run / RUN_CONFIG
+                load_config(path, overrides=[data_override(data_dir)]).save(path)
         if fault.spoil_run is not None:
             fault.spoil_run(run)
         yield run
@@ -180,7 +182,7 @@ def _swap(owner, attribute, old, new):
 
 def patch_of(name, wrap):
     """Make a ``patch`` of `replaced`."""
-    return lambda: replaced(name, wrap)
+    return partial(replaced, name, wrap=wrap)
 
 
 def _wraps_result(change):
@@ -223,10 +225,6 @@ def _names_of_another_model():
 
 def _without_text_encoder(names):
     return [name for name in names if name != "text_encoder"]
-
-
-def _do_nothing(*args):
-    return None
 
 
 def _freeze_b(peft_model):
@@ -311,7 +309,9 @@ PATCHES = {
     "text features detached": patch_of(
         "model.prompted.Sam3Model.get_text_features", _wraps_result(_detach_pooled)
     ),
-    "loader without effect": patch_of("model.lora.load_adapter_weights", lambda _: _do_nothing),
+    "loader without effect": patch_of(
+        "model.lora.load_adapter_weights", lambda _: lambda *args: None
+    ),
 }
 """Faults of the code that is run; each is a patient of a ward of `helpers.lab.clinic`."""
 

@@ -277,7 +277,7 @@ def main_effects(cells):
     return effects.rename(index={TIMES.join(names): INTERACTION}).rename_axis("effect")
 
 
-def word_effects(effects, outcome, *, unit=""):
+def word_effects(effects, outcome):
     """Say which of the two factors changes an outcome more, and by how much.
 
     Parameters
@@ -286,8 +286,6 @@ def word_effects(effects, outcome, *, unit=""):
         From `main_effects`.
     outcome : str
         A column of it.
-    unit : str
-        Written after the outcome, for example ``"(score)"``.
 
     Returns
     -------
@@ -297,17 +295,16 @@ def word_effects(effects, outcome, *, unit=""):
     """
     values = effects[outcome].drop(INTERACTION).round(3) + 0.0  # no -0.000
     larger, smaller = values.abs().sort_values(ascending=False, kind="stable").index
-    subject = f"{outcome} {unit}".strip()
     if not values.any():
-        return f"{subject}: neither '{larger}' nor '{smaller}' changes it (both +0.000)."
+        return f"{outcome}: neither '{larger}' nor '{smaller}' changes it (both +0.000)."
     first = f"'{larger}' changes it by {values[larger]:+.3f}"
     second = f"'{smaller}' by {values[smaller]:+.3f}"
     if abs(values[larger]) == abs(values[smaller]):
-        return f"{subject}: {first} and {second}: equally much."
+        return f"{outcome}: {first} and {second}: equally much."
     if values[smaller] == 0:
-        return f"{subject}: {first}, {second}: only the first makes a difference."
+        return f"{outcome}: {first}, {second}: only the first makes a difference."
     ratio = abs(values[larger] / values[smaller])
-    return f"{subject}: {first}, {second}: the first is {ratio:.1f} times as large."
+    return f"{outcome}: {first}, {second}: the first is {ratio:.1f} times as large."
 
 
 def tables_folder(path):
@@ -464,7 +461,7 @@ def effects_figure(table, factors, outcomes):
     return figure
 
 
-def levels_figure(table, column, outcomes, *, order=None, base=None):
+def levels_figure(table, column, outcomes, *, base=None):
     """Draw every run of every level of one factor as a dot, with the mean as a bar.
 
     Parameters
@@ -474,8 +471,6 @@ def levels_figure(table, column, outcomes, *, order=None, base=None):
         The factor.
     outcomes : sequence of str
         One panel each.
-    order : sequence, optional
-        Levels from top to bottom; by default as they come.
     base : pandas.Series, optional
         What the base answers: a dotted line.
 
@@ -483,7 +478,7 @@ def levels_figure(table, column, outcomes, *, order=None, base=None):
     -------
     matplotlib.figure.Figure
     """
-    levels = list(dict.fromkeys(table[column])) if order is None else list(order)
+    levels = list(dict.fromkeys(table[column]))
     names = [str(level).replace("_", " ") for level in levels]
     size = (2.6 + 2.7 * len(outcomes), 1.4 + 0.36 * len(levels))
     figure, axes = _panels(size, names, len(outcomes))

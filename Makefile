@@ -8,7 +8,11 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/installed
-# What neither trains nor reads a run. Of the other notebooks one run, by papermill, serves every check.
+# uv installs in a fraction of pip's time; without it pip does.
+UV := $(shell command -v uv 2>/dev/null)
+# make setup TORCH=cpu leaves the CUDA libraries out (see notebooks/README.md).
+TORCH ?=
+# Notebooks that neither train nor read a run: nbval compares their outputs cell by cell.
 QUICK := $(addprefix notebooks/,00_start_here.ipynb 01_data_checks.ipynb A1_how_the_base_was_made.ipynb)
 # Extra arguments of the command behind a target: make course ARGS="--set profile=sam3"
 ARGS ?=
@@ -22,47 +26,58 @@ setup: $(STAMP) ## create .venv and install the exact versions of requirements.l
 
 # Runs again only when the lock or the project file changed since the last installation.
 $(STAMP): requirements.lock pyproject.toml
-	test -x $(RUN) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Set it with: make PYTHON=python3.12 ...")'
+	test -x $(RUN) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "You need Python 3.11 or newer, this is " + sys.version.split()[0] + ". Set it with: make PYTHON=python3.12 ...")'
+ifdef UV
+	test -x $(RUN) || uv venv --quiet --seed --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV)
+	$(LOCKED) | uv pip install --quiet --python $(RUN) $(if $(TORCH),--torch-backend $(TORCH)) --requirement -
+	uv pip install --quiet --python $(RUN) --no-deps --no-build-isolation --editable .
+else
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --requirement requirements.lock
+	$(LOCKED) | $(RUN) -m pip install --quiet --requirement /dev/stdin
 	$(RUN) -m pip install --quiet --no-deps --no-build-isolation --editable .
+endif
 	touch $@
 
+# What is installed: the lock, without the CUDA libraries if another build of torch is asked for.
+LOCKED = grep -vE '^(\#$(if $(TORCH),|nvidia-|cuda-|triton))' requirements.lock
+
+# One thread each: notebooks run side by side, and small tensors gain nothing from a second thread.
 course: $(STAMP) ## execute the whole course; executed notebooks and summary.json go to runs/course/
-	$(RUN) -m helpers.course.run run $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m helpers.course.run run $(ARGS)
 
-# Offline on purpose: the course must need no download. First what is quick, on all cores.
+# Offline on purpose: the course must need no download. Long notebooks start first, files of quick
+# tests fill the gaps, so that all cores are busy to the end (see tests/conftest.py).
 test: $(STAMP) ## run every test, the notebooks included
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile -m "not notebook and not full_size"
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal -m notebook
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout 900 $(QUICK)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical --dist loadgroup --no-loadscope-reorder --nbval-lax --nbval-current-env --nbval-cell-timeout 900 tests $(QUICK) $(ARGS)
 
-lint: $(STAMP) ## check style, formatting and the stored form of the notebooks
+lint: $(STAMP) ## check style, formatting, imports and the stored form of the notebooks
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
 	$(RUN) -m helpers.course.run verify
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(RUN) -m jupyter lab --notebook-dir . notebooks/00_start_here.ipynb
 
 notebooks: $(STAMP) ## run the notebooks with their defaults and store the outputs in notebooks/
-	$(RUN) -m helpers.course.run refresh $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m helpers.course.run refresh $(ARGS)
 
-bench: $(STAMP) ## time the embedded base: vision pass, prompt pass, training step -> runs/bench.json
+bench: $(STAMP) ## time training and detection case by case; numbers go to runs/benchmarks/
 	$(RUN) -m data.benchmarks.measure $(ARGS)
 
 # Both go on where they were stopped, and write their tables to data/experiments/ at the end.
 experiment: $(STAMP) ## run the controlled experiment of notebook 06 (two to three hours on two cores)
 	$(RUN) -m helpers.lab.experiment --publish $(ARGS)
 
-laboratory: $(STAMP) ## plant every fault and diagnose it: the confusion matrix of notebook 06
+laboratory: $(STAMP) ## plant every fault and diagnose it (about an hour on two cores)
 	$(RUN) -m helpers.lab.confusion --publish $(ARGS)
 
 base: $(STAMP) ## train the embedded base data/tiny_sam3 again, from nothing (hours on a CPU)
 	$(RUN) -m data.tiny_sam3.make $(ARGS)
 
-data: $(STAMP) ## generate data/wall_cracks again
+data: $(STAMP) ## generate data/wall_cracks and data/known_things again, the same files from the same seed
 	$(RUN) -m data.wall_cracks.make $(ARGS)
+	$(RUN) -m data.known_things.make $(ARGS)
 
 lock: ## write requirements.lock from the newest versions the ranges in pyproject.toml allow
 	$(PYTHON) -m venv --clear .venv-lock

@@ -4,133 +4,220 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import io
+import json
+import os
 import re
-from pathlib import Path
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import YAMLError
 
-from helpers.config_schema import (
-    DataSection,
-    EvaluationSection,
-    GuardSection,
-    LoraSection,
-    LossSection,
-    ModelSection,
-    OutputSection,
-    ScaleSection,
-    Section,
-    TrainingSection,
-)
 from helpers.errors import InputError
 from helpers.files import CONFIGS, resolve
 
-
-class Yaml12Loader(yaml.SafeLoader):
-    """`yaml.SafeLoader` with the scalar types of YAML 1.2 and unique keys.
-
-    A number with leading zeros stays a string: nobody can tell which number was meant.
-    """
-
-    yaml_implicit_resolvers = {}
-
-    def construct_mapping(self, node, deep=False):
-        """Build a dict as `yaml.SafeLoader` does, refusing a key that occurs twice."""
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (list, dict)) or key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice or is no name", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+_MAX_CHARACTERS = 1_000_000  # of a YAML file; a config has 4,000
+_MAX_DEPTH = 50  # of nested brackets; a config has 1
+_BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
+_SYSTEM_FOLDERS = ("dev", "proc", "sys")
 
 
-for _tag, _pattern, _first in (
-    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", list("-+0123456789")),
-    (
-        "float",
-        r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
-        r"|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$",
-        list("-+.0123456789"),
-    ),
-):
-    Yaml12Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+def _not_blank(text):
+    """Refuse a text without a visible character, or with one that no file name can have."""
+    if not text.strip():
+        raise ValueError("the text must not be blank")
+    if "\0" in text:
+        raise ValueError("the text must not hold a null character")
+    return text
 
 
-def parse_yaml(text, *, where):
-    """Parse one YAML document.
-
-    Parameters
-    ----------
-    text : str
-        The document. ``5e-5`` is a float, ``no`` and ``yes`` are strings, ``010`` is a string.
-    where : str or os.PathLike
-        Named in the error.
-
-    Returns
-    -------
-    object
-        Dicts, lists, strings, numbers, booleans and None.
-
-    Raises
-    ------
-    InputError
-        If the text is no YAML or gives a key twice; the line and column are named.
-    """
-    try:
-        return yaml.load(text, Loader=Yaml12Loader)  # a subclass of SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-        place = (
-            where if mark is None else f"{where}, line {mark.line + 1}, column {mark.column + 1}"
-        )
-        problem = getattr(error, "problem", None) or error
-        raise InputError(
-            f"not valid YAML ({problem})", where=place, fix="mend this line"
-        ) from error
+def _folder_name(text):
+    """Refuse what would lead out of the folder it is a name in."""
+    if text in (".", "..") or "/" in text or "\\" in text:
+        raise ValueError("the name of a folder is needed, not a path")
+    return text
 
 
-def read_yaml(path):
-    """Read a YAML file whose top level is a mapping.
+def _output_folder(text):
+    """Refuse a folder in which no run belongs."""
+    path = PurePath(text)
+    if ".." in path.parts:
+        raise ValueError("'..' is not allowed here; write an absolute path")
+    if path.is_absolute() and (len(path.parts) == 1 or path.parts[1] in _SYSTEM_FOLDERS):
+        raise ValueError("no run can be written there")
+    return text
 
-    Parameters
-    ----------
-    path : os.PathLike
-        A UTF-8 text file.
 
-    Returns
-    -------
-    dict
-        Empty for an empty file.
+Name = Annotated[str, Field(max_length=4096), AfterValidator(_not_blank)]
+FolderName = Annotated[str, Field(max_length=255), AfterValidator(_not_blank), AfterValidator(_folder_name)]  # fmt: skip
+Revision = Annotated[str, Field(max_length=255, pattern=r"^[\w./-]+$")]
+Noun = Annotated[str, Field(max_length=200), AfterValidator(_not_blank)]
+Names = Annotated[tuple[Noun, ...], Field(strict=False)]
+Threshold = Annotated[float, Field(gt=0, lt=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
-    Raises
-    ------
-    InputError
-        If the file is missing, is no UTF-8 text, is no YAML, or holds anything but a mapping.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(
-            f"cannot be read ({error.strerror or error})", where=path, fix="check the path"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError("is not UTF-8 text", where=path, fix="save it as UTF-8") from error
-    content = parse_yaml(text, where=path)
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise InputError(
-            f"holds a {type(content).__name__} where sections are expected",
-            where=path,
-            fix="write 'section:' with indented 'key: value' lines",
-        )
-    return content
+
+def _refuse_duplicates(words, key):
+    """Raise ValueError if two words differ only in case or surrounding space."""
+    folded = [word.strip().casefold() for word in words]
+    doubles = sorted({word for word in folded if folded.count(word) > 1})
+    if doubles:
+        raise ValueError(f"{key} lists {', '.join(doubles)} more than once")
+
+
+class Section(BaseModel):
+    """Base of all sections: no unknown key, no conversion of types, no change after loading."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The base model: its name or folder, its revision and its square input size in pixels."""
+
+    name: Name
+    revision: Revision | None
+    resolution: Annotated[int, Field(ge=28, le=4032)]
+
+
+class LoraSection(Section):
+    """Where the low-rank updates sit and how wide they are; scale of the update: alpha / rank."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)]
+    alpha: Annotated[float, Field(gt=0, le=65536)]
+    dropout: Decay
+    target_modules: Annotated[Names, Field(min_length=1)]
+    apply_to_vision_encoder: bool
+    apply_to_text_encoder: bool
+    apply_to_geometry_encoder: bool
+    apply_to_detr_encoder: bool
+    apply_to_detr_decoder: bool
+    apply_to_mask_decoder: bool
+
+    @model_validator(mode="after")
+    def _adapts_something(self):
+        _refuse_duplicates(self.target_modules, "target_modules")
+        if not any(value for key, value in self if key.startswith("apply_")):
+            raise ValueError("every apply_to_* is false, so nothing would be trained")
+        return self
+
+
+class DataSection(Section):
+    """The images, the prompts asked about them, and the absent prompts added to each image."""
+
+    data_dir: Name
+    train_split: FolderName
+    val_split: FolderName
+    prompt: Noun | None
+    prompts_by_category: dict[Noun, Noun] = {}
+    num_negatives: Annotated[int, Field(ge=0, le=100)]
+    negative_prompts: Names
+
+    @model_validator(mode="after")
+    def _splits_and_prompts_differ(self):
+        if self.train_split == self.val_split:
+            raise ValueError("train_split and val_split are the same, so nothing would be judged")
+        _refuse_duplicates(self.negative_prompts, "negative_prompts")
+        if self.prompt is not None and self.prompts_by_category:
+            raise ValueError(
+                "prompt replaces every category name, so prompts_by_category must be {}"
+            )
+        if self.prompt is not None:
+            _refuse_duplicates((self.prompt, *self.negative_prompts), "prompt and negative_prompts")
+        return self
+
+
+class TrainingSection(Section):
+    """Optimiser, schedule and precision, with the names `transformers.TrainingArguments` knows."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)]
+    weight_decay: Annotated[float, Field(ge=0, le=1)]
+    adam_beta1: Decay
+    adam_beta2: Decay
+    adam_epsilon: Annotated[float, Field(gt=0, le=0.1)]
+    max_grad_norm: Annotated[float, Field(ge=1e-6, le=1e9)]
+    num_epochs: Annotated[int, Field(ge=1, le=100_000)]
+    warmup_steps: Annotated[int, Field(ge=0, le=10_000_000)]
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"]
+    batch_size: Annotated[int, Field(ge=1, le=4096)]
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=65536)]
+    mixed_precision: Literal["bf16", "fp16", "no"]
+    gradient_checkpointing: bool
+    feature_cache: Name | None = None
+    num_workers: Annotated[int, Field(ge=0, le=256)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    logging_steps: Annotated[int, Field(ge=1, le=1_000_000)]
+    save_total_limit: Annotated[int, Field(ge=1, le=10_000)]
+
+
+class LossSection(Section):
+    """Which loss is minimised: SAM3's own, or the one the failing script used."""
+
+    variant: Literal["native", "early"]
+
+
+class EvaluationSection(Section):
+    """Thresholds in probability, the prompts asked although absent, and the deciding metric."""
+
+    score_threshold: Threshold
+    mask_threshold: Threshold
+    absent_prompts: Names
+    metric_for_best: Literal["cgF1", "pmF1", "AP", "AP50", "AP75"]
+
+    @model_validator(mode="after")
+    def _metric_can_be_computed(self):
+        _refuse_duplicates(self.absent_prompts, "absent_prompts")
+        if self.metric_for_best == "cgF1" and not self.absent_prompts:
+            raise ValueError("metric_for_best cgF1 needs at least one entry in absent_prompts")
+        return self
+
+
+class OutputSection(Section):
+    """Where a run is written."""
+
+    output_dir: Annotated[Name, AfterValidator(_output_folder)]
+
+
+class GuardSection(Section):
+    """Which faults stop a training run as soon as they show; see `helpers.train.guards`."""
+
+    no_objects: bool
+    box_and_mask_terms: bool
+    vanishing_loss: bool
+    adapter_at_zero: bool
+    not_finite: bool
+    at_clamp: bool
+    only_positive_prompts: bool
+    dominant_term: bool
+
+
+class ScaleSection(Section):
+    """Multipliers of the schedule, set by a profile so that one config serves both bases."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1e6)]
+    num_epochs: Annotated[float, Field(gt=0, le=1000)]
+    warmup_steps: Annotated[float, Field(ge=0, le=1000)]
+
+
+# What decides no number of the result: where things lie, what is written down, what only stops a
+# run, and how its steps are computed. The scale is part of the effective values.
+_WITHOUT_EFFECT = {
+    "data": {"data_dir"},
+    "training": {
+        "feature_cache",
+        "gradient_checkpointing",
+        "logging_steps",
+        "num_workers",
+        "save_total_limit",
+    },
+    "guards": True,
+    "output": True,
+    "scale": True,
+}
 
 
 class Config(Section):
@@ -168,32 +255,37 @@ class Config(Section):
         return round(self.training.warmup_steps * self.scale.warmup_steps)
 
     def to_yaml(self):
-        """Return the resolved configuration as YAML text that `load_config` reads back.
-
-        Returns
-        -------
-        str
-            Sections and keys in the order of the classes.
-        """
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """Return the resolved configuration as YAML text that `load_config` reads back."""
+        text = io.StringIO()
+        yaml = YAML(typ="safe", pure=True)
+        yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
+        yaml.dump(self.model_dump(mode="json"), text)
+        return text.getvalue()
 
     def save(self, path):
-        """Write the resolved configuration; `load_config` on the file gives an equal one.
-
-        Parameters
-        ----------
-        path : os.PathLike
-            Its folder is made if need be.
-
-        Returns
-        -------
-        pathlib.Path
-            The file written.
-        """
+        """Write the resolved configuration to a file, whose folder is made, and return its path."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.to_yaml(), encoding="utf-8")
         return path
+
+    def replace(self, changes):
+        """Return a checked copy with other values.
+
+        Parameters
+        ----------
+        changes : dict
+            ``"section.key"`` to value.
+
+        Returns
+        -------
+        Config
+        """
+        values = self.model_dump()
+        for name, value in changes.items():
+            section, _, key = name.partition(".")
+            values[section][key] = value
+        return type(self).model_validate(values)
 
     def fingerprint(self):
         """Return 12 hexadecimal digits of the SHA-256 of what decides the result of a run.
@@ -201,14 +293,18 @@ class Config(Section):
         Returns
         -------
         str
-            Equal for equal configurations, whatever files and overlays they came from. The guards
-            are left out: they stop a run or let it go on as it is. So are the feature cache, and an
-            empty ``data.prompts_by_category``, which a config from before that key lacks.
+            Equal for configurations that give the same result on the same data, whatever files and
+            overlays they came from: learning rate, epochs and warm-up count with their multipliers.
+            Not counted are where data, run and cache lie, workers, logging, kept checkpoints,
+            gradient checkpointing and the guards.
         """
-        training = self.training.model_copy(update={"feature_cache": None})
-        copy = self.model_copy(update={"guards": None, "training": training})
-        text = copy.to_yaml().replace("guards: null\n", "").replace("  feature_cache: null\n", "")
-        text = text.replace("  prompts_by_category: {}\n", "")
+        values = self.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
+        values["training"] |= {
+            "learning_rate": self.effective_learning_rate,
+            "num_epochs": self.effective_num_epochs,
+            "warmup_steps": self.effective_warmup_steps,
+        }
+        text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
 
 
@@ -221,8 +317,10 @@ def load_config(path, profile=None, overrides=()):
         The YAML file, see `helpers.files.resolve`.
     profile : str or os.PathLike, optional
         Name of a file in ``configs/profiles`` without its ending, or a path.
-    overrides : sequence of str
-        ``"section.key=value"``, the value in YAML: ``"training.num_epochs=3"``.
+    overrides : mapping, or sequence of str or (str, object)
+        ``{"training.num_epochs": 3}``, or pairs of such a name and a value, which is taken as it
+        is. A text ``"training.num_epochs=3"`` has its value in YAML; that is the form of the
+        command line. Never paste a path into it: ``#`` starts a comment there.
 
     Returns
     -------
@@ -241,35 +339,131 @@ def load_config(path, profile=None, overrides=()):
     if profile is not None:
         profile_path = _profile_path(profile)
         _overlay(values, origins, read_yaml(profile_path), profile_path)
-    for override in overrides:
-        _overlay(values, origins, _parse_override(override), f"override {override!r}")
+    for override in overrides.items() if isinstance(overrides, Mapping) else overrides:
+        layer, text = _parse_override(override)
+        _overlay(values, origins, layer, f"override {_short(text)}")
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         raise _explain(error.errors()[0], origins, path) from error
+    if config.effective_learning_rate > 1:
+        raise InputError(
+            f"training.learning_rate x scale.learning_rate is {config.effective_learning_rate:g}",
+            where=path,
+            fix="lower one of them until their product is at most 1",
+        )
+    return config
+
+
+def parse_yaml(text, *, where):
+    """Parse one document of YAML 1.2, in which ``5e-5`` is a float and ``no`` is a string.
+
+    Parameters
+    ----------
+    text : str
+        The document.
+    where : str or os.PathLike
+        Named in the error.
+
+    Returns
+    -------
+    object
+        Dicts, lists, strings, numbers, booleans and None.
+
+    Raises
+    ------
+    InputError
+        If the text is no YAML or gives a key twice; the line and column are named.
+    """
+    if len(text) > _MAX_CHARACTERS or _depth_of(text) > _MAX_DEPTH:
+        raise InputError("too long or too deep for a configuration", where=where, fix="shorten it")
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except DuplicateKeyError as error:
+        key = re.search('duplicate key "(.*?)" with value', str(error), re.DOTALL)
+        problem, mark = (
+            f"the key {_short(key[1] if key else '')} is given twice",
+            error.problem_mark,
+        )
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+    except (
+        RecursionError,
+        ValueError,
+        TypeError,
+    ) as error:  # too deep, 10,000 digits, a list as key
+        mark, problem = None, str(error) or type(error).__name__
+    place = where if mark is None else f"{where}, line {mark.line + 1}, column {mark.column + 1}"
+    raise InputError(f"not valid YAML ({problem[:200]})", where=place, fix="mend this line")
+
+
+def read_yaml(path):
+    """Return the mapping in a UTF-8 YAML file; an `InputError` if there is none."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or error
+        if isinstance(error, UnicodeDecodeError):
+            problem = "it is not UTF-8 text"
+        raise InputError(f"cannot be read ({problem})", where=path, fix="check the path") from error
+    content = parse_yaml(text, where=path)
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(
+            f"holds a {type(content).__name__} where sections are expected",
+            where=path,
+            fix="write 'section:' with indented 'key: value' lines",
+        )
+    return content
+
+
+def _depth_of(text):
+    """Return how deep brackets are nested, those in quotes included."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth = max(depth + _BRACKETS[bracket], 0)
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _short(value):
+    """Write a value as Python would, with its middle cut out if it is long or deep."""
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxother = shortener.maxlong = 160
+    return shortener.repr(value)
 
 
 def _profile_path(profile):
     """Find a profile by name in `CONFIGS` or by path, or raise an InputError that lists them."""
     named = CONFIGS / "profiles" / f"{profile}.yaml"
-    if named.is_file():
-        return named
-    if resolve(profile).is_file():
-        return resolve(profile)
+    for path in (named, resolve(profile)):
+        if path.is_file():
+            return path
     names = sorted(file.stem for file in named.parent.glob("*.yaml"))
-    raise InputError(f"there is no profile {str(profile)!r}", fix=f"use one of {', '.join(names)}")
+    raise InputError(
+        f"there is no profile {_short(str(profile))}", fix=f"use one of {', '.join(names)}"
+    )
 
 
-def _parse_override(text):
-    """Turn ``section.key=value`` into ``{section: {key: value}}``."""
-    name, equals, value = text.partition("=")
-    section, dot, key = name.strip().partition(".")
+def _parse_override(override):
+    """Turn ``section.key=value`` or (name, value) into ``{section: {key: value}}`` and its text."""
+    is_text = isinstance(override, str)
+    name, equals, value = override.partition("=") if is_text else (override[0], "=", override[1])
+    text = override if is_text else f"{name}={value}"
+    section, dot, key = str(name).strip().partition(".")
     if not (equals and dot and section and key):
         raise InputError(
-            f"the override {text!r} is not understood",
+            f"the override {_short(text)} is not understood",
             fix="write section.key=value, for example training.num_epochs=3",
         )
-    return {section: {key: parse_yaml(value, where=f"override {text!r}")}}
+    if is_text:
+        value = parse_yaml(value, where=f"override {_short(text)}")
+    elif isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    return {section: {key: value}}, text
 
 
 def _overlay(values, origins, layer, where):
@@ -279,7 +473,7 @@ def _overlay(values, origins, layer, where):
             raise _unknown_key(str(section), str(section), Config.model_fields, where)
         if not isinstance(keys, dict):
             raise InputError(
-                f"section '{section}' holds {keys!r} and no keys",
+                f"section '{section}' holds {_short(keys)} and no keys",
                 where=where,
                 fix=f"indent its keys below '{section}:'",
             )
@@ -287,9 +481,23 @@ def _overlay(values, origins, layer, where):
         for key, value in keys.items():
             if key not in valid:
                 raise _unknown_key(f"{section}.{key}", str(key), valid, where)
+            _refuse_nested(f"{section}.{key}", value, where)
             values.setdefault(section, {})[key] = value
             origins.pop((section, key), None)  # the newest setter comes last in the dict
             origins[section, key] = where
+
+
+def _refuse_nested(name, value, where):
+    """Raise InputError for a list or dict in another, which no key takes and which may be endless."""
+    parts = value.values() if isinstance(value, dict) else value
+    if isinstance(value, dict | list | tuple) and any(
+        isinstance(part, dict | list | tuple | set) for part in parts
+    ):
+        raise InputError(
+            f"'{name}' is {_short(value)}, a list or mapping inside another",
+            where=where,
+            fix=f"correct the value of '{name}'",
+        )
 
 
 def _unknown_key(full_name, key, valid, where):
@@ -299,18 +507,16 @@ def _unknown_key(full_name, key, valid, where):
         for section, field in Config.model_fields.items()
         if key in field.annotation.model_fields
     ]
-    close = elsewhere or difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    close = elsewhere or difflib.get_close_matches(key[:100], valid, n=1, cutoff=0.5)
     fix = f"did you mean '{close[0]}'?" if close else f"valid keys are {', '.join(valid)}"
-    return InputError(f"unknown key '{full_name}'", where=where, fix=fix)
+    return InputError(f"unknown key {_short(full_name)}", where=where, fix=fix)
 
 
 def _explain(problem, origins, path):
     """Turn the first problem pydantic reports into an InputError naming file, key and value."""
     section, *rest = problem["loc"]
-    key = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(str(part)[:100] for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "string_pattern_mismatch":
-        message = "the text must not be blank"
     if problem["type"] == "missing":
         return InputError(f"the key '{key}' is missing", where=path, fix="add it to the file")
     if not rest:  # a rule between keys: the one set last is the likely culprit
@@ -318,7 +524,7 @@ def _explain(problem, origins, path):
         return InputError(f"section '{section}': {message}", where=where, fix="change one of them")
     kind = type(problem["input"]).__name__
     return InputError(
-        f"'{key}' is {problem['input']!r} ({kind}): {message}",
+        f"'{key}' is {_short(problem['input'])} ({kind}): {message}",
         where=origins[section, rest[0]],
         fix=f"correct the value of '{section}.{rest[0]}'",
     )

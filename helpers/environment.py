@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 
 import pandas as pd
@@ -21,69 +20,36 @@ from packaging.version import Version
 from helpers.errors import InputError
 
 DISTRIBUTION = "sam3-lora-workbook"
-SUBJECT_PACKAGES = ("torch", "transformers", "peft")
-"""The libraries whose release decides the numbers of the course."""
+SUBJECT_PACKAGES = ("torch", "transformers", "peft")  # their release decides the numbers
 _SETUP = "run `make setup`, which installs the versions of requirements.lock"
 
 
-@cache
 def declared_requirements():
-    """Return the direct dependencies of the workbook, the development tools included.
-
-    Returns
-    -------
-    tuple of packaging.requirements.Requirement
-        As `pyproject.toml` declares them, read from the installed project.
-
-    Raises
-    ------
-    InputError
-        When the project itself is not installed.
-    """
+    """Return the direct dependencies that `pyproject.toml` declares, development tools included."""
     try:
-        lines = requires(DISTRIBUTION) or []
+        return tuple(Requirement(line) for line in requires(DISTRIBUTION) or ())
     except PackageNotFoundError:
         raise InputError(f"{DISTRIBUTION} is not installed here", fix=_SETUP) from None
-    return tuple(Requirement(line) for line in lines)
 
 
 def package_status(installed, specifier):
-    """Compare an installed version with the range it was declared with.
-
-    Parameters
-    ----------
-    installed : str or None
-        Version, None when the package is missing.
-    specifier : str or packaging.specifiers.SpecifierSet
-        Declared range such as ``">=5.17,<5.24"``.
-
-    Returns
-    -------
-    str
-        ``"ok"``, ``"missing"``, ``"too old"`` or ``"newer than tested"``.
-
-    Examples
-    --------
-    >>> package_status("5.24.1", ">=5.17,<5.24")
-    'newer than tested'
-    """
+    """Return "ok", "missing", "too old" or "newer than tested" for a version (None if missing)."""
     if installed is None:
         return "missing"
-    found, declared = Version(installed), SpecifierSet(str(specifier))
-    if declared.contains(found, prereleases=True):
+    release, declared = Version(installed), SpecifierSet(str(specifier))
+    if declared.contains(release, prereleases=True):
         return "ok"
     lower_bounds = [Version(s.version) for s in declared if s.operator in (">=", "~=", "==")]
-    return "too old" if any(found < bound for bound in lower_bounds) else "newer than tested"
+    return "too old" if any(release < bound for bound in lower_bounds) else "newer than tested"
 
 
 def report():
-    """Return one row per direct dependency: what is installed and what was declared.
+    """Return a row per direct dependency.
 
     Returns
     -------
     pandas.DataFrame
-        Index ``package``; columns ``installed``, ``declared`` and ``status``
-        (see `package_status`).
+        Index ``package``; columns ``installed``, ``declared`` and ``status``, see `package_status`.
     """
     rows = []
     for requirement in declared_requirements():
@@ -98,42 +64,24 @@ def report():
 
 
 def require():
-    """Refuse an environment in which the course cannot run.
-
-    Returns
-    -------
-    pandas.DataFrame
-        The table of `report`, when nothing is missing or too old.
-
-    Raises
-    ------
-    InputError
-        Naming every package that is missing or too old. A newer one than tested is no error.
-    """
+    """Return the table of `report`, or raise an `InputError` naming what is missing or too old."""
     table = report()
     broken = table[table["status"].isin(["missing", "too old"])]
     if len(broken):
-        named = ", ".join(
+        names = ", ".join(
             f"{row.Index} {row.declared} is {row.status}" for row in broken.itertuples()
         )
-        raise InputError(f"the environment does not fit: {named}", where=sys.prefix, fix=_SETUP)
+        raise InputError(f"the environment does not fit: {names}", where=sys.prefix, fix=_SETUP)
     return table
 
 
 def versions_line():
-    """Return the versions that decide the numbers, the same on every machine of one lock.
-
-    Returns
-    -------
-    str
-        For example ``"torch 2.15.0, transformers 5.23.0, peft 0.21.2"``; the build of torch
-        (CPU or CUDA) is left out.
-    """
+    """Return the versions that decide the numbers, without the build of torch, on one line."""
     return ", ".join(f"{name} {Version(version(name)).public}" for name in SUBJECT_PACKAGES)
 
 
 def device():
-    """Describe the machine: Python, accelerator or CPU, threads.
+    """Describe the machine.
 
     Returns
     -------
@@ -153,18 +101,7 @@ def device():
 
 
 def main(arguments=None):
-    """Print the table of packages, or only the names of the direct dependencies.
-
-    Parameters
-    ----------
-    arguments : list of str, optional
-        Command line without the program name; ``["names"]`` prints names only.
-
-    Returns
-    -------
-    int
-        Exit status: 0, or 2 when something is missing or too old.
-    """
+    """Print versions and device, or with ``["names"]`` the dependencies; return the exit status."""
     if (sys.argv[1:] if arguments is None else arguments) == ["names"]:
         print("\n".join(requirement.name for requirement in declared_requirements()))
         return 0

@@ -1,4 +1,4 @@
-"""Where the workbook keeps things, independent of the folder a notebook or command runs in."""
+"""Where the workbook keeps things, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from helpers.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+DATA = ROOT / "data"
+RUNS = ROOT / "runs"
+TINY_BASE = DATA / "tiny_sam3"
+WALL_CRACKS = DATA / "wall_cracks"
+PROGRESS_DELAY = 3  # seconds that work may take in silence
 
 
 @contextmanager
@@ -58,8 +66,11 @@ def write_text(path, text):
     """
     path = Path(path)
     partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 
@@ -68,13 +79,13 @@ def write_json(path, content):
     return write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path, fix):
+def read_json(path, fix="export the file again"):
     """Read a JSON object.
 
     Parameters
     ----------
     path : os.PathLike
-        The file.
+        The file, UTF-8 with or without a byte order mark.
     fix : str
         Advice for the error message.
 
@@ -91,12 +102,19 @@ def read_json(path, fix):
     if not path.is_file():
         raise InputError("no such file", where=path, fix=fix)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"), parse_int=_parse_int)
+    except UnicodeDecodeError as error:
+        raise InputError("is not UTF-8 text", where=path, fix="save it as UTF-8") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"is no complete JSON ({error})", where=path, fix=fix) from error
     if not isinstance(content, dict):
         raise InputError("is a JSON without keys", where=path, fix=fix)
     return content
+
+
+def _parse_int(digits):
+    """Read a whole number; one beyond any id becomes a float, as Python refuses 4,300 digits."""
+    return int(digits) if len(digits) < 40 else float(digits)
 
 
 def file_digest(path):
@@ -133,21 +151,13 @@ def progress_bar(total, title, unit="image"):
     return tqdm(**settings, file=_LinePerUpdate(), mininterval=10, ncols=80)
 
 
-PROGRESS_DELAY = 3  # seconds that work may take in silence
-
-ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT / "configs"
-DATA = ROOT / "data"
-RUNS = ROOT / "runs"
-TINY_BASE = DATA / "tiny_sam3"
-WALL_CRACKS = DATA / "wall_cracks"
-
-
 def resolve(path):
-    """Turn a path from a config, a notebook parameter or the command line into an absolute one.
+    """Turn a path from a config, a notebook or Python into an absolute one.
 
-    papermill runs a notebook in the caller's folder and JupyterLab in the notebook's own, so a
-    relative path that is not found in the current folder is taken relative to the repository.
+    There is one rule. A relative path on the command line lies in the current folder, which is for
+    `in_current_folder` to say before anything else sees it. Every other relative path, in a config
+    and its overrides, a notebook, or an argument of a function, lies in the repository, whatever
+    the current folder is and whatever exists.
 
     Parameters
     ----------
@@ -157,10 +167,19 @@ def resolve(path):
     Returns
     -------
     pathlib.Path
-        Absolute. It need not exist: a relative path found nowhere lies under `ROOT`.
+        Absolute. It need not exist.
     """
-    path = Path(path).expanduser()
-    if path.is_absolute():
-        return path
-    in_current_folder = Path.cwd() / path
-    return in_current_folder if in_current_folder.exists() else ROOT / path
+    return ROOT / _expand(path)
+
+
+def in_current_folder(path):
+    """Turn a path from the command line into an absolute one, see `resolve`."""
+    return Path.cwd() / _expand(path)
+
+
+def _expand(path):
+    """Replace a leading ``~``; one that stands for no user is a name like any other."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)

@@ -1,4 +1,4 @@
-"""What all tests share: no window for figures, notebooks last, and one trained run.
+"""What all tests share: no window for figures, notebooks first, and one trained run.
 
 The fixtures without a copy in their name are read-only: all workers of pytest-xdist use the same
 files, which are compared at the end.
@@ -18,9 +18,13 @@ from helpers.train.training import train
 matplotlib.use("agg")  # not by MPLBACKEND, which the kernels of the notebook tests would inherit
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.get_closest_marker("notebook") is not None)
+    """Start with the notebooks, each on any core; a file of other tests stays on one core."""
+    items.sort(key=lambda item: item.get_closest_marker("notebook") is None)
+    for item in items:
+        if not item.get_closest_marker("notebook"):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 def in_place(folder, make):
@@ -60,7 +64,7 @@ def data_dir(shared_folder):
 @pytest.fixture(scope="session")
 def config(base, data_dir, shared_folder):
     """Return the config of the shared run: two epochs of three steps, a threshold that some exceed."""
-    output = f"output.output_dir={shared_folder / 'tiny_random_run'}"
+    output = ("output.output_dir", shared_folder / "tiny_random_run")
     return tiny_run_config(base, data_dir, output, "evaluation.score_threshold=0.189")
 
 

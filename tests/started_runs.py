@@ -33,7 +33,7 @@ def copy_walls(folder, sizes=(("train", 16), ("valid", 5))):
 
 def start_run(folder, data_dir, *settings):
     """Write what a run writes before its first step, as far as its data can be read."""
-    overrides = [f"data.data_dir={data_dir}", *LAB_SETTINGS, *settings]
+    overrides = [("data.data_dir", data_dir), *LAB_SETTINGS, *settings]
     config = load_config(CONFIGS / "crack_detection_config.yaml", "tiny", overrides)
     config.save(Path(folder) / RUN_CONFIG)
     return Path(folder)

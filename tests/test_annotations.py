@@ -1,6 +1,7 @@
 """Both layouts give the same records; what cannot be read is refused in one clear line."""
 
 import json
+import shutil
 import time
 
 import numpy as np
@@ -65,7 +66,7 @@ def test_both_layouts_in_one_folder(tmp_path):
     write_per_image(write_coco(tmp_path))
     assert read_split(tmp_path, "train").layout == "coco"
     assert read_split(tmp_path, "train", layout="per_image").layout == "per_image"
-    with pytest.raises(InputError, match="no layout 'yolo'"):
+    with pytest.raises(InputError, match="in the layout yolo"):
         read_split(tmp_path, "train", layout="yolo")
 
 
@@ -86,6 +87,61 @@ def test_val_means_valid(tmp_path):
     assert find_splits(tmp_path) == ["train", "valid", "test"]
     assert read_split(tmp_path, "valid") == read_split(tmp_path, "val")
     assert read_split(tmp_path, "val").name == "valid"
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("Train", "train"), ("TRAINING", "train"), ("Validation", "valid")]
+)
+def test_other_words_for_a_split_mean_it(folder, name, tmp_path):
+    write_coco(tmp_path / "data", {"first": DATASET["train"]})
+    (tmp_path / "data" / "first").rename(tmp_path / "data" / folder)
+    assert find_splits(tmp_path / "data") == [name]
+    assert read_split(tmp_path / "data", name).name == name
+
+
+def test_two_folders_of_one_split_are_refused(tmp_path):
+    write_coco(tmp_path)
+    shutil.copytree(tmp_path / "valid", tmp_path / "val")
+    with pytest.raises(InputError, match="'val' and 'valid' both mean the split 'valid'"):
+        read_split(tmp_path, "valid")
+    shutil.rmtree(tmp_path / "val")
+    (tmp_path / "val").mkdir()  # an empty folder is no second split
+    assert read_split(tmp_path, "valid").num_objects == 2
+
+
+@pytest.mark.parametrize("write", [write_coco, write_per_image])
+def test_the_folder_above_a_split_is_named(write, tmp_path):
+    with pytest.raises(InputError, match="is one split and no dataset") as error:
+        find_splits(write(tmp_path) / "train")
+    assert str(tmp_path) in error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("stated", "stored"),
+    [
+        ("Gr\u00f6\u00dfe.png", "Gro\u0308\u00dfe.png"),
+        ("my%20photo%231.png", "my photo#1.png"),
+        ("Img_1.png", "img_1.PNG"),
+    ],
+)
+def test_an_image_is_found_under_another_spelling_of_its_name(stated, stored, tmp_path):
+    write_coco(tmp_path, {"train": {stored: [("crack", 8, 8, 16, 32)]}})
+    edit_coco(tmp_path, "train", lambda content: content["images"][0].update(file_name=stated))
+    split = read_split(tmp_path, "train")
+    assert split.records[0].path == tmp_path / "train" / stored
+    assert split.unannotated == ()
+    write_image(tmp_path / "train" / stored.upper())  # two files may be meant: neither is taken
+    assert not read_split(tmp_path, "train").records[0].path.is_file()
+
+
+def test_files_that_are_not_used_are_listed(tmp_path):
+    write_per_image(write_coco(tmp_path))
+    (tmp_path / "train" / "annotations" / "unknown.json").write_text("{}")
+    (tmp_path / "train" / "._a.png").write_bytes(b"x")
+    nested = write_image(tmp_path / "train" / "more" / "z.png")
+    split = read_split(tmp_path, "train")
+    assert [path.name for path in split.unread] == ["unknown.json"]
+    assert nested in split.unannotated
 
 
 def test_contents_and_missing_sizes(tmp_path):
@@ -161,6 +217,7 @@ def test_polygon_parts_are_joined(tmp_path):
         ({"size": [HEIGHT, WIDTH], "counts": 5}, "neither whole numbers"),
         ({"size": [HEIGHT], "counts": "0"}, "not [height, width]"),
         ({"size": [0, WIDTH], "counts": "0"}, "is empty"),
+        ({"size": [60_000, 60_000], "counts": [3_600_000_000]}, "500 megapixels"),
         ("polygon", "is a str"),
     ],
 )
@@ -187,7 +244,18 @@ def test_malformed_segmentation_is_kept_as_a_problem(segmentation, reason, tmp_p
         (lambda content: content["categories"][1].update(id=1), "means both 'crack' and 'joint'"),
         (change_first(category_id=9), "category_id 9 has no name"),
         (change_first(category_id=[1]), "category_id [1] has no name"),
+        (change_first(category_id="1"), "category_id '1' has no name in 'categories' as text, but"),
         (change_first(image_id=99), "belongs to image 99"),
+        (change_first(image_id="1"), "does not list as text, but as the number 1"),
+        (
+            lambda content: content["annotations"].insert(0, {"image_id": 1, "segments_info": []}),
+            "panoptic segmentation",
+        ),
+        (lambda content: content["annotations"].insert(0, {"caption": "a crack"}), "for captions"),
+        (
+            lambda content: content["images"][0].update(width=60_000, height=60_000),
+            "60000 x 60000, more than 500 megapixels",
+        ),
         (change_first(image_id=None), "belongs to image None"),
         (change_first(bbox=[1, 2, 3]), "bbox is [1, 2, 3]"),
         (change_first(bbox=[1, 2, 3, "4"]), "bbox is [1, 2, 3, '4']"),
@@ -219,6 +287,22 @@ def test_broken_json_is_refused(text, tmp_path):
     with pytest.raises(InputError) as error:
         read_split(tmp_path, "train")
     assert str(path) in str(error.value)
+
+
+def test_ids_of_64_bits_stay_what_they_are(tmp_path):
+    write_coco(tmp_path)
+    ids = [2**64 - 1, 2**64 - 2, 10**18 + 1, 10**18 + 2]
+
+    def change(content):
+        for image, number in zip(content["images"], ids, strict=True):
+            for annotation in content["annotations"]:
+                if annotation["image_id"] == image["id"]:
+                    annotation["image_id"] = number
+            image["id"] = number
+
+    before = read_split(tmp_path, "train")
+    edit_coco(tmp_path, "train", change)
+    assert read_split(tmp_path, "train").records == before.records
 
 
 def test_the_seeds_missing_keys_are_refused(tmp_path):

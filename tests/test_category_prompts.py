@@ -88,10 +88,8 @@ def test_evaluation_asks_the_nouns_and_knows_their_objects(tmp_path):
         tiny_model(), tiny_processor(), read_split(root, "test"), prompt="hole",
         absent_prompts=("dog",),
     )  # fmt: skip
-    assert {query["prompt"] for query in queries} == {"hole", "dog"}
-    assert [q["gt"] for q in queries if q["is_positive"]] == [
-        q["gt"] for q in plain if q["is_positive"]
-    ]
+    assert {query.prompt for query in queries} == {"hole", "dog"}
+    assert [q.gt for q in queries if q.is_positive] == [q.gt for q in plain if q.is_positive]
 
 
 def test_checks_look_at_the_nouns(tmp_path):

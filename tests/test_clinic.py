@@ -308,19 +308,17 @@ def test_shares_are_counted_over_images_and_absent_prompts(run, data_dir):
     """Two of three images show cracks: one is outlined, one answered in a wrong place; moss once."""
     truth = read_split(data_dir, "valid")
     answers = predict_split(run.model, run.processor, truth, absent_prompts=["moss"])
-    shown = [query for query in answers if query["gt"]]
-    corner = next(query for query in answers if query["image_id"] == shown[0]["image_id"])
+    shown = [query for query in answers if query.is_positive]
+    changed = []
     for query in answers:
         rles = []
         if query is shown[0]:
-            rles = query["gt"]
-        elif query is shown[1] or (
-            query["prompt"] == "moss" and query["image_id"] == corner["image_id"]
-        ):
+            rles = query.gt
+        elif query is shown[1] or (query.prompt, query.image_id) == ("moss", shown[0].image_id):
             rles = [empty_rle(query)]
-        query["pred"] = [{"score": 0.9, "rle": dict(rle)} for rle in rles]
-        query["presence_prob"], query["max_query_prob"] = 0.8, 0.7
-    signs = signs_of(answers)
+        pred = [{"score": 0.9, "rle": dict(rle)} for rle in rles]
+        changed.append(replace(query, pred=pred, presence_prob=0.8, max_query_prob=0.7))
+    signs = signs_of(changed)
     assert signs.found == 1.0
     assert signs.outlined == 0.5
     assert signs.false_alarms == pytest.approx(1 / 4)  # moss thrice, crack once
@@ -329,7 +327,7 @@ def test_shares_are_counted_over_images_and_absent_prompts(run, data_dir):
 
 
 def empty_rle(query):
-    return segmentation_to_rle([[0, 0, 2, 0, 2, 2, 0, 2]], query["height"], query["width"])
+    return segmentation_to_rle([[0, 0, 2, 0, 2, 2, 0, 2]], query.height, query.width)
 
 
 def test_a_pipeline_that_raises_is_a_sign(run_folder, tmp_path, data_dir):

@@ -1,17 +1,20 @@
 """Configs are strict, reproduce themselves, and hold no key that nothing reads."""
 
 import ast
+import time
+from pathlib import Path
 
 import pytest
 
+from helpers.__main__ import build_parser
 from helpers.config import Config, load_config, parse_yaml
 from helpers.errors import InputError
-from helpers.files import CONFIGS, ROOT
+from helpers.files import CONFIGS, ROOT, in_current_folder, resolve
 from helpers.train.guards import Guards
 
 FILES = sorted(CONFIGS.glob("*.yaml"))
 FULL, CRACK = CONFIGS / "full_lora_config.yaml", CONFIGS / "crack_detection_config.yaml"
-PACKAGE = sorted((ROOT / "helpers").glob("*.py"))
+PACKAGE = sorted((ROOT / "helpers").rglob("*.py"))
 
 
 def load_with(*overrides):
@@ -83,6 +86,151 @@ def test_fingerprint_follows_the_values_only(tmp_path):
     assert load_with("training.seed=43").fingerprint() != load_config(CRACK).fingerprint()
 
 
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"data.data_dir": "/elsewhere"}, True),
+        ({"output.output_dir": "runs/other"}, True),
+        ({"training.num_workers": 4}, True),
+        ({"training.logging_steps": 10}, True),
+        ({"training.save_total_limit": 9}, True),
+        ({"training.gradient_checkpointing": True}, True),
+        ({"training.feature_cache": "cache"}, True),
+        ({"guards.no_objects": False}, True),
+        ({"data.prompts_by_category": {}}, True),
+        ({"training.learning_rate": 5e-5, "scale.learning_rate": 2.0}, True),
+        ({"training.num_epochs": 25, "scale.num_epochs": 2.0}, True),
+        ({"training.num_epochs": 25}, False),
+        ({"training.batch_size": 2, "training.gradient_accumulation_steps": 1}, False),
+        ({"data.prompts_by_category": {"crack": "fissure"}}, False),
+        ({"data.val_split": "test"}, False),
+        ({"model.name": "another/base"}, False),
+        ({"lora.rank": 4}, False),
+        ({"loss.variant": "early"}, False),
+        ({"evaluation.score_threshold": 0.4}, False),
+    ],
+    ids=str,
+)
+def test_fingerprint_counts_what_decides_the_result_and_nothing_else(change, same):
+    other = load_config(CRACK, overrides=change)
+    assert (other.fingerprint() == load_config(CRACK).fingerprint()) == same
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "photos #2",
+        "a: b",
+        "- x",
+        "{a}",
+        "'",
+        '"',
+        "[1",
+        "*x",
+        "&x",
+        "!x",
+        "yes",
+        "3",
+        "é",
+        "%",
+        "a=b",
+    ],
+)
+@pytest.mark.parametrize("form", [dict, list])
+def test_a_path_is_taken_as_it_is(name, form, tmp_path):
+    config = load_config(CRACK, overrides=form([("data.data_dir", tmp_path / name)]))
+    assert config.data.data_dir == str(tmp_path / name)
+    assert load_config(config.save(tmp_path / "config.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: " + "[" * 5000,
+        "a: " + "[" * 100_000,
+        "\n".join(" " * depth + "key:" for depth in range(1500)),
+        "training:\n  seed: " + "9" * 10_000,
+        "#" + "x" * 20_000_000,
+        "data:\n  prompt: " + "x" * 100_000,
+        "data:\n  negative_prompts: &a [*a]",
+        "x" * 100_000 + ": {a: 1}",
+        "lora:\n  " + "x" * 100_000 + ": 1",
+        "model: " + "x" * 100_000,
+        "? [a]\n: 1",
+    ],
+    ids=lambda text: text[:12],
+)
+def test_hostile_text_is_refused_at_once_and_not_repeated(text, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    start = time.process_time()
+    with pytest.raises(InputError) as error:
+        load_config(CRACK, profile=path)
+    assert time.process_time() - start < 5
+    assert len(str(error.value)) < 1000
+    assert str(path) in str(error.value)
+    assert error.value.fix
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.learning_rate=1e23",
+        "scale.learning_rate=1e5",
+        "training.weight_decay=1e30",
+        "training.adam_epsilon=1e300",
+        "training.max_grad_norm=1e-300",
+        "training.save_total_limit=100000000000",
+        "training.batch_size=1000000000",
+        "training.num_epochs=1000000000",
+        "training.gradient_accumulation_steps=1000000000000",
+        "training.num_workers=10000",
+        "training.warmup_steps=1000000000",
+        "training.logging_steps=1000000000",
+        "lora.alpha=1e300",
+        "scale.num_epochs=1e9",
+        "scale.warmup_steps=1e9",
+        "evaluation.score_threshold=0",
+        "evaluation.score_threshold=1",
+        "evaluation.mask_threshold=0",
+        "output.output_dir=/",
+        "output.output_dir=/dev/null",
+        "output.output_dir=../../../etc/SECRET",
+        "output.output_dir=runs/../../x",
+        "data.train_split=../train",
+        "data.train_split=/train",
+        "data.val_split=..",
+        "data.val_split=train",
+        "model.revision=${HOME}",
+        'data.data_dir="a\\0b"',
+        "data.negative_prompts=[[dog]]",
+    ],
+)
+def test_nonsense_is_refused(override):
+    with pytest.raises(InputError) as error:
+        load_with(override)
+    assert override.partition("=")[0] in str(error.value) or "section" in str(error.value)
+    assert error.value.fix
+
+
+def test_relative_paths_lie_in_the_repository_and_on_the_command_line_in_the_current_folder(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    assert resolve("data") == ROOT / "data"
+    assert resolve("nowhere") == ROOT / "nowhere"
+    assert resolve(tmp_path / "x") == tmp_path / "x"
+    assert in_current_folder("data") == tmp_path / "data"
+    assert in_current_folder(tmp_path / "x") == tmp_path / "x"
+    assert resolve("~") == in_current_folder("~") == Path.home()
+    arguments = ["train", "--config", "c.yaml", "--data", "photos #2", "--output", "out"]
+    args = build_parser().parse_args(arguments)
+    assert (args.config, args.data, args.output) == tuple(
+        tmp_path / name for name in ("c.yaml", "photos #2", "out")
+    )
+
+
 def test_config_cannot_be_changed_after_loading():
     with pytest.raises(ValueError, match="frozen"):
         load_config(CRACK).training.num_epochs = 1
@@ -95,7 +243,15 @@ def test_a_float_is_a_float_however_it_is_written(text):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("no", "no"), ("off", "off"), ("010", "010"), ("1:30", "1:30"), ("true", True), ("~", None)],
+    [
+        ("no", "no"),
+        ("off", "off"),
+        ("010", 10),
+        ("1_000", 1000),
+        ("1:30", "1:30"),
+        ("true", True),
+        ("~", None),
+    ],
 )
 def test_yaml_is_version_1_2(text, value):
     assert parse_yaml(text, where="here") == value
@@ -125,7 +281,7 @@ def test_yaml_is_version_1_2(text, value):
         ("data.prompt=' '", "must not be blank"),
         ("data.prompt=Moss", "more than once"),
         ("data.negative_prompts=[dog, Dog]", "more than once"),
-        ("evaluation.score_threshold=1.5", "less than or equal to 1"),
+        ("evaluation.score_threshold=1.5", "less than 1"),
         ("evaluation.absent_prompts=[]", "needs at least one entry"),
         ("training.num_epochs", "write section.key=value"),
         ("lora.rank=[1", "not valid YAML"),
@@ -231,9 +387,11 @@ def test_every_guard_has_its_key_and_every_key_its_guard():
 
 
 def test_every_key_is_read_by_the_package():
-    trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE}
-    config_tree = trees.pop("config")
-    del trees["config_sections"]
+    trees = {
+        path.relative_to(ROOT / "helpers").as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+        for path in PACKAGE
+    }
+    config_tree = trees.pop("config.py")
     reads = set().union(*(reads_of(tree) for tree in trees.values()))
     for node in ast.walk(config_tree):  # a key is also read through a property that is read
         if isinstance(node, ast.FunctionDef) and ("", node.name) in reads:

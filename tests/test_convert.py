@@ -69,18 +69,18 @@ def test_per_image_files_keep_contents(tmp_path):
 def test_converted_data_are_sound_and_read_again(tmp_path, kind):
     convert(write_with_supervision(tmp_path, kind), tmp_path / "dst")
     again = read_source(tmp_path / "dst")
-    assert masks_in(again) == masks_of(TRUTH)
+    if kind != "voc":  # of which only the boxes are read
+        assert masks_in(again) == masks_of(TRUTH)
     report = check(tmp_path / "dst")
     assert not [f for f in report.findings if f.severity == "error"], report.summary()
 
 
-def test_images_are_links_or_copies_of_the_same_bytes(tmp_path):
+def test_images_are_copies_of_the_same_bytes(tmp_path):
     src = write_coco(tmp_path / "src")
-    for name, copy in (("links", False), ("copies", True)):
-        convert(src, tmp_path / name, copy=copy)
-        original, written = src / "train" / "a.png", tmp_path / name / "train" / "a.png"
-        assert written.read_bytes() == original.read_bytes()
-        assert written.samefile(original) is not copy
+    convert(src, tmp_path / "dst")
+    original, written = src / "train" / "a.png", tmp_path / "dst" / "train" / "a.png"
+    assert written.read_bytes() == original.read_bytes()
+    assert not written.samefile(original)
 
 
 def test_a_source_without_splits_is_divided_or_all_train(tmp_path):
@@ -102,7 +102,7 @@ def test_images_of_one_name_get_longer_names(tmp_path):
     write_image(src / "valid" / "a.png", seed=99)
     convert(src, tmp_path / "dst", split=(1, 0))
     names = {record.image_id for record in read_split(tmp_path / "dst", "train").records}
-    assert names == {"src_train_a.png", "src_valid_a.png"}
+    assert names == {"train_a.png", "valid_a.png"}
 
 
 def test_names_that_make_bad_prompts_are_noted(tmp_path):
@@ -128,16 +128,16 @@ def test_a_conversion_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
     src = write_coco(tmp_path / "src")
     place, placed = module._place, []
 
-    def break_off(path, target, *, copy):
+    def break_off(path, target):
         placed.append(path)
         if len(placed) == 6:
-            raise OSError("disk full")
-        place(path, target, copy=copy)
+            raise OSError(28, "No space left on device")
+        place(path, target)
 
     monkeypatch.setattr(module, "_place", break_off)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match="No space left on device"):
         convert(src, tmp_path / "dst")
-    assert list((tmp_path / "dst").iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
 def test_an_unknown_or_wrong_format_is_refused(tmp_path):

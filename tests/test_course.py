@@ -1,15 +1,21 @@
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import nbformat
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from papermill.exceptions import PapermillExecutionError
 
 from helpers.course.run import (
     NotebookError,
+    _setting,
     execute,
     find_notebooks,
     hidden_errors,
+    main,
     run_course,
     strip,
 )
@@ -89,33 +95,46 @@ def test_error_that_a_widget_swallows_fails(tmp_path):
 
 
 @pytest.mark.notebook
-def test_course_runs_in_order_and_merges_the_results(tmp_path, capsys):
+def test_course_runs_what_is_read_first_and_merges_the_results(tmp_path, capsys):
+    """One thread each; 01 reads the results of 02, so it waits for them."""
     folder = tmp_path / "notebooks"
-    write_notebook(folder, "00_zero", SAVE.format(name="00_zero"))
-    write_notebook(
-        folder,
-        "01_one",
-        SAVE.format(name="01_one"),
-        parameters='output_dir: str = "."\nnumber: int = 5',
-    )
+    threads = "import os\nnumber = int(os.environ['OMP_NUM_THREADS'])"
+    write_notebook(folder, "02_two", threads, SAVE.format(name="02_two"))
+    reads = 'folder_of = lambda name: json.loads((pathlib.Path(output_dir) / name / "results.json")'
+    source = f'import json, pathlib\n{reads}.read_text())\nnumber += folder_of("02_two")["number"]'
+    write_notebook(folder, "01_one", source, SAVE.format(name="01_one"))
     summary = run_course(tmp_path / "out", {"number": 3}, folder=folder)
     assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {name: part["results"] for name, part in summary["notebooks"].items()} == {
-        "00_zero": {"number": 3},
-        "01_one": {"number": 3},
+        "01_one": {"number": 4},
+        "02_two": {"number": 1},
     }
     assert (tmp_path / "out" / "01_one.ipynb").is_file()
-    assert capsys.readouterr().out.index("00_zero") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["02_two", "02_two", "01_one", "01_one"]
+    assert [line[1] for line in lines[::2]] == ["started", "started"]
+    assert [line[3:] for line in lines[1::2]] == [
+        ["done", "(1", "of", "2)"],
+        ["done", "(2", "of", "2)"],
+    ]
 
 
 @pytest.mark.notebook
-def test_failing_cell_stops_the_course_and_leaves_no_stale_results(tmp_path):
+def test_failing_cell_is_named_and_stops_only_what_reads_it(tmp_path, capsys):
     folder, out = tmp_path / "notebooks", tmp_path / "out"
-    write_notebook(folder, "00_zero", "1 / 0")
+    write_notebook(folder, "00_zero", "number = 2", "1 / 0")
+    write_notebook(folder, "01_one", 'print(folder_of("00_zero"))')
+    write_notebook(folder, "02_two", SAVE.format(name="02_two"))
     (out / "00_zero").mkdir(parents=True)
     (out / "00_zero" / "results.json").write_text("{}")
-    with pytest.raises(PapermillExecutionError, match="ZeroDivisionError"):
-        run_course(out, folder=folder)
+    (out / "summary.json").write_text("{}")
+    with pytest.raises(NotebookError) as failure:
+        run_course(out, folder=folder, jobs=1)
+    text = str(failure.value)
+    assert "2 of 3 notebooks failed" in text
+    assert "00_zero: failed in cell 4, In [4]: ZeroDivisionError: division by zero" in text
+    assert "01_one: not run, it reads 00_zero" in text
+    assert (out / "02_two" / "results.json").is_file()
     assert not (out / "00_zero" / "results.json").exists()
     assert not (out / "summary.json").exists()
 
@@ -125,6 +144,53 @@ def test_notebook_without_results_is_an_error(tmp_path):
     write_notebook(tmp_path, "00_zero", "pass")
     with pytest.raises(NotebookError, match="without writing"):
         run_course(tmp_path / "out", folder=tmp_path)
+
+
+@pytest.mark.notebook
+def test_interrupt_stops_every_kernel(tmp_path):
+    """A signal to the runner alone, as `kill -INT` sends it."""
+    command = (
+        "import os, pathlib, time; _ = (pathlib.Path({!r}) / {!r}).write_text(str(os.getpid()))"
+    )
+    for name in ("00_zero", "01_one"):
+        write_notebook(
+            tmp_path / "in", name, command.format(str(tmp_path), name), "time.sleep(600)"
+        )
+    code = (
+        "import pathlib, sys; from helpers.course import run; "
+        f"run.NOTEBOOKS = pathlib.Path({str(tmp_path / 'in')!r}); "
+        "run.run_course.__kwdefaults__['folder'] = run.NOTEBOOKS; "
+        f"sys.exit(run.main(['run', '--output', {str(tmp_path / 'out')!r}, '--jobs', '2']))"
+    )
+    runner = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    files = [tmp_path / "00_zero", tmp_path / "01_one"]
+    wait_until(lambda: all(file.is_file() and file.read_text() for file in files), seconds=240)
+    runner.send_signal(signal.SIGINT)
+    assert "stopped" in runner.communicate(timeout=120)[1]
+    assert runner.returncode == 130
+    kernels = [int(file.read_text()) for file in files]
+    wait_until(lambda: not any(map(psutil.pid_exists, kernels)), seconds=60)
+
+
+def wait_until(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.2)
+
+
+def test_settings_are_read_as_the_configs_are(tmp_path):
+    """YAML 1.2: `no` is a word and 5e-5 a number."""
+    assert _setting("a=no") == ("a", "no")
+    assert _setting("a=5e-5") == ("a", 5e-5)
+    assert _setting('a={"0": crack}') == ("a", {"0": "crack"})
+
+
+def test_setting_that_cannot_be_read_is_one_line(capsys):
+    assert main(["run", "--set", "a=[1"]) == 2
+    assert "--set a" in capsys.readouterr().err
 
 
 def test_strip_keeps_outputs_counts_and_ids_and_drops_the_rest(tmp_path):

@@ -2,7 +2,11 @@
 
 import json
 import shutil
+import time
+import zlib
 
+import cv2
+import numpy as np
 import pytest
 from builders import (
     HEIGHT,
@@ -17,6 +21,7 @@ from builders import (
 )
 from PIL import Image
 
+from helpers.causes import CAUSES
 from helpers.checks.findings import CODES, SEVERITIES
 from helpers.errors import InputError
 from helpers.files import ROOT
@@ -92,6 +97,71 @@ def make_tiny(c):
     c["annotations"][0].update(bbox=[8, 8, 3, 3], segmentation=[[8, 8, 11, 8, 11, 11, 8, 11]])
 
 
+def annotate_twice(**changes):
+    """Plant a second annotation of the first object."""
+
+    def plant(c):
+        c["annotations"].append(c["annotations"][0] | {"id": 99} | changes)
+
+    return content(plant)
+
+
+def cover(c):
+    for annotation in c["annotations"]:
+        annotation["bbox"] = [0, 0, WIDTH, HEIGHT - 8]
+        x1, y1 = WIDTH, HEIGHT - 8
+        annotation["segmentation"] = [[0, 0, x1, 0, x1, y1, 0, y1]]
+    c["annotations"] = c["annotations"][:2]
+
+
+def save_as(mode=None, **options):
+    """Plant another form of the first training image."""
+
+    def plant(root):
+        path = root / "train" / "a.png"
+        with Image.open(path) as opened:
+            opened.convert(mode or opened.mode).save(path, **options)
+
+    return plant
+
+
+def hide_a_corner(root):
+    path = root / "train" / "a.png"
+    with Image.open(path) as opened:
+        pixels = np.asarray(opened.convert("RGBA")).copy()
+    pixels[:8, :8] = (0, 255, 0, 0)
+    Image.fromarray(pixels).save(path)
+
+
+def deepen(root):
+    pixels = np.random.default_rng(0).integers(0, 4096, (HEIGHT, WIDTH, 3), dtype=np.uint16)
+    cv2.imwrite(str(root / "train" / "a.png"), pixels)
+
+
+def link_out(root):
+    """Put a link to a file outside in the place of the first image."""
+    path = root / "train" / "a.png"
+    outside = root.parent / f"{root.name}_outside.png"
+    path.rename(outside)
+    path.symlink_to(outside)
+
+
+def name_outside(absolute):
+    """Let the first entry name a file outside the dataset."""
+
+    def plant(root):
+        outside = write_image(root.parent / f"{root.name}_outside.png")
+        name = str(outside) if absolute else f"../../{outside.name}"
+        edit_coco(root, "train", lambda c: c["images"][0].update(file_name=name))
+
+    return plant
+
+
+def put_foreign_files(root):
+    for name in ("b.heic", "c.HEIC", "notes.txt", ".hidden"):
+        (root / "train" / name).write_bytes(b"x")
+
+
 SWAPPED = segmentation_of(mask_of(8, 8, 16, 32, (WIDTH, HEIGHT)), "rle")
 NOTHING = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}
 FAULTS = [
@@ -115,6 +185,7 @@ FAULTS = [
     ),
     ("D09_LOADER_REFUSES", rename(crack="crack " * 31), "33 tokens"),
     ("D10_ALL_CROWD", change(0, iscrowd=1), "1 annotations with iscrowd 1"),
+    ("D12_UNUSED_FILES", put_foreign_files, "3 files are not used: 2 .heic, 1 .txt"),
     ("D11_CROWD", change(3, iscrowd=1), "1 of 5 annotations have iscrowd 1"),
     ("D20_BOX_OUTSIDE", change(0, bbox=[80, 8, 40, 32]), "the farthest by 24 px"),
     ("D20_BOX_OUTSIDE", content(as_corners), "[x, y, width, height] in pixels"),
@@ -126,7 +197,17 @@ FAULTS = [
     ),
     ("D22_BOX_OFF_MASK", change(0, bbox=[40, 8, 16, 32]), "1 of 5 boxes overlap"),
     ("D23_BOX_FROM_MASK", change(0, bbox=None), "1 of 5 objects have no bbox"),
+    ("D24_AREA_DIFFERS", change(0, area=51), "51 px stated, 512 px drawn"),
+    ("D24_AREA_DIFFERS", change_all(area=4 * 512), "5 of 5 areas differ"),
+    ("D24_AREA_DIFFERS", change(0, area=float("nan")), "1 of 5 areas differ"),
+    ("D24_AREA_DIFFERS", change(0, area=5000, segmentation=[]), "5000 px stated, 512 px drawn"),
     ("D30_ROOT_CATEGORY", add_category(0, "defect"), "'defect' is the parent"),
+    ("D30_ROOT_CATEGORY", add_category(0, "-"), "'-' holds no word, is never annotated"),
+    (
+        "D31_SIMILAR_NAMES",
+        add_category(3, "crack"),
+        "1 and 3 are both 'crack' and are asked as one",
+    ),
     ("D31_SIMILAR_NAMES", add_category(3, "Cracks"), "'crack' and 'Cracks' are nearly the same"),
     ("D31_SIMILAR_NAMES", add_category(3, "joints"), "'joint' and 'joints'"),
     ("D31_SIMILAR_NAMES", add_category(3, "craack"), "'crack' and 'craack'"),
@@ -136,6 +217,8 @@ FAULTS = [
     ("D33_UNUSED_CATEGORY", add_category(3, "moss"), "never annotated in this split: moss"),
     ("D34_ZERO_BASED_IDS", add_category(0, "moss"), "start at 0"),
     ("D35_CATEGORIES_DIFFER", change(2, category_id=1), "annotated only here: joint"),
+    ("D36_NO_WORD", rename(crack="-"), "the category '-' holds no word"),
+    ("D36_NO_WORD", rename(crack="_ ?!"), "the category '_ ?!' holds no word"),
     ("D40_DEGENERATE_BOX", change(0, bbox=[8, 8, 0, 32]), "1 of 5 boxes are less than 1 pixel"),
     (
         "D40_DEGENERATE_BOX",
@@ -147,11 +230,22 @@ FAULTS = [
     ("D43_MASK_SIZE", change(0, segmentation=SWAPPED), "1 of them with width and height swapped"),
     ("D44_BAD_MASK", change(0, segmentation=[[1, 2, 3]]), "at least 6 numbers"),
     ("D45_NO_MASK", change(0, segmentation=[]), "1 of 5 objects have a box only"),
+    ("D45_NO_MASK", change_all(segmentation=[]), "the mask decoder has nothing to learn from"),
+    ("D46_ANNOTATED_TWICE", annotate_twice(), "1 of 6 objects are annotated twice"),
+    ("D46_ANNOTATED_TWICE", annotate_twice(bbox=[8.5, 7.5, 16, 32]), "1 of 6 objects"),
+    ("D46_ANNOTATED_TWICE", annotate_twice(segmentation=None), "1 of 6 objects"),
     ("D50_TOO_SMALL", content(make_tiny), "1 of 5 objects span less than 2 of the 32 cells"),
+    ("D52_COVERS_PICTURE", content(cover), "'crack' covers 88% of its 2 images"),
     (
         "D70_BROKEN_IMAGE",
         lambda root: (root / "train" / "a.png").write_bytes(b""),
         "cannot be opened",
+    ),
+    ("D70_BROKEN_IMAGE", deepen, "more than 8 bits per channel"),
+    (
+        "D70_BROKEN_IMAGE",
+        lambda root: (root / "train" / "a.png").write_bytes(b"\0\0\0\x18ftypheic" + bytes(20)),
+        "HEIC cannot be read",
     ),
     ("D71_IMAGE_SHAPE", image("train", "a.png", size=(HEIGHT, WIDTH)), "64 x 96 upright, 96 x 64"),
     ("D71_IMAGE_SHAPE", image("train", "a.png", exif=exif_of(6)), "EXIF orientation 6"),
@@ -164,6 +258,15 @@ FAULTS = [
         "D73_IMAGE_TURNED",
         image("train", "a.png", size=(HEIGHT, WIDTH), exif=exif_of(6)),
         "orientation",
+    ),
+    ("D74_IMAGE_OUTSIDE", link_out, "1 images lie outside the dataset"),
+    ("D74_IMAGE_OUTSIDE", name_outside(absolute=True), "1 images lie outside the dataset"),
+    ("D74_IMAGE_OUTSIDE", name_outside(absolute=False), "1 images lie outside the dataset"),
+    ("D75_TRANSPARENT", hide_a_corner, "1 images have transparent pixels"),
+    (
+        "D76_SEVERAL_FRAMES",
+        save_as(save_all=True, append_images=[Image.new("RGB", (WIDTH, HEIGHT))]),
+        "a.png with 2",
     ),
     ("D80_LEAKAGE", copy_to_test, "1 of 2 images of 'test' are also in 'train'"),
 ]
@@ -223,9 +326,75 @@ def test_settings_have_their_findings(tmp_path):
 
 
 def test_every_code_is_covered():
-    other = {"D51_TOO_MANY", "D60_IMAGES_WITHOUT_OBJECTS", "D61_NO_ABSENT_PROMPT", "D62_UNVERIFIED_NEGATIVES"}  # fmt: skip
+    other = {"D51_TOO_MANY", "D60_IMAGES_WITHOUT_OBJECTS", "D61_NO_ABSENT_PROMPT", "D62_UNVERIFIED_NEGATIVES", "D77_CONTRADICTION"}  # fmt: skip
     assert {code for code, _, _ in FAULTS} | other == set(CODES)
     assert {code.severity for code in CODES.values()} == set(SEVERITIES)
+    assert {code.cause for code in CODES.values()} <= set(CAUSES)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda c: c["images"][0].update(file_name="b.png"), "'file_name' is 'b.png' in a.json"),
+        (lambda c: c.update(width=2 * WIDTH), "'width' is 192 and 96"),
+    ],
+)
+def test_statements_about_an_image_that_differ_are_named(change, expected, tmp_path):
+    path = write_per_image(tmp_path) / "train" / "annotations" / "a.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    [finding] = [f for f in check(tmp_path).findings if f.code == "D77_CONTRADICTION"]
+    assert expected in finding.message
+
+
+def test_what_is_stated_twice_may_differ_by_rounding(tmp_path):
+    write_coco(tmp_path)
+    edit_coco(tmp_path, "train", lambda c: [a.update(area=a["bbox"][2] * a["bbox"][3] + 30) for a in c["annotations"]])  # fmt: skip
+    neighbour = {"id": 99, "bbox": [11, 8, 16, 32], "segmentation": []}
+    edit_coco(tmp_path, "train", lambda c: c["annotations"].append(c["annotations"][0] | neighbour))
+    assert not {"D24_AREA_DIFFERS", "D46_ANNOTATED_TWICE"} & codes_of(check(tmp_path))
+
+
+def test_two_folders_of_one_split_are_refused_by_name(tmp_path):
+    write_coco(tmp_path)
+    shutil.copytree(tmp_path / "valid", tmp_path / "Validation")
+    report = check(tmp_path)
+    [finding] = [f for f in report.findings if f.code == "D03_UNREADABLE"]
+    assert "'Validation' and 'valid' both mean the split 'valid'" in finding.message
+    assert set(report.counts) == {"train", "test"}
+
+
+@pytest.mark.parametrize("side", [60_000, 12_000])
+def test_huge_sizes_end_quickly(side, tmp_path):
+    """A header of that size, and an annotation that agrees; neither is decoded to find out."""
+    write_coco(tmp_path, {"train": {"a.png": [("crack", 8, 8, 16, 32)]}})
+    path = tmp_path / "train" / "a.png"
+    header = path.read_bytes()
+    size = side.to_bytes(4, "big") * 2
+    chunk = header[12:16] + size + header[24:29]
+    path.write_bytes(header[:12] + chunk + zlib.crc32(chunk).to_bytes(4, "big") + header[33:])
+    corners = [0, 0, side // 2, 0, side // 2, side // 2]
+    box = [0, 0, side // 2, side // 2]
+    edit_coco(tmp_path, "train", lambda c: c["images"][0].update(width=side, height=side))
+    change(0, segmentation=[corners], bbox=box)(tmp_path)
+    start = time.process_time()
+    report = check(tmp_path)
+    assert time.process_time() - start < 10
+    assert not report.ok
+    assert ("500 megapixels" in report.summary()) == (side == 60_000)
+
+
+def test_what_a_terminal_would_obey_is_escaped(tmp_path):
+    write_coco(tmp_path)
+    rename(crack="crack\x1b[2J\nok")(tmp_path)
+    change(0, iscrowd=1)(tmp_path)
+    name = "\x1b]0;title\x07.png"
+    edit_coco(tmp_path, "train", lambda c: c["images"][0].update(file_name=name))
+    text = check(tmp_path).summary()
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert "\\x1b]0;title" in text
 
 
 def test_a_finding_names_the_worst_place_first(tmp_path):
@@ -270,7 +439,7 @@ def test_forms_of_the_report(tmp_path):
     assert severities == sorted(severities)
     table = report.to_frame()
     assert list(table["code"]) == [f["code"] for f in data["findings"]]
-    assert table.set_index("code").loc["D10_ALL_CROWD", "row"] == "1b"
+    assert table.set_index("code").loc["D10_ALL_CROWD", "cause"] == "objects_filtered"
     assert report.counts_frame().loc["train", "crowd_objects"] == 1
     text = report.summary()
     assert "NOT OK" in text

@@ -1,12 +1,17 @@
 """The metrics against recorded native numbers, by hand, and where there is nothing to measure."""
 
+import contextlib
+import io
 import json
 import math
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from helpers.detect.metrics import (
     cgf1,
@@ -16,6 +21,7 @@ from helpers.detect.metrics import (
     undefined_cgf1,
     union_iou,
 )
+from helpers.detect.queries import Query
 from helpers.errors import InputError
 
 ORACLES = Path(__file__).parent / "fixtures" / "oracles"
@@ -75,6 +81,82 @@ def test_mask_ap_equals_the_oracle(name):
     assert coco_ap(oracle["queries"]) == pytest.approx(oracle["coco_segm_ap_all_queries"], abs=1e-6)
     expected = oracle["coco_segm_ap_exhaustive_queries"]
     assert coco_ap(exhaustive, "segm") == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("iou_type", ["segm", "bbox"])
+@pytest.mark.parametrize("seed", range(3))
+def test_ap_equals_pycocotools(seed, iou_type):
+    queries = random_queries(seed)
+    gt, pred = COCO(), COCO()
+    with contextlib.redirect_stdout(io.StringIO()):
+        for coco, content in zip((gt, pred), _coco_contents(queries), strict=True):
+            coco.dataset = content
+            coco.createIndex()
+        evaluator = COCOeval(gt, pred, iou_type)
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    expected = dict(zip(("AP", "AP50", "AP75"), evaluator.stats.tolist(), strict=False))
+    assert 0 < expected["AP"] < expected["AP50"] < 1
+    assert coco_ap(queries, iou_type) == pytest.approx(expected, abs=1e-12)
+
+
+def random_queries(seed):
+    """Three prompts on eight pictures: equal scores, empty masks, more than 100 detections."""
+    rng = np.random.default_rng(seed)
+
+    def shape():
+        (top, left), (height, width) = rng.integers(0, 12, 2), rng.integers(2, 9, 2)
+        return [int(n) for n in (top, left, top + height, left + width)]
+
+    queries = []
+    for number in range(24):
+        objects = [shape() for _ in range(rng.integers(0, 4))]
+        count = 120 if number == 5 else int(rng.integers(0, 6))
+        moved = [[n + int(rng.integers(-1, 2)) for n in box] for box in objects]
+        detected = moved + [shape() for _ in range(count)]
+        scores = rng.integers(0, 8, len(detected)) / 8
+        pred = [
+            (mask(*np.clip(box, 0, SIZE)), s)
+            for box, s in zip(detected, scores.tolist(), strict=True)
+        ]
+        gt = [mask(*np.clip(box, 0, SIZE)) for box in objects]
+        queries.append(query(gt, pred, image_id=number % 8, prompt="abc"[number // 8]))
+    queries[0]["pred"].append({"rle": mask(0, 0, 0, 0), "score": 0.9})
+    return queries
+
+
+def _coco_contents(queries):
+    gt, pred = [], []
+    for one in queries:
+        ids = {"image_id": one["image_id"], "category_id": ord(one["prompt"]), "iscrowd": 0}
+        for rle in one["gt"]:
+            gt.append(ids | shape_of(rle) | {"id": len(gt) + 1})
+        for item in one["pred"]:
+            own = {"id": len(pred) + 1, "score": item["score"]}
+            pred.append(ids | shape_of(item["rle"]) | own)
+    images = [{"id": number, "height": SIZE, "width": SIZE} for number in range(8)]
+    categories = [{"id": ord(letter)} for letter in "abc"]
+    return [
+        {"images": images, "categories": categories, "annotations": annotations}
+        for annotations in (gt, pred)
+    ]
+
+
+def shape_of(rle):
+    box, area = mask_utils.toBbox(rle).tolist(), float(mask_utils.area(rle))
+    return {"segmentation": dict(rle), "bbox": box, "area": area}
+
+
+def test_a_query_is_read_once_and_cannot_be_changed():
+    mapping = query([BIG], [(BIG, 0.9)], is_positive=True, note="kept out")
+    one = Query.from_dict(mapping)
+    assert (one.gt, one.pred, one.exhaustive) == (mapping["gt"], mapping["pred"], True)
+    assert one.is_positive
+    assert one.highest_score == 0.9
+    assert cgf1([one, query(prompt="joint")]) == cgf1([mapping, query(prompt="joint")])
+    with pytest.raises(FrozenInstanceError):
+        one.gt = []
 
 
 # --- by hand ----------------------------------------------------------------------------------

@@ -10,13 +10,12 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from helpers.course.exercises import (
     EXERCISES,
     SOLUTIONS,
-    answered,
     asked_names,
     exercise_from,
     exercise_text,
-    tags_of,
     write_exercises,
 )
+from helpers.course.notebook import answered
 from helpers.course.run import execute, find_notebooks, parameter_names, strip
 from helpers.errors import InputError
 
@@ -32,6 +31,10 @@ each_notebook = pytest.mark.parametrize(
 )
 each_solution = pytest.mark.parametrize("path", SOLVED, ids=lambda path: path.stem)
 each_exercise = pytest.mark.parametrize("path", OPEN, ids=lambda path: path.stem)
+
+
+def tags_of(cell):
+    return cell.metadata.get("tags", [])
 
 
 def read(path):

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 
 from helpers.errors import InputError
+from helpers.files import TINY_BASE
 from helpers.lab import experiment
 from helpers.lab.experiment import (
     DESIGNS,
@@ -82,12 +84,12 @@ def test_the_schedules_are_the_documents():
 
 
 def test_equal_size_is_as_equal_as_whole_ranks_allow():
+    model, _ = load_base(TINY_BASE)
     for cell in cells_of("components", [1]):
         if cell.factors["equal"] != "size":
             continue
         config = cell.config("tiny", DATA_DIR)
-        model, _ = load_base(config.model.name)
-        peft_model = add_lora(model, config.lora)
+        peft_model = add_lora(copy.deepcopy(model), config.lora)
         count = sum(p.numel() for name, p in peft_model.named_parameters() if "lora_" in name)
         assert 0.82 * EQUAL_PARAMETERS <= count <= 1.12 * EQUAL_PARAMETERS, cell.name
 
@@ -201,7 +203,7 @@ def work(folder, number):
 
 def command():
     folder = Path(sys.argv[1])
-    for _ in run_jobs(work, [(folder, 1), (folder, 2)], description="jobs", workers=1):
+    for _ in run_jobs(work, [(folder, 1), (folder, 2)], description="jobs", workers=2):
         pass
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from helpers.diagnose.diagnosis import GATES, pass_gate
 from helpers.diagnose.examination import FAILED, Examination
 from helpers.errors import InputError
 from helpers.files import CONFIGS, WALL_CRACKS
-from helpers.lab.faults import FAULTS, LESSON_FAULTS, PATCHES, data_override, planted
+from helpers.lab.faults import FAULTS, LESSON_FAULTS, PATCHES, planted
 from helpers.lab.spoil import NUM_IMAGES, SHRINK, SPOIL_DATA, write_broken_copy, write_copy
 
 ALL_FAULTS = FAULTS | LESSON_FAULTS
@@ -70,7 +70,7 @@ def intact_codes(walls):
 
 
 def codes_of(folder):
-    config = load_config(CONFIGS / "crack_detection_config.yaml", "tiny", [data_override(folder)])
+    config = load_config(CONFIGS / "crack_detection_config.yaml", "tiny", {"data.data_dir": folder})
     return {finding.code for finding in check_dataset(load_dataset(config)).findings}
 
 

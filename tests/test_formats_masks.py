@@ -4,6 +4,7 @@ from builders import HEIGHT, WIDTH, write_image
 from PIL import Image
 from source_builders import blob, mask_in
 
+from helpers.convert.conversion import read_source
 from helpers.convert.mask_pictures import is_masks, read_masks
 from helpers.errors import InputError
 
@@ -103,9 +104,11 @@ def test_splits_inside_and_outside(tmp_path):
 def test_images_without_a_mask_are_left_out_and_counted(tmp_path):
     root = write_masks(tmp_path, FIRST)
     write_image(root / "images" / "b.png")
-    source = read_masks(root, category="crack")
+    source = read_source(root, category="crack")
     assert len(source.splits["all"]) == 1
-    assert source.notes == ("1 images have no mask picture and are left out",)
+    assert source.unused == {".png": 1}
+    assert "1 images have no annotation" in source.notes[0]
+    assert "images/b.png" in source.notes[0]
 
 
 def test_what_cannot_be_meant_is_refused(tmp_path):

@@ -51,7 +51,8 @@ def test_a_box_has_a_centre_and_no_mask(tmp_path):
 def test_images_without_label_file_are_empty_and_counted(tmp_path):
     source = read_yolo(write_yolo(tmp_path, {"a": SQUARE, "b": "", "c": None}))
     assert [len(image.objects) for image in source.splits["train"]] == [1, 0, 0]
-    assert source.notes == ("1 images have no label file and count as empty",)
+    [note] = source.notes
+    assert note == "1 images have no label file and count as empty: train/images/c.png"
 
 
 @pytest.mark.parametrize(

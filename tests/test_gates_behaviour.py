@@ -5,7 +5,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.lab.planting import planted
 from tiny_random import save_tiny_base, tiny_run_config, write_dataset
 
 from helpers.causes import CAUSES
@@ -16,7 +15,7 @@ from helpers.diagnose import answer_gates as gates_learning
 from helpers.diagnose.answer_gates import BEHAVIOUR_GATES
 from helpers.diagnose.diagnosis import pass_gate
 from helpers.diagnose.examination import Examination, Gate
-from helpers.lab.faults import TRAINING_FAULTS
+from helpers.lab.faults import FAULTS, planted
 from helpers.model.lora import add_lora
 from helpers.model.sam3 import load_base
 from helpers.train.trainer import Sam3Trainer
@@ -302,17 +301,8 @@ def test_one_batch_sees_an_adapter_without_gradient(run, monkeypatch):
     assert causes(gates_learning.one_batch, subject) == [("adapter_at_zero", True)]
 
 
-@pytest.mark.parametrize("name", TRAINING_FAULTS)
-def test_fault_is_described(name):
-    fault = TRAINING_FAULTS[name]
-    assert fault.cause in CAUSES
-    assert fault.what
-    assert fault.signature
-    assert fault.trains
-
-
 def test_words_of_a_distorted_text_encoder_run_together(tmp_path):
-    fault = TRAINING_FAULTS["words run together"]
+    fault = FAULTS["words run together"]
     with planted(fault, tmp_path) as folder:
         subject = Examination(folder)
         for gate in (gates_learning.words_apart, gates_learning.size_of_update):

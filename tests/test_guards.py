@@ -8,7 +8,7 @@ from tiny_random import tiny_run_config
 from transformers import TrainerCallback
 
 from helpers.__main__ import main
-from helpers.config_schema import GuardSection
+from helpers.config import GuardSection
 from helpers.data.coco import read_split
 from helpers.errors import InputError
 from helpers.model import losses

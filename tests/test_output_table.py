@@ -3,8 +3,8 @@ import pytest
 from tiny_random import tiny_model, tiny_processor, write_dataset
 
 from helpers.data.coco import read_split
-from helpers.detect.detections import RawPrediction
-from helpers.detect.queries import output_table, raw_outputs
+from helpers.detect.detections import RawPrediction, output_table
+from helpers.detect.predictor import raw_outputs
 
 
 def raw_of(query_logits, presence_logit, semantic_logits):

@@ -210,7 +210,7 @@ def test_each_prompt_is_judged_by_the_objects_of_its_category(tmp_path):
         for name in [*names, "dog"]
     ]
     queries = queries_by_category(answers, record)
-    counted = {query["prompt"]: len(query["gt"]) for query in queries}
+    counted = {query.prompt: len(query.gt) for query in queries}
     expected = {
         name: sum(item.category == name and item.rle is not None for item in record.objects)
         for name in names

@@ -1,4 +1,6 @@
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +13,9 @@ from torchvision.ops import box_convert
 
 from helpers.data.coco import read_split
 from helpers.detect.detections import detect, masks_at_image_size, raw_predictions
-from helpers.detect.metrics import evaluate_queries
+from helpers.detect.metrics import evaluate_queries, threshold_sweep
 from helpers.detect.predictor import Predictor, untrained_prompts
-from helpers.detect.queries import evaluation_dataset, predict_split
+from helpers.detect.queries import Query, evaluation_dataset, predict_split
 from helpers.errors import InputError
 
 ORACLES = sorted((Path(__file__).parent / "fixtures" / "oracles").glob("post_dev_*.safetensors"))
@@ -106,10 +108,32 @@ def test_score_is_query_times_presence_and_both_are_kept(predictor, photo):
         assert one["mask_rle"]["size"] == [30, 50]
 
 
-def test_threshold_is_exclusive_and_is_used(predictor, photo):
+def test_a_score_at_the_threshold_counts_in_prediction_and_in_evaluation(predictor, photo):
     raw = predictor.raw(photo, ["crack"])[0]
-    scores = np.sort(raw.scores)
-    assert len(detect(raw, float(scores[-3]))) == 2
+    for rank in range(1, len(raw.scores) + 1):
+        threshold = float(np.sort(raw.scores)[-rank])
+        pred = [{"rle": d["mask_rle"], "score": d["score"]} for d in detect(raw, threshold)]
+        assert len(pred) == rank
+        query = Query("photo", "crack", raw.height, raw.width, gt=[], pred=pred)
+        assert threshold_sweep([query], [threshold])["count"].tolist() == [rank]
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.7, 0.9])
+def test_a_score_is_compared_as_it_is_printed(threshold):
+    # In float32 0.7 and 0.9 are a little less, 0.3 a little more.
+    raw = SimpleNamespace(
+        scores=np.float32([threshold]),
+        height=4,
+        width=4,
+        boxes_xyxy=np.zeros((1, 4), np.float32),
+        mask_logits=np.zeros((1, 4, 4), np.float32),
+    )
+    is_detected = float(np.float32(threshold)) >= threshold
+    assert len(detect(raw, threshold)) == is_detected
+
+
+def test_threshold_and_number_of_detections_are_used(predictor, photo):
+    raw = predictor.raw(photo, ["crack"])[0]
     assert detect(raw, 1.0) == []
     assert len(detect(raw, 0.0, max_detections=4)) == 4
 
@@ -198,14 +222,14 @@ def test_queries_of_a_split(data_dir):
     queries = predict_split(
         tiny_model(), tiny_processor(), split, absent_prompts=("joint", "dog"), batch_size=2
     )
-    asked = {(query["image_id"], query["prompt"]) for query in queries}
+    asked = {(query.image_id, query.prompt) for query in queries}
     images = [record.image_id for record in split.records]
     assert asked == {(image, prompt) for image in images for prompt in ("crack", "joint", "dog")}
     for query in queries:
-        record = next(r for r in split.records if r.image_id == query["image_id"])
-        assert len(query["gt"]) == (len(record.objects) if query["prompt"] == "crack" else 0)
-        assert len(query["pred"]) == 10  # low scores are kept: average precision needs them
-        assert query["max_score"] == pytest.approx(max(p["score"] for p in query["pred"]))
+        record = next(r for r in split.records if r.image_id == query.image_id)
+        assert len(query.gt) == (len(record.objects) if query.prompt == "crack" else 0)
+        assert len(query.pred) == 10  # low scores are kept: average precision needs them
+        assert query.max_score == pytest.approx(query.scores.max())
     metrics = evaluate_queries(queries, 0.3)
     assert metrics["num_present"] == 2
     assert metrics["num_absent"] == 7
@@ -213,13 +237,17 @@ def test_queries_of_a_split(data_dir):
 
 def test_ground_truth_as_prediction_is_perfect(data_dir):
     split = read_split(data_dir, "test")
-    queries = predict_split(tiny_model(), tiny_processor(), split, absent_prompts=("dog",))
-    for query in queries:
-        query["pred"] = [
-            {"rle": rle, "score": 0.9, "box_xyxy": box}
-            for rle, box in zip(query["gt"], query["gt_boxes_xyxy"], strict=True)
-        ]
-        query["max_score"] = 0.9 if query["gt"] else 0.0
+    queries = [
+        replace(
+            query,
+            pred=[
+                {"rle": rle, "score": 0.9, "box_xyxy": box}
+                for rle, box in zip(query.gt, query.gt_boxes_xyxy, strict=True)
+            ],
+            max_score=0.9 if query.gt else 0.0,
+        )
+        for query in predict_split(tiny_model(), tiny_processor(), split, absent_prompts=("dog",))
+    ]
     metrics = evaluate_queries(queries, 0.5)
     assert metrics["AP"] == metrics["box_AP"] == pytest.approx(1.0)
     assert metrics["cgF1"] > 0.99
@@ -228,7 +256,7 @@ def test_ground_truth_as_prediction_is_perfect(data_dir):
 def test_object_without_mask_stands_as_its_box(data_dir):
     split = read_split(data_dir, "test")
     plain = {
-        (query["image_id"], query["prompt"]): query["gt"]
+        (query.image_id, query.prompt): query.gt
         for query in predict_split(tiny_model(), tiny_processor(), split)
     }
     bare = [
@@ -244,7 +272,7 @@ def test_object_without_mask_stands_as_its_box(data_dir):
     ]
     split = type(split)(**{**vars(split), "records": tuple(bare)})
     for query in predict_split(tiny_model(), tiny_processor(), split):
-        assert query["gt"] == plain[query["image_id"], query["prompt"]]
+        assert query.gt == plain[query.image_id, query.prompt]
 
 
 def test_word_known_to_be_in_the_picture_is_never_asked_as_absent(data_dir):

@@ -1,25 +1,23 @@
 """The files around the code agree with each other and with the code."""
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
 import tomllib
 from functools import cache
-from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 
 import nbformat
-import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from helpers.config import parse_yaml
 from helpers.course.run import STRIP_ARGUMENTS
 from helpers.environment import SUBJECT_PACKAGES
 from helpers.files import ROOT
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md")
 MACHINE_PATH = re.compile(r"/(?:work|farm|root|home/\w+|Users/\w+)/[\w.]|/tmp/\w")
 REGISTRY = re.compile(
     r"pypi\.org|python[h]osted|download\.pytorch|--(?:extra-)?index-url|find[-]links"
@@ -38,6 +36,10 @@ def project_files():
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def documents():
+    return [path for path in project_files() if path.suffix == ".md"]
 
 
 def text_files():
@@ -63,7 +65,7 @@ def locked():
 
 
 def conda_pins():
-    entries = yaml.safe_load(read("environment.yml"))["dependencies"]
+    entries = parse_yaml(read("environment.yml"), where="")["dependencies"]
     [nested] = [entry["pip"] for entry in entries if isinstance(entry, dict)]
     assert nested.pop() == "-e ."
     return {canonicalize_name(pin.split("==")[0]): pin.split("==")[1] for pin in nested}
@@ -94,9 +96,9 @@ def test_environment_pins_what_the_lock_holds():
 def test_python_is_the_same_everywhere():
     project = tomllib.loads(read("pyproject.toml"))
     oldest = project["project"]["requires-python"].removeprefix(">=")
-    assert f"python={oldest}" in yaml.safe_load(read("environment.yml"))["dependencies"]
+    assert f"python={oldest}" in parse_yaml(read("environment.yml"), where="")["dependencies"]
     assert project["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
-    workflow = yaml.safe_load(read(".github/workflows/ci.yml"))
+    workflow = parse_yaml(read(".github/workflows/ci.yml"), where="")
     steps = [step for name in ("lint", "test") for step in workflow["jobs"][name]["steps"]]
     assert {
         step["with"]["python-version"] for step in steps if "setup-python" in step.get("uses", "")
@@ -104,7 +106,7 @@ def test_python_is_the_same_everywhere():
 
 
 def test_pre_commit_uses_the_locked_tools_and_the_same_settings():
-    repos = yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]
+    repos = parse_yaml(read(".pre-commit-config.yaml"), where="")["repos"]
     by_name = {repo["repo"].rsplit("/", 1)[1]: repo for repo in repos}
     assert by_name["ruff-pre-commit"]["rev"] == "v" + locked()["ruff"]
     assert by_name["nbstripout"]["rev"] == locked()["nbstripout"]
@@ -112,7 +114,7 @@ def test_pre_commit_uses_the_locked_tools_and_the_same_settings():
 
 
 def test_workflow_calls_make_targets_that_exist():
-    jobs = yaml.safe_load(read(".github/workflows/ci.yml"))["jobs"].values()
+    jobs = parse_yaml(read(".github/workflows/ci.yml"), where="")["jobs"].values()
     commands = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
     called = {command.split()[1] for command in commands if command.startswith("make ")}
     assert {"lint", "test", "newest"} <= called <= make_targets()
@@ -129,34 +131,38 @@ def test_every_target_explains_itself():
     assert not undocumented
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_commands_in_the_documents_exist(document):
-    text = read(document)
-    assert set(re.findall(r"(?:^|`)make ([a-z]+)", text, flags=re.M)) <= make_targets()
-    for notebook in re.findall(r"notebooks/[\w.]+\.ipynb", text):
-        assert (ROOT / notebook).is_file(), notebook
-    for config in re.findall(r"configs/[\w./]+\.yaml", text):
-        assert (ROOT / config).is_file(), config
-    for module in re.findall(r"python -m helpers\.(\w+)", text):
-        assert (ROOT / "helpers" / f"{module}.py").is_file(), module
+def test_commands_in_the_documents_exist():
+    for path in documents():
+        text = path.read_text(encoding="utf-8")
+        assert set(re.findall(r"(?:^|`)make ([a-z]+)", text, flags=re.M)) <= make_targets(), path
+        for name in re.findall(r"(?<![\w/])(?:notebooks|configs|data)/[\w./]+\.\w+", text):
+            places = (ROOT / name, path.parent / name)
+            assert any(place.is_file() for place in places), f"{path.relative_to(ROOT)}: {name}"
+        for module in re.findall(r"python -m ((?:helpers|data)\.[\w.]*\w)", text):
+            assert importlib.util.find_spec(module), f"{path.relative_to(ROOT)}: {module}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_of_the_documents_resolve(document):
-    for mark, text, target in re.findall(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", read(document)):
-        assert text.strip() or not mark, f"{target} has no alternative text"
-        if not re.match(r"https?://|#", target):
-            assert (ROOT / target.split("#")[0]).exists(), target
+def test_links_of_the_documents_resolve():
+    for path in documents():
+        text = path.read_text(encoding="utf-8")
+        for mark, label, target in re.findall(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", text):
+            assert label.strip() or not mark, f"{path.name}: {target} has no alternative text"
+            if not re.match(r"https?://|#", target):
+                assert (path.parent / target.split("#")[0]).exists(), f"{path}: {target}"
 
 
-def test_commands_of_the_command_line_in_the_readme_exist():
-    commands = sorted(set(re.findall(r"python -m helpers ([a-z]+)", read("README.md"))))
-    assert commands
-    for command in commands:
-        done = subprocess.run(
-            [sys.executable, "-m", "helpers", command, "--help"], capture_output=True
-        )
-        assert done.returncode == 0, command
+def test_options_in_the_documents_exist():
+    used = {}
+    for path in documents():
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        for command, rest in re.findall(r"python -m helpers ([a-z]+)([^\n`|]*)", text):
+            options = re.findall(r"(?<!\S)--[a-z-]+", rest.split("#")[0])
+            used.setdefault(command, set()).update(options)
+    assert {"check", "train", "predict", "evaluate", "report", "diagnose"} <= used.keys()
+    parser = importlib.import_module("helpers.__main__").build_parser()
+    [commands] = [a.choices for a in parser._actions if isinstance(a.choices, dict)]
+    for command, options in used.items():
+        assert options <= set(commands[command]._option_string_actions), command
 
 
 def imports_of(path):
@@ -174,7 +180,7 @@ def imports_of(path):
 
 def test_every_import_is_declared():
     providers = packages_distributions()
-    own = {"helpers", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+    own = {"helpers", "data", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
     for path in project_files():
         if path.suffix not in (".py", ".ipynb"):
             continue
@@ -193,43 +199,36 @@ def test_no_file_names_a_path_of_a_machine_or_a_registry():
         assert not found, f"{path.relative_to(ROOT)}: {found}"
 
 
-def test_files_of_code_stay_readable():
-    for path in (ROOT / "helpers").glob("*.py"):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        assert len(lines) <= 320, f"{path.name} has {len(lines)} lines"
-        for node in ast.walk(ast.parse("\n".join(lines))):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                body = node.body[1:] if ast.get_docstring(node) else node.body
-                length = node.end_lineno - body[0].lineno if body else 0
-                assert length < 60, f"{path.name}: {node.name}"
+def test_rooms_import_only_from_the_rooms_below():
+    done = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()"]
+        + ["--no-cache"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
 
 
-def rows_of_the_map():
-    """Return the modules of each row of the table in CONTRIBUTING.md, top row first."""
-    table = read("CONTRIBUTING.md").split("| files | concept |")[1].split("\n\n")[0]
-    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    return [re.findall(r"`(\w+)`", cell) for cell in cells]
+def notebook_imports(path):
+    """Yield module and names of what a notebook imports from the package."""
+    cells = nbformat.read(path, as_version=4).cells
+    source = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "helpers":
+            yield node.module, {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            yield from ((a.name, set()) for a in node.names if a.name.split(".")[0] == "helpers")
 
 
-def test_map_lists_every_module_once():
-    listed = [module for row in rows_of_the_map() for module in row]
-    modules = {path.stem for path in (ROOT / "helpers").glob("*.py")} - {"__init__"}
-    assert len(listed) == len(set(listed))
-    assert modules - set(listed) == set(), "name these in the table of CONTRIBUTING.md"
-    assert set(listed) - modules == set(), "these are gone"
+def test_notebooks_import_from_the_faces_of_the_rooms():
+    paths = [path for path in project_files() if path.suffix == ".ipynb"]
+    assert len(paths) > 20
+    for path in paths:
+        for module, names in notebook_imports(path):
+            assert re.fullmatch(r"helpers\.\w+", module), f"{path.name} imports {module}"
+            face = getattr(importlib.import_module(module), "__all__", None)
+            assert face is None or names <= set(face), f"{path.name}: {names - set(face)}"
 
 
-def test_modules_import_from_their_row_or_above_and_never_in_a_circle():
-    rows = {module: number for number, row in enumerate(rows_of_the_map()) for module in row}
-    graph = {module: set() for module in rows}
-    for module in rows:
-        tree = ast.parse((ROOT / "helpers" / f"{module}.py").read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module == "helpers":
-                graph[module] |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module.startswith("helpers."):
-                graph[module].add(node.module.split(".")[1])
-    assert any(graph.values())
-    wrong = [(a, b) for a, used in graph.items() for b in used if rows[b] > rows[a]]
-    assert not wrong
-    tuple(TopologicalSorter(graph).static_order())  # raises on a circle
+def test_helpers_import_nothing_from_the_scripts_beside_the_data():
+    for path in (ROOT / "helpers").rglob("*.py"):
+        assert "data" not in set(imports_of(path)), path

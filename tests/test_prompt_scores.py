@@ -1,11 +1,16 @@
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from pycocotools import mask as coco_mask
 
-from helpers.data.records import ImageRecord, ObjectAnnotation
+from helpers.data.masks import rle_area
+from helpers.data.records import ImageRecord, ObjectAnnotation, Split
 from helpers.detect.metrics import union_iou
 from helpers.detect.predictor import Prediction
-from helpers.detect.queries import as_queries, prompt_scores
+from helpers.detect.queries import as_queries, prompt_scores, queries_from_outputs
 from helpers.errors import InputError
 
 RLE = {"size": [4, 4], "counts": "02>"}
@@ -48,10 +53,7 @@ def test_refuses_what_has_no_answer(queries, threshold):
 
 
 def test_predictions_become_queries_of_their_own_image():
-    objects = (
-        ObjectAnnotation("crack", (0, 0, 1, 2), RLE),
-        ObjectAnnotation("x", (0, 0, 1, 1), None),
-    )
+    objects = (ObjectAnnotation("crack", (0, 0, 1, 2), RLE),)
     records = [
         ImageRecord("a", Path("a.png"), 4, 4, ()),
         ImageRecord("b", Path("b.png"), 4, 4, objects),
@@ -62,10 +64,36 @@ def test_predictions_become_queries_of_their_own_image():
         for name, one in (("b.png", found), ("a.png", []))
     ]
     queries = as_queries(predictions, records)
-    assert [query["image_id"] for query in queries] == ["b", "a"]
-    assert [len(query["gt"]) for query in queries] == [1, 0]
+    assert [query.image_id for query in queries] == ["b", "a"]
+    assert [len(query.gt) for query in queries] == [1, 0]
     assert union_iou(queries, 0.5) == 1.0
     assert union_iou(queries, 0.8) == 0.0
     assert prompt_scores(queries, 0.3).loc[("object", "present"), "max score"] == 0.72
     with pytest.raises(InputError, match="no record of this image"):
         as_queries(predictions, records[:1])
+
+
+def test_both_ways_to_queries_have_one_ground_truth():
+    crowd = ObjectAnnotation("crack", (0, 0, 4, 4), RLE, is_crowd=True)
+    outside = ObjectAnnotation("crack", (9, 9, 12, 12), RLE)
+    without_mask = ObjectAnnotation("crack", (1, 0, 3, 2), None)
+    with_mask = ObjectAnnotation("crack", (0, 0, 1, 2), RLE)
+    objects = (crowd, outside, without_mask, with_mask)
+    record = ImageRecord("a", Path("a.png"), 4, 4, objects)
+    [query] = as_queries([Prediction("a.png", "crack", 4, 4, 0.8, 0.9, 0.72, [])], [record])
+    split = Split("test", Path(), "coco", ("crack",), (record,))
+    dataset = SimpleNamespace(records=(record,), split=split, prompt=None)
+    outputs = {
+        "pred_logits": torch.zeros(1, 2),
+        "presence_logits": torch.zeros(1, 1),
+        "pred_boxes": torch.zeros(1, 2, 4),
+        "pred_masks": torch.zeros(1, 2, 4, 4),
+        "semantic_logits": torch.zeros(1, 1, 4, 4),
+    }
+    question = {"image_id": "a", "prompt": "crack"}
+    [judged] = queries_from_outputs(outputs, [question], dataset, 0.5)
+    assert query.gt == judged.gt
+    assert query.gt_boxes_xyxy == judged.gt_boxes_xyxy == [(1, 0, 3, 2), (0, 0, 1, 2)]
+    np.testing.assert_array_equal(coco_mask.decode(query.gt[0])[:2, 1:3], 1)
+    assert rle_area(query.gt[0]) == 4
+    assert query.gt[1] == RLE

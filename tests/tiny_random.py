@@ -163,9 +163,9 @@ def tiny_run_config(base, data_dir, *overrides):
         CONFIGS / "crack_detection_config.yaml",
         profile="tiny",
         overrides=(
-            f"model.name={base}",
-            f"model.resolution={RESOLUTION}",
-            f"data.data_dir={data_dir}",
+            ("model.name", base),
+            ("model.resolution", RESOLUTION),
+            ("data.data_dir", data_dir),
             "data.negative_prompts=[joint, moss, dog, hole]",
             "scale.num_epochs=0.04",
             "training.batch_size=1",

@@ -1,85 +1,68 @@
-"""Faults that show in the annotations alone: crowd flags, boxes, masks, sizes."""
+"""Faults that show in the annotations alone: crowd flags, boxes, masks, sizes, doubles."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 
+import numpy as np
 import torch
+from pycocotools import mask as coco_mask
 from torchvision.ops import box_iou
 
 from helpers.checks.findings import Place, finding_at
-from helpers.data.dataset import mask_fits_image
 from helpers.data.masks import rle_area, rle_box_xyxy
+from helpers.data.records import has_mask, mask_fits_image
 
 MIN_BOX_IOU = 0.8  # between a box and the tight box of its own mask
 ROUNDING_PX = 2.0  # an edge may be this far from the mask's: label tools round
 OUTSIDE_PX = 1.0  # a box may leave its image by this much, for the same reason
+SAME_EDGE_PX = 1.0  # two boxes of one object may be this far apart, for the same reason
+SAME_MASK_IOU = 0.9  # two masks of one object overlap by at least this
+AREA_SHARE = 0.2  # an area may differ from its mask's by this share and a pixel along the outline
+MAX_COVER = 0.6  # mean share of its images that an object class, other than a ground, covers
+
+
+def check_annotations(split, *, mask_size, num_queries):
+    """Run every check that needs no image, for a model with that mask grid and number of queries."""
+    objects = [(r, item) for r in split.records for item in r.objects if not item.is_crowd]
+    return [
+        *check_crowds(split),
+        *check_box_numbers(split, objects),
+        *check_boxes_fit_masks(split, objects),
+        *check_masks(split, objects),
+        *check_areas(split, objects),
+        *check_doubles(split),
+        *check_sizes(split, objects, mask_size, num_queries),
+        *check_cover(split, objects),
+    ]
 
 
 def object_place(split, record, item, badness=0.0):
-    """Point at one object.
-
-    Parameters
-    ----------
-    split : Split
-        Gives its name.
-    record : ImageRecord
-        Gives image and path.
-    item : ObjectAnnotation
-        Gives annotation and box.
-    badness : float
-        As in `helpers.checks.findings.Place`.
-
-    Returns
-    -------
-    Place
-        For a finding.
-    """
+    """Point at one object."""
     return Place(
         split.name, record.image_id, record.path, item.annotation_id, item.box_xyxy, badness
     )
 
 
 def box_sides(item):
-    """Measure a box.
-
-    Parameters
-    ----------
-    item : ObjectAnnotation
-        Any object.
-
-    Returns
-    -------
-    tuple of float
-        (width, height) in pixels as in the file, negative for swapped corners.
-    """
+    """Return (width, height) of a box in pixels as in the file, negative for swapped corners."""
     x0, y0, x1, y1 = item.box_xyxy
     return x1 - x0, y1 - y0
 
 
 def is_usable(item):
-    """Tell whether the numbers of a box can be pixels at all.
-
-    Parameters
-    ----------
-    item : ObjectAnnotation
-        Any object.
-
-    Returns
-    -------
-    bool
-        False for NaN, infinity, and a box inside the first pixel, whose numbers are fractions.
-    """
+    """Return whether the numbers of a box can be pixels at all."""
     return _is_finite(item) and not _is_normalised(item)
 
 
 def _is_finite(item):
-    """Tell whether all four numbers of a box are finite."""
+    """Return whether all four numbers of a box are finite."""
     return all(math.isfinite(number) for number in item.box_xyxy)
 
 
 def _is_normalised(item):
-    """Tell whether a box lies in the first pixel: then its numbers are fractions, not pixels."""
+    """Return whether a box lies in the first pixel: then its numbers are fractions, not pixels."""
     numbers = (*item.box_xyxy[:2], *box_sides(item))
     return all(0 <= number <= 1 for number in numbers) and min(box_sides(item)) > 0
 
@@ -90,21 +73,36 @@ def _overhang(record, item):
     return max(-x0, -y0, x1 - record.width, y1 - record.height)
 
 
+def check_crowds(split):
+    """Find crowd regions, and images in which they leave a category without objects: D10, D11."""
+    crowds, emptied, total = [], [], 0
+    for record in split.records:
+        total += len(record.objects)
+        single = {item.category for item in record.objects if not item.is_crowd}
+        for item in record.objects:
+            if item.is_crowd:
+                crowds.append(object_place(split, record, item))
+                if item.category not in single:
+                    emptied.append(object_place(split, record, item))
+    return [
+        *finding_at(
+            "D10_ALL_CROWD",
+            emptied,
+            f"{len(emptied)} annotations with iscrowd 1 are all there is of their category in "
+            "their image; a loader that drops crowds then asks for a present thing as if absent",
+            "set iscrowd to 0 on masks of single objects",
+        ),
+        *finding_at(
+            "D11_CROWD",
+            crowds,
+            f"{len(crowds)} of {total} annotations have iscrowd 1 and are no targets",
+            "set iscrowd to 0 unless the region really holds many objects",
+        ),
+    ]
+
+
 def check_box_numbers(split, objects):
-    """Find boxes that are not finite, not in pixels, without area, or outside their image.
-
-    Parameters
-    ----------
-    split : Split
-        For the places.
-    objects : list of (ImageRecord, ObjectAnnotation)
-        What to look at.
-
-    Returns
-    -------
-    list of Finding
-        ``D41_NOT_FINITE``, ``D21_BOX_NORMALISED``, ``D40_DEGENERATE_BOX``, ``D20_BOX_OUTSIDE``.
-    """
+    """Find boxes that are not finite, not in pixels, without area, or outside: D41, D21, D40, D20."""
     infinite, normalised, thin, outside, farthest = [], [], [], [], 0.0
     for record, item in objects:
         if not _is_finite(item):
@@ -148,37 +146,21 @@ def check_box_numbers(split, objects):
 
 
 def check_boxes_fit_masks(split, objects):
-    """Compare each box with the tight box of its own mask, which catches a wrong box format.
-
-    Parameters
-    ----------
-    split : Split
-        For the places.
-    objects : list of (ImageRecord, ObjectAnnotation)
-        What to look at; objects with another fault of box or mask are left to that check.
-
-    Returns
-    -------
-    list of Finding
-        ``D22_BOX_OFF_MASK``, ``D23_BOX_FROM_MASK``.
-    """
+    """Compare each box with the tight box of its mask, which finds a wrong box format: D22, D23."""
     derived = [
         object_place(split, record, item) for record, item in objects if not item.has_own_box
     ]
     off, as_corners, compared = [], 0, 0
-    for record, item in objects:
-        if not (item.has_own_box and is_usable(item) and mask_fits_image(record, item)):
+    for record, item in objects:  # another fault of box or mask is left to its own check
+        if not (item.has_own_box and is_usable(item) and has_mask(record, item)):
             continue
-        if min(box_sides(item)) < 1 or rle_area(item.rle) == 0:
+        if min(box_sides(item)) < 1:
             continue
         compared += 1
         tight = rle_box_xyxy(item.rle)
         if max(abs(a - b) for a, b in zip(item.box_xyxy, tight, strict=True)) <= ROUNDING_PX:
             continue
-        corners = (
-            *item.box_xyxy[:2],
-            *box_sides(item),
-        )  # the file's numbers, read as x0, y0, x1, y1
+        corners = (*item.box_xyxy[:2], *box_sides(item))  # the numbers read as x0, y0, x1, y1
         iou, iou_corners = box_iou(
             torch.tensor([item.box_xyxy, corners], dtype=torch.float64),
             torch.tensor([tight], dtype=torch.float64),
@@ -204,87 +186,8 @@ def check_boxes_fit_masks(split, objects):
     ]
 
 
-def check_annotations(split, *, mask_size, num_queries):
-    """Run every check that needs no image.
-
-    Parameters
-    ----------
-    split : Split
-        From `helpers.data.coco.read_split`.
-    mask_size : int
-        Cells per side of the model's mask grid.
-    num_queries : int
-        Objects the model can find per prompt.
-
-    Returns
-    -------
-    list of Finding
-        At most one per code.
-    """
-    objects = [(r, item) for r in split.records for item in r.objects if not item.is_crowd]
-    return [
-        *check_crowds(split),
-        *check_box_numbers(split, objects),
-        *check_boxes_fit_masks(split, objects),
-        *check_masks(split, objects),
-        *check_sizes(split, objects, mask_size, num_queries),
-    ]
-
-
-def check_crowds(split):
-    """Find crowd regions, and images in which they leave a present category without objects.
-
-    Parameters
-    ----------
-    split : Split
-        All its objects are looked at.
-
-    Returns
-    -------
-    list of Finding
-        ``D10_ALL_CROWD``, ``D11_CROWD``.
-    """
-    crowds, emptied, total = [], [], 0
-    for record in split.records:
-        total += len(record.objects)
-        kept = {item.category for item in record.objects if not item.is_crowd}
-        for item in record.objects:
-            if item.is_crowd:
-                crowds.append(object_place(split, record, item))
-                if item.category not in kept:
-                    emptied.append(object_place(split, record, item))
-    return [
-        *finding_at(
-            "D10_ALL_CROWD",
-            emptied,
-            f"{len(emptied)} annotations with iscrowd 1 are all there is of their category in "
-            "their image; a loader that drops crowds then asks for a present thing as if absent",
-            "set iscrowd to 0 on masks of single objects",
-        ),
-        *finding_at(
-            "D11_CROWD",
-            crowds,
-            f"{len(crowds)} of {total} annotations have iscrowd 1 and are no targets",
-            "set iscrowd to 0 unless the region really holds many objects",
-        ),
-    ]
-
-
 def check_masks(split, objects):
-    """Find masks that are malformed, of the wrong size, empty, or missing.
-
-    Parameters
-    ----------
-    split : Split
-        For the places.
-    objects : list of (ImageRecord, ObjectAnnotation)
-        What to look at.
-
-    Returns
-    -------
-    list of Finding
-        ``D44_BAD_MASK``, ``D43_MASK_SIZE``, ``D42_EMPTY_MASK``, ``D45_NO_MASK``.
-    """
+    """Find masks that are malformed, of the wrong size, empty, or missing: D44, D43, D42, D45."""
     bad, sized, empty, missing, reasons, swapped = [], [], [], [], [], 0
     for record, item in objects:
         if item.mask_problem is not None:
@@ -299,6 +202,7 @@ def check_masks(split, objects):
             empty.append(object_place(split, record, item))
     total = len(objects)
     hint = f", {swapped} of them with width and height swapped" if swapped else ""
+    boxes_only = len(missing) == total
     return [
         *finding_at(
             "D44_BAD_MASK",
@@ -321,34 +225,84 @@ def check_masks(split, objects):
         *finding_at(
             "D45_NO_MASK",
             missing,
-            f"{len(missing)} of {total} objects have a box only and teach no outline",
-            "add a segmentation, or expect boxes only",
+            f"{len(missing)} of {total} objects have a box only and teach no outline"
+            + ("; the mask decoder has nothing to learn from" if boxes_only else ""),
+            "leave the mask decoder out with lora.apply_to_mask_decoder=false, or add segmentations"
+            if boxes_only
+            else "add a segmentation, or expect boxes only",
         ),
     ]
 
 
-def check_sizes(split, objects, mask_size, num_queries):
-    """Find objects too small for the mask grid and prompts with more objects than queries.
-
-    Parameters
-    ----------
-    split : Split
-        For the places.
-    objects : list of (ImageRecord, ObjectAnnotation)
-        What to look at.
-    mask_size : int
-        Cells per side of the mask grid.
-    num_queries : int
-        Objects the model can find per prompt.
-
-    Returns
-    -------
-    list of Finding
-        ``D50_TOO_SMALL``, ``D51_TOO_MANY``.
-    """
-    small, per_prompt = [], {}
+def check_areas(split, objects):
+    """Compare the stated area of each object with that of its mask or box: D24."""
+    differing, examples = [], []
     for record, item in objects:
-        per_prompt.setdefault((record.image_id, item.category), []).append(record)
+        if item.area_px is None or not is_usable(item):
+            continue
+        width, height = map(abs, box_sides(item))
+        box_px = width * height  # what some tools state as the area
+        mask_px = rle_area(item.rle) if has_mask(record, item) else min(item.area_px, box_px)
+        outline_px = width + height  # a pixel more or less along it
+        if any(_is_near(item.area_px, area_px, outline_px) for area_px in (mask_px, box_px)):
+            continue
+        differing.append(object_place(split, record, item, abs(item.area_px - mask_px)))
+        examples.append(f"{item.area_px:g} px stated, {mask_px:g} px drawn")
+    return finding_at(
+        "D24_AREA_DIFFERS",
+        differing,
+        f"{len(differing)} of {len(objects)} areas differ from what is drawn (the first: "
+        f"{(examples or [''])[0]}): box, mask or image may be of another size",
+        "look at these objects; if they are right, write the area anew",
+    )
+
+
+def _is_near(area_px, other_px, outline_px):
+    """Return whether two areas differ by rounding only."""
+    return abs(area_px - other_px) <= AREA_SHARE * max(area_px, other_px) + outline_px
+
+
+def check_doubles(split):
+    """Find objects that are annotated again in the same image and category: D46."""
+    doubles, total = [], 0
+    for record in split.records:
+        objects = sorted(
+            (item for item in record.objects if _is_finite(item)), key=lambda item: item.box_xyxy
+        )
+        total += len(objects)
+        for index, item in enumerate(objects):
+            for other in objects[index + 1 :]:
+                if other.box_xyxy[0] - item.box_xyxy[0] > SAME_EDGE_PX:
+                    break
+                if _is_same(item, other):
+                    doubles.append(object_place(split, record, other))
+                    break
+    return finding_at(
+        "D46_ANNOTATED_TWICE",
+        doubles,
+        f"{len(doubles)} of {total} objects are annotated twice, so that two queries are taught "
+        "to find each",
+        "remove the doubles; two exports may have been joined",
+    )
+
+
+def _is_same(first, second):
+    """Return whether two annotations are of one object."""
+    if first.category != second.category or first.is_crowd != second.is_crowd:
+        return False
+    edges = zip(first.box_xyxy, second.box_xyxy, strict=True)
+    if max(abs(a - b) for a, b in edges) > SAME_EDGE_PX:
+        return False
+    if first.rle is None or second.rle is None or first.rle["size"] != second.rle["size"]:
+        return True
+    return coco_mask.iou([first.rle], [second.rle], [0])[0, 0] >= SAME_MASK_IOU
+
+
+def check_sizes(split, objects, mask_size, num_queries):
+    """Find objects too small for the mask grid, and prompts with too many objects: D50, D51."""
+    small, per_prompt = [], defaultdict(list)
+    for record, item in objects:
+        per_prompt[record.image_id, item.category].append(record)
         if is_usable(item):
             width, height = box_sides(item)
             cells = mask_size * max(width / record.width, height / record.height)
@@ -374,3 +328,26 @@ def check_sizes(split, objects, mask_size, num_queries):
             "cut the images into tiles",
         ),
     ]
+
+
+def check_cover(split, objects):
+    """Find categories whose masks cover most of their images, as inverted masks do: D52."""
+    rles, covers, findings = defaultdict(list), defaultdict(list), []
+    for record, item in objects:
+        if has_mask(record, item):
+            rles[item.category, record.image_id].append((record, item.rle))
+    for (category, _), group in rles.items():
+        record = group[0][0]
+        area_px = rle_area(coco_mask.merge([rle for _, rle in group]))
+        share = area_px / (record.width * record.height)
+        covers[category].append(Place(split.name, record.image_id, record.path, badness=share))
+    for category, places in covers.items():
+        mean = np.mean([place.badness for place in places])
+        if mean > MAX_COVER:
+            findings += finding_at(
+                "D52_COVERS_PICTURE",
+                places,
+                f"'{category}' covers {mean:.0%} of its {len(places)} images on average",
+                "look at the masks: background and object may be exchanged",
+            )
+    return findings

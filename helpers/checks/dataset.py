@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
 from helpers.checks.boxes_and_masks import check_annotations
 from helpers.checks.findings import SEVERITIES, Finding, Report
@@ -85,18 +84,19 @@ def _by_urgency(finding):
 
 def _check_loading(dataset, split, model, processor):
     """Return the findings of the queries that training would make of a split, and its counts."""
-    data, findings, queries = dataset.config.data, [], _QueryCounts()
+    data, findings, queries = dataset.config.data, [], Counter()
     try:
         prompts = PromptDataset.from_config(dataset.config, split, model)
     except InputError as error:
         if split.records:  # without any it is reported as D06_EMPTY_SPLIT
             findings = [_refusal(error, split.name)]
     else:
-        findings = queries.add(prompts, dataset.pictures, processor)
+        queries, findings = _count_queries(prompts, dataset.pictures, processor)
     counts = _counts(split, queries)
-    findings = findings + check_objects_arrive(split, counts)
-    if queries.present or queries.absent:
-        findings += check_prompts(split, queries.absent, data.num_negatives, data.negative_prompts)
+    findings += check_objects_arrive(split, counts)
+    if queries:
+        absent = queries["absent_queries"]
+        findings += check_prompts(split, absent, data.num_negatives, data.negative_prompts)
     return findings, counts
 
 
@@ -105,39 +105,24 @@ def _refusal(error, where):
     return Finding("D09_LOADER_REFUSES", error.where or where, error.message, error.fix)
 
 
-@dataclass
-class _QueryCounts:
-    """What of a split reaches the loss, counted image by image without its pixels."""
-
-    objects: int = 0
-    masks: int = 0
-    present: int = 0
-    absent: int = 0
-
-    def add(self, prompts, pictures, processor):
-        """Count a `PromptDataset`; return a D09 finding per reason for which images are refused."""
-        findings, refused, collator = {}, {}, PromptCollator(processor)
-        for index, record in enumerate(prompts.records):
-            if not is_usable_picture(record, pictures[record.path]):
-                continue
-            queries = prompts.targets(index, 0)
-            for prompt in {query["prompt"] for query in queries} - refused.keys():
-                refused[prompt] = _token_problem(collator, prompt)
-            problems = [refused[query["prompt"]] for query in queries if refused[query["prompt"]]]
-            for error in problems[:1]:
-                where = f"{prompts.split.name}/{record.image_id}"
-                findings.setdefault(error.message, _refusal(error, where))
-            if not problems:
-                self._add(queries)
-        return list(findings.values())
-
-    def _add(self, queries):
-        """Add the queries of one image."""
-        for query in queries:
-            self.objects += len(query["boxes_cxcywh"])
-            self.masks += int(query["mask_valid"].sum())
-            self.present += query["is_positive"]
-            self.absent += not query["is_positive"]
+def _count_queries(prompts, pictures, processor):
+    """Count what of a `PromptDataset` reaches the loss, without pixels; and D09 for each refusal."""
+    counts, findings, problems, collator = Counter(), {}, {}, PromptCollator(processor)
+    for index, record in enumerate(prompts.records):
+        if not is_usable_picture(record, pictures[record.path]):
+            continue  # reported by the check of images
+        queries = prompts.targets(index, 0)
+        for prompt in {query["prompt"] for query in queries} - problems.keys():
+            problems[prompt] = _token_problem(collator, prompt)
+        refused = [problems[query["prompt"]] for query in queries if problems[query["prompt"]]]
+        for error in refused[:1]:
+            where = f"{prompts.split.name}/{record.image_id}"
+            findings.setdefault(error.message, _refusal(error, where))
+        for query in () if refused else queries:
+            counts["objects_after_collate"] += len(query["boxes_cxcywh"])
+            counts["masks_after_collate"] += int(query["mask_valid"].sum())
+            counts["present_queries" if query["is_positive"] else "absent_queries"] += 1
+    return counts, list(findings.values())
 
 
 def _token_problem(collator, prompt):
@@ -184,30 +169,17 @@ def _counts(split, queries):
         "images_without_objects": sum(not record.objects for record in split.records),
         "objects_in_files": len(objects),
         "crowd_objects": sum(item.is_crowd for item in objects),
-        "objects_after_collate": queries.objects,
-        "masks_after_collate": queries.masks,
-        "present_queries": queries.present,
-        "absent_queries": queries.absent,
+        "objects_after_collate": queries["objects_after_collate"],
+        "masks_after_collate": queries["masks_after_collate"],
+        "present_queries": queries["present_queries"],
+        "absent_queries": queries["absent_queries"],
         "objects_per_category": {name: names[name] for name in sorted(names)},
     }
 
 
 def check_objects_arrive(split, counts):
-    """Compare the objects in the files with the objects that reach the loss.
-
-    Parameters
-    ----------
-    split : Split
-        For the places.
-    counts : dict
-        ``objects_in_files``, ``objects_after_collate`` and ``crowd_objects`` of the split.
-
-    Returns
-    -------
-    list of Finding
-        ``D06_EMPTY_SPLIT``, ``D01_NO_OBJECTS``, ``D02_OBJECTS_LOST``.
-    """
-    total, kept = counts["objects_in_files"], counts["objects_after_collate"]
+    """Compare the objects in the files with those that reach the loss: D06, D01, D02."""
+    total, arrived = counts["objects_in_files"], counts["objects_after_collate"]
     if not split.records:
         return [
             Finding(
@@ -226,13 +198,13 @@ def check_objects_arrive(split, counts):
                 "look at 'annotations' in the file; training on it teaches to detect nothing",
             )
         ]
-    if kept >= MIN_KEPT * total:
+    if arrived >= MIN_KEPT * total:
         return []
     return [
         Finding(
             "D02_OBJECTS_LOST",
             str(split.root),
-            f"{total} objects are in the files, {kept} reach the loss ({kept / total:.1%}); lost "
+            f"{total} objects are in the files, {arrived} reach the loss ({arrived / total:.1%}); lost "
             f"are {counts['crowd_objects']} crowd regions, boxes without area in the image, and "
             "what is in images that cannot be loaded",
             "mend the other errors of this split; training on it teaches to detect less",

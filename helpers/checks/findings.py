@@ -8,84 +8,83 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from helpers.errors import InputError
+from helpers.errors import InputError, printable
 
 SEVERITIES = ("error", "warning", "info")
 
 
 class Code(NamedTuple):
-    """What a code stands for: its severity, the row of the cause catalogue, and a short title."""
+    """What a code stands for: its severity, the cause in data/causes.csv, and a short title."""
 
     severity: str
-    row: str
+    cause: str
     title: str
 
 
 CODES = {
-    "D01_NO_OBJECTS": Code("error", "1", "the files of a split hold no object"),
-    "D02_OBJECTS_LOST": Code("error", "1", "objects are in the files but do not reach the loss"),
-    "D03_UNREADABLE": Code("error", "1", "the annotations of a split cannot be read"),
-    "D04_NO_TRAIN_SPLIT": Code("error", "1", "there is nothing to train on"),
-    "D05_MISSING_SPLIT": Code("warning", "1", "a split for validation or testing is missing"),
-    "D06_EMPTY_SPLIT": Code("error", "1", "a split lists no image"),
-    "D07_UNANNOTATED_IMAGE": Code("warning", "1", "an image has no annotation entry"),
-    "D08_MISSING_IMAGE": Code("error", "1", "an annotation entry has no image"),
-    "D09_LOADER_REFUSES": Code("error", "1", "the training loader refuses a split or an image"),
-    "D10_ALL_CROWD": Code("error", "1b", "a present category has crowd regions only"),
-    "D11_CROWD": Code("warning", "1b", "annotations are marked as crowd"),
-    "D20_BOX_OUTSIDE": Code("error", "6", "a box leaves its image"),
-    "D21_BOX_NORMALISED": Code("error", "6", "a box is not in pixels"),
-    "D22_BOX_OFF_MASK": Code("error", "6", "a box does not fit its own mask"),
-    "D23_BOX_FROM_MASK": Code("info", "6", "an object has no box of its own"),
-    "D30_ROOT_CATEGORY": Code("warning", "14", "a parent category without annotations"),
-    "D31_SIMILAR_NAMES": Code("warning", "14", "two category names are nearly the same"),
-    "D32_NO_NOUN": Code("warning", "12", "a category name is no noun to ask for"),
-    "D33_UNUSED_CATEGORY": Code("warning", "14", "a category is never annotated"),
-    "D34_ZERO_BASED_IDS": Code("info", "14", "category ids start at 0"),
-    "D35_CATEGORIES_DIFFER": Code("warning", "14", "splits annotate different categories"),
-    "D40_DEGENERATE_BOX": Code("error", "16", "a box is thinner than a pixel"),
-    "D41_NOT_FINITE": Code("error", "16", "a box holds NaN or infinity"),
-    "D42_EMPTY_MASK": Code("error", "16", "a mask has no pixel"),
-    "D43_MASK_SIZE": Code("error", "16", "a mask has another size than its image"),
-    "D44_BAD_MASK": Code("error", "16", "a segmentation is malformed"),
-    "D45_NO_MASK": Code("warning", "16", "an object has a box only"),
-    "D50_TOO_SMALL": Code("warning", "21", "an object is smaller than two cells of the mask grid"),
-    "D51_TOO_MANY": Code("warning", "21", "a prompt has more objects than the model has queries"),
-    "D60_IMAGES_WITHOUT_OBJECTS": Code("info", "22", "images show no object"),
-    "D61_NO_ABSENT_PROMPT": Code("warning", "22", "no absent prompt is ever asked"),
-    "D62_UNVERIFIED_NEGATIVES": Code("info", "19", "absent prompts may be in the pictures"),
-    "D70_BROKEN_IMAGE": Code("error", "28", "an image cannot be opened"),
-    "D71_IMAGE_SHAPE": Code("error", "28", "an image has another shape than its annotation says"),
-    "D72_IMAGE_SCALED": Code("warning", "28", "an image is a resized copy of the annotated one"),
-    "D73_IMAGE_TURNED": Code("info", "28", "an image carries an EXIF orientation"),
-    "D80_LEAKAGE": Code("warning", "13", "the same image is in two splits"),
+    "D01_NO_OBJECTS": Code("error", "no_objects", "the files of a split hold no object"),
+    "D02_OBJECTS_LOST": Code("error", "no_objects", "objects in the files do not reach the loss"),
+    "D03_UNREADABLE": Code("error", "unreadable_data", "a split cannot be read"),
+    "D04_NO_TRAIN_SPLIT": Code("error", "no_objects", "there is nothing to train on"),
+    "D05_MISSING_SPLIT": Code("warning", "unreadable_data", "there is no valid or test split"),
+    "D06_EMPTY_SPLIT": Code("error", "no_objects", "a split lists no image"),
+    "D07_UNANNOTATED_IMAGE": Code("warning", "labels_missing", "an image has no annotation entry"),
+    "D08_MISSING_IMAGE": Code("error", "unreadable_data", "an annotation entry has no image"),
+    "D09_LOADER_REFUSES": Code("error", "unreadable_data", "the training loader refuses an image"),
+    "D10_ALL_CROWD": Code("error", "objects_filtered", "a category has crowd regions only"),
+    "D11_CROWD": Code("warning", "objects_filtered", "annotations are marked as crowd"),
+    "D12_UNUSED_FILES": Code("info", "unreadable_data", "files of a split are not used"),
+    "D20_BOX_OUTSIDE": Code("error", "boxes_off_masks", "a box leaves its image"),
+    "D21_BOX_NORMALISED": Code("error", "boxes_off_masks", "a box is not in pixels"),
+    "D22_BOX_OFF_MASK": Code("error", "boxes_off_masks", "a box does not fit its own mask"),
+    "D23_BOX_FROM_MASK": Code("info", "boxes_off_masks", "an object has no box of its own"),
+    "D24_AREA_DIFFERS": Code("warning", "boxes_off_masks", "an area is not that of its mask"),
+    "D30_ROOT_CATEGORY": Code("warning", "category_names", "a parent has no annotations"),
+    "D31_SIMILAR_NAMES": Code(
+        "warning", "category_names", "two category names are nearly the same"
+    ),
+    "D32_NO_NOUN": Code("warning", "category_names", "a category name is no noun to ask for"),
+    "D33_UNUSED_CATEGORY": Code("warning", "category_names", "a category is never annotated"),
+    "D34_ZERO_BASED_IDS": Code("info", "category_names", "category ids start at 0"),
+    "D35_CATEGORIES_DIFFER": Code("warning", "category_names", "splits use different categories"),
+    "D36_NO_WORD": Code("error", "category_names", "a category name holds no word"),
+    "D40_DEGENERATE_BOX": Code("error", "not_finite", "a box is thinner than a pixel"),
+    "D41_NOT_FINITE": Code("error", "not_finite", "a box holds NaN or infinity"),
+    "D42_EMPTY_MASK": Code("error", "not_finite", "a mask has no pixel"),
+    "D43_MASK_SIZE": Code("error", "masks_lost", "a mask has another size than its image"),
+    "D44_BAD_MASK": Code("error", "masks_lost", "a segmentation is malformed"),
+    "D45_NO_MASK": Code("warning", "masks_lost", "an object has a box only"),
+    "D46_ANNOTATED_TWICE": Code("error", "merged_categories", "an object is annotated twice"),
+    "D50_TOO_SMALL": Code("warning", "tiny_objects", "an object spans less than two mask cells"),
+    "D51_TOO_MANY": Code("warning", "tiny_objects", "a prompt has more objects than queries"),
+    "D52_COVERS_PICTURE": Code("warning", "labels_missing", "a category covers most of its images"),
+    "D60_IMAGES_WITHOUT_OBJECTS": Code("info", "mostly_empty", "images show no object"),
+    "D61_NO_ABSENT_PROMPT": Code("warning", "only_positive_prompts", "no absent prompt is asked"),
+    "D62_UNVERIFIED_NEGATIVES": Code("info", "present_negatives", "absent prompts may be present"),
+    "D70_BROKEN_IMAGE": Code("error", "unreadable_data", "an image cannot be opened"),
+    "D71_IMAGE_SHAPE": Code("error", "annotations_off_image", "an image has not the shape stated"),
+    "D72_IMAGE_SCALED": Code(
+        "warning", "annotations_off_image", "an image has not the size stated"
+    ),
+    "D73_IMAGE_TURNED": Code("info", "annotations_off_image", "an image has an EXIF orientation"),
+    "D74_IMAGE_OUTSIDE": Code("error", "unreadable_data", "an image lies outside the dataset"),
+    "D75_TRANSPARENT": Code("warning", "annotations_off_image", "an image is partly transparent"),
+    "D76_SEVERAL_FRAMES": Code("warning", "annotations_off_image", "an image has several frames"),
+    "D77_CONTRADICTION": Code("error", "annotations_off_image", "statements about an image differ"),
+    "D80_LEAKAGE": Code("warning", "evaluation_mismatch", "the same image is in two splits"),
 }
 
 
 @dataclass(frozen=True)
 class Place:
-    """One spot a finding is about.
-
-    Attributes
-    ----------
-    split, image_id : str
-        Where the image belongs.
-    path : pathlib.Path
-        The image file.
-    annotation_id : int or str or None
-        None if the whole image is meant.
-    box_xyxy : tuple of float or None
-        The annotated box in pixels, as in the file.
-    badness : float
-        How bad it is compared with other places of the same finding; larger is worse.
-    """
+    """One spot a finding is about."""
 
     split: str
     image_id: str
     path: Path
-    annotation_id: int | str | None = None
-    box_xyxy: tuple[float, float, float, float] | None = None
-    badness: float = 0.0
+    annotation_id: int | str | None = None  # None if the whole image is meant
+    box_xyxy: tuple[float, float, float, float] | None = None  # pixels, as in the file
+    badness: float = 0.0  # compared with other places of the same finding; larger is worse
 
     def __str__(self):
         """Return ``split/image, annotation 7``."""
@@ -95,27 +94,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault of a dataset, with everything needed to mend it.
+    """One fault of a dataset, with everything needed to mend it."""
 
-    Attributes
-    ----------
-    code : str
-        A key of `CODES`.
-    where : str
-        The file, image or annotation; the worst one and a count if there are several.
-    message : str
-        What is wrong, with the numbers.
-    fix : str
-        What to do about it.
-    places : tuple of Place
-        Every spot concerned, the worst first; empty if the finding is about a whole split.
-    """
-
-    code: str
-    where: str
+    code: str  # key of `CODES`
+    where: str  # the file, image or annotation; the worst one and a count if there are several
     message: str
     fix: str
-    places: tuple[Place, ...] = ()
+    places: tuple[Place, ...] = ()  # the worst first; empty if a whole split is meant
 
     @property
     def severity(self):
@@ -134,22 +119,7 @@ class Finding:
 
 
 def finding_at(code, places, message, fix):
-    """Build the one finding for all places of a code in a split.
-
-    Parameters
-    ----------
-    code : str
-        A key of `CODES`.
-    places : list of Place
-        May be empty.
-    message, fix : str
-        As in `Finding`.
-
-    Returns
-    -------
-    list of Finding
-        None or one, so that checks can be added up.
-    """
+    """Return a list of the one finding for all places of a code; empty without a place."""
     if not places:
         return []
     places = sorted(places, key=lambda place: place.badness, reverse=True)
@@ -159,46 +129,22 @@ def finding_at(code, places, message, fix):
 
 @dataclass(frozen=True)
 class FlaggedImage:
-    """An image worth looking at.
-
-    Attributes
-    ----------
-    path : pathlib.Path
-        The image file.
-    name : str
-        ``split/image``.
-    codes : tuple of str
-        What was found in it, errors first.
-    boxes_xyxy : tuple of tuple of float
-        Boxes concerned, in pixels, as annotated; empty if the whole image is meant.
-    labels : tuple of str
-        One text per box: code and annotation.
-    """
+    """An image worth looking at."""
 
     path: Path
-    name: str
-    codes: tuple[str, ...]
-    boxes_xyxy: tuple[tuple[float, float, float, float], ...]
-    labels: tuple[str, ...]
+    name: str  # split/image
+    codes: tuple[str, ...]  # errors first
+    boxes_xyxy: tuple[tuple[float, float, float, float], ...]  # pixels, as annotated
+    labels: tuple[str, ...]  # one per box: code and annotation
 
 
 @dataclass(frozen=True)
 class Report:
-    """All findings about a dataset.
-
-    Attributes
-    ----------
-    data_dir : pathlib.Path
-        The folder checked.
-    findings : tuple of Finding
-        Errors first, then by code.
-    counts : dict
-        For each split: images, objects in the files and after the collate, queries, and so on.
-    """
+    """All findings about a dataset."""
 
     data_dir: Path
-    findings: tuple[Finding, ...]
-    counts: dict
+    findings: tuple[Finding, ...]  # errors first, then by code
+    counts: dict  # by split: images, objects in the files and after the collate, queries, ...
 
     @property
     def ok(self):
@@ -216,14 +162,14 @@ class Report:
         Returns
         -------
         pandas.DataFrame
-            ``severity``, ``code``, ``row`` (of the cause catalogue), ``places`` (how many),
+            ``severity``, ``code``, ``cause`` (name in data/causes.csv), ``places`` (how many),
             ``where``, ``message``, ``fix``.
         """
         rows = [
-            (f.severity, f.code, CODES[f.code].row, len(f.places), f.where, f.message, f.fix)
+            (f.severity, f.code, CODES[f.code].cause, len(f.places), f.where, f.message, f.fix)
             for f in self.findings
         ]
-        columns = ["severity", "code", "row", "places", "where", "message", "fix"]
+        columns = ["severity", "code", "cause", "places", "where", "message", "fix"]
         return pd.DataFrame(rows, columns=columns)
 
     def counts_frame(self):
@@ -232,7 +178,7 @@ class Report:
         return table.drop(columns="objects_per_category", errors="ignore")
 
     def summary(self):
-        """Return the report as text: a verdict, then what, where and how to mend it."""
+        """Return the report as text for a terminal: a verdict, then what, where and how to mend it."""
         totals = [
             f"{sum(f.severity == severity for f in self.findings)} {severity}"
             for severity in SEVERITIES
@@ -247,7 +193,7 @@ class Report:
         for finding in self.findings:
             lines.append(f"{finding.severity:8}{finding.code}  {finding.where}")
             lines.append(f"        {finding.message}. Fix: {finding.fix}")
-        return "\n".join(lines)
+        return "\n".join(printable(line).replace("\n", "\\n") for line in lines)
 
     def worst(self, n=4):
         """Choose the images to look at.
@@ -276,13 +222,7 @@ class Report:
         return [_flagged_image(path, entries) for path, entries in chosen]
 
     def raise_for_errors(self):
-        """Raise an InputError with the first error, for callers that cannot go on.
-
-        Raises
-        ------
-        InputError
-            If `ok` is False; it says how many further errors there are.
-        """
+        """Raise an InputError with the first error, and how many more there are, if not `ok`."""
         errors = [finding for finding in self.findings if finding.severity == "error"]
         if errors:
             more = f" ({len(errors) - 1} further errors)" if len(errors) > 1 else ""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import combinations
 
 import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from helpers.checks.findings import Place, finding_at
-from helpers.data.dataset import mask_fits_image
+from helpers.checks.findings import Finding, Place, finding_at
 from helpers.data.images import near_pairs, open_upright, same_shape
+from helpers.data.records import mask_fits_image
 
 WHAT_AND_FIX = {
     "D07_UNANNOTATED_IMAGE": (
@@ -38,33 +38,38 @@ WHAT_AND_FIX = {
         "carry an EXIF orientation, which is applied",
         "make sure that they were annotated upright, above all if they are square",
     ),
+    "D74_IMAGE_OUTSIDE": (
+        "lie outside the dataset, by their path or through a link",
+        "copy them into the dataset and correct file_name",
+    ),
+    "D75_TRANSPARENT": (
+        "have transparent pixels, which are made white whatever colour they hide",
+        "save the images without transparency, as they looked when they were annotated",
+    ),
+    "D76_SEVERAL_FRAMES": (
+        "hold several frames or pages, of which only the first is used",
+        "save the frame that was annotated as an image of its own",
+    ),
+    "D77_CONTRADICTION": (
+        "are described by two statements that differ",
+        "correct the wrong one: the objects may belong to another image",
+    ),
 }
 
 
 def check_images(split, pictures):
-    """Compare image files with what the annotations say about them.
+    """Compare image files with what the annotations say about them: D07, D08, D12, D70 to D77.
 
-    Parameters
-    ----------
-    split : Split
-    pictures : dict of pathlib.Path to helpers.data.images.Picture
-        From `helpers.data.dataset.Dataset.look`.
-
-    Returns
-    -------
-    list of Finding
-        ``D07_UNANNOTATED_IMAGE``, ``D08_MISSING_IMAGE``, ``D70_BROKEN_IMAGE``,
-        ``D71_IMAGE_SHAPE``, ``D72_IMAGE_SCALED``, ``D73_IMAGE_TURNED``.
+    ``pictures`` maps their paths to what `helpers.data.dataset.Dataset.look` saw of them.
     """
     places, details = defaultdict(list), defaultdict(list)
     for record in split.records:
-        code, detail = _fault_of(record, pictures[record.path])
-        if code is not None:
+        for code, detail in _faults_of(record, pictures[record.path], split.root):
             places[code].append(Place(split.name, record.image_id, record.path))
             details[code].append(detail)
     code = "D07_UNANNOTATED_IMAGE"
     places[code] = [Place(split.name, path.name, path) for path in split.unannotated]
-    findings = []
+    findings = _unused_files(split)
     for code, (what, fix) in WHAT_AND_FIX.items():
         detail = f" (the first: {details[code][0]})" if details[code] else ""
         findings += finding_at(
@@ -73,20 +78,58 @@ def check_images(split, pictures):
     return findings
 
 
-def _fault_of(record, picture):
-    """Return the code of what is wrong with an image file, or None, and a detail."""
+def _faults_of(record, picture, root):
+    """Yield the code of each fault of an image file, and a detail."""
+    if record.contradiction is not None:
+        yield "D77_CONTRADICTION", record.contradiction
+    if not is_inside(record.path, root):
+        yield "D74_IMAGE_OUTSIDE", str(record.path.resolve())
     if not picture.digest and not record.path.is_file():
-        return "D08_MISSING_IMAGE", str(record.path)
-    if picture.problem is not None:
-        return "D70_BROKEN_IMAGE", picture.problem
+        yield "D08_MISSING_IMAGE", str(record.path)
+    elif picture.problem is not None:
+        fix = f"; {picture.fix}" if picture.fix else ""
+        yield "D70_BROKEN_IMAGE", f"{picture.problem}{fix}"
+    else:
+        yield from _faults_of_content(record, picture)
+
+
+def _faults_of_content(record, picture):
+    """Yield the code of each fault of an image that could be decoded, and a detail."""
     size, stated = picture.size, (record.width, record.height)
     turn = "" if picture.orientation == 1 else f", EXIF orientation {picture.orientation}"
     detail = f"{size[0]} x {size[1]} upright{turn}, {stated[0]} x {stated[1]} stated"
     if not same_shape(size, stated):
-        return "D71_IMAGE_SHAPE", detail
-    if size != stated:
-        return "D72_IMAGE_SCALED", detail
-    return ("D73_IMAGE_TURNED" if turn else None), detail
+        yield "D71_IMAGE_SHAPE", detail
+    elif size != stated:
+        yield "D72_IMAGE_SCALED", detail
+    elif turn:
+        yield "D73_IMAGE_TURNED", detail
+    if picture.is_transparent:
+        yield "D75_TRANSPARENT", record.image_id
+    if picture.num_frames > 1:
+        yield "D76_SEVERAL_FRAMES", f"{record.image_id} with {picture.num_frames}"
+
+
+def is_inside(path, root):
+    """Return whether a file, links resolved, lies in the dataset of a split's folder."""
+    path, root = path.resolve(), root.resolve()
+    return path.is_relative_to(root) or path.is_relative_to(root.parent)
+
+
+def _unused_files(split):
+    """Count the files of a split that are neither images nor annotations it reads: D12."""
+    if not split.unread:
+        return []
+    endings = Counter(path.suffix.lower() or "no ending" for path in split.unread)
+    counts = ", ".join(f"{number} {ending}" for ending, number in endings.most_common())
+    return [
+        Finding(
+            "D12_UNUSED_FILES",
+            str(split.root),
+            f"{len(split.unread)} files are not used: {counts}",
+            "nothing to do unless they should be; save other image formats as JPEG or PNG",
+        )
+    ]
 
 
 def is_usable_picture(record, picture):
@@ -95,20 +138,7 @@ def is_usable_picture(record, picture):
 
 
 def check_leakage(splits, pictures):
-    """Find images that are in two splits, as the same file or as a copy that looks the same.
-
-    Parameters
-    ----------
-    splits : dict of str to Split
-        By name.
-    pictures : dict of pathlib.Path to helpers.data.images.Picture
-        Of their images.
-
-    Returns
-    -------
-    list of Finding
-        ``D80_LEAKAGE``, one per pair of splits.
-    """
+    """Find images of one split in another, as the same file or as a copy that looks the same: D80."""
     findings = []
     for first, second in combinations(splits, 2):
         same, similar = _shared(splits[first].records, splits[second].records, pictures)
@@ -140,45 +170,27 @@ def _shared(first, second, pictures):
     return same, [second[row][0] for row in rows if second[row][1].digest not in digests]
 
 
-SIDE_PX = 256
-"""Images and masks are compared at this size, as squares."""
-RIM_PX = 5
-"""Width of the rim around the objects that they are compared with."""
+SIDE_PX = 256  # images and masks are compared at this size, as squares
+RIM_PX = 5  # width of the rim around the objects that they are compared with
 
 
 def turns():
-    """List the eight ways to turn and mirror a square picture.
-
-    Returns
-    -------
-    dict of str to callable
-        The first one leaves the picture as it is; each takes an array and returns it turned.
-    """
+    """Return the eight ways to turn and mirror a square picture, by name; the first changes nothing."""
     names = ("as it is", "turned by 90", "turned by 180", "turned by 270")
-    found = {}
+    ways = {}
     for quarter, name in enumerate(names):
-        found[name] = lambda pixels, quarter=quarter: np.rot90(pixels, quarter)
+        ways[name] = lambda pixels, quarter=quarter: np.rot90(pixels, quarter)
     for quarter, name in enumerate(names):
-        found[f"mirrored, {name}"] = lambda pixels, quarter=quarter: np.rot90(
+        ways[f"mirrored, {name}"] = lambda pixels, quarter=quarter: np.rot90(
             pixels[:, ::-1], quarter
         )
-    return found
+    return ways
 
 
 def contrast(grey, mask):
-    """Measure how much the marked pixels differ from a rim around them.
+    """Return how much marked pixels differ from a rim around them, in deviations of the rim.
 
-    Parameters
-    ----------
-    grey : numpy.ndarray
-        (S, S) brightness.
-    mask : numpy.ndarray
-        (S, S) uint8 of 0 and 1.
-
-    Returns
-    -------
-    float
-        Difference of the means in standard deviations of the rim; NaN without mask or rim.
+    ``grey`` and ``mask`` (uint8 of 0 and 1) are (S, S). NaN without mask or rim.
     """
     kernel = np.ones((2 * RIM_PX + 1, 2 * RIM_PX + 1), np.uint8)
     inside = mask.astype(bool)
@@ -189,23 +201,9 @@ def contrast(grey, mask):
 
 
 def contrast_per_turn(records):
-    """Measure the contrast of annotated masks on images turned in each of the eight ways.
+    """Return one `contrast` per image with masks, for each of the `turns` by name.
 
-    Parameters
-    ----------
-    records : sequence of helpers.data.records.ImageRecord
-        Those without a mask of the size of the image are left out.
-
-    Returns
-    -------
-    dict of str to numpy.ndarray
-        Name of the turn, see `turns`, to one contrast per image. Where annotations lie on what
-        they name, the untouched image has by far the highest.
-
-    Raises
-    ------
-    InputError
-        If an image cannot be opened.
+    Where annotations lie on what they name, the untouched image has by far the highest.
     """
     values = {name: [] for name in turns()}
     for record in records:
@@ -220,4 +218,4 @@ def contrast_per_turn(records):
         )
         for name, turn in turns().items():
             values[name].append(contrast(turn(picture).astype(np.float32), mask))
-    return {name: np.array(found) for name, found in values.items()}
+    return {name: np.array(contrasts) for name, contrasts in values.items()}

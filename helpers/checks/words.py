@@ -22,70 +22,85 @@ def check_categories(split):
 
     Parameters
     ----------
-    split : Split
+    split : helpers.data.records.Split
         Its whole category table is looked at.
 
     Returns
     -------
-    list of Finding
-        ``D30_ROOT_CATEGORY``, ``D31_SIMILAR_NAMES``, ``D32_NO_NOUN``, ``D33_UNUSED_CATEGORY``,
-        ``D34_ZERO_BASED_IDS``.
+    list of helpers.checks.findings.Finding
+        ``D30_ROOT_CATEGORY`` to ``D34_ZERO_BASED_IDS`` and ``D36_NO_WORD``.
     """
-    where, table = f"{split.name}/categories", split.category_table
-    used = {item.category for record in split.records for item in record.objects}
+    table, used = split.category_table, _used_categories(split)
     unused = [name for name in split.categories if name not in used]
-    asked = [entry for entry in table if entry.name in split.categories]
-    found = [
+    entries = [entry for entry in table if entry.name in split.categories]
+    findings = [
         (
             "D30_ROOT_CATEGORY",
-            f"'{entry.name}' is the parent of other categories, is never annotated, and is left out",
-            "remove it from the export: asked as absent it would contradict its children",
+            f"'{entry.name}' {_kind(entry)}, is never annotated, and is left out",
+            "remove it from the export: asked as absent it would contradict other categories",
         )
         for entry in table
         if entry.name not in split.categories
     ]
-    found += [
-        (
-            "D31_SIMILAR_NAMES",
-            f"'{first.name}' and '{second.name}' are nearly the same, yet are asked apart",
-            "merge them, or choose names that differ in more than ending and case",
-        )
-        for first, second in combinations(asked, 2)
-        if similar_names(first.name, second.name)
-    ]
-    found += [
+    findings += [_similar(*pair) for pair in combinations(entries, 2) if _is_similar(*pair)]
+    findings += [
         (
             "D32_NO_NOUN",
             f"'{name}' is the prompt for its objects and is no noun a person would use",
             "rename it to what the picture shows, for example 'crack'",
         )
         for name in split.categories
-        if _is_no_noun(name)
+        if normalise_noun(name) and _is_no_noun(name)
+    ]
+    findings += [
+        (
+            "D36_NO_WORD",
+            f"the category '{name}' holds no word that could be asked for",
+            f"give it a noun: data.prompts_by_category={{'{name}': crack}}, or remove it",
+        )
+        for name in split.categories
+        if not normalise_noun(name)
     ]
     if unused and used:
         message = f"never annotated in this split: {', '.join(unused)}"
         fix = "remove what was never labelled; it may be asked as absent on every image"
-        found.append(("D33_UNUSED_CATEGORY", message, fix))
+        findings.append(("D33_UNUSED_CATEGORY", message, fix))
     if any(entry.category_id == 0 for entry in table):
         message = "category ids start at 0; here only names matter, other tools expect 1"
         fix = "nothing to do unless another tool reads the file"
-        found.append(("D34_ZERO_BASED_IDS", message, fix))
-    return [Finding(code, where, message, fix) for code, message, fix in found]
+        findings.append(("D34_ZERO_BASED_IDS", message, fix))
+    where = f"{split.name}/categories"
+    return [Finding(code, where, message, fix) for code, message, fix in findings]
+
+
+def _kind(entry):
+    """Say why a category that no object has is not asked for."""
+    return "is the parent of other categories" if normalise_noun(entry.name) else "holds no word"
+
+
+def _used_categories(split):
+    """Return the set of categories that objects of a split have."""
+    return {item.category for record in split.records for item in record.objects}
+
+
+def _is_similar(first, second):
+    """Return whether the names of two `Category` entries are hard to tell apart."""
+    return similar_names(first.name, second.name)
+
+
+def _similar(first, second):
+    """Describe two categories of one name, or of nearly the same."""
+    if first.name == second.name:
+        ids = f"{first.category_id} and {second.category_id}"
+        message = f"the categories {ids} are both '{first.name}' and are asked as one"
+        return "D31_SIMILAR_NAMES", message, "merge them, or give the second one its own noun"
+    message = f"'{first.name}' and '{second.name}' are nearly the same, yet are asked apart"
+    fix = "merge them, or choose names that differ in more than ending and case"
+    return "D31_SIMILAR_NAMES", message, fix
 
 
 def similar_names(first, second):
-    """Tell whether two names differ by case, spacing, plural or a slip only.
-
-    Parameters
-    ----------
-    first, second : str
-        Names of categories.
-
-    Returns
-    -------
-    bool
-        True also for a share of matching letters of at least `SIMILAR` in longer names.
-    """
+    """Return whether two names differ by case, spacing, plural or a slip only."""
     first, second = normalise_noun(first), normalise_noun(second)
     if first == second:
         return True
@@ -94,29 +109,16 @@ def similar_names(first, second):
 
 
 def _is_no_noun(name):
-    """Tell whether a name is a number, a letter, or a word for anything at all."""
+    """Return whether a name is a number, a letter, or a word for anything at all."""
     words = normalise_noun(name).split()
     return all(len(word) == 1 or word in NO_NOUNS or re.search(r"\d", word) for word in words)
 
 
 def check_prompts(split, absent_queries, num_negatives, negative_prompts):
-    """Find images without objects and splits in which "no" is never the right answer.
+    """Find images without objects and splits in which "no" is never the right answer: D60 to D62.
 
-    Parameters
-    ----------
-    split : Split
-        For the images.
-    absent_queries : int
-        Absent prompts asked over the split.
-    num_negatives : int
-        Absent prompts wanted per image.
-    negative_prompts : sequence of str
-        Nouns they are drawn from.
-
-    Returns
-    -------
-    list of Finding
-        ``D60_IMAGES_WITHOUT_OBJECTS``, ``D61_NO_ABSENT_PROMPT``, ``D62_UNVERIFIED_NEGATIVES``.
+    ``absent_queries`` is the number of absent prompts asked over the split, ``num_negatives`` how
+    many are wanted per image, ``negative_prompts`` the nouns they are drawn from.
     """
     empty = [
         Place(split.name, record.image_id, record.path)
@@ -158,22 +160,8 @@ def check_prompts(split, absent_queries, num_negatives, negative_prompts):
 
 
 def check_splits_agree(splits):
-    """Find categories that are annotated in one split and not in training.
-
-    Parameters
-    ----------
-    splits : dict of str to Split
-        By name; without ``train`` there is nothing to compare.
-
-    Returns
-    -------
-    list of Finding
-        ``D35_CATEGORIES_DIFFER``.
-    """
-    used = {
-        name: {item.category for record in split.records for item in record.objects}
-        for name, split in splits.items()
-    }
+    """Find categories that are annotated in one split and not in training: D35."""
+    used = {name: _used_categories(split) for name, split in splits.items()}
     findings = []
     for name in used:
         if "train" not in used or name == "train" or used[name] == used["train"]:

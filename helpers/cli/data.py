@@ -6,9 +6,9 @@ Libraries are imported inside, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
-from helpers.cli.model import DEFAULT_CONFIG, add_set_option
+from helpers.cli.model import DEFAULT_CONFIG, add_set_option, profile_name
 from helpers.errors import InputError
-from helpers.files import resolve
+from helpers.files import in_current_folder, resolve
 
 
 def add_commands(add):
@@ -22,11 +22,21 @@ def _check_options(command):
     command.add_argument(
         "data",
         nargs="?",
+        type=in_current_folder,
         metavar="DATA",
         help="folder with one folder per split, by default data.data_dir of --config",
     )
-    command.add_argument("--config", metavar="FILE", help="check as its training would read it")
-    command.add_argument("--profile", help="tiny, sam3 or a file; without --config tiny by default")
+    command.add_argument(
+        "--config",
+        type=in_current_folder,
+        metavar="FILE",
+        help="check as its training would read it",
+    )
+    command.add_argument(
+        "--profile",
+        type=profile_name,
+        help="tiny, sam3 or a file; without --config tiny by default",
+    )
     add_set_option(command)
 
 
@@ -64,7 +74,7 @@ def _convert_options(command):
     command.add_argument("--seed", type=int, default=42, help="of the division, default 42")
     command.add_argument("--tile", type=int, metavar="PIXELS", help="cut larger images into tiles")
     command.add_argument("--overlap", type=float, default=0.2, help="of tiles, default 0.2")
-    command.add_argument("--copy", action="store_true", help="copy images, never link them")
+    command.add_argument("--copy", action="store_true", help="images are always copied")
 
 
 def check(args):
@@ -101,6 +111,5 @@ def convert(args):
         seed=args.seed,
         tile=args.tile,
         overlap=args.overlap,
-        copy=args.copy,
     )
     return 0, summary, summary_text(summary)

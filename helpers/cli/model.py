@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from helpers.errors import InputError, printable
-from helpers.files import CONFIGS, resolve
+from helpers.files import CONFIGS, in_current_folder, resolve
 
 DEFAULT_CONFIG = CONFIGS / "crack_detection_config.yaml"
 LARGE = 2
@@ -50,17 +50,32 @@ def add_commands(add):
     _train_options(add(train))
     _predict_options(add(predict, model))
     _evaluate_options(add(evaluate, model))
-    add(report).add_argument("--adapter", required=True, metavar="RUN", help="run folder")
+    add(report).add_argument(
+        "--adapter", type=in_current_folder, required=True, metavar="RUN", help="run folder"
+    )
     _diagnose_options(add(diagnose))
     _share_options(add(merge), add(push))
 
 
 def _train_options(command):
     """Add the options of ``train``."""
-    command.add_argument("--config", required=True, metavar="FILE", help="a file of configs/")
-    command.add_argument("--profile", help="tiny, sam3 or a file")
-    command.add_argument("--data", metavar="DIR", help="dataset, in place of data.data_dir")
-    command.add_argument("--output", metavar="RUN", help="run folder, by default output.output_dir")
+    command.add_argument(
+        "--config",
+        type=in_current_folder,
+        required=True,
+        metavar="FILE",
+        help="such as those in configs/",
+    )
+    command.add_argument("--profile", type=profile_name, help="tiny, sam3 or a file")
+    command.add_argument(
+        "--data", type=in_current_folder, metavar="DIR", help="dataset, in place of data.data_dir"
+    )
+    command.add_argument(
+        "--output",
+        type=in_current_folder,
+        metavar="RUN",
+        help="run folder, by default output.output_dir",
+    )
     add_set_option(command)
     command.add_argument("--resume", action="store_true", help="continue an interrupted run")
     command.add_argument("--overwrite", action="store_true", help="replace a run in the folder")
@@ -76,6 +91,18 @@ def add_set_option(command):
     command.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting"
     )
+
+
+def profile_name(text):
+    """Turn a profile that is a file in the current folder into its path."""
+    path = in_current_folder(text)
+    return str(path) if path.is_file() else text
+
+
+def base_name(text):
+    """Turn a base that is a folder in the current folder into its path."""
+    path = in_current_folder(text)
+    return str(path) if path.is_dir() else text
 
 
 def _predict_options(command):
@@ -97,7 +124,9 @@ def _predict_options(command):
 
 def _evaluate_options(command):
     """Add the options of ``evaluate``."""
-    command.add_argument("--data", metavar="DIR", help="dataset, by default that of the run")
+    command.add_argument(
+        "--data", type=in_current_folder, metavar="DIR", help="dataset, by default that of the run"
+    )
     command.add_argument("--split", default="test", help="split, by default test")
     command.add_argument("--prompt", help="ask for this word in place of the category names")
     command.add_argument("--threshold", type=float, help=_THRESHOLD_HELP)
@@ -105,21 +134,39 @@ def _evaluate_options(command):
 
 def _diagnose_options(command):
     """Add the options of ``diagnose``."""
-    command.add_argument("--adapter", required=True, metavar="RUN", help="run folder")
-    command.add_argument("--data", metavar="DIR", help="dataset, by default that of the run")
-    command.add_argument("--image", metavar="IMG", help="a picture in which nothing is found")
+    command.add_argument(
+        "--adapter", type=in_current_folder, required=True, metavar="RUN", help="run folder"
+    )
+    command.add_argument(
+        "--data", type=in_current_folder, metavar="DIR", help="dataset, by default that of the run"
+    )
+    command.add_argument(
+        "--image", type=in_current_folder, metavar="IMG", help="a picture in which nothing is found"
+    )
     command.add_argument("--prompt", help="the word that was asked, by default the category names")
 
 
 def _share_options(merge_command, push_command):
     """Add the options of ``merge`` and ``push``."""
     add = merge_command.add_argument
-    add("--adapter", required=True, metavar="RUN", help="run folder")
-    add("--output", required=True, metavar="DIR", help="new folder of the model")
+    add("--adapter", type=in_current_folder, required=True, metavar="RUN", help="run folder")
+    add(
+        "--output",
+        type=in_current_folder,
+        required=True,
+        metavar="DIR",
+        help="new folder of the model",
+    )
     add("--dtype", help="float32 or bfloat16, by default that of the base's files")
-    add("--base", metavar="NAME", help="another place of the base")
+    add("--base", type=base_name, metavar="NAME", help="another place of the base")
     add = push_command.add_argument
-    add("--adapter", required=True, metavar="DIR", help="run or merged model")
+    add(
+        "--adapter",
+        type=in_current_folder,
+        required=True,
+        metavar="DIR",
+        help="run or merged model",
+    )
     add("--repo", required=True, metavar="OWNER/NAME", help="name on the Hub")
     add("--yes", action="store_true", help="upload; by default only look")
 
@@ -128,10 +175,24 @@ def _model_parser():
     """Return the options that say which model to use; without any, the embedded base alone."""
     parser = argparse.ArgumentParser(add_help=False)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--adapter", metavar="RUN", help="run folder, or folder of a PEFT adapter")
-    source.add_argument("--config", metavar="FILE", help="find the run in its output.output_dir")
-    parser.add_argument("--base", metavar="NAME", help="base model: a folder or a hub name")
-    parser.add_argument("--profile", help="tiny (default) or sam3: whose base to use")
+    source.add_argument(
+        "--adapter",
+        type=in_current_folder,
+        metavar="RUN",
+        help="run folder, or folder of a PEFT adapter",
+    )
+    source.add_argument(
+        "--config",
+        type=in_current_folder,
+        metavar="FILE",
+        help="find the run in its output.output_dir",
+    )
+    parser.add_argument(
+        "--base", type=base_name, metavar="NAME", help="base model: a folder or a hub name"
+    )
+    parser.add_argument(
+        "--profile", type=profile_name, help="tiny (default) or sam3: whose base to use"
+    )
     return parser
 
 
@@ -145,9 +206,9 @@ def train(args):
 
     overrides = list(args.set)
     if args.data is not None:
-        overrides.append(f"data.data_dir={resolve(args.data)}")
+        overrides.append(("data.data_dir", args.data))
     config = load_config(args.config, profile=args.profile, overrides=overrides)
-    output_dir = None if args.output is None else Path(args.output).expanduser().absolute()
+    output_dir = args.output
     settings = {"output_dir": output_dir, "resume": args.resume, "overwrite": args.overwrite}
     try:
         if args.retry_smaller:
@@ -398,7 +459,6 @@ def _image_files(paths):
     files = []
     for text in paths:
         path = Path(text).expanduser()
-        path = path if path.exists() else resolve(text)
         if path.is_dir():
             inside = sorted(
                 entry

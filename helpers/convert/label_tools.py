@@ -1,8 +1,9 @@
-"""Read LabelMe: a JSON file of shapes per image.
+"""Read what labelling tools write per image: LabelMe's JSON of shapes, Pascal VOC's XML of boxes.
 
-`supervision.DetectionDataset.from_labelme` is not used. It rounds polygons to whole pixels and
-fills their border, holds every mask as a picture, and skips circles and painted masks with a
-warning, so that an annotated object would be asked as absent.
+`supervision.DetectionDataset` is used for neither. Its LabelMe reader rounds polygons to whole
+pixels, fills their border, and skips circles and painted masks, so that an annotated object would be
+asked as absent. Its VOC reader decodes every image, ignores ``<size>`` and ``<filename>``, where a
+file contradicts its picture, and knows no encoding but UTF-8.
 """
 
 from __future__ import annotations
@@ -11,108 +12,148 @@ import base64
 import binascii
 import io
 import math
-from pathlib import PureWindowsPath
+import os
+import re
+from pathlib import Path, PureWindowsPath
 from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from scipy.optimize import linear_sum_assignment
 
 from helpers.convert.source import (
     WHOLE,
     Source,
     SourceImage,
-    images_in,
+    by_stem,
+    examples,
+    files_below,
+    folder_named,
+    not_decoded,
     numbered,
+    picture_size,
+    read_text,
+    refuse_outside,
     split_folders,
 )
 from helpers.data.coco import read_json_object
-from helpers.data.images import upright_size
-from helpers.data.masks import mask_to_rle, rle_box_xyxy
+from helpers.data.images import IMAGE_SUFFIXES
+from helpers.data.masks import mask_to_rle
 from helpers.errors import InputError
 
-VOID = 255  # value of border pixels in SegmentationObject
-MIN_FIT = 0.5  # IoU of a mask's tight box with the box of its object
+CIRCLE_CORNERS = 64
+POLYGONS = ("polygon", "rotation", "quadrilateral")
 
 
 def is_voc(root):
-    """Tell whether a folder holds XML files of annotations, in ``Annotations/`` or per split."""
-    return root.is_dir() and any(
-        any(_xml_folder(folder).glob("*.xml")) for folder in split_folders(root).values()
-    )
+    """Return whether a folder holds XML files of annotations, in ``Annotations/`` or per split."""
+    tags = set()
+    for folder in split_folders(root).values() if root.is_dir() else ():
+        for path in files_below(_xml_folder(folder), (".xml",)):
+            tags.add(_parse(path).tag)
+            if "annotation" in tags:
+                return True
+    if "annotations" in tags:
+        raise InputError(
+            "is an export of 'CVAT for images', which is not read",
+            where=root,
+            fix="export 'COCO 1.0' from CVAT",
+        )
+    return False
 
 
 def read_voc(root):
-    """Read Pascal VOC annotations.
+    """Read the boxes of Pascal VOC annotations.
 
     Parameters
     ----------
     root : pathlib.Path
-        Holds ``Annotations/*.xml``, ``JPEGImages/`` and optionally ``SegmentationObject/*.png``
-        and ``ImageSets/Main/{train,val,test}.txt``; or a folder per split with XML files and
-        images side by side, as Roboflow exports them.
+        Holds ``Annotations/*.xml``, ``JPEGImages/`` and optionally
+        ``ImageSets/Main/{train,val,test}.txt``; or a folder per split with XML files and images
+        side by side, as Roboflow exports them.
 
     Returns
     -------
     helpers.convert.source.Source
         Boxes become ``[x, y, width, height]``. The files count pixels from 1 and include the last
-        one, unless a corner is 0: then they count from 0. A mask goes to the object whose box it
-        fits best; an object without one keeps its box only. Images without an XML file are left
-        out, and ``notes`` count them.
+        one, unless a corner is 0: then they count from 0. Polygons and ``SegmentationObject`` are
+        not read; such pictures are the format ``masks``.
 
     Raises
     ------
     InputError
-        Naming the file and what cannot be read in it.
+        Naming the file and what cannot be read in it, or where it contradicts its image.
     """
-    folders = split_folders(root)
-    trees = {
-        split: {
-            path.stem: (path, _parse(path)) for path in sorted(_xml_folder(folder).glob("*.xml"))
-        }
-        for split, folder in folders.items()
-    }
-    corners = [
-        _number(box, key, path)
-        for files in trees.values()
-        for path, tree in files.values()
-        for box in tree.iterfind("object/bndbox")
-        for key in ("xmin", "ymin")
-    ]
-    first = 0 if min(corners, default=1) < 1 else 1
-    splits, unused, unlisted = {}, 0, 0
-    for split, folder in folders.items():
-        images = (
-            images_in(folder / "JPEGImages") or images_in(folder / "images") or images_in(folder)
-        )
-        unused += len(images.keys() - trees[split].keys())
-        splits[split] = [
-            _voc_image(path, tree, images, folder / "SegmentationObject", first)
+    trees, corners = {}, []
+    for split, folder in split_folders(root).items():
+        place = _xml_folder(folder)
+        files = by_stem(files_below(place, (".xml",)), place)
+        read = {stem: (path, _parse(path)) for stem, path in files.items()}
+        trees[split] = {stem: pair for stem, pair in read.items() if pair[1].tag == "annotation"}
+        corners += [
+            _number(box, key, path)
             for path, tree in trees[split].values()
+            for box in tree.iterfind("object/bndbox")
+            for key in ("xmin", "ymin")
         ]
-    if folders == {WHOLE: root}:
-        total = len(splits[WHOLE])
-        splits = _by_image_sets(root, splits[WHOLE])
-        unlisted = total - sum(map(len, splits.values()))
-    names = [
-        item["category"] for images in splits.values() for one in images for item in one.objects
-    ]
-    notes = [f"{unused} images have no XML file and are left out"] if unused else []
-    notes += [f"{unlisted} images are in no list of ImageSets"] if unlisted else []
-    return Source("voc", splits, numbered(names), tuple(notes))
+    first = 0 if min(corners, default=1) < 1 else 1
+    splits, notes, renamed, num_polygons = {}, [], [], 0
+    for split, folder in split_folders(root).items():
+        images = _voc_images(folder)
+        splits[split] = {
+            stem: _voc_image(path, tree, images, stem, first, root, renamed)
+            for stem, (path, tree) in trees[split].items()
+        }
+        num_polygons += sum(len(tree.findall(".//polygon")) for _, tree in trees[split].values())
+        if folder_named(folder, "SegmentationObject", "SegmentationClass"):
+            notes.append("masks of VOC are not read here but with --format masks --objects values")
+    if renamed:
+        notes.append(
+            f"{len(renamed)} files name an image in <filename> that is not there; the one of their "
+            f"own name is taken: {examples(renamed)}"
+        )
+    if num_polygons:
+        notes.append(f"{num_polygons} objects have a <polygon>, of which only the box is read")
+    lists = []
+    if set(splits) == {WHOLE}:
+        splits, lists = _by_image_sets(root, splits[WHOLE])
+    splits = {split: list(images.values()) for split, images in splits.items()}
+    names = [item["category"] for images in splits.values() for i in images for item in i.objects]
+    return Source("voc", splits, numbered(names), tuple(notes), {}, tuple(lists))
 
 
 def _xml_folder(folder):
     """Return where the XML files of a split lie."""
-    nested = folder / "Annotations"
-    return nested if nested.is_dir() else folder
+    return folder_named(folder, "Annotations") or folder
+
+
+def _voc_images(folder):
+    """Map the stem of each image of a split to its file."""
+    for place in (folder_named(folder, "JPEGImages"), folder_named(folder, "images"), folder):
+        images = by_stem(files_below(place, IMAGE_SUFFIXES), place) if place else {}
+        if images:
+            return images
+    return {}
 
 
 def _parse(path):
-    """Parse one XML file."""
+    """Parse one XML file in the encoding that it declares, which the parser itself may not know."""
+    content = path.read_bytes()
+    declared = re.match(rb"\s*<\?xml[^>]*?encoding=[\"']([\w.-]+)", content)
+    encoding = declared[1].decode().lower() if declared else "utf-8"
+    encoding = {"gb2312": "gb18030", "gbk": "gb18030"}.get(encoding, encoding)  # its superset
     try:
-        return ElementTree.parse(path).getroot()
-    except (ElementTree.ParseError, OSError) as error:
+        text = read_text(path) if encoding.startswith("utf") else content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise not_decoded(path, error) from error
+    except LookupError as error:
+        raise InputError(f"has the {error}", where=path, fix="save it as UTF-8") from error
+    if "<!ENTITY" in text:  # a few bytes of entities can grow to gigabytes, or read other files
+        raise InputError("defines entities", where=path, fix="export it again without them")
+    try:
+        return ElementTree.fromstring(
+            re.sub(r"^\s*<\?xml.*?\?>", "", text, count=1, flags=re.DOTALL)
+        )
+    except ElementTree.ParseError as error:
         raise InputError(
             f"is no complete XML ({error})", where=path, fix="export it again"
         ) from error
@@ -139,107 +180,91 @@ def _number(element, key, where):
         ) from error
 
 
-def _voc_image(where, tree, images, mask_folder, first):
+def _voc_image(where, tree, images, stem, first, root, renamed):
     """Read one annotation file; `first` is the number of the first pixel."""
-    path = images.get(where.stem)
+    path = images.get(stem)
     if path is None:
         raise InputError(
-            f"there is no image '{where.stem}' beside it or in JPEGImages/",
+            f"there is no image '{stem}' beside it or in JPEGImages/",
             where=where,
             fix="restore the image or remove the file",
         )
-    (width, height), _ = upright_size(path)
-    objects = [_voc_object(element, where, first) for element in tree.iterfind("object")]
-    mask_file = mask_folder / f"{where.stem}.png"
-    if mask_file.is_file():
-        _add_masks(objects, mask_file)
-    return SourceImage(path, width, height, tuple(objects))
+    _compare_name(where, tree, path, images, root, renamed)
+    size = picture_size(path, root)
+    if tree.find("size") is not None:
+        stated = tuple(round(_number(tree.find("size"), key, where)) for key in ("width", "height"))
+        if stated not in ((0, 0), size):  # some tools leave zeros
+            raise _other_size(where, stated, size)
+    objects = tuple(_voc_object(element, where, first) for element in tree.iterfind("object"))
+    return SourceImage(path, *size, objects, {}, (where,))
+
+
+def _compare_name(where, tree, path, images, root, renamed):
+    """Compare <filename> with the file's own name, which decides where only one of them is there."""
+    name = PureWindowsPath((tree.findtext("filename") or "").strip())
+    aside = Path(os.path.normpath(where.parent / name.as_posix()))
+    if len(name.parts) > 1 and aside.is_file():
+        refuse_outside(aside, root, where)
+    stem = name.stem if name.suffix.lower() in IMAGE_SUFFIXES else name.name
+    if not stem or stem == path.stem:
+        return
+    if any(Path(other).name == stem for other in images):
+        raise InputError(
+            f"<filename> is '{name.name}', its own name means '{path.name}', and both are there",
+            where=where,
+            fix="correct <filename>",
+        )
+    renamed.append(f"{where.name} ('{name.name}')")
+
+
+def _other_size(where, stated, size):
+    """Return the InputError for a file that states another size than its image has."""
+    return InputError(
+        f"says {stated[0]} x {stated[1]} pixels, the upright image has {size[0]} x {size[1]}",
+        where=where,
+        fix="annotate the image as it is, upright",
+    )
 
 
 def _voc_object(element, where, first):
-    """Read one object: a box, and a polygon if there is one."""
+    """Read the name and the box of one object."""
     box = element.find("bndbox")
     if box is None:
         raise InputError("<object> has no <bndbox>", where=where, fix="export the file again")
     corners = [_number(box, key, where) for key in ("xmin", "ymin", "xmax", "ymax")]
-    try:
-        points = [float(point.text) - first for point in _voc_points(element)]
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"its <polygon> is not x1, y1, x2, y2, ... ({error})",
-            where=where,
-            fix="export the file again",
-        ) from error
     x0, y0 = corners[0] - first, corners[1] - first
-    entry = {
+    return {
         "category": _text(element, "name", where),
         "bbox": [x0, y0, corners[2] - x0, corners[3] - y0],
         "iscrowd": 0,
     }
-    return entry | ({"segmentation": [points]} if points else {})
-
-
-def _voc_points(element):
-    """Return the elements x1, y1, x2, y2, ... of an object's polygon in that order."""
-    polygon = element.find("polygon")
-    if polygon is None:
-        return []
-    return sorted(polygon, key=lambda point: (int(point.tag[1:]), point.tag[0]))
-
-
-def _add_masks(objects, mask_file):
-    """Give each mask of a SegmentationObject picture to the object whose box it fits best."""
-    values = np.array(Image.open(mask_file))
-    if values.ndim != 2:
-        raise InputError(
-            "has no palette or grey values", where=mask_file, fix="save it as a palette PNG"
-        )
-    rles = [mask_to_rle(values == value) for value in np.unique(values) if value not in (0, VOID)]
-    boxes_xywh = [entry["bbox"] for entry in objects]
-    fits = np.array([[_box_iou(rle_box_xyxy(rle), box) for box in boxes_xywh] for rle in rles])
-    matched = linear_sum_assignment(-fits) if fits.size else ([], [])
-    given = [
-        (row, column) for row, column in zip(*matched, strict=True) if fits[row, column] >= MIN_FIT
-    ]
-    if len(given) < len(rles):
-        raise InputError(
-            f"{len(rles) - len(given)} of {len(rles)} masks fit no box of the XML file",
-            where=mask_file,
-            fix="annotate the object in both files or in neither",
-        )
-    for row, column in given:
-        objects[column]["segmentation"] = rles[row]
-
-
-def _box_iou(box_xyxy, box_xywh):
-    """Compute the IoU of two boxes in pixels."""
-    x, y, width, height = box_xywh
-    across = min(box_xyxy[2], x + width) - max(box_xyxy[0], x)
-    down = min(box_xyxy[3], y + height) - max(box_xyxy[1], y)
-    shared = max(across, 0) * max(down, 0)
-    area = (box_xyxy[2] - box_xyxy[0]) * (box_xyxy[3] - box_xyxy[1])
-    return shared / (area + width * height - shared)
 
 
 def _by_image_sets(root, images):
-    """Divide images as the lists in ``ImageSets`` say; without lists they stay one split."""
-    kind = "Segmentation" if (root / "SegmentationObject").is_dir() else "Main"
-    splits = {}
-    for stem, split in (("train", "train"), ("val", "valid"), ("test", "test")):
-        path = root / "ImageSets" / kind / f"{stem}.txt"
+    """Divide images by the lists in ``ImageSets/Main``; return the splits and the lists read."""
+    splits, lists = {}, []
+    for word, split in (("train", "train"), ("val", "valid"), ("test", "test")):
+        path = root / "ImageSets" / "Main" / f"{word}.txt"
         if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            listed = {line.split()[0] for line in lines if line.strip()}
-            splits[split] = [image for image in images if image.path.stem in listed]
-    return splits or {WHOLE: images}
+            lists.append(path)
+            stems = {_listed_stem(line, images) for line in read_text(path).splitlines()}
+            splits[split] = {stem: images[stem] for stem in images if stem in stems}
+    if lists and not any(splits.values()):
+        raise InputError("names none of the images", where=lists[0], fix="list the images' names")
+    return (splits, lists) if lists else ({WHOLE: images}, lists)
 
 
-CIRCLE_CORNERS = 64
+def _listed_stem(line, images):
+    """Return the stem that a line of a list means: a name with or without ending, a flag after it."""
+    words = [line.strip(), *line.split()[:1]]
+    stems = words + [word.rpartition(".")[0] for word in words]
+    return next((stem for stem in stems if stem in images), None)
 
 
 def is_labelme(root):
-    """Tell whether a folder holds JSON files with ``shapes``, directly or per split."""
-    return root.is_dir() and any(_files(folder) for folder in split_folders(root).values())
+    """Return whether a folder holds JSON files with ``shapes`` at any depth."""
+    folders = split_folders(root).values() if root.is_dir() else ()
+    return any(True for folder in folders for _ in _files(folder))
 
 
 def read_labelme(root):
@@ -248,64 +273,93 @@ def read_labelme(root):
     Parameters
     ----------
     root : pathlib.Path
-        Holds JSON files and images, directly or in a folder per split.
+        Holds JSON files and images at any depth, also in a folder per split.
 
     Returns
     -------
     helpers.convert.source.Source
-        Polygons, rectangles, circles and painted masks become objects. Polygons with one label
-        and one ``group_id`` are one object. A rectangle has a box only.
+        Polygons, turned rectangles, circles and painted masks become objects. Polygons with one
+        label and one ``group_id`` are one object. A rectangle has a box only.
 
     Raises
     ------
     InputError
         Naming the file and what cannot be read in it: also a line or a point, which has no area.
     """
+    moved = []
     splits = {
-        split: [_labelme_image(path, content) for path, content in _files(folder)]
+        split: [_labelme_image(path, content, root, moved) for path, content in _files(folder)]
         for split, folder in split_folders(root).items()
     }
-    names = [
-        item["category"] for images in splits.values() for one in images for item in one.objects
-    ]
-    return Source("labelme", splits, numbered(sorted(set(names))))
+    notes = []
+    if moved:
+        notes.append(
+            f"{len(moved)} files name an image elsewhere that is not there; the one of that name "
+            f"beside them is taken: {examples(moved)}"
+        )
+    names = {item["category"] for images in splits.values() for i in images for item in i.objects}
+    return Source("labelme", splits, numbered(sorted(names)), tuple(notes))
 
 
 def _files(folder):
-    """Return path and content of the JSON files that hold shapes."""
-    read = [(path, read_json_object(path)) for path in sorted(folder.glob("*.json"))]
-    return [(path, content) for path, content in read if "shapes" in content]
+    """Yield path and content of the JSON files below a folder that hold shapes."""
+    damage, is_empty = None, True
+    for path in files_below(folder, (".json",)):
+        try:
+            content = read_json_object(path)
+        except InputError as error:
+            if _has_image(path):  # else a file of something else
+                raise
+            damage = damage or error
+            continue
+        if isinstance(content.get("shapes"), list):
+            is_empty = False
+            yield path, content
+    if damage and is_empty:
+        raise damage
 
 
-def _labelme_image(where, content):
+def _has_image(path):
+    """Return whether an image lies beside an annotation file under the same name."""
+    suffixes = [*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES)]
+    return any(path.with_suffix(suffix).is_file() for suffix in suffixes)
+
+
+def _labelme_image(where, content, root, moved):
     """Read one file."""
-    name = PureWindowsPath(str(content.get("imagePath") or "")).name
-    path = where.parent / name
-    if not name or not path.is_file():
+    name = PureWindowsPath(str(content.get("imagePath") or ""))
+    path = Path(os.path.normpath(where.parent / name.as_posix()))
+    if len(name.parts) > 1 and not path.is_file() and (where.parent / name.name).is_file():
+        path = where.parent / name.name
+        moved.append(f"{where.name} ('{name}')")
+    if not path.is_file():
         raise InputError(
-            f"its image '{name}' is not beside it",
+            f"its image '{name.name}' is not beside it",
             where=where,
             fix="put the image there, or correct imagePath",
         )
-    (width, height), _ = upright_size(path)
-    stated = (content.get("imageWidth"), content.get("imageHeight"))
-    if stated != (None, None) and stated != (width, height):
+    refuse_outside(path, root, where)
+    if path.stem != where.stem and _has_image(where):
         raise InputError(
-            f"says {stated[0]} x {stated[1]} pixels, the upright image has {width} x {height}",
+            f"names the image '{path.name}', but one of its own name is beside it, too",
             where=where,
-            fix="annotate the image as it is, upright",
+            fix="correct imagePath",
         )
+    width, height = size = picture_size(path, root)
+    stated = (content.get("imageWidth"), content.get("imageHeight"))
+    if stated not in ((None, None), size):
+        raise _other_size(where, stated, size)
     objects, groups = [], {}
     for index, shape in enumerate(content["shapes"]):
         entry = _labelme_object(shape, height, width, f"{where}, shape {index}")
-        group = (entry["category"], shape.get("group_id"))
+        group = (entry["category"], repr(shape.get("group_id")))
         first = groups.get(group) if shape.get("group_id") is not None else None
         if first is not None and isinstance(first.get("segmentation"), list):
             first["segmentation"] += _polygons_of(entry, f"{where}, shape {index}")
             continue
         groups[group] = entry
         objects.append(entry)
-    return SourceImage(path, width, height, tuple(objects))
+    return SourceImage(path, width, height, tuple(objects), {}, (where,))
 
 
 def _polygons_of(entry, where):
@@ -319,12 +373,14 @@ def _polygons_of(entry, where):
 
 def _labelme_object(shape, height, width, where):
     """Turn one shape into a COCO entry."""
+    if not isinstance(shape, dict):
+        raise InputError("is no shape", where=where, fix="draw it again")
     kind, label = shape.get("shape_type", "polygon"), shape.get("label")
     if not isinstance(label, str) or not label.strip():
         raise InputError("has no label", where=where, fix="name it after what the picture shows")
     entry = {"category": label.strip(), "iscrowd": 0}
     points = _labelme_points(shape, where)
-    if kind == "polygon" and len(points) >= 3:
+    if kind in POLYGONS and len(points) >= 3:
         return entry | {"segmentation": [points.ravel().tolist()]}
     if kind == "rectangle" and len(points) >= 2:
         low, high = points.min(axis=0), points.max(axis=0)
@@ -361,12 +417,18 @@ def _painted(shape, corner, height, width, where):
     try:
         png = base64.b64decode(shape.get("mask") or "", validate=True)
         part = np.array(Image.open(io.BytesIO(png)).convert("L")) > 0
-    except (binascii.Error, UnidentifiedImageError, TypeError, OSError) as error:
+    except (
+        binascii.Error,
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        TypeError,
+        OSError,
+    ) as error:
         raise InputError(
             f"its mask is no PNG in base64 ({error})", where=where, fix="draw it again"
         ) from error
     x, y = (round(float(number)) for number in corner)
     mask = np.zeros((height, width), dtype=bool)
-    room = mask[max(y, 0) : y + part.shape[0], max(x, 0) : x + part.shape[1]]
+    room = mask[max(y, 0) : max(y + part.shape[0], 0), max(x, 0) : max(x + part.shape[1], 0)]
     room[:] = part[max(-y, 0) :, max(-x, 0) :][: room.shape[0], : room.shape[1]]
     return mask_to_rle(mask)

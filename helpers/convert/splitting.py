@@ -20,23 +20,12 @@ RUNS = 10  # that such a group is cut into, in the order of its last number
 
 
 def name_groups(stems):
-    """Group file names that speak of one scene.
+    """Give names of one scene equal groups; return (list of str, notes on scenes that were cut).
 
-    Parameters
-    ----------
-    stems : sequence of str
-        File names without ending. Roboflow's ``.rf.<hash>`` is what tells augmented copies apart
-        and is ignored. Of names that keep a number or the word "frame" without their last number,
-        as ``wall_3_17`` or ``bridge_frame_0040`` do, the rest is the scene. Names such as
-        ``IMG_0040`` say nothing.
-
-    Returns
-    -------
-    groups : list of str
-        Equal for names of one scene.
-    notes : list of str
-        Which scenes hold more than half of all images. They are cut into runs of neighbouring
-        numbers, so that pictures at the borders of the runs may still be alike.
+    Roboflow's ``.rf.<hash>`` is what tells augmented copies apart and is ignored. Of names that keep
+    a number or the word "frame" without their last number, as ``wall_3_17`` or ``bridge_frame_0040``
+    do, the rest is the scene. Names such as ``IMG_0040`` say nothing. A scene of more than half of
+    all images is cut into runs of neighbouring numbers, whose borders may still be alike.
     """
     plain = [ROBOFLOW.sub("", stem) for stem in stems]
     found = [LAST_NUMBER.match(stem) for stem in plain]
@@ -65,20 +54,9 @@ def _last_number(stem):
 
 
 def scene_groups(paths):
-    """Group images by their names and by their looks.
+    """Label images (n,) int so that those of one name group or alike share a label, and say how many.
 
-    Parameters
-    ----------
-    paths : sequence of pathlib.Path
-        Image files; each is opened.
-
-    Returns
-    -------
-    labels : numpy.ndarray
-        (n,) int; images that share a name group, look alike (`helpers.data.images`), or are
-        linked by others have one label.
-    notes : list of str
-        For people.
+    Each image is opened. Images linked by others share a label, too.
     """
     groups, notes = name_groups([path.stem for path in paths])
     hashes = np.array([picture_hash(open_upright(path)) for path in paths]).reshape(-1, 32)
@@ -94,22 +72,9 @@ def scene_groups(paths):
 
 
 def divide(labels, shares, seed):
-    """Give each group to one split, so that the numbers of images come close to the shares.
+    """Return the split (n,) int of each image, so that whole groups come close to the shares.
 
-    Parameters
-    ----------
-    labels : numpy.ndarray
-        (n,) int, the group of each image.
-    shares : sequence of float
-        Of the splits; they add up to 1.
-    seed : int
-        Orders groups of one size.
-
-    Returns
-    -------
-    numpy.ndarray
-        (n,) int, the split of each image. Large groups are placed first, each into the split that
-        lacks most.
+    Large groups are placed first, each into the split that lacks most; `seed` orders equal ones.
     """
     sizes = np.bincount(labels)
     shuffled = np.random.default_rng(seed).permutation(len(sizes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from helpers.convert.source import SourceImage
@@ -10,11 +11,9 @@ from helpers.data.masks import mask_to_rle, rle_area, rle_box_xyxy, segmentation
 from helpers.detect.tiles import tile_boxes
 from helpers.errors import InputError
 
+# A cut piece stays an object if its longer side is at least this share of the tile's: two cells of
+# SAM3's mask grid, below which the data check calls an object too small.
 MIN_PIECE = 2 / 288
-"""Longer side of the smallest piece of a cut object that stays one, in sides of the tile.
-
-Two cells of SAM3's mask grid, below which the data check calls an object too small.
-"""
 OPTIONS = {".jpg": {"quality": 95, "subsampling": 0}, ".webp": {"quality": 95}}
 OPTIONS[".jpeg"] = OPTIONS[".jpg"]
 
@@ -26,8 +25,8 @@ def tile_images(images, folder, tile, overlap):
     ----------
     images : list of helpers.convert.source.SourceImage
     folder : pathlib.Path
-        The tiles are written into it, as ``<stem>_x<left>_y<top>`` with the image's own ending
-        (JPEG and WebP in quality 95).
+        The tiles are written into it, as ``<stem of the image's name>_x<left>_y<top>`` with its
+        ending (JPEG and WebP in quality 95).
     tile : int
         Side in pixels.
     overlap : float
@@ -49,12 +48,12 @@ def tile_images(images, folder, tile, overlap):
     result = []
     for image in images:
         boxes = tile_boxes(image.width, image.height, tile, overlap)
-        result += [image] if len(boxes) == 1 else _cut(image, boxes, folder, tile)
+        result += [image] if len(boxes) == 1 else _cut(image, boxes, folder / image.name, tile)
     return result
 
 
-def _cut(image, boxes, folder, tile):
-    """Write the tiles of one image."""
+def _cut(image, boxes, target, tile):
+    """Write the tiles of one image beside `target`, the place it would have had as a whole."""
     picture = open_upright(image.path)
     if picture.size != (image.width, image.height):
         raise InputError(
@@ -76,13 +75,10 @@ def _cut(image, boxes, folder, tile):
                 contents[index].add(item["category"])
     tiles = []
     for box, entries, nouns in zip(boxes, objects, contents, strict=True):
-        suffix = image.path.suffix
-        path = folder / f"{image.path.stem}_x{box[0]}_y{box[1]}{suffix}"
-        if path.exists():
-            raise InputError(
-                "two images would give a tile of this name", where=path.name, fix="rename one"
-            )
-        picture.crop(box).save(path, **OPTIONS.get(suffix.lower(), {}))
+        path = target.with_name(f"{target.stem}_x{box[0]}_y{box[1]}{target.suffix}")
+        with path.open("xb") as file:
+            kind = Image.registered_extensions()[target.suffix.lower()]
+            picture.crop(box).save(file, kind, **OPTIONS.get(target.suffix.lower(), {}))
         size = (box[2] - box[0], box[3] - box[1])
         extra = {"contents": sorted(nouns)} if nouns else {}
         tiles.append(SourceImage(path, *size, tuple(entries), extra))
@@ -108,32 +104,24 @@ def _mask_and_extent(item, image):
 
 
 def _piece(item, mask, extent, box):
-    """Cut an object out for one tile.
-
-    Returns
-    -------
-    piece : dict or None
-        A COCO entry in the pixels of the tile; None where the tile shows nothing of the object.
-    side : float
-        The longer side of the piece in pixels.
-    """
+    """Return an object as a tile shows it, or None, and the longer side of that piece in pixels."""
     (x0, y0, x1, y1), (left, top, right, bottom) = box, extent
     left, top, right, bottom = max(left, x0), max(top, y0), min(right, x1), min(bottom, y1)
     if right <= left or bottom <= top:
         return None, 0.0
-    kept = {key: item[key] for key in ("category", "iscrowd") if key in item}
+    same = {key: item[key] for key in ("category", "iscrowd") if key in item}
     if mask is None:
         bbox = [left - x0, top - y0, right - left, bottom - top]
-        return kept | {"bbox": bbox}, max(bbox[2:])
+        return same | {"bbox": bbox}, max(bbox[2:])
     part = mask[y0:y1, x0:x1]
     if not part.any():
         return None, 0.0
     rle = mask_to_rle(part)
     left, top, right, bottom = rle_box_xyxy(rle)
-    return kept | {"segmentation": rle}, max(right - left, bottom - top)
+    return same | {"segmentation": rle}, max(right - left, bottom - top)
 
 
 def _contains(box, extent):
-    """Tell whether a tile shows an object whole."""
+    """Return whether a tile shows an object whole."""
     inside = box[0] <= extent[0] and box[1] <= extent[1]
     return inside and extent[2] <= box[2] and extent[3] <= box[3]

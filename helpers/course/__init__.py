@@ -8,8 +8,7 @@ from helpers.course.examples import (
     queries_by_category,
     source_of,
 )
-from helpers.course.exercises import answered
-from helpers.course.notebook import start
+from helpers.course.notebook import answered, start
 
 __all__ = [
     "answered",

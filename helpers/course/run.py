@@ -1,6 +1,6 @@
 """Run the notebooks: the whole course, or a refresh of the outputs stored in the repository.
 
-``python -m helpers.course run`` executes every notebook into ``runs/course/`` and writes
+``python -m helpers.course.run run`` executes every notebook into ``runs/course/`` and writes
 ``summary.json`` there; ``refresh`` stores fresh outputs in ``notebooks/``; ``verify`` says whether
 the stored notebooks have the form that ``refresh`` leaves.
 """
@@ -8,26 +8,34 @@ the stored notebooks have the form that ``refresh`` leaves.
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
+import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import joblib
 import papermill
-import yaml
+import torch
 from papermill.exceptions import PapermillExecutionError
 
-from helpers.course.notebook import RESULTS_FILE
+from helpers.config import parse_yaml
+from helpers.course.notebook import NOTEBOOKS, RESULTS_FILE
 from helpers.environment import versions_line
 from helpers.errors import InputError
-from helpers.files import ROOT, RUNS, resolve
+from helpers.files import RUNS, read_json, resolve, write_json
 
-NOTEBOOKS = ROOT / "notebooks"
 COURSE_RUN = RUNS / "course"
 SUMMARY_FILE = "summary.json"
+LONGEST_FIRST = ("04", "03", "02", "07")
+"""The lessons that train, by the seconds of their chain; the order only saves time."""
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 STRIP_ARGUMENTS = (
     "--keep-output",
     "--keep-count",
@@ -44,22 +52,7 @@ class NotebookError(RuntimeError):
 
 
 def find_notebooks(folder=NOTEBOOKS):
-    """Return the notebooks of the course in the order they are meant to be run.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-
-    Returns
-    -------
-    list of pathlib.Path
-        Sorted by name: the numbered lessons, then the appendices.
-
-    Raises
-    ------
-    InputError
-        When there is none.
-    """
+    """Return the paths of the notebooks in a folder, in the order they are meant to be read."""
     paths = sorted(Path(folder).glob("*.ipynb"))
     if not paths:
         raise InputError("no notebook found", where=folder, fix="run this in a complete checkout")
@@ -71,30 +64,16 @@ def parameter_names(path):
     return set(papermill.inspect_notebook(path))
 
 
+def notebooks_read_by(path):
+    """Return the stems of the notebooks whose results a notebook reads, as a set."""
+    return set(re.findall(r'folder_of\(\\"(\w+)\\"\)', Path(path).read_text(encoding="utf-8")))
+
+
 def execute(path, output_path, parameters=None, *, cell_timeout=None):
-    """Execute one notebook in the folder of the notebooks, with papermill.
+    """Execute a notebook with papermill, in its own folder, and write the executed copy.
 
-    Parameters
-    ----------
-    path, output_path : pathlib.Path
-        Where it is and where the executed copy goes; a failed one is kept too.
-    parameters : dict, optional
-        Values for the parameters cell.
-    cell_timeout : float, optional
-        Seconds a single cell may take; no limit by default.
-
-    Returns
-    -------
-    nbformat.NotebookNode
-
-    Raises
-    ------
-    InputError
-        When the notebook has no parameter of a given name; papermill would only log that.
-    papermill.exceptions.PapermillExecutionError
-        When a cell raises.
-    NotebookError
-        When a widget swallowed an error, which papermill takes for success.
+    A failing cell raises `PapermillExecutionError`, an error that a widget hid `NotebookError`,
+    and an unknown parameter `InputError`: papermill would only log it.
     """
     parameters = dict(parameters or {})
     known = parameter_names(path)
@@ -115,134 +94,148 @@ def execute(path, output_path, parameters=None, *, cell_timeout=None):
         execution_timeout=cell_timeout,
     )
     if errors := hidden_errors(notebook):
-        named = "; ".join(f"{error['ename']}: {error['evalue']}" for error in errors)
-        raise NotebookError(f"{path}: a widget hid {named}")
+        listed = "; ".join(f"{error['ename']}: {error['evalue']}" for error in errors)
+        raise NotebookError(f"{path}: a widget hid {listed}")
     return notebook
 
 
 def hidden_errors(notebook):
-    """Return the errors that ``Output`` widgets caught, which no cell output shows.
-
-    Parameters
-    ----------
-    notebook : nbformat.NotebookNode
-        Executed, with its widget state.
-
-    Returns
-    -------
-    list of dict
-        nbformat outputs of type ``error``.
-    """
+    """Return the outputs of type ``error`` that ``Output`` widgets caught, as a list of dicts."""
     widgets = notebook.metadata.get("widgets", {}).get(_WIDGET_STATE, {}).get("state", {})
     outputs = [output for model in widgets.values() for output in model["state"].get("outputs", [])]
     return [output for output in outputs if output.get("output_type") == "error"]
 
 
-def run_course(output_dir=COURSE_RUN, parameters=None, *, folder=NOTEBOOKS):
-    """Execute every notebook in order into one folder and write the summary.
+def run_side_by_side(paths, output_dir, parameters=None, *, jobs=None):
+    """Execute notebooks side by side, each as soon as those that it reads are done.
 
-    Parameters
-    ----------
-    output_dir : pathlib.Path
-        Gets ``<name>.ipynb``, ``<name>/results.json`` and ``summary.json``.
-    parameters : dict, optional
-        Given to every notebook that has a parameter of that name.
-    folder : pathlib.Path
-        Where the notebooks are.
+    Prints a line when a notebook starts and when it ends, and returns name to seconds. One that
+    fails stops only those that read its results; `NotebookError` names all failures at the end.
+    """
+    waiting = sorted(paths, key=_place_in_line)
+    names = {path.stem for path in waiting}
+    jobs = min(jobs or default_jobs(), len(waiting))
+    running, seconds, failures = {}, {}, {}
+    with ProcessPoolExecutor(jobs, initializer=_use_one_thread) as pool:
+        try:
+            while waiting or running:
+                for path in waiting.copy():
+                    needed = notebooks_read_by(path) & names
+                    if broken := needed & set(failures):
+                        failures[path.stem] = f"not run, it reads {', '.join(sorted(broken))}"
+                        waiting.remove(path)
+                    elif needed <= set(seconds) and len(running) < jobs:
+                        copy = Path(output_dir) / path.name
+                        running[pool.submit(_attempt, path, copy, parameters)] = path.stem
+                        waiting.remove(path)
+                        print(f"{path.stem:<32} started", flush=True)
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    name = running.pop(future)
+                    duration, failure = future.result()
+                    (failures if failure else seconds)[name] = failure or duration
+                    done = f"{len(seconds) + len(failures)} of {len(names)}"
+                    print(f"{name:<32} {duration:7.1f} s  {failure or 'done'} ({done})", flush=True)
+        except BaseException as error:  # Ctrl-C too: a kernel ends with the process it belongs to
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise NotebookError("a process was killed; --jobs 1 needs less memory") from error
+            raise
+    if failures:
+        listed = "\n".join(f"{name}: {reason}" for name, reason in sorted(failures.items()))
+        raise NotebookError(f"{len(failures)} of {len(names)} notebooks failed\n{listed}")
+    return seconds
 
-    Returns
-    -------
-    dict
-        What `summarise` wrote.
 
-    Raises
-    ------
-    InputError
-        When no notebook has a parameter of a given name.
-    NotebookError
-        When a notebook wrote no results, or see `execute`.
+def default_jobs():
+    """Return how many notebooks run at a time: one per core, or one where they share a GPU."""
+    return 1 if torch.accelerator.is_available() else joblib.cpu_count()
+
+
+def _place_in_line(path):
+    """Sort key of a notebook: what takes longest first."""
+    number = path.stem[:2]
+    return (LONGEST_FIRST.index(number) if number in LONGEST_FIRST else len(LONGEST_FIRST), path)
+
+
+def _use_one_thread():
+    """Let the kernels of this process compute with one thread, unless the user chose a number."""
+    for name in THREAD_VARIABLES:
+        os.environ.setdefault(name, "1")
+
+
+def _attempt(path, output_path, parameters):
+    """Execute a notebook with those of the parameters that it has.
+
+    Returns the seconds it took, and in one line why it failed, or None.
+    """
+    started, failure = time.perf_counter(), None
+    try:
+        known = parameter_names(path)
+        own = {name: value for name, value in (parameters or {}).items() if name in known}
+        execute(path, output_path, own)
+    except PapermillExecutionError as error:
+        place = f"cell {error.cell_index}, In [{error.exec_count}]"
+        failure = f"failed in {place}: {error.ename}: {error.evalue}"
+    except Exception as error:  # a dead kernel, a full disk: the other notebooks go on
+        failure = f"failed: {type(error).__name__}: {error}"
+    return round(time.perf_counter() - started, 1), failure
+
+
+def run_course(output_dir=COURSE_RUN, parameters=None, *, folder=NOTEBOOKS, jobs=None):
+    """Execute the notebooks of a folder into another one and write the summary, which is returned.
+
+    Every notebook gets those of the parameters that it has; `InputError` if none has one of them.
     """
     output_dir, paths = Path(output_dir), find_notebooks(folder)
     parameters = {"output_dir": str(output_dir), **(parameters or {})}
-    known = {path: parameter_names(path) for path in paths}
-    if unknown := set(parameters) - set().union(*known.values()):
-        raise InputError(f"no notebook has a parameter {', '.join(sorted(unknown))}", where=folder)
-    seconds = {}
+    known = set().union(*map(parameter_names, paths))
+    if unknown := set(parameters) - known:
+        raise InputError(
+            f"no notebook has a parameter {', '.join(sorted(unknown))}",
+            where=folder,
+            fix=f"choose from {', '.join(sorted(known))}",
+        )
+    (output_dir / SUMMARY_FILE).unlink(missing_ok=True)
     for path in paths:
         (output_dir / path.stem / RESULTS_FILE).unlink(missing_ok=True)
-        own = {name: value for name, value in parameters.items() if name in known[path]}
-        started = time.perf_counter()
-        execute(path, output_dir / path.name, own)
-        seconds[path.stem] = round(time.perf_counter() - started, 1)
-        print(f"{path.stem:<32} {seconds[path.stem]:7.1f} s", flush=True)
-    return summarise(output_dir, seconds)
+    return summarise(output_dir, run_side_by_side(paths, output_dir, parameters, jobs=jobs))
 
 
 def summarise(output_dir, seconds):
-    """Merge the results of the notebooks into ``summary.json``.
+    """Merge the results of the notebooks, named by the keys of `seconds`, into ``summary.json``.
 
-    Parameters
-    ----------
-    output_dir : pathlib.Path
-        Folder of one pass through the course.
-    seconds : dict
-        Seconds each notebook took, by its name; these notebooks are merged.
-
-    Returns
-    -------
-    dict
-        ``versions``, ``seconds`` (the sum) and ``notebooks``: name to ``seconds`` and ``results``.
-
-    Raises
-    ------
-    NotebookError
-        When a notebook left no results.
+    Returns ``versions``, ``seconds`` (the sum) and ``notebooks``: name to seconds and results.
     """
     notebooks = {}
-    for name, duration in seconds.items():
+    for name, duration in sorted(seconds.items()):
         path = Path(output_dir) / name / RESULTS_FILE
         if not path.is_file():
             raise NotebookError(f"{name} finished without writing {path}")
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = read_json(path, fix="run the notebook again")
         notebooks[name] = {"seconds": duration, "results": results}
     total = round(sum(seconds.values()), 1)
     summary = {"versions": versions_line(), "seconds": total, "notebooks": notebooks}
-    text = json.dumps(summary, indent=2) + "\n"
-    (Path(output_dir) / SUMMARY_FILE).write_text(text, encoding="utf-8")
+    write_json(Path(output_dir) / SUMMARY_FILE, summary)
     return summary
 
 
-def refresh(folder=NOTEBOOKS):
-    """Execute the notebooks with their defaults and store the outputs in place, all or none.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-    """
+def refresh(folder=NOTEBOOKS, *, jobs=None):
+    """Execute notebooks with their defaults and store the outputs in place, all or none."""
     paths = find_notebooks(folder)
     with tempfile.TemporaryDirectory() as temporary:
-        executed = [Path(temporary) / path.name for path in paths]
-        for path, copy in zip(paths, executed, strict=True):
-            execute(path, copy)
-            print(f"{path.stem} executed", flush=True)
-        strip(executed)
-        for path, copy in zip(paths, executed, strict=True):
+        run_side_by_side(paths, temporary, jobs=jobs)
+        copies = [Path(temporary) / path.name for path in paths]
+        strip(copies)
+        for path, copy in zip(paths, copies, strict=True):
             shutil.copyfile(copy, path)
 
 
 def strip(paths, *, verify=False):
     """Remove widget state and timings from notebooks, keeping outputs, counts and ids.
 
-    Parameters
-    ----------
-    paths : iterable of pathlib.Path
-    verify : bool
-        Change nothing and only say whether something would change.
-
-    Returns
-    -------
-    bool
-        With `verify`, whether the notebooks are already in this form; else True.
+    With `verify`, change nothing and return whether they have this form already.
     """
     command = [sys.executable, "-m", "nbstripout", *STRIP_ARGUMENTS]
     command += ["--verify"] if verify else []
@@ -251,26 +244,15 @@ def strip(paths, *, verify=False):
 
 
 def _setting(text):
-    """Split ``name=value`` for argparse; the value is read as YAML, like papermill's ``-p``."""
+    """Split ``name=value`` for argparse; the value is read as the configs are, as YAML 1.2."""
     name, separator, value = text.partition("=")
     if not separator:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
-    return name, yaml.safe_load(value)
+    return name, parse_yaml(value, where=f"--set {name}")
 
 
-def main(arguments=None):
-    """Run the command line.
-
-    Parameters
-    ----------
-    arguments : list of str, optional
-        Without the program name.
-
-    Returns
-    -------
-    int
-        0 done, 1 a notebook failed or is not in its stored form, 2 unusable input.
-    """
+def _parse_arguments(arguments):
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m helpers.course.run", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute the course and write summary.json")
@@ -278,23 +260,38 @@ def main(arguments=None):
         "--output", type=resolve, default=COURSE_RUN, help="folder (default runs/course)"
     )
     run.add_argument("--set", type=_setting, action="append", default=[], metavar="NAME=VALUE")
-    commands.add_parser("refresh", help="store fresh outputs in notebooks/")
+    refresh_parser = commands.add_parser("refresh", help="store fresh outputs in notebooks/")
+    for command in (run, refresh_parser):
+        command.add_argument("--jobs", type=int, help="notebooks at a time (default: one per core)")
     commands.add_parser("verify", help="check the form of the stored notebooks")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    """Run the command line; return 0 if done, 1 if a notebook failed or is not in its stored form.
+
+    The status is 2 for unusable input and 130 after Ctrl-C.
+    """
     try:
+        options = _parse_arguments(arguments)
         if options.command == "verify":
             return 0 if strip(find_notebooks(), verify=True) else 1
+        started = time.perf_counter()
         if options.command == "refresh":
-            refresh()
+            refresh(jobs=options.jobs)
         else:
-            summary = run_course(options.output, dict(options.set))
-            print(f"{summary['seconds']:.0f} s in all; see {options.output / SUMMARY_FILE}")
+            run_course(options.output, dict(options.set), jobs=options.jobs)
+            print(f"summary: {options.output / SUMMARY_FILE}")
+        print(f"{time.perf_counter() - started:.0f} s in all")
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    except (NotebookError, PapermillExecutionError) as error:
+    except NotebookError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the notebooks that had finished are kept", file=sys.stderr)
+        return 130
     return 0
 
 

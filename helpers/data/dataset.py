@@ -15,9 +15,9 @@ from torchvision.ops import box_convert
 from helpers.config import Config
 from helpers.data.coco import find_splits, read_split, split_folder
 from helpers.data.images import load_pixels, look_at
-from helpers.data.masks import clip_box, masks_on_grid, rle_area
+from helpers.data.masks import clip_box, masks_on_grid
 from helpers.data.prompts import absent_candidates, absent_prompts, nouns_overlap, present_prompts
-from helpers.data.records import refuse_unknown_categories, rename_categories
+from helpers.data.records import has_mask, refuse_unknown_categories, rename_categories
 from helpers.errors import InputError
 from helpers.files import file_digest, resolve
 
@@ -48,22 +48,7 @@ class Dataset:
         return find_splits(self.root)
 
     def split(self, name):
-        """Return a split with the nouns that its categories are asked by.
-
-        Parameters
-        ----------
-        name : str
-            ``val`` and ``valid`` mean the same.
-
-        Returns
-        -------
-        helpers.data.records.Split
-
-        Raises
-        ------
-        InputError
-            See `helpers.data.coco.read_split`.
-        """
+        """Return a split, see `helpers.data.coco.read_split`, with the nouns of the config."""
         name, _ = split_folder(self.root, name)
         if name not in self._splits:
             self._read[name] = read_split(self.root, name)
@@ -121,18 +106,12 @@ def object_targets(objects, record, mask_size):
     boxes_cxcywh = box_convert(
         torch.tensor(boxes_xyxy, dtype=torch.float32).reshape(-1, 4) / scale, "xyxy", "cxcywh"
     )
-    valid = [mask_fits_image(record, item) and rle_area(item.rle) > 0 for item in objects]
+    mask_valid = torch.tensor([has_mask(record, item) for item in objects], dtype=torch.bool)
     masks = torch.zeros((len(objects), mask_size, mask_size), dtype=torch.uint8)
-    mask_valid = torch.tensor(valid, dtype=torch.bool)
     if mask_size:
-        rles = [item.rle for item, usable in zip(objects, valid, strict=True) if usable]
+        rles = [item.rle for item, valid in zip(objects, mask_valid, strict=True) if valid]
         masks[mask_valid] = masks_on_grid(rles, mask_size)
     return {"boxes_cxcywh": boxes_cxcywh, "masks": masks, "mask_valid": mask_valid}
-
-
-def mask_fits_image(record, item):
-    """Return whether an object has a readable mask of the size of its image."""
-    return item.rle is not None and list(item.rle["size"]) == [record.height, record.width]
 
 
 def data_fingerprint(split, pictures=None):
@@ -258,23 +237,9 @@ class PromptDataset(torch.utils.data.Dataset):
 
     @classmethod
     def from_config(cls, config, split, model=None, processor=None, **changes):
-        """Build the dataset that a config trains on.
+        """Build the dataset that a config trains on; `targets` needs neither model nor processor.
 
-        Parameters
-        ----------
-        config : helpers.config.Config
-            For the prompts, the seed and, without a model, the sizes of a SAM3.
-        split : helpers.data.records.Split
-        model : helpers.model.prompted.PromptedSam3 or peft.PeftModel, optional
-            For its resolution and mask grid.
-        processor : transformers.Sam3Processor, optional
-            Not needed for `targets`.
-        **changes
-            Parameters of the class in place of what config and model say, or a ``backbone_cache``.
-
-        Returns
-        -------
-        PromptDataset
+        ``changes`` are parameters of the class, for example a ``backbone_cache``.
         """
         resolution, mask_size = model_sizes(config, model)
         settings = {
@@ -316,37 +281,14 @@ class PromptDataset(torch.utils.data.Dataset):
         return (*self.own_names, *self.negative_prompts)
 
     def set_epoch(self, epoch):
-        """Choose the draw of absent prompts.
-
-        Parameters
-        ----------
-        epoch : int
-            Number of the epoch, from 0; without effect if ``resample_negatives`` is False.
-        """
+        """Choose the draw of absent prompts by the number of the epoch, from 0."""
         self.epoch = epoch
 
     def __getitem__(self, index):
-        """Load one image.
+        """Load the image at a position in `records`.
 
-        Parameters
-        ----------
-        index : int
-            Position in `records`.
-
-        Returns
-        -------
-        dict
-            ``pixel_values``: float32 ``(3, resolution, resolution)``, normalised; or
-            ``backbone_states`` ``(N, C)``, if there is a cache.
-            ``queries``: list of dict with ``image_id``, ``prompt``, ``category`` (the name asked
-            for), ``is_positive``, ``boxes_cxcywh`` float32 ``(n, 4)`` in [0, 1], ``masks`` uint8
-            ``(n, mask_size, mask_size)``, ``mask_valid`` bool ``(n,)``, False where a box has no
-            usable mask. Positive queries come first and have n >= 1, the others n = 0.
-
-        Raises
-        ------
-        InputError
-            If the image cannot be opened or its shape is not the annotated one.
+        The dict has ``pixel_values`` float32 (3, resolution, resolution), normalised, or with a
+        cache ``backbone_states`` (N, C); and ``queries``, see `targets`.
         """
         queries, record = self.targets(index), self.records[index]
         if self.backbone_cache is not None:
@@ -355,7 +297,13 @@ class PromptDataset(torch.utils.data.Dataset):
         return {"pixel_values": pixel_values, "queries": queries}
 
     def targets(self, index, mask_size=None):
-        """Return the ``queries`` of `__getitem__` without opening the image; mask size 0 counts."""
+        """Return the queries of an image without opening it; with mask size 0 masks are not decoded.
+
+        Each is a dict of ``image_id``, ``prompt``, ``category`` (the name asked for),
+        ``is_positive``, ``boxes_cxcywh`` float32 (n, 4) in [0, 1], ``masks`` uint8
+        (n, mask_size, mask_size) and ``mask_valid`` bool (n,), False where a box has no usable
+        mask. Positive queries come first and have n >= 1, the others n = 0.
+        """
         record = self.records[index]
         mask_size = self.mask_size if mask_size is None else mask_size
         return [
@@ -408,26 +356,12 @@ class PromptCollator:
         self.processor, self.text_states = processor, text_states
 
     def __call__(self, items):
-        """Collate items of a `PromptDataset`.
+        """Collate I items with B queries in all; InputError for a prompt beyond 32 tokens.
 
-        Parameters
-        ----------
-        items : list of dict
-            I items with B queries in all.
-
-        Returns
-        -------
-        dict
-            ``pixel_values`` ``(I, 3, S, S)`` or ``backbone_states`` ``(I, N, C)``; ``input_ids``
-            int64 ``(B, 32)`` or ``text_states`` ``(B, 32, D)``; ``attention_mask`` int64
-            ``(B, 32)``; ``image_index`` int64 ``(B,)``, the image of each query, ascending;
-            ``targets``, B dicts ``boxes_cxcywh``, ``masks``, ``mask_valid``; ``queries``, B dicts
-            ``image_id``, ``prompt``, ``category``, ``is_positive``.
-
-        Raises
-        ------
-        InputError
-            If a prompt is longer than 32 tokens.
+        The batch has ``pixel_values`` (I, 3, S, S) or ``backbone_states`` (I, N, C); ``input_ids``
+        int64 (B, 32) or ``text_states`` (B, 32, D); ``attention_mask`` int64 (B, 32);
+        ``image_index`` int64 (B,), the image of each query, ascending; ``targets``, B dicts of
+        ``boxes_cxcywh``, ``masks``, ``mask_valid``; ``queries``, B dicts of the rest.
         """
         batch = join_queries(items)
         prompts = [query["prompt"] for query in batch["queries"]]
@@ -438,23 +372,7 @@ class PromptCollator:
         return {**batch, **tokens}
 
     def tokenize(self, prompts):
-        """Turn prompts into token ids, refusing what SAM3 would cut silently.
-
-        Parameters
-        ----------
-        prompts : sequence of str
-            B prompts.
-
-        Returns
-        -------
-        dict of str to torch.Tensor
-            ``input_ids`` and ``attention_mask``, int64 ``(B, 32)``.
-
-        Raises
-        ------
-        InputError
-            If a prompt is longer than 32 tokens.
-        """
+        """Turn B prompts into ``input_ids`` and ``attention_mask``, int64 (B, 32); none is cut."""
         tokens = self.processor.tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS)
         for prompt, ids in zip(prompts, tokens["input_ids"], strict=True):
             if len(ids) > MAX_TOKENS:
@@ -466,32 +384,21 @@ class PromptCollator:
 
 
 def join_queries(items):
-    """Collate everything but the tokens; see `PromptCollator` for the keys.
-
-    Parameters
-    ----------
-    items : list of dict
-        Items of a `PromptDataset`.
-
-    Returns
-    -------
-    dict
-        ``pixel_values`` or ``backbone_states``, ``image_index``, ``targets``, ``queries``.
-    """
-    targets, described, image_index = [], [], []
+    """Collate everything but the tokens; see `PromptCollator` for the keys."""
+    targets, queries, image_index = [], [], []
     for index, item in enumerate(items):
         for query in item["queries"]:
             targets.append({key: query[key] for key in ("boxes_cxcywh", "masks", "mask_valid")})
-            described.append(
+            queries.append(
                 {key: query[key] for key in ("image_id", "prompt", "category", "is_positive")}
             )
             image_index.append(index)
-    seen = "pixel_values" if "pixel_values" in items[0] else "backbone_states"
+    images = "pixel_values" if "pixel_values" in items[0] else "backbone_states"
     return {
-        seen: torch.stack([item[seen] for item in items]),
+        images: torch.stack([item[images] for item in items]),
         "image_index": torch.tensor(image_index, dtype=torch.long),
         "targets": targets,
-        "queries": described,
+        "queries": queries,
     }
 
 

@@ -4,45 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
+import unicodedata
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from scipy.fft import dctn
 
 from helpers.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+MAX_PIXELS = 500_000_000  # larger images are refused: this is 1.5 GB as RGB
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow's own limit stops photographs of 179 megapixels
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow clips these to white in RGB
 SAME_SHAPE = 0.01  # relative difference of aspects that rounding to whole pixels can make
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+BACKGROUND = (255, 255, 255, 255)  # what shows through transparent pixels, as in a browser
+_HEIC = (".heic", ".heif")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What one decoding of an image file tells.
+    """What one decoding of an image file tells."""
 
-    Attributes
-    ----------
-    digest : str
-        SHA-256 of the file; empty without a file.
-    size : tuple of int or None
-        (width, height) in pixels, upright; None for a file that cannot be used.
-    orientation : int
-        The EXIF orientation, 1 for upright.
-    look : numpy.ndarray or None
-        From `picture_hash`.
-    problem : str or None
-        Why the file cannot be used.
-    """
-
-    digest: str
-    size: tuple[int, int] | None = None
-    orientation: int = 1
-    look: np.ndarray | None = None
-    problem: str | None = None
+    digest: str  # SHA-256 of the file; empty without a file
+    size: tuple[int, int] | None = None  # (width, height) in pixels, upright; None if unusable
+    orientation: int = 1  # of EXIF, 1 for upright
+    look: np.ndarray | None = None  # from `picture_hash`
+    num_frames: int = 1  # of an animation, or pages; only the first is used
+    is_transparent: bool = False  # whether a pixel is fully transparent
+    problem: str | None = None  # why the file cannot be used
+    fix: str | None = None
 
 
 def open_upright(path):
@@ -51,30 +47,28 @@ def open_upright(path):
     Parameters
     ----------
     path : os.PathLike
-        An image file with 8 bits per channel.
 
     Returns
     -------
     PIL.Image.Image
-        Mode RGB; its ``size`` is (width, height) in pixels after turning.
+        Mode RGB, transparent pixels white; its ``size`` is (width, height) in pixels after turning.
 
     Raises
     ------
     InputError
-        If the file is missing, corrupt or truncated, or holds more than 8 bits per channel.
+        If the file is missing or damaged, has more than `MAX_PIXELS` or 8 bits per channel.
     """
     with _opened(path, path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            if image.getextrema()[3][0] < 255:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
+        return image.convert("RGB")
 
 
 def upright_size(path):
-    """Read from the header the (width, height) an image has upright, and its EXIF orientation.
-
-    Raises
-    ------
-    InputError
-        If the header cannot be read.
-    """
+    """Read from the header the (width, height) an image has upright, and its EXIF orientation."""
     with _opened(path, path, any_depth=True) as image:
         return _upright_size(image)
 
@@ -92,12 +86,19 @@ def look_at(path):
     try:
         with _opened(io.BytesIO(content), path) as image:
             size, orientation = _upright_size(image)
+            num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             # A JPEG is decoded at an eighth of its size: its whole stream is read all the same.
             image.draft("L", (4 * SIDE, 4 * SIDE))
             look = picture_hash(ImageOps.exif_transpose(image))
+            transparent = image.has_transparency_data and _alpha_of(image).getextrema()[0] == 0
     except InputError as error:
-        return Picture(digest, problem=error.message)
-    return Picture(digest, size, orientation, look)
+        return Picture(digest, problem=error.message, fix=error.fix)
+    return Picture(digest, size, orientation, look, num_frames, transparent)
+
+
+def _alpha_of(image):
+    """Return the alpha channel of an image that has one, or a transparent colour."""
+    return image.convert("RGBA").getchannel("A")
 
 
 @contextmanager
@@ -105,12 +106,10 @@ def _opened(source, path, any_depth=False):
     """Open an image from a path or stream; whatever goes wrong with it is an InputError."""
     try:
         with Image.open(source) as image:
-            if image.mode in DEEP_MODES and not any_depth:
-                raise InputError(
-                    f"has mode {image.mode}, which a conversion to 8 bits would clip to white",
-                    where=path,
-                    fix="convert the image to 8 bits per channel",
-                )
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            if not any_depth:
+                _refuse_depth(image, path)
             yield image
     except InputError:
         raise
@@ -118,11 +117,35 @@ def _opened(source, path, any_depth=False):
         raise InputError(
             "no such image", where=path, fix="restore the file or remove its annotation entry"
         ) from error
-    except Exception as error:  # Pillow raises a different type for each way a file can be broken
-        reason = str(error).removesuffix(f" {source!r}")
+    except Image.DecompressionBombError as error:
         raise InputError(
-            f"is no readable image ({reason})", where=path, fix="replace or remove the file"
+            f"is larger than {MAX_PIXELS / 1e6:.0f} megapixels",
+            where=path,
+            fix="cut it into several images, or save it smaller",
         ) from error
+    except UnidentifiedImageError as error:
+        with Path(path).open("rb") as file:
+            is_heic = file.read(8)[4:] == b"ftyp" or Path(path).suffix.lower() in _HEIC
+        raise InputError(
+            "HEIC cannot be read" if is_heic else "is no readable image (of no known format)",
+            where=path,
+            fix="save it as JPEG or PNG" if is_heic else "replace or remove the file",
+        ) from error
+    except Exception as error:  # Pillow raises a different type for each way a file can be broken
+        raise InputError(
+            f"is no readable image ({error})", where=path, fix="replace or remove the file"
+        ) from error
+
+
+def _refuse_depth(image, path):
+    """Raise InputError if an open image holds more than 8 bits per channel."""
+    raw_modes = [str(tile[3]) for tile in image.tile]  # Pillow cuts "RGB;16B" down to mode RGB
+    if image.mode in DEEP_MODES or any(re.search(r";16[BLN]", text) for text in raw_modes):
+        raise InputError(
+            f"holds more than 8 bits per channel ({image.mode}), which would be cut off",
+            where=path,
+            fix="convert the image to 8 bits per channel, spreading its values over 0 to 255",
+        )
 
 
 def _upright_size(image):
@@ -133,44 +156,33 @@ def _upright_size(image):
 
 
 def same_shape(size, stated):
-    """Tell whether two sizes have the same aspect, so that one may be a resized copy of the other.
-
-    Parameters
-    ----------
-    size, stated : tuple of int
-        (width, height) in pixels.
-
-    Returns
-    -------
-    bool
-        True up to a relative difference of 1 %.
-    """
+    """Return whether two (width, height) have the same aspect, up to a difference of 1 %."""
     (width, height), (stated_width, stated_height) = size, stated
     product = width * stated_height
     return abs(product - height * stated_width) <= SAME_SHAPE * product
 
 
+def near_files(paths):
+    """Map paths to the one file beside them whose name differs in case, accents or % encoding."""
+    listings, near = {}, {}
+    for path in paths:
+        if path.parent not in listings:
+            listings[path.parent] = names = {}
+            for other in path.parent.iterdir() if path.parent.is_dir() else ():
+                names.setdefault(_name_key(other.name), []).append(other)
+        matches = listings[path.parent].get(_name_key(path.name), [])
+        if len(matches) == 1:
+            near[path] = matches[0]
+    return near
+
+
+def _name_key(name):
+    """Reduce a file name to what its different spellings share."""
+    return unicodedata.normalize("NFC", unquote(name)).casefold()
+
+
 def load_pixels(record, processor, resolution):
-    """Load the picture of a record as the model sees it.
-
-    Parameters
-    ----------
-    record : helpers.data.records.ImageRecord
-    processor : transformers.Sam3Processor
-        Its ``image_processor`` resizes to a square, rescales and normalises.
-    resolution : int
-        Side of the square in pixels.
-
-    Returns
-    -------
-    torch.Tensor
-        float32 ``(3, resolution, resolution)``, normalised.
-
-    Raises
-    ------
-    InputError
-        If the image cannot be opened or its shape is not the annotated one.
-    """
+    """Load the image of a record as float32 (3, resolution, resolution), as the processor says."""
     image = open_upright(record.path)
     if not same_shape(image.size, (record.width, record.height)):
         raise InputError(
@@ -197,19 +209,8 @@ _BLOCK = 512  # rows compared at once
 
 
 def picture_hash(image):
-    """Reduce a picture to the signs of its low frequencies.
-
-    Parameters
-    ----------
-    image : PIL.Image.Image
-
-    Returns
-    -------
-    numpy.ndarray
-        (32,) uint8, 255 bits: whether each of the 16 x 16 lowest coefficients of the cosine
-        transform, but for the mean, is above their median ("pHash").
-    """
-    # A reducing gap lets the decoder and Pillow skip most pixels of a large photograph.
+    """Return which of the 255 lowest frequencies are above their median ("pHash"), (32,) uint8."""
+    # A reducing gap lets Pillow skip most pixels of a large photograph.
     small = image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0)
     spectrum = dctn(np.asarray(small, dtype=np.float64), norm="ortho")
     low = spectrum[:FREQUENCIES, :FREQUENCIES].ravel()[1:]
@@ -217,27 +218,14 @@ def picture_hash(image):
 
 
 def near_pairs(first, second, limit=NEAR):
-    """Find the pairs of pictures that look the same.
-
-    Parameters
-    ----------
-    first, second : numpy.ndarray
-        (n, 32) and (m, 32) uint8, from `picture_hash`.
-    limit : int
-        Bits that may differ.
-
-    Returns
-    -------
-    numpy.ndarray
-        (k, 2) int: rows of `first` and of `second`.
-    """
-    words = [np.ascontiguousarray(one).reshape(-1, 32).view(np.uint64) for one in (first, second)]
-    found = []
+    """Find the rows of hashes (n, 32) and (m, 32) that differ in at most `limit` bits: (k, 2) int."""
+    words = [np.ascontiguousarray(rows).reshape(-1, 32).view(np.uint64) for rows in (first, second)]
+    pairs = []
     for start in range(0, len(words[0]), _BLOCK):
         rows = words[0][start : start + _BLOCK]
         bits = sum(
             np.bitwise_count(rows[:, None, word] ^ words[1][None, :, word]).astype(np.uint16)
             for word in range(words[0].shape[1])
         )
-        found.append(np.argwhere(bits <= limit) + [start, 0])
-    return np.concatenate(found) if found else np.empty((0, 2), dtype=int)
+        pairs.append(np.argwhere(bits <= limit) + [start, 0])
+    return np.concatenate(pairs) if pairs else np.empty((0, 2), dtype=int)

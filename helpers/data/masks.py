@@ -1,4 +1,4 @@
-"""Segmentations of COCO files: polygons and run lengths in, masks on the model's grid out."""
+"""Masks and boxes of objects: COCO segmentations in, run lengths and the model's grid out."""
 
 from __future__ import annotations
 
@@ -8,33 +8,17 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-TOUCHED_BELOW = (
-    0.5  # share of an object's area under which its thin parts are kept as touched cells
-)
+from helpers.data.images import MAX_PIXELS
+
+TOUCHED_BELOW = 0.5  # share of an object's area under which all cells that it touches are kept
 
 
 def segmentation_to_rle(segmentation, height, width):
-    """Convert any COCO segmentation into compressed run lengths.
+    """Convert polygons ``[[x, y, ...], ...]`` or run lengths of COCO into compressed run lengths.
 
-    Parameters
-    ----------
-    segmentation : list or dict
-        Polygons ``[[x, y, x, y, ...], ...]`` in pixels, whose union is the object, or run lengths
-        ``{"size": [height, width], "counts": ...}`` with counts as a list or compressed text.
-    height, width : int
-        Size of the image in pixels; polygons are drawn on it. Run lengths keep their own size,
-        even where it is wrong, so that the data checks can name it.
-
-    Returns
-    -------
-    dict
-        ``{"size": [height, width], "counts": str}``.
-
-    Raises
-    ------
-    ValueError
-        If the segmentation is malformed, with the reason. pycocotools itself decodes run lengths
-        that do not fill their size into arbitrary memory.
+    Run lengths keep their own size, even where it is wrong, so that the checks can name it. A
+    malformed segmentation is a ValueError with the reason: pycocotools itself decodes run lengths
+    that do not fill their size into arbitrary memory.
     """
     if isinstance(segmentation, dict):
         return _rle_from_runs(segmentation)
@@ -49,11 +33,16 @@ def segmentation_to_rle(segmentation, height, width):
         if not _are_numbers(part) or max(map(abs, part)) > limit:
             raise ValueError("a polygon holds something that is no coordinate of this image")
     rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+    return _as_text(rle)
+
+
+def _as_text(rle):
+    """Return a compressed RLE of pycocotools with its counts as text."""
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
 def _are_numbers(values):
-    """Tell whether all of some JSON values are finite numbers (booleans are none)."""
+    """Return whether all of some JSON values are finite numbers (booleans are none)."""
     return set(map(type, values)) <= {int, float} and all(map(math.isfinite, values))
 
 
@@ -64,6 +53,8 @@ def _rle_from_runs(segmentation):
         raise ValueError(f"its size is {size!r}, not [height, width]")
     if min(size) < 1:
         raise ValueError(f"its size {size} is empty")
+    if math.prod(size) > MAX_PIXELS:
+        raise ValueError(f"its size {size} is more than {MAX_PIXELS / 1e6:.0f} megapixels")
     if isinstance(counts, bytes):
         counts = counts.decode("latin-1")
     if isinstance(counts, str):
@@ -72,34 +63,20 @@ def _rle_from_runs(segmentation):
         runs = counts
     else:
         raise ValueError("its counts are neither whole numbers nor compressed text")
-    if any(run < 0 for run in runs) or sum(runs) != size[0] * size[1]:
+    if any(run < 0 for run in runs) or sum(runs) != math.prod(size):
         raise ValueError(
             f"its runs cover {sum(runs)} pixels, its size {size} has {math.prod(size)}"
         )
     if isinstance(counts, list):
-        rle = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)
-        counts = rle["counts"].decode("ascii")
+        return _as_text(coco_mask.frPyObjects({"size": size, "counts": counts}, *size))
     return {"size": list(size), "counts": counts}
 
 
 def compressed_runs(counts):
-    """Read the run lengths out of COCO's compressed text.
+    """Return the run lengths in COCO's compressed text, background first, down the columns.
 
-    Parameters
-    ----------
-    counts : str
-        Each character carries 5 bits of a run, lowest first, and a bit saying that more follow;
-        from the fourth run on, the difference to the run two before is stored.
-
-    Returns
-    -------
-    list of int
-        Alternating lengths in pixels, background first, down the columns.
-
-    Raises
-    ------
-    ValueError
-        If a character is out of range or the text ends inside a number.
+    Each character carries 5 bits of a run, lowest first, and a bit saying that more follow; from
+    the fourth run on, the difference to the run two before is stored.
     """
     runs, value, shift = [], 0, 0
     for character in counts:
@@ -132,8 +109,7 @@ def mask_to_rle(mask):
     dict
         ``{"size": [height, width], "counts": str}``.
     """
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
+    return _as_text(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
 
 
 def rle_area(rle):
@@ -142,75 +118,57 @@ def rle_area(rle):
 
 
 def rle_box_xyxy(rle):
-    """Return the tight box of a mask.
+    """Return the tight box of a mask with at least one pixel.
 
     Parameters
     ----------
     rle : dict
-        Compressed RLE with at least one foreground pixel.
 
     Returns
     -------
     tuple of float
-        ``(x0, y0, x1, y1)`` in pixels of the RLE's size; ``x1`` and ``y1`` lie just past the last
-        pixel.
+        ``(x0, y0, x1, y1)`` in pixels; ``x1`` and ``y1`` lie just past the last pixel.
     """
     x, y, width, height = coco_mask.toBbox(rle).tolist()
     return (x, y, x + width, y + height)
 
 
 def masks_on_grid(rles, mask_size):
-    """Decode masks and shrink them to the grid the model predicts on.
+    """Decode n RLEs and shrink them to uint8 (n, mask_size, mask_size), of any size each.
 
     A cell is foreground if at least half of it is covered. Where this keeps less than half of an
     object's area, as with a crack thinner than a cell, every cell the object touches is kept
     instead: a target too wide by a fraction of a cell teaches more than one with holes or none.
-
-    Parameters
-    ----------
-    rles : sequence of dict
-        n compressed RLEs of any size.
-    mask_size : int
-        Cells per side of the square grid.
-
-    Returns
-    -------
-    torch.Tensor
-        ``(n, mask_size, mask_size)`` uint8 of 0 and 1. A mask with a foreground pixel keeps at
-        least one cell.
     """
     masks = torch.zeros((len(rles), mask_size, mask_size), dtype=torch.uint8)
     for index, rle in enumerate(rles):
         full = torch.from_numpy(np.ascontiguousarray(coco_mask.decode(rle))).float()
-        covered = torch.nn.functional.interpolate(
+        coverage = torch.nn.functional.interpolate(
             full[None, None], size=(mask_size, mask_size), mode="area"
         )[0, 0]
-        kept = covered >= 0.5
-        if kept.sum() < TOUCHED_BELOW * covered.sum():
-            kept = covered > 0
-        masks[index] = kept
+        cells = coverage >= 0.5
+        if cells.sum() < TOUCHED_BELOW * coverage.sum():
+            cells = coverage > 0
+        masks[index] = cells
     return masks
 
 
 def clip_box(box_xyxy, width, height):
-    """Clip a box to its image.
-
-    Parameters
-    ----------
-    box_xyxy : tuple of float
-        Pixels.
-    width, height : int
-        Size of the image in pixels.
-
-    Returns
-    -------
-    tuple of float or None
-        The part of the box inside the image in pixels; None if a side is zero or negative there
-        or a number is not finite.
-    """
+    """Return the part of a box inside its image, in pixels; None if it has no area there."""
     if not all(math.isfinite(number) for number in box_xyxy):
         return None
     x0, y0, x1, y1 = box_xyxy
     x0, x1 = (min(max(x, 0.0), float(width)) for x in (x0, x1))
     y0, y1 = (min(max(y, 0.0), float(height)) for y in (y0, y1))
     return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
+
+
+def box_to_rle(box_xyxy, width, height):
+    """Fill a box that lies inside its image, at least one pixel wide and high."""
+    x0, y0, x1, y1 = box_xyxy
+    mask = np.zeros((height, width), dtype=np.uint8)
+    # A pixel belongs to the box if its upper left corner does.
+    rows = slice(int(y0), max(math.ceil(y1), int(y0) + 1))
+    columns = slice(int(x0), max(math.ceil(x1), int(x0) + 1))
+    mask[rows, columns] = 1
+    return mask_to_rle(mask)

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import re
 import zlib
+from functools import lru_cache
 
 import numpy as np
 
-from helpers.data.masks import clip_box
+from helpers.data.records import true_objects
 
 
+@lru_cache(maxsize=10_000)
 def normalise_noun(noun):
-    """Reduce a noun to the form in which two prompts count as the same.
-
-    Parameters
-    ----------
-    noun : str
-        ``"Concrete_cracks "``.
-
-    Returns
-    -------
-    str
-        Lower case, words joined by one space, without plural endings: ``"concrete crack"``.
-    """
+    """Reduce a noun to lower case singular words: ``"Concrete_cracks "`` to ``"concrete crack"``."""
     words = re.split(r"[\W_]+", noun.casefold())
     return " ".join(_singular(word) for word in words if word)
 
@@ -39,32 +30,25 @@ def _singular(word):
 
 
 def nouns_overlap(first, second):
-    """Tell whether one noun may be true wherever the other is.
+    """Return whether one noun may be true wherever the other is: "bricks" and "brick wall".
 
-    Parameters
-    ----------
-    first, second : str
-        For example ``"brick wall"`` and ``"bricks"``.
-
-    Returns
-    -------
-    bool
-        True if the words of one, normalised, are all among the words of the other.
+    That is so if the words of one, normalised, are all among the words of the other.
     """
     words, others = set(normalise_noun(first).split()), set(normalise_noun(second).split())
-    return bool(words and others) and (words <= others or others <= words)
+    if not words or not others:  # a name like "-" overlaps with itself only
+        return first.strip() == second.strip()
+    return words <= others or others <= words
 
 
 def present_prompts(record, categories, prompt=None):
-    """Group the usable objects of an image by the prompt that asks for them.
+    """Group the objects of an image by the prompt that asks for them.
 
-    Crowd regions and boxes that keep no area inside the image are no targets. A prompt that loses
-    all its objects this way is not asked at all: asked as absent, it would teach the opposite.
+    A prompt that loses all its objects, because they are crowd regions or lie outside the image, is
+    not asked at all: asked as absent, it would teach the opposite.
 
     Parameters
     ----------
-    record : ImageRecord
-        The image.
+    record : helpers.data.records.ImageRecord
     categories : sequence of str
         Names to ask about; each is its own prompt.
     prompt : str, optional
@@ -72,17 +56,13 @@ def present_prompts(record, categories, prompt=None):
 
     Returns
     -------
-    dict of str to list of ObjectAnnotation
+    dict of str to list of helpers.data.records.ObjectAnnotation
         Prompts in the order of ``categories``.
     """
-    usable = [
-        item
-        for item in record.objects
-        if not item.is_crowd and clip_box(item.box_xyxy, record.width, record.height) is not None
-    ]
+    objects = true_objects(record)
     if prompt is not None:
-        return {prompt: usable} if usable else {}
-    groups = {name: [item for item in usable if item.category == name] for name in categories}
+        return {prompt: objects} if objects else {}
+    groups = {name: [item for item in objects if item.category == name] for name in categories}
     return {name: items for name, items in groups.items() if items}
 
 
@@ -91,7 +71,7 @@ def absent_candidates(record, nouns):
 
     Parameters
     ----------
-    record : ImageRecord
+    record : helpers.data.records.ImageRecord
         Its annotated categories, crowd regions included and by both names where they are asked by
         another noun, and its ``contents`` are in the picture.
     nouns : sequence of str
@@ -100,7 +80,7 @@ def absent_candidates(record, nouns):
     Returns
     -------
     list of str
-        Without any noun that overlaps (`helpers.data.prompts.nouns_overlap`) something in the picture.
+        Without any noun that overlaps (`nouns_overlap`) something in the picture.
     """
     in_picture = {item.category for item in record.objects} | record.contents
     in_picture |= {item.file_category for item in record.objects if item.file_category}
@@ -110,31 +90,17 @@ def absent_candidates(record, nouns):
 
 
 def absent_prompts(record, own_names, other_nouns, count, *, seed, epoch):
-    """Draw the absent prompts of an image.
+    """Draw ``count`` distinct absent prompts of an image, or as many as there are.
 
-    Parameters
-    ----------
-    record : ImageRecord
-        The image.
-    own_names : sequence of str
-        What the dataset asks for: its category names, or the prompt that replaces them.
-    other_nouns : sequence of str
-        Further nouns to draw from.
-    count : int
-        How many to draw; fewer if fewer candidates are left. An image without any object is asked
-        for at least one of the dataset's own names, even at 0: nothing else can come of it.
-    seed, epoch : int
-        The draw depends on these two and the image only, so neither on the number of workers nor
-        on the order of the images.
-
-    Returns
-    -------
-    list of str
-        Distinct prompts, an own name first if the image has no object.
+    An image without any object is asked for at least one of the dataset's own names, even at 0:
+    nothing else can come of it. The draw depends on seed, epoch and image only, so neither on the
+    number of workers nor on the order of the images.
     """
     own = absent_candidates(record, own_names)
     others = [noun for noun in absent_candidates(record, other_nouns) if noun not in own]
-    generator = np.random.default_rng([seed, epoch, zlib.crc32(record.image_id.encode("utf-8"))])
+    generator = np.random.default_rng(
+        [seed, epoch, zlib.crc32(record.image_id.encode("utf-8", "surrogatepass"))]
+    )
     first = []
     if not record.objects and own:
         first = [own.pop(int(generator.integers(len(own))))]

@@ -1,4 +1,4 @@
-"""Ask for a category by another noun than its name in the files: a synonym, a singular, a word."""
+"""What annotation files say: categories, images, objects; and by which noun each is asked."""
 
 from __future__ import annotations
 
@@ -7,76 +7,41 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from helpers.data.masks import box_to_rle, clip_box, rle_area
 from helpers.errors import InputError
 
 
 @dataclass(frozen=True)
 class ObjectAnnotation:
-    """One annotated object, as it stands in the file, right or wrong.
+    """One annotated object, as it stands in the file, right or wrong."""
 
-    Attributes
-    ----------
-    category : str
-        Name of its category.
-    box_xyxy : tuple of float
-        ``(x0, y0, x1, y1)`` in pixels, converted from the file's ``[x, y, width, height]`` and
-        neither clipped nor repaired.
-    rle : dict or None
-        The mask as COCO compressed run lengths, ``size`` [height, width] and ``counts`` text;
-        None without a readable segmentation.
-    is_crowd : bool
-        True for a region that may hold many objects; it is no target of training.
-    annotation_id : int or str
-        As in the file.
-    has_own_box : bool
-        False if the file has no ``bbox`` and the tight box of the mask was taken.
-    mask_problem : str or None
-        Why a segmentation that is in the file could not be read.
-    file_category : str or None
-        Its category's name in the file, where it is asked by another noun
-        (`helpers.data.records`).
-    """
-
-    category: str
-    box_xyxy: tuple[float, float, float, float]
-    rle: Mapping | None
-    is_crowd: bool = False
+    category: str  # its name, or the noun it is asked by
+    box_xyxy: tuple[float, float, float, float]  # pixels, neither clipped nor repaired
+    rle: Mapping | None  # "size" [height, width] and "counts" text; None if there is none to read
+    is_crowd: bool = False  # a region that may hold many objects is no target
     annotation_id: int | str = 0
-    has_own_box: bool = True
-    mask_problem: str | None = None
-    file_category: str | None = None
+    has_own_box: bool = True  # False: there is no bbox, and the tight box of the mask was taken
+    mask_problem: str | None = None  # why a segmentation that is in the file could not be read
+    file_category: str | None = None  # the name in the file, where another noun is asked
+    area_px: float | None = None  # as the file states it
 
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image and all that is annotated in it.
+    """One image and all that is annotated in it."""
 
-    Attributes
-    ----------
-    image_id : str
-        File name relative to the folder of images; the same in both layouts.
-    path : pathlib.Path
-        The image file; it need not exist.
-    width, height : int
-        Pixels, upright, as the annotation file states them.
-    objects : tuple of ObjectAnnotation
-        Empty for an image that was looked at and shows none.
-    contents : frozenset of str
-        Further nouns known to be in the picture, from the optional key ``contents``; none of them
-        is ever asked as an absent prompt.
-    """
-
-    image_id: str
-    path: Path
-    width: int
+    image_id: str  # file name relative to the folder of images; the same in both layouts
+    path: Path  # need not exist
+    width: int  # pixels, upright, as the annotation file states them
     height: int
-    objects: tuple[ObjectAnnotation, ...]
-    contents: frozenset[str] = frozenset()
+    objects: tuple[ObjectAnnotation, ...]  # empty if the image was looked at and shows none
+    contents: frozenset[str] = frozenset()  # further nouns in it, never asked as absent
+    contradiction: str | None = None  # two statements about the image that differ
 
 
 @dataclass(frozen=True)
 class Category:
-    """An entry of the category table: its number, its name, and its parent's name or None."""
+    """An entry of the category table."""
 
     category_id: int
     name: str
@@ -85,39 +50,57 @@ class Category:
 
 @dataclass(frozen=True)
 class Split:
-    """All images of one split.
+    """All images of one split, in the order of their `image_id`."""
 
-    Attributes
-    ----------
-    name : str
-        ``train``, ``valid``, ``test`` or another folder's name.
-    root : pathlib.Path
-        The split's folder.
-    layout : str
-        ``coco`` (one ``_annotations.coco.json``) or ``per_image`` (one JSON per image).
-    categories : tuple of str
-        Names to ask about, in the order of the file, each once. A parent without annotations, as
-        some exports add, is left out: it would be asked as absent on every image.
-    records : tuple of ImageRecord
-        In the order of their `image_id`.
-    category_table : tuple of Category
-        Every entry of the file, parents included.
-    unannotated : tuple of pathlib.Path
-        Images in the folder that no annotation mentions; they are not used.
-    """
-
-    name: str
+    name: str  # train, valid, test or another folder's name
     root: Path
-    layout: str
-    categories: tuple[str, ...]
+    layout: str  # "coco" or "per_image"
+    categories: tuple[str, ...]  # to ask about; a parent without annotations is left out
     records: tuple[ImageRecord, ...]
-    category_table: tuple[Category, ...] = ()
-    unannotated: tuple[Path, ...] = ()
+    category_table: tuple[Category, ...] = ()  # every entry of the file, parents included
+    unannotated: tuple[Path, ...] = ()  # images below the folder that no annotation mentions
+    unread: tuple[Path, ...] = ()  # any other files below the folder
 
     @property
     def num_objects(self):
         """int: annotated objects in the files, crowd regions included."""
         return sum(len(record.objects) for record in self.records)
+
+
+def true_objects(record):
+    """List what counts as an object of an image, in training and evaluation alike.
+
+    That is all but crowd regions and boxes that keep no area inside the image; an object with a
+    box only is one.
+    """
+    return [
+        item
+        for item in record.objects
+        if not item.is_crowd and clip_box(item.box_xyxy, record.width, record.height) is not None
+    ]
+
+
+def mask_fits_image(record, item):
+    """Return whether an object has a readable mask of the size of its image."""
+    return item.rle is not None and list(item.rle["size"]) == [record.height, record.width]
+
+
+def has_mask(record, item):
+    """Return whether an object has a mask of its image's size with a pixel in it."""
+    return mask_fits_image(record, item) and rle_area(item.rle) > 0
+
+
+def has_masks(split):
+    """Return whether any object of a split has a mask, without which no outline is learned."""
+    return any(has_mask(record, item) for record in split.records for item in true_objects(record))
+
+
+def true_rle(record, item):
+    """Return the mask of an object from `true_objects`; without one, its filled box."""
+    if has_mask(record, item):
+        return dict(item.rle)
+    box_xyxy = clip_box(item.box_xyxy, record.width, record.height)
+    return box_to_rle(box_xyxy, record.width, record.height)
 
 
 def rename_categories(split, prompts_by_category):
@@ -128,15 +111,14 @@ def rename_categories(split, prompts_by_category):
     split : helpers.data.records.Split
         As read from its files.
     prompts_by_category : dict of str to str
-        ``data.prompts_by_category`` of the config: category name to noun, for example
-        ``{"cracks": "crack", "0": "pothole"}``. Names that the split lacks make no difference.
+        Category name to noun: ``{"cracks": "crack", "0": "pothole"}``. Names that the split lacks
+        make no difference.
 
     Returns
     -------
     helpers.data.records.Split
-        Everything that makes prompts from it asks the nouns. Categories with one noun are one
-        category, so that one query gets all their objects. What an object is called in the files
-        stays in ``file_category``: that word is in the picture, too, and is never asked as absent.
+        Prompts built from it use the nouns. Categories with one noun are one category. What an
+        object is called in the files stays in ``file_category`` and is never asked as absent.
     """
     if not prompts_by_category:
         return split
@@ -155,7 +137,7 @@ def rename_categories(split, prompts_by_category):
 
 
 def _renamed_record(record, prompts_by_category):
-    """Rename the objects of an image, and say of what else is in it by which noun it is asked."""
+    """Rename the objects of an image, and add the nouns of its known contents."""
     objects = tuple(_renamed(item, prompts_by_category) for item in record.objects)
     nouns = {prompts_by_category[noun] for noun in record.contents if noun in prompts_by_category}
     return replace(record, objects=objects, contents=record.contents | nouns)
@@ -170,28 +152,13 @@ def _renamed(item, prompts_by_category):
 
 
 def refuse_unknown_categories(prompts_by_category, splits):
-    """Make sure that every key of a mapping is a category of the dataset.
-
-    Parameters
-    ----------
-    prompts_by_category : dict of str to str
-        See `rename_categories`.
-    splits : sequence of helpers.data.records.Split
-        As read, not renamed.
-
-    Raises
-    ------
-    InputError
-        Naming the key and the category it may have meant.
-    """
+    """Raise InputError for a key of the mapping that no split, as read, has as a category."""
     names = {entry.name for split in splits for entry in split.category_table}
     names |= {name for split in splits for name in split.categories}
     for key in prompts_by_category:
         if key not in names:
             close = difflib.get_close_matches(key, names, n=1)
-            fix = (
-                f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(sorted(names))}"
-            )
+            fix = f"did you mean '{close[0]}'?" if close else f"use one of {sorted(names)}"
             raise InputError(
                 f"data.prompts_by_category names '{key}', which is no category of the dataset",
                 where=splits[0].root.parent if splits else None,

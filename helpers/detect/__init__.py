@@ -1,20 +1,20 @@
 """Ask, detect, judge."""
 
-from helpers.detect.detections import detect
+from helpers.detect.detections import detect, output_table
 from helpers.detect.metrics import cgf1, coco_ap, evaluate_queries, threshold_sweep, union_iou
 from helpers.detect.predictor import (
     GENERIC_PROMPT,
     PROMPTLESS_THRESHOLD,
     Predictor,
+    raw_outputs,
     untrained_prompts,
 )
 from helpers.detect.queries import (
+    Query,
     as_queries,
     evaluation_dataset,
-    output_table,
     predict_split,
     prompt_scores,
-    raw_outputs,
 )
 from helpers.detect.tiles import predict_tiled
 
@@ -22,6 +22,7 @@ __all__ = [
     "GENERIC_PROMPT",
     "PROMPTLESS_THRESHOLD",
     "Predictor",
+    "Query",
     "as_queries",
     "cgf1",
     "coco_ap",

@@ -2,6 +2,10 @@
 
 The score of a query is ``sigmoid(query logit) * sigmoid(presence logit)``. Both factors are kept,
 because "no detection" has another cause when presence is low than when the queries are.
+
+One rule holds wherever a score meets a threshold: a detection counts from the threshold on
+(`reaches`), as in Meta's cgF1 evaluator. SAM3's own post-processing asks for more than the
+threshold; the two differ only for a score that equals it.
 """
 
 from __future__ import annotations
@@ -9,12 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
-from pycocotools import mask as coco_mask
 
+from helpers.data.masks import mask_to_rle
 from helpers.errors import check_probability
 
-MASKS_AT_ONCE = 32
+PIXELS_AT_ONCE = 2**24
+"""Pixels of masks that are upsampled together, 64 MB of logits; one mask at least."""
 
 
 @dataclass(frozen=True)
@@ -51,46 +57,37 @@ class RawPrediction:
 
     @property
     def query_prob(self):
-        """numpy.ndarray: (Q,) sigmoid of the query logits."""
+        """(Q,) sigmoid of the query logits."""
         return torch.from_numpy(self.query_logits).sigmoid().numpy()
 
     @property
     def presence_prob(self):
-        """float: sigmoid of the presence logit."""
+        """Sigmoid of the presence logit."""
         return float(torch.tensor(self.presence_logit).sigmoid())
 
     @property
     def scores(self):
-        """numpy.ndarray: (Q,) product of `query_prob` and `presence_prob`."""
+        """(Q,) product of `query_prob` and `presence_prob`."""
         return self.query_prob * np.float32(self.presence_prob)
 
     @property
     def max_query_prob(self):
-        """float: the highest query probability."""
+        """The highest query probability."""
         return float(self.query_prob.max())
 
     @property
     def max_score(self):
-        """float: the highest score."""
+        """The highest score."""
         return float(self.scores.max())
 
 
+def reaches(scores, threshold):
+    """Compare scores with a threshold in float64, as they are printed: True from it on."""
+    return np.asarray(scores, dtype=np.float64) >= threshold
+
+
 def raw_predictions(outputs, described):
-    """Take model outputs apart, one `RawPrediction` per row.
-
-    Parameters
-    ----------
-    outputs : helpers.model.sam3.PromptedSam3Output or dict
-        ``pred_logits`` (B, Q), ``presence_logits`` (B, 1), ``pred_boxes`` (B, Q, 4) xyxy in
-        [0, 1], ``pred_masks`` (B, Q, h, w), ``semantic_logits`` (B, 1, h, w).
-    described : sequence of tuple
-        B tuples ``(image, prompt, height, width)``.
-
-    Returns
-    -------
-    list of RawPrediction
-        On the CPU.
-    """
+    """Make one `RawPrediction`, on the CPU, of each of B rows (image, prompt, height, width)."""
     names = ("pred_logits", "presence_logits", "pred_boxes", "pred_masks", "semantic_logits")
     tensors = [outputs[name].detach().float().cpu() for name in names]
     predictions = []
@@ -113,13 +110,13 @@ def raw_predictions(outputs, described):
 
 
 def detect(raw, score_threshold, mask_threshold=0.5, max_detections=None):
-    """Keep the queries above a threshold and give them masks at the size of the image.
+    """Keep the queries that reach a threshold and give them masks at the size of the image.
 
     Parameters
     ----------
     raw : RawPrediction
     score_threshold : float
-        In [0, 1]; a query is kept if its score is greater.
+        In [0, 1]; a query is kept from this score on.
     mask_threshold : float
         In [0, 1]; a pixel belongs to the mask if its probability is greater.
     max_detections : int, optional
@@ -139,33 +136,24 @@ def detect(raw, score_threshold, mask_threshold=0.5, max_detections=None):
     check_probability(mask_threshold, "mask_threshold")
     scores = raw.scores
     order = np.argsort(-scores, kind="stable")
-    kept = order[scores[order] > score_threshold][:max_detections]
-    limits = [raw.width, raw.height, raw.width, raw.height]
-    boxes_xyxy = np.clip(raw.boxes_xyxy[kept], 0, limits)
-    rles = _encode(raw.mask_logits[kept], raw.height, raw.width, mask_threshold)
-    return [
-        {"score": float(score), "box_xyxy": box.tolist(), "mask_rle": rle}
-        for score, box, rle in zip(scores[kept], boxes_xyxy, rles, strict=True)
-    ]
+    best = order[reaches(scores[order], score_threshold)][:max_detections]
+    boxes_xyxy = np.clip(raw.boxes_xyxy[best], 0, [raw.width, raw.height] * 2)
+    detections = []
+    step = max(1, PIXELS_AT_ONCE // (raw.height * raw.width))
+    for start in range(0, len(best), step):
+        part = best[start : start + step]
+        masks = masks_at_image_size(raw.mask_logits[part], raw.height, raw.width, mask_threshold)
+        detections += [
+            {"score": float(score), "box_xyxy": box.tolist(), "mask_rle": mask_to_rle(mask)}
+            for score, box, mask in zip(
+                scores[part], boxes_xyxy[start : start + step], masks, strict=True
+            )
+        ]
+    return detections
 
 
 def masks_at_image_size(mask_logits, height, width, mask_threshold):
-    """Upsample mask logits bilinearly, then compare their probability with a threshold.
-
-    Parameters
-    ----------
-    mask_logits : numpy.ndarray
-        (n, h, w) float32.
-    height, width : int
-        Size of the image in pixels.
-    mask_threshold : float
-        In [0, 1].
-
-    Returns
-    -------
-    numpy.ndarray
-        (n, height, width) bool.
-    """
+    """Upsample (n, h, w) logits bilinearly, then threshold them: (n, height, width) bool."""
     upsampled = torch.nn.functional.interpolate(
         torch.from_numpy(mask_logits)[None],
         size=(height, width),
@@ -175,14 +163,50 @@ def masks_at_image_size(mask_logits, height, width, mask_threshold):
     return (upsampled.sigmoid() > mask_threshold).numpy()
 
 
-def _encode(mask_logits, height, width, mask_threshold):
-    """Turn (n, h, w) logits into COCO compressed run lengths, a few masks at a time."""
-    rles = []
-    for start in range(0, len(mask_logits), MASKS_AT_ONCE):
-        logits = mask_logits[start : start + MASKS_AT_ONCE]
-        masks = masks_at_image_size(logits, height, width, mask_threshold)
-        rles += coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
-    return [
-        {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
-        for rle in rles
-    ]
+def output_table(raws):
+    """Describe raw outputs by the numbers that a zero detection is diagnosed with.
+
+    Parameters
+    ----------
+    raws : sequence of RawPrediction
+        May be empty.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per prediction: ``image_id``, ``prompt``, ``logit_min``, ``logit_median``,
+        ``logit_max`` (over the queries), ``presence_prob``, ``max_query_prob``, ``max_score``,
+        ``semantic_mean`` and ``semantic_max`` (probabilities over the pixels of the semantic map).
+    """
+    rows = []
+    for raw in raws:
+        semantic_prob = 1 / (1 + np.exp(-raw.semantic_logits.astype(np.float64)))
+        rows.append(
+            {
+                "image_id": raw.image,
+                "prompt": raw.prompt,
+                "logit_min": float(raw.query_logits.min()),
+                "logit_median": float(np.median(raw.query_logits)),
+                "logit_max": float(raw.query_logits.max()),
+                "presence_prob": raw.presence_prob,
+                "max_query_prob": raw.max_query_prob,
+                "max_score": raw.max_score,
+                "semantic_mean": float(semantic_prob.mean()),
+                "semantic_max": float(semantic_prob.max()),
+            }
+        )
+    return pd.DataFrame(rows, columns=_COLUMNS)
+
+
+_COLUMNS = (
+    "image_id",
+    "prompt",
+    "logit_min",
+    "logit_median",
+    "logit_max",
+    "presence_prob",
+    "max_query_prob",
+    "max_score",
+    "semantic_mean",
+    "semantic_max",
+)

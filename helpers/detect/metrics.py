@@ -1,29 +1,35 @@
-"""Detection metrics of prompts on pictures: cgF1, AP, union IoU, threshold sweep, summary.
+"""Metrics of queries: cgF1, AP, union IoU, threshold sweep, and the summary of a report.
 
-Pure numbers, no model. `helpers.evaluation_queries` says what a query is. A metric that has no
-meaning on the given queries is None here, with its reason; only `cgf1` itself keeps to the native
-numbers (0 and -1) there.
+Pure numbers, no model. A metric that has no meaning on the given queries is None here, with its
+reason; only `cgf1` itself keeps to the native numbers (0 and -1) there.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-
 import numpy as np
 import pandas as pd
-from pycocotools import mask as mask_utils
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from faster_coco_eval import COCO, COCOeval_faster
+from pycocotools import mask as coco_mask
+from scipy.optimize import linear_sum_assignment
 
-from helpers.detect.queries import check_queries, mask_ious, matched_ious, scores
+from helpers.detect.detections import reaches
+from helpers.detect.queries import as_query_list
 from helpers.errors import InputError, check_probability
 
 NO_PRESENT_PROMPT = "no present prompt: no query has an object"
+NO_ABSENT_PROMPT = (
+    "no absent prompt: when every prompt is in its picture, IL_MCC and cgF1 are 0 whatever the "
+    "detections are; add queries of prompts that are not in the picture"
+)
+NO_EXHAUSTIVE_QUERY = "no query is exhaustive, and cgF1 skips those that are not"
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+SINGLE_IOU_THRESHOLDS = {"@0.5": 0, "@0.75": 5}
+_INSTANCE_EPSILON = 1e-4
+_IMAGE_EPSILON = 1e-6
 
 
 def coco_ap(queries, iou_type="segm"):
-    """Compute COCO average precision with pycocotools' defaults.
+    """Compute COCO average precision with faster-coco-eval, equal to pycocotools' numbers.
 
     Every prompt is a category and ``image_id`` the picture, so a detection of an absent prompt
     costs precision only when that prompt is present on another picture (COCO leaves out
@@ -31,9 +37,8 @@ def coco_ap(queries, iou_type="segm"):
 
     Parameters
     ----------
-    queries : list of dict
-        See `helpers.detect.queries`. Give all scores, not only those above a threshold. The
-        100 best detections of each query count.
+    queries : list of Query or of dict
+        With all scores, not only those above a threshold. The 100 best detections of each count.
     iou_type : {"segm", "bbox"}
         Masks or boxes. Boxes that a query does not give are those around its masks.
 
@@ -46,55 +51,64 @@ def coco_ap(queries, iou_type="segm"):
     Raises
     ------
     InputError
-        For another `iou_type`, a prompt that occurs twice on one picture, and whatever
-        `helpers.detect.queries.check_queries` refuses.
+        For another `iou_type`, a prompt that occurs twice on one picture, and an invalid query.
     """
-    if iou_type not in ("segm", "bbox"):
-        raise InputError(f"unknown iou_type {iou_type!r}", fix="use 'segm' or 'bbox'")
-    check_queries(queries)
-    pairs = [(query["image_id"], query["prompt"]) for query in queries]
+    return _average_precisions(as_query_list(queries), (iou_type,))[0]
+
+
+def _average_precisions(queries, iou_types):
+    """Compute what `coco_ap` returns for each of some IoU types."""
+    for iou_type in iou_types:
+        if iou_type not in ("segm", "bbox"):
+            raise InputError(f"unknown iou_type {iou_type!r}", fix="use 'segm' or 'bbox'")
+    pairs = [(query.image_id, query.prompt) for query in queries]
     if len(set(pairs)) < len(pairs):
-        twice = next(pair for pair in pairs if pairs.count(pair) > 1)
+        image_id, prompt = next(pair for pair in pairs if pairs.count(pair) > 1)
         raise InputError(
-            f"prompt {twice[1]!r} occurs twice on image {twice[0]!r}",
+            f"prompt {prompt!r} occurs twice on image {image_id!r}",
             where="queries",
             fix="merge the objects of one prompt on one picture into one query",
         )
-    if not any(query["gt"] for query in queries):
-        return {"AP": None, "AP50": None, "AP75": None, "reason": NO_PRESENT_PROMPT}
-    gt, pred = _coco_pair(queries)
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluator = COCOeval(gt, pred, iou_type)
+    if not any(query.gt for query in queries):
+        undefined = {"AP": None, "AP50": None, "AP75": None, "reason": NO_PRESENT_PROMPT}
+        return [dict(undefined) for _ in iou_types]
+    datasets = _coco_datasets(queries)
+    results = []
+    for iou_type in iou_types:
+        evaluator = COCOeval_faster(*datasets, iou_type)
+        evaluator.params.areaRng, evaluator.params.areaRngLbl = [[0, 1e10]], ["all"]
         evaluator.evaluate()
         evaluator.accumulate()
-        evaluator.summarize()
-    names = ("AP", "AP50", "AP75")
-    return {name: float(evaluator.stats[index]) for index, name in enumerate(names)}
+        precision = evaluator.eval["precision"][..., 0, -1]  # (IoU, recall, category)
+        curves = {"AP": precision, "AP50": precision[0], "AP75": precision[5]}
+        results.append({name: float(curve[curve > -1].mean()) for name, curve in curves.items()})
+    return results
 
 
-def _coco_pair(queries):
-    """Build the COCO data sets of the objects and of the detections."""
-    image_ids = _numbered(query["image_id"] for query in queries)
-    category_ids = _numbered(query["prompt"] for query in queries)
-    gt, pred = [], []
+def _coco_datasets(queries):
+    """Write objects and detections as two COCO data sets."""
+    image_ids = _numbered(query.image_id for query in queries)
+    category_ids = _numbered(query.prompt for query in queries)
+    objects, detections = [], []
     for query in queries:
         ids = {
-            "image_id": image_ids[query["image_id"]],
-            "category_id": category_ids[query["prompt"]],
+            "image_id": image_ids[query.image_id],
+            "category_id": category_ids[query.prompt],
             "iscrowd": 0,
         }
-        boxes = query.get("gt_boxes_xyxy")
-        for index, rle in enumerate(query["gt"]):
-            box = None if boxes is None else boxes[index]
-            gt.append(ids | _shape(rle, box) | {"id": len(gt) + 1})
-        for one in query["pred"]:
-            shape = _shape(one["rle"], one.get("box_xyxy"))
-            pred.append(ids | shape | {"id": len(pred) + 1, "score": one["score"]})
-    images = [
-        {"id": image_ids[query["image_id"]], "height": query["height"], "width": query["width"]}
-        for query in queries
+        objects += _annotations(ids, query.gt, query.gt_boxes_xyxy, len(objects))
+        boxes_xyxy = [detection.get("box_xyxy") for detection in query.pred]
+        own = _annotations(ids, query.rles(), boxes_xyxy, len(detections))
+        for annotation, score in zip(own, query.scores.tolist(), strict=True):
+            annotation["score"] = score
+        detections += own
+    size = {image_ids[query.image_id]: (query.height, query.width) for query in queries}
+    images = [{"id": number, "height": h, "width": w} for number, (h, w) in size.items()]
+    categories = [{"id": number} for number in category_ids.values()]
+    return [
+        COCO({"images": images, "categories": categories, "annotations": annotations})
+        for annotations in (objects, detections)
     ]
-    return _dataset(gt, images, category_ids), _dataset(pred, images, category_ids)
 
 
 def _numbered(values):
@@ -102,38 +116,21 @@ def _numbered(values):
     return {value: number for number, value in enumerate(dict.fromkeys(values), start=1)}
 
 
-def _shape(rle, box_xyxy):
-    """Describe mask and box as COCO does: RLE, x y w h in pixels, area in pixels."""
-    if box_xyxy is None:
-        box_xywh = mask_utils.toBbox(rle).tolist()
-    else:
-        left, top, right, bottom = (float(value) for value in box_xyxy)
-        box_xywh = [left, top, right - left, bottom - top]
-    return {"segmentation": rle, "bbox": box_xywh, "area": float(mask_utils.area(rle))}
-
-
-def _dataset(annotations, images, category_ids):
-    """Index annotations as pycocotools wants them."""
-    coco = COCO()
-    coco.dataset = {
-        "images": images,
-        "categories": [{"id": number} for number in category_ids.values()],
-        "annotations": annotations,
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
-
-
-IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
-SINGLE_IOU_THRESHOLDS = {"@0.5": 0, "@0.75": 5}
-NO_ABSENT_PROMPT = (
-    "no absent prompt: when every prompt is in its picture, IL_MCC and cgF1 are 0 whatever the "
-    "detections are; add queries of prompts that are not in the picture"
-)
-NO_EXHAUSTIVE_QUERY = "no query is exhaustive, and cgF1 skips those that are not"
-_INSTANCE_EPSILON = 1e-4
-_IMAGE_EPSILON = 1e-6
+def _annotations(ids, rles, boxes_xyxy, last_id):
+    """Describe masks and boxes as COCO does: RLE, x y w h in pixels, area in pixels."""
+    if not rles:
+        return []
+    boxes_xywh, areas = coco_mask.toBbox(rles).tolist(), coco_mask.area(rles).tolist()
+    for index, box_xyxy in enumerate(boxes_xyxy or ()):
+        if box_xyxy is not None:
+            x0, y0, x1, y1 = (float(value) for value in box_xyxy)
+            boxes_xywh[index] = [x0, y0, x1 - x0, y1 - y0]
+    return [
+        {**ids, "id": number, "segmentation": rle, "bbox": box, "area": area}
+        for number, (rle, box, area) in enumerate(
+            zip(rles, boxes_xywh, areas, strict=True), start=last_id + 1
+        )
+    ]
 
 
 def cgf1(queries, score_threshold=0.5):
@@ -141,8 +138,8 @@ def cgf1(queries, score_threshold=0.5):
 
     Parameters
     ----------
-    queries : list of dict
-        See `helpers.detect.queries`; those that are not exhaustive are skipped.
+    queries : list of Query or of dict
+        Those that are not exhaustive are skipped.
     score_threshold : float
         In [0, 1]; detections below it are ignored.
 
@@ -156,14 +153,12 @@ def cgf1(queries, score_threshold=0.5):
 
         These are the native numbers also where they have no meaning: without an absent or
         without a present prompt IL_MCC and cgF1 are 0, and positive_macro_F1 is -1 when no query
-        has both objects and detections. Ask `undefined_cgf1`, or use `evaluate_queries`, which
-        refuses to report them then.
+        has both objects and detections. `evaluate_queries` refuses to report them then.
 
     Raises
     ------
     InputError
-        When no query is exhaustive, and for whatever
-        `helpers.detect.queries.check_queries` refuses.
+        When no query is exhaustive, and for an invalid query or threshold.
 
     Notes
     -----
@@ -172,16 +167,16 @@ def cgf1(queries, score_threshold=0.5):
     objects. ``cgF1 = positive_micro_F1 * IL_MCC``. Source: facebookresearch/sam3 at 99d02f2,
     ``sam3/eval/cgf1_eval.py``.
     """
-    check_queries(queries)
+    queries = as_query_list(queries)
     check_probability(score_threshold, "score_threshold")
-    exhaustive = [query for query in queries if query.get("exhaustive", True)]
+    exhaustive = [query for query in queries if query.exhaustive]
     if not exhaustive:
         raise InputError(NO_EXHAUSTIVE_QUERY, where="queries")
-    kept = [scores(query) >= score_threshold for query in exhaustive]
-    matched = [matched_ious(mask_ious(q)[k]) for q, k in zip(exhaustive, kept, strict=True)]
-    num_gt = np.array([len(query["gt"]) for query in exhaustive])
-    num_pred = np.array([int(k.sum()) for k in kept])
-    hits = np.stack([(ious[:, None] >= IOU_THRESHOLDS).sum(0) for ious in matched])
+    rles = [query.rles(score_threshold) for query in exhaustive]
+    ious = [_matched(_mask_ious(r, q.gt)) for r, q in zip(rles, exhaustive, strict=True)]
+    num_gt = np.array([len(query.gt) for query in exhaustive])
+    num_pred = np.array([len(r) for r in rles])
+    hits = np.stack([(iou[:, None] >= IOU_THRESHOLDS).sum(0) for iou in ious])
 
     image_level = _image_level(num_gt > 0, num_pred > 0)
     curves = _instance_level(num_gt, num_pred, hits)
@@ -192,20 +187,21 @@ def cgf1(queries, score_threshold=0.5):
     return result
 
 
+def _mask_ious(rles, gt):
+    """Compute the IoU of every detection with every object, (detections, objects) float64."""
+    if not gt or not rles:
+        return np.zeros((len(rles), len(gt)))
+    return np.asarray(coco_mask.iou(rles, gt, [0] * len(gt)))
+
+
+def _matched(ious):
+    """Pair detections with objects so that the summed IoU is greatest: (pairs,) IoU, 0 included."""
+    return ious[linear_sum_assignment(ious, maximize=True)]
+
+
 def undefined_cgf1(queries):
-    """Tell why cgF1 and IL_MCC of these queries would have no meaning.
-
-    Parameters
-    ----------
-    queries : list of dict
-        See `helpers.detect.queries`.
-
-    Returns
-    -------
-    str or None
-        The reason, or None when exhaustive queries with and without objects are there.
-    """
-    present = {bool(query["gt"]) for query in queries if query.get("exhaustive", True)}
+    """Return why cgF1 and IL_MCC of these queries would have no meaning, or None."""
+    present = {query.is_positive for query in as_query_list(queries) if query.exhaustive}
     if not present:
         return NO_EXHAUSTIVE_QUERY
     if False not in present:
@@ -263,9 +259,9 @@ def union_iou(queries, score_threshold):
 
     Parameters
     ----------
-    queries : list of dict
-        See `helpers.detect.queries`. Per query the masks are united; intersections and
-        unions are then summed over all queries, so pixels found for an absent prompt are wrong.
+    queries : list of Query or of dict
+        Per query the masks are united; intersections and unions are then summed over all queries,
+        so pixels found for an absent prompt are wrong.
     score_threshold : float
         In [0, 1].
 
@@ -274,15 +270,19 @@ def union_iou(queries, score_threshold):
     float or None
         In [0, 1]; None when no object has a pixel.
     """
-    check_queries(queries)
     check_probability(score_threshold, "score_threshold")
-    true = found = either = 0
-    for query in queries:
-        kept = [one["rle"] for one in query["pred"] if one["score"] >= score_threshold]
-        true += _united_area(query["gt"])
-        found += _united_area(kept)
-        either += _united_area(query["gt"] + kept)
-    return (true + found - either) / either if true else None
+    true = detected = either = 0
+    for query in as_query_list(queries):
+        rles = query.rles(score_threshold)
+        true += _united_area(query.gt)
+        detected += _united_area(rles)
+        either += _united_area(query.gt + rles)
+    return (true + detected - either) / either if true else None
+
+
+def _united_area(rles):
+    """Count the pixels of the union of masks."""
+    return int(coco_mask.area(coco_mask.merge(rles))) if rles else 0
 
 
 def threshold_sweep(queries, thresholds, iou_threshold=0.5):
@@ -290,8 +290,8 @@ def threshold_sweep(queries, thresholds, iou_threshold=0.5):
 
     Parameters
     ----------
-    queries : list of dict
-        See `helpers.detect.queries`. All count: detections of absent prompts are wrong.
+    queries : list of Query or of dict
+        All count: detections of absent prompts are wrong.
     thresholds : sequence of float
         Score thresholds in [0, 1].
     iou_threshold : float
@@ -304,20 +304,20 @@ def threshold_sweep(queries, thresholds, iou_threshold=0.5):
         a detection), ``recall`` (NaN without an object), ``f1`` = 2 hits / (detections +
         objects) (NaN without either).
     """
-    check_queries(queries)
+    queries = as_query_list(queries)
     check_probability(iou_threshold, "iou_threshold")
     if iou_threshold == 0:
         raise InputError("iou_threshold is 0", fix="give an IoU above 0, for example 0.5")
-    num_gt = sum(len(query["gt"]) for query in queries)
-    overlaps = [(scores(query), mask_ious(query)) for query in queries]
+    num_gt = sum(len(query.gt) for query in queries)
+    overlaps = [(query.scores, _mask_ious(query.rles(), query.gt)) for query in queries]
     rows = []
     for threshold in thresholds:
         check_probability(threshold, "threshold")
         count = hits = 0
-        for score, ious in overlaps:
-            kept = score >= threshold
+        for scores, ious in overlaps:
+            kept = reaches(scores, threshold)
             count += int(kept.sum())
-            hits += int((matched_ious(ious[kept]) >= iou_threshold).sum())
+            hits += int((_matched(ious[kept]) >= iou_threshold).sum())
         rows.append(
             {
                 "threshold": float(threshold),
@@ -335,8 +335,7 @@ def evaluate_queries(queries, score_threshold):
 
     Parameters
     ----------
-    queries : list of dict
-        See `helpers.detect.queries`.
+    queries : list of Query or of dict
     score_threshold : float
         In [0, 1], for everything but AP.
 
@@ -346,37 +345,32 @@ def evaluate_queries(queries, score_threshold):
         ``AP``, ``AP50``, ``AP75`` (masks), ``box_AP``, ``box_AP50``, ``box_AP75``, ``cgF1``,
         ``pmF1`` (positive_micro_F1), ``IL_MCC``, ``union_iou``; ``max_score_present`` and
         ``max_score_absent``, means over the queries with and without objects of their highest
-        score, and ``max_score_present_share_above``, ``max_score_absent_share_above``, the share
-        of those queries whose highest score is at least the threshold; ``num_present``,
-        ``num_absent``, ``score_threshold``.
-
-        A metric without meaning is None, and the reason stands under its name with ``_reason``:
-        ``AP_reason``, ``box_AP_reason`` (also for AP50 and AP75), ``cgF1_reason`` (also for
-        IL_MCC), ``pmF1_reason``, ``union_iou_reason``, ``max_score_present_reason``,
-        ``max_score_absent_reason``.
+        score, each with ``_share_above``, the share of them that reach the threshold;
+        ``num_present``, ``num_absent``, ``score_threshold``. A metric without meaning is None, and
+        the reason stands under its name with ``_reason`` (that of AP also for AP50 and AP75, that
+        of cgF1 also for IL_MCC).
     """
-    check_queries(queries)
+    queries = as_query_list(queries)
     check_probability(score_threshold, "score_threshold")
-    present = [query for query in queries if query["gt"]]
-    absent = [query for query in queries if not query["gt"]]
-    result = {
-        "score_threshold": float(score_threshold),
-        "num_present": len(present),
-        "num_absent": len(absent),
+    groups = {
+        "present": [query for query in queries if query.is_positive],
+        "absent": [query for query in queries if not query.is_positive],
     }
-    for prefix, iou_type in (("", "segm"), ("box_", "bbox")):
-        ap = coco_ap(queries, iou_type)
+    result = {"score_threshold": float(score_threshold)}
+    result |= {f"num_{presence}": len(group) for presence, group in groups.items()}
+    average_precisions = _average_precisions(queries, ("segm", "bbox"))
+    for prefix, ap in zip(("", "box_"), average_precisions, strict=True):
         ap["AP_reason"] = ap.pop("reason", None)
         result |= {prefix + name: value for name, value in ap.items()}
     result |= _meaningful_cgf1(queries, score_threshold)
     result["union_iou"] = union_iou(queries, score_threshold)
     result["union_iou_reason"] = "no object has a pixel" if result["union_iou"] is None else None
-    for presence, group in (("present", present), ("absent", absent)):
+    for presence, group in groups.items():
         name = f"max_score_{presence}"
-        highest = np.array([_max_score(query) for query in group])
+        highest = np.array([query.highest_score for query in group])
         result[name] = float(highest.mean()) if group else None
-        share_above = float((highest >= score_threshold).mean()) if group else None
-        result[f"{name}_share_above"] = share_above
+        above = reaches(highest, score_threshold)
+        result[f"{name}_share_above"] = float(above.mean()) if group else None
         result[f"{name}_reason"] = None if group else f"there is no {presence} prompt"
     return {k: v for k, v in result.items() if v is not None or not k.endswith("_reason")}
 
@@ -393,13 +387,3 @@ def _meaningful_cgf1(queries, score_threshold):
         "pmF1": None if pmf1_reason else native["positive_micro_F1"],
         "pmF1_reason": pmf1_reason,
     }
-
-
-def _united_area(rles):
-    """Count the pixels of the union of masks."""
-    return int(mask_utils.area(mask_utils.merge(rles))) if rles else 0
-
-
-def _max_score(query):
-    """Take a query's ``max_score``, else its best detection's score, else 0."""
-    return query.get("max_score", max((one["score"] for one in query["pred"]), default=0.0))

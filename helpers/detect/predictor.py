@@ -20,6 +20,9 @@ GENERIC_PROMPT = "object"
 """What is asked when no prompt is given: SAM3 has no promptless mode of its own."""
 PROMPTLESS_THRESHOLD = 1e-4
 """Score threshold of the promptless mode, low enough to see anything at all."""
+PROBABILITIES = ("presence_prob", "max_query_prob", "max_score")
+"""What a prediction says about its prompt whatever the threshold."""
+_TAKEN_OVER = ("image", "prompt", "height", "width", *PROBABILITIES)
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Prediction:
 
     def to_dict(self):
         """Return what ``python -m helpers predict --json`` prints for this prediction."""
-        keys = ("image", "prompt", "presence_prob", "max_query_prob", "max_score", "detections")
-        return {key: getattr(self, key) for key in keys}
+        content = {name: getattr(self, name) for name in ("image", "prompt", *PROBABILITIES)}
+        return content | {"detections": self.detections}
 
 
 class Predictor:
@@ -142,14 +145,8 @@ class Predictor:
             images = [images]
         return [
             Prediction(
-                raw.image,
-                raw.prompt,
-                raw.height,
-                raw.width,
-                raw.presence_prob,
-                raw.max_query_prob,
-                raw.max_score,
-                detect(raw, threshold, mask_threshold),
+                **{name: getattr(raw, name) for name in _TAKEN_OVER},
+                detections=detect(raw, threshold, mask_threshold),
             )
             for image in images
             for raw in self.raw(image, prompts)
@@ -157,21 +154,7 @@ class Predictor:
 
 
 def check_prompts(prompts):
-    """Return prompts as a list, refusing an empty list, blank prompts and non-text.
-
-    Parameters
-    ----------
-    prompts : str or sequence of str
-
-    Returns
-    -------
-    list of str
-
-    Raises
-    ------
-    InputError
-        Naming what is wrong.
-    """
+    """Return prompts as a list, refusing an empty list and what is no text or blank."""
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(prompts, Sequence) or not prompts:
         raise InputError(f"the prompts are {prompts!r}", fix="give at least one noun phrase")
@@ -179,6 +162,32 @@ def check_prompts(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
             raise InputError(f"the prompt {prompt!r} is empty", fix="give a noun such as 'crack'")
     return list(prompts)
+
+
+def raw_outputs(model, processor, records, prompts):
+    """Ask a model the same prompts on many images.
+
+    Parameters
+    ----------
+    model : helpers.model.sam3.PromptedSam3 or peft.PeftModel
+    processor : transformers.Sam3Processor
+    records : sequence of helpers.data.records.ImageRecord
+        I images.
+    prompts : sequence of str or dict of str to sequence of str
+        The prompts of every image, or a dict from ``image_id`` to the prompts of that image.
+
+    Returns
+    -------
+    list of helpers.detect.detections.RawPrediction
+        One per image and prompt; ``image`` is the ``image_id``. An image without prompts has none.
+    """
+    predictor = Predictor(model, processor)
+    raws = []
+    for record in records:
+        questions = prompts[record.image_id] if isinstance(prompts, dict) else prompts
+        if questions:
+            raws += predictor.raw(record.path, list(questions), name=record.image_id)
+    return raws
 
 
 def untrained_prompts(prompts, trained):

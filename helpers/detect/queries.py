@@ -1,130 +1,139 @@
-"""The raw outputs of a model on many images as one table, before any threshold."""
+"""A query is one prompt on one picture: what is there, and what a model detected."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 import torch
-from pycocotools import mask as coco_mask
-from pycocotools import mask as mask_utils
-from scipy.optimize import linear_sum_assignment
 from torch.utils.data import DataLoader
 
 from helpers.data.dataset import PromptCollator, PromptDataset
 from helpers.data.masks import clip_box
 from helpers.data.prompts import present_prompts
-from helpers.detect.detections import detect, raw_predictions
-from helpers.detect.predictor import Predictor
+from helpers.data.records import true_objects, true_rle
+from helpers.detect.detections import detect, raw_predictions, reaches
 from helpers.errors import InputError, check_probability
 from helpers.model.prompted import base_of, outputs_by_rows
 
+SCORE_FLOOR = 1e-3
+"""Detections below are dropped; average precision needs the low scores, not the lowest."""
+MAX_DETECTIONS = 100
+"""Best detections kept per prompt and image, as many as COCO's average precision looks at."""
 _REQUIRED = ("image_id", "prompt", "height", "width", "gt", "pred")
 
 
-def check_queries(queries):
-    """Refuse queries from which a metric would silently come out wrong.
+@dataclass(frozen=True)
+class Query:
+    """One prompt on one picture: the objects it asks for, and the detections.
 
-    Parameters
+    Attributes
     ----------
-    queries : list of dict
-        See the module.
+    image_id : hashable
+        The picture.
+    prompt : str
+    height, width : int
+        Size of the picture in pixels.
+    gt : list of dict
+        Masks of the objects as COCO compressed RLE; empty where the prompt is absent.
+    pred : list of dict
+        ``rle``, ``score`` in [0, 1] and optionally ``box_xyxy`` in pixels of each detection.
+    exhaustive : bool
+        False if the picture may show objects that are not in `gt`; cgF1 skips such queries.
+    gt_boxes_xyxy : list, optional
+        Boxes of `gt` in pixels; by default those around the masks.
+    presence_prob, max_query_prob, max_score : float, optional
+        What the model said about the prompt, whatever the threshold.
 
     Raises
     ------
     InputError
-        For an empty list, missing keys, a mask that is not a compressed RLE of the picture's
-        size, a score that is NaN or outside [0, 1], a box that is not four finite numbers,
-        numbers of boxes and objects that differ, and ``is_positive`` contradicting ``gt``. The message names picture and prompt.
+        For a mask that is no compressed RLE of the picture's size, a score that is no probability,
+        a box that is not four finite numbers, and numbers of boxes and objects that differ.
     """
-    if not queries:
-        raise InputError("there is no query to evaluate", where="queries")
-    for index, query in enumerate(queries):
-        if missing := [key for key in _REQUIRED if key not in query]:
-            raise InputError(f"missing {missing}", where=f"query {index}")
-        where = f"query {index} ({query['prompt']!r} on image {query['image_id']!r})"
-        for rle in query["gt"]:
-            _check_rle(rle, query, where)
-        for pred in query["pred"]:
-            _check_rle(pred.get("rle"), query, where)
-            check_probability(pred.get("score"), "score", where)
-            if pred.get("box_xyxy") is not None:
-                _check_box(pred["box_xyxy"], where)
-        if "max_score" in query:
-            check_probability(query["max_score"], "max_score", where)
-        boxes = query.get("gt_boxes_xyxy")
-        if boxes is not None and len(boxes) != len(query["gt"]):
-            message = f"{len(boxes)} gt_boxes_xyxy for {len(query['gt'])} objects"
+
+    image_id: object
+    prompt: str
+    height: int
+    width: int
+    gt: list
+    pred: list
+    exhaustive: bool = True
+    gt_boxes_xyxy: list | None = None
+    presence_prob: float | None = None
+    max_query_prob: float | None = None
+    max_score: float | None = None
+
+    def __post_init__(self):
+        """Refuse what a metric would silently make a wrong number of."""
+        where = f"{self.prompt!r} on image {self.image_id!r}"
+        for rle in self.gt:
+            self._check_rle(rle, where)
+        for detection in self.pred:
+            self._check_rle(detection.get("rle"), where)
+            check_probability(detection.get("score"), "score", where)
+            if detection.get("box_xyxy") is not None:
+                _check_box(detection["box_xyxy"], where)
+        if self.max_score is not None:
+            check_probability(self.max_score, "max_score", where)
+        if self.gt_boxes_xyxy is not None:
+            if len(self.gt_boxes_xyxy) != len(self.gt):
+                message = f"{len(self.gt_boxes_xyxy)} gt_boxes_xyxy for {len(self.gt)} objects"
+                raise InputError(message, where=where)
+            for box_xyxy in self.gt_boxes_xyxy:
+                _check_box(box_xyxy, where)
+
+    @classmethod
+    def from_dict(cls, mapping):
+        """Read a query out of a mapping with the attributes as keys; others are ignored."""
+        if missing := [key for key in _REQUIRED if key not in mapping]:
+            raise InputError(f"missing {missing}")
+        names = [field.name for field in fields(cls) if field.name in mapping]
+        query = cls(**{name: mapping[name] for name in names})
+        claim = mapping.get("is_positive", query.is_positive)
+        if bool(claim) != query.is_positive:
+            raise InputError(
+                f"is_positive is {claim} with {len(query.gt)} objects",
+                where=f"{query.prompt!r} on image {query.image_id!r}",
+                fix="a present prompt has objects in gt",
+            )
+        return query
+
+    @property
+    def is_positive(self):
+        """True if the prompt is present."""
+        return bool(self.gt)
+
+    @cached_property
+    def scores(self):
+        """(detections,) float64 in [0, 1]."""
+        return np.array([detection["score"] for detection in self.pred], dtype=np.float64)
+
+    def rles(self, score_threshold=0.0):
+        """List the masks of the detections from a score on."""
+        kept = reaches(self.scores, score_threshold)
+        return [detection["rle"] for detection, keep in zip(self.pred, kept, strict=True) if keep]
+
+    @property
+    def highest_score(self):
+        """``max_score``, else the best detection's score, else 0."""
+        return max(self.scores, default=0.0) if self.max_score is None else self.max_score
+
+    def _check_rle(self, rle, where):
+        """Refuse a mask that is not a compressed RLE of the picture's size."""
+        if not isinstance(rle, Mapping) or not isinstance(rle.get("counts"), str | bytes):
+            raise InputError(
+                "a mask is not a COCO compressed RLE",
+                where=where,
+                fix="encode it with pycocotools.mask.encode",
+            )
+        size = [self.height, self.width]
+        if list(rle.get("size", ())) != size:
+            message = f"a mask has size {rle.get('size')}, the picture has {size} (height, width)"
             raise InputError(message, where=where)
-        for box in () if boxes is None else boxes:
-            _check_box(box, where)
-        if "is_positive" in query and bool(query["is_positive"]) != bool(query["gt"]):
-            message = f"is_positive is {query['is_positive']} with {len(query['gt'])} objects"
-            raise InputError(message, where=where, fix="a present prompt has objects in gt")
-
-
-def mask_ious(query):
-    """Compute the IoU of every detection with every object of one query.
-
-    Parameters
-    ----------
-    query : dict
-        See the module.
-
-    Returns
-    -------
-    numpy.ndarray
-        (detections, objects) float64 in [0, 1].
-    """
-    gt, pred = query["gt"], [p["rle"] for p in query["pred"]]
-    if not gt or not pred:
-        return np.zeros((len(pred), len(gt)))
-    return np.asarray(mask_utils.iou(pred, gt, [0] * len(gt)))
-
-
-def matched_ious(ious):
-    """Pair detections with objects one to one so that the summed IoU is greatest.
-
-    Parameters
-    ----------
-    ious : numpy.ndarray
-        (detections, objects), from `mask_ious`.
-
-    Returns
-    -------
-    numpy.ndarray
-        (pairs,) IoU of each pair; pairs that do not overlap are among them with 0.
-    """
-    return ious[linear_sum_assignment(ious, maximize=True)]
-
-
-def scores(query):
-    """List the scores of a query's detections.
-
-    Parameters
-    ----------
-    query : dict
-        See the module.
-
-    Returns
-    -------
-    numpy.ndarray
-        (detections,) float64 in [0, 1].
-    """
-    return np.array([p["score"] for p in query["pred"]], dtype=np.float64)
-
-
-def _check_rle(rle, query, where):
-    """Refuse a mask that is not a compressed RLE of the query's size."""
-    size = [query["height"], query["width"]]
-    if not isinstance(rle, dict) or not isinstance(rle.get("counts"), (str, bytes)):
-        raise InputError(
-            "a mask is not a COCO compressed RLE",
-            where=where,
-            fix="encode it with pycocotools.mask.encode",
-        )
-    if list(rle.get("size", ())) != size:
-        message = f"a mask has size {rle.get('size')}, the picture has {size} (height, width)"
-        raise InputError(message, where=where)
 
 
 def _check_box(box_xyxy, where):
@@ -133,10 +142,19 @@ def _check_box(box_xyxy, where):
         raise InputError(f"a box is {box_xyxy!r}", where=where, fix="give x0, y0, x1, y1 in pixels")
 
 
-SCORE_FLOOR = 1e-3
-"""Detections below are dropped; average precision needs the low scores, not the lowest."""
-MAX_DETECTIONS = 100
-"""Best detections kept per prompt and image, as many as COCO's average precision looks at."""
+def as_query_list(queries):
+    """Check queries once: mappings become `Query`; an error names the number of the query."""
+    if not queries:
+        raise InputError("there is no query to evaluate", where="queries")
+    checked = []
+    for index, query in enumerate(queries):
+        try:
+            checked.append(query if isinstance(query, Query) else Query.from_dict(query))
+        except InputError as error:
+            place = "" if error.where is None else f" ({error.where})"
+            where = f"query {index}{place}"
+            raise InputError(error.message, where=where, fix=error.fix) from error
+    return checked
 
 
 def evaluation_dataset(
@@ -162,63 +180,20 @@ def evaluation_dataset(
     helpers.data.dataset.PromptDataset
         The same questions in every epoch.
     """
-    return PromptDataset.for_evaluation(
+    base = base_of(model)
+    num_nouns = len(split.categories if prompt is None else (prompt,)) + len(absent_prompts)
+    return PromptDataset(
         split,
-        base_of(model),
         processor,
+        resolution=base.resolution,
+        mask_size=base.mask_size,
         prompt=prompt,
-        absent_prompts=absent_prompts,
+        # All there are. With a single noun and no other, only images without it can ask for it.
+        num_negatives=num_nouns if num_nouns > 1 else 0,
+        negative_prompts=tuple(absent_prompts),
+        resample_negatives=False,
         backbone_cache=backbone_cache,
     )
-
-
-def queries_from_outputs(outputs, asked, dataset, mask_threshold):
-    """Turn the outputs of one batch, or of some of its rows, into evaluation queries.
-
-    Parameters
-    ----------
-    outputs : helpers.model.sam3.PromptedSam3Output
-        B rows.
-    asked : list of dict
-        B entries of ``queries`` of `helpers.data.dataset.PromptCollator`.
-    dataset : helpers.data.dataset.PromptDataset
-        Where the batch came from; ground truth is taken from its records at image size.
-    mask_threshold : float
-        In [0, 1].
-
-    Returns
-    -------
-    list of dict
-        B queries, see `helpers.detect.queries`, with ``presence_prob``, ``max_query_prob``
-        and ``max_score`` besides.
-    """
-    records = {record.image_id: record for record in dataset.records}
-    described = []
-    for query in asked:
-        record = records[query["image_id"]]
-        described.append((record.image_id, query["prompt"], record.height, record.width))
-    queries = []
-    for raw in raw_predictions(outputs, described):
-        found = detect(raw, SCORE_FLOOR, mask_threshold, MAX_DETECTIONS)
-        truth = _ground_truth(records[raw.image], raw.prompt, dataset)
-        queries.append(
-            {
-                "image_id": raw.image,
-                "prompt": raw.prompt,
-                "height": raw.height,
-                "width": raw.width,
-                "exhaustive": True,
-                **truth,
-                "pred": [
-                    {"rle": one["mask_rle"], "score": one["score"], "box_xyxy": one["box_xyxy"]}
-                    for one in found
-                ],
-                "presence_prob": raw.presence_prob,
-                "max_query_prob": raw.max_query_prob,
-                "max_score": raw.max_score,
-            }
-        )
-    return queries
 
 
 @torch.no_grad()
@@ -252,8 +227,8 @@ def predict_split(
 
     Returns
     -------
-    list of dict
-        One query per image and prompt, see `helpers.detect.queries`.
+    list of Query
+        One per image and prompt.
 
     Raises
     ------
@@ -274,38 +249,78 @@ def predict_split(
     queries = []
     for batch in loader:
         for rows, outputs in outputs_by_rows(model, batch, device):
-            asked = batch["queries"][rows]
-            queries += queries_from_outputs(outputs, asked, dataset, mask_threshold)
+            questions = batch["queries"][rows]
+            queries += queries_from_outputs(outputs, questions, dataset, mask_threshold)
     return queries
 
 
-def _ground_truth(record, prompt, dataset):
-    """Return masks and boxes of the objects that a prompt asks for, at image size.
+def queries_from_outputs(outputs, questions, dataset, mask_threshold):
+    """Turn outputs of B rows into B queries; truth comes from the records, at image size."""
+    records = {record.image_id: record for record in dataset.records}
+    described = []
+    for question in questions:
+        record = records[question["image_id"]]
+        described.append((record.image_id, question["prompt"], record.height, record.width))
+    queries = []
+    for raw in raw_predictions(outputs, described):
+        record = records[raw.image]
+        present = present_prompts(record, dataset.split.categories, dataset.prompt)
+        detections = detect(raw, SCORE_FLOOR, mask_threshold, MAX_DETECTIONS)
+        queries.append(_query(raw, detections, record, present.get(raw.prompt, [])))
+    return queries
 
-    An object without a usable mask stands as its filled box.
+
+def as_queries(predictions, records):
+    """Set predictions beside the annotated objects of their images.
+
+    Every annotated object counts as what the prompt asked for, whatever its category: the question
+    is how much of what was marked is an object at all.
+
+    Parameters
+    ----------
+    predictions : sequence of helpers.detect.predictor.Prediction
+        Made on the files of `records`.
+    records : sequence of helpers.data.records.ImageRecord
+
+    Returns
+    -------
+    list of Query
+
+    Raises
+    ------
+    InputError
+        For a prediction on an image that no record names.
     """
-    objects = present_prompts(record, dataset.split.categories, dataset.prompt).get(prompt, [])
+    by_path = {str(record.path): record for record in records}
+    queries = []
+    for prediction in predictions:
+        record = by_path.get(prediction.image)
+        if record is None:
+            message = "no record of this image"
+            raise InputError(message, where=prediction.image, fix="pass its split")
+        objects = true_objects(record)
+        queries.append(_query(prediction, prediction.detections, record, objects))
+    return queries
+
+
+def _query(answer, detections, record, objects):
+    """Set an answer (raw or not) beside the objects that count as its ground truth."""
     boxes_xyxy = [clip_box(item.box_xyxy, record.width, record.height) for item in objects]
-    rles = [
-        _mask_or_box(item.rle, box, record) for item, box in zip(objects, boxes_xyxy, strict=True)
-    ]
-    return {"gt": rles, "gt_boxes_xyxy": boxes_xyxy, "is_positive": bool(rles)}
-
-
-def _mask_or_box(rle, box_xyxy, record):
-    """Return a mask of the image's size with a pixel in it: the annotated one, or the box."""
-    if (
-        rle is not None
-        and list(rle["size"]) == [record.height, record.width]
-        and coco_mask.area(rle)
-    ):
-        return dict(rle)
-    x0, y0, x1, y1 = box_xyxy
-    rows, columns = np.ogrid[: record.height, : record.width]
-    filled = (rows >= int(y0)) & (rows < max(y1, int(y0) + 1))
-    filled = filled & (columns >= int(x0)) & (columns < max(x1, int(x0) + 1))
-    encoded = coco_mask.encode(np.asfortranarray(filled.astype(np.uint8)))
-    return {"size": [record.height, record.width], "counts": encoded["counts"].decode("ascii")}
+    return Query(
+        image_id=record.image_id,
+        prompt=answer.prompt,
+        height=record.height,
+        width=record.width,
+        gt=[true_rle(record, item) for item in objects],
+        gt_boxes_xyxy=boxes_xyxy,
+        pred=[
+            {"rle": item["mask_rle"], "score": item["score"], "box_xyxy": item["box_xyxy"]}
+            for item in detections
+        ],
+        presence_prob=answer.presence_prob,
+        max_query_prob=answer.max_query_prob,
+        max_score=answer.max_score,
+    )
 
 
 def prompt_scores(queries, score_threshold):
@@ -313,9 +328,8 @@ def prompt_scores(queries, score_threshold):
 
     Parameters
     ----------
-    queries : list of dict
-        See `helpers.detect.queries`, with ``presence_prob``, ``max_query_prob`` and
-        ``max_score``, as `helpers.detect.queries.predict_split` returns them.
+    queries : list of Query
+        As `predict_split` returns them.
     score_threshold : float
         In [0, 1].
 
@@ -331,141 +345,19 @@ def prompt_scores(queries, score_threshold):
     InputError
         For a threshold that is no probability or queries that are none.
     """
-    check_queries(queries)
     check_probability(score_threshold, "score_threshold")
     table = pd.DataFrame(
         {
-            "prompt": query["prompt"],
-            "shown": "present" if query["gt"] else "absent",
-            "presence": query["presence_prob"],
-            "max query": query["max_query_prob"],
-            "max score": query["max_score"],
-            "reached": float(query["max_score"] >= score_threshold),
+            "prompt": query.prompt,
+            "shown": "present" if query.is_positive else "absent",
+            "presence": query.presence_prob,
+            "max query": query.max_query_prob,
+            "max score": query.max_score,
+            "reached": float(reaches(query.max_score, score_threshold)),
         }
-        for query in queries
+        for query in as_query_list(queries)
     )
     groups = table.groupby(["prompt", "shown"])
     summary = groups.mean()
     summary.insert(0, "images", groups.size())
     return summary.sort_index(level=["shown", "prompt"], ascending=[False, True])
-
-
-def as_queries(predictions, records):
-    """Set predictions beside the annotated masks of their images.
-
-    Every annotated object counts as what the prompt asked for, whatever its category: the question
-    is how much of what was marked is an object at all.
-
-    Parameters
-    ----------
-    predictions : sequence of helpers.detect.predictor.Prediction
-        Made on the files of `records`.
-    records : sequence of helpers.data.records.ImageRecord
-
-    Returns
-    -------
-    list of dict
-        See `helpers.detect.queries`.
-
-    Raises
-    ------
-    InputError
-        For a prediction on an image that no record names.
-    """
-    by_path = {str(record.path): record for record in records}
-    queries = []
-    for one in predictions:
-        if one.image not in by_path:
-            raise InputError("no record of this image", where=one.image, fix="pass its split")
-        record = by_path[one.image]
-        queries.append(
-            {
-                "image_id": record.image_id,
-                "prompt": one.prompt,
-                "height": one.height,
-                "width": one.width,
-                "gt": [dict(item.rle) for item in record.objects if item.rle is not None],
-                "pred": [
-                    {"rle": found["mask_rle"], "score": found["score"]} for found in one.detections
-                ],
-                "presence_prob": one.presence_prob,
-                "max_query_prob": one.max_query_prob,
-                "max_score": one.max_score,
-            }
-        )
-    return queries
-
-
-_COLUMNS = [
-    "image_id",
-    "prompt",
-    "logit_min",
-    "logit_median",
-    "logit_max",
-    "presence_prob",
-    "max_query_prob",
-    "max_score",
-    "semantic_mean",
-    "semantic_max",
-]
-
-
-def raw_outputs(model, processor, records, prompts):
-    """Ask a model the same prompts on many images.
-
-    Parameters
-    ----------
-    model : helpers.model.sam3.PromptedSam3 or peft.PeftModel
-    processor : transformers.Sam3Processor
-    records : sequence of helpers.data.records.ImageRecord
-        I images.
-    prompts : sequence of str or dict of str to sequence of str
-        The prompts of every image, or a dict from ``image_id`` to the prompts of that image.
-
-    Returns
-    -------
-    list of helpers.detect.detections.RawPrediction
-        One per image and prompt; ``image`` is the ``image_id``. An image without prompts has none.
-    """
-    predictor = Predictor(model, processor)
-    raws = []
-    for record in records:
-        asked = prompts[record.image_id] if isinstance(prompts, dict) else prompts
-        if asked:
-            raws += predictor.raw(record.path, list(asked), name=record.image_id)
-    return raws
-
-
-def output_table(raws):
-    """Describe raw outputs by the numbers that a zero detection is diagnosed with.
-
-    Parameters
-    ----------
-    raws : sequence of helpers.detect.detections.RawPrediction
-        May be empty.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per prediction: ``image_id``, ``prompt``, ``logit_min``, ``logit_median``,
-        ``logit_max`` (over the queries), ``presence_prob``, ``max_query_prob``, ``max_score``,
-        ``semantic_mean`` and ``semantic_max`` (probabilities over the pixels of the semantic map).
-    """
-    rows = []
-    for raw in raws:
-        semantic_prob = 1 / (1 + np.exp(-raw.semantic_logits.astype(np.float64)))
-        rows.append(
-            {
-                "image_id": raw.image,
-                "prompt": raw.prompt,
-                "logit_min": float(raw.query_logits.min()),
-                "logit_median": float(np.median(raw.query_logits)),
-                "logit_max": float(raw.query_logits.max()),
-                "presence_prob": raw.presence_prob,
-                "max_query_prob": raw.max_query_prob,
-                "max_score": raw.max_score,
-                "semantic_mean": float(semantic_prob.mean()),
-                "semantic_max": float(semantic_prob.max()),
-            }
-        )
-    return pd.DataFrame(rows, columns=_COLUMNS)

@@ -276,12 +276,12 @@ def objects_are_found_once(examination):
     """Count detections that lie on a better one of the same prompt and image."""
     threshold, found, doubles = examination.config.evaluation.score_threshold, 0, 0
     for query in examination.queries:
-        kept = [one["rle"] for one in query["pred"] if one["score"] >= threshold]
+        kept = query.rles(threshold)
         found += len(kept)
         if len(kept) > 1:
             ious = np.triu(coco_mask.iou(kept, kept, [0] * len(kept)), k=1)
             doubles += int((ious > DUPLICATE_IOU).any(axis=0).sum())
-    objects = sum(len(query["gt"]) for query in examination.queries)
+    objects = sum(len(query.gt) for query in examination.queries)
     text = f"{doubles} of {found} detections lie on a better one (IoU above {DUPLICATE_IOU:g}); "
     text += f"{objects} objects"
     if found < LEAST_DETECTIONS or doubles <= DUPLICATE_SHARE * found:

@@ -13,8 +13,8 @@ from helpers.checks import boxes_and_masks as annotation_checks
 from helpers.checks import images as image_checks
 from helpers.checks.images import contrast_per_turn
 from helpers.data.coco import entries_of
-from helpers.data.dataset import mask_fits_image
 from helpers.data.masks import rle_area, rle_box_xyxy
+from helpers.data.records import mask_fits_image
 from helpers.diagnose.examination import Evidence, Gate, Inapplicable
 from helpers.errors import InputError
 from helpers.files import resolve

@@ -11,6 +11,7 @@ import weakref
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean as mean
 
 import numpy as np
 import pandas as pd
@@ -164,20 +165,19 @@ def take_signs(folder, truth):
 
 def signs_of(answers):
     """Compute the signs from evaluation queries, see `helpers.detect.queries`."""
-    detected = [
-        any(item["score"] >= SCORE_THRESHOLD for item in query["pred"]) for query in answers
-    ]
-    present = [query for query in answers if query["gt"]]
+    detected = {True: [], False: []}
+    for query in answers:
+        scores = [item["score"] for item in query.pred]
+        detected[query.is_positive].append(max(scores, default=0) >= SCORE_THRESHOLD)
+    present = [query for query in answers if query.is_positive]
     ious = [union_iou([query], SCORE_THRESHOLD) or 0 for query in present]
-    shown = np.array([bool(query["gt"]) for query in answers])
-    detected = np.array(detected)
     return VitalSigns(
-        found=float(detected[shown].mean()),
-        outlined=float(np.mean([iou >= LEAST_IOU for iou in ious])),
-        false_alarms=float(detected[~shown].mean()) if not shown.all() else 0.0,
+        found=mean(detected[True]),
+        outlined=mean(iou >= LEAST_IOU for iou in ious),
+        false_alarms=mean(detected[False]) if detected[False] else 0.0,
         AP50=evaluate_queries(answers, SCORE_THRESHOLD)["AP50"] or 0.0,
-        presence=float(np.mean([query["presence_prob"] for query in present])),
-        best_query=float(np.mean([query["max_query_prob"] for query in present])),
+        presence=mean(query.presence_prob for query in present),
+        best_query=mean(query.max_query_prob for query in present),
     )
 
 

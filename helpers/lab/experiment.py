@@ -8,7 +8,6 @@ never met the word it is taught.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import shutil
@@ -127,9 +126,9 @@ class Cell:
 
     def config(self, profile, data_dir):
         """Return the `helpers.config.Config` of the run."""
-        settings = [f"data.data_dir={json.dumps(str(data_dir))}", f"training.seed={self.seed}"]
+        settings = [("data.data_dir", str(data_dir)), ("training.seed", self.seed)]
         if (profile, self.design) in SHORTER:
-            settings.append(f"scale.num_epochs={SHORTER[profile, self.design]}")
+            settings.append(("scale.num_epochs", SHORTER[profile, self.design]))
         path = CONFIGS / "crack_detection_config.yaml"
         return load_config(path, profile, [*settings, *BATCH, *self.overrides])
 
@@ -286,9 +285,9 @@ def judge(model, processor, config, data_dir):
     )
     metrics = evaluate_queries(queries, settings.score_threshold)
     row = {name: metrics[source] for name, source in OF_EVALUATION.items()}
-    present = [query for query in queries if query["gt"]]
+    present = [query for query in queries if query.is_positive]
     for name in ("presence_prob", "max_query_prob"):
-        row[name] = sum(query[name] for query in present) / len(present)
+        row[name] = sum(getattr(query, name) for query in present) / len(present)
     retention = coco_ap(known_queries(model, processor))
     return row | {f"retention_{name}": retention[name] for name in ("AP", "AP50")}
 
@@ -297,7 +296,7 @@ def known_queries(model, processor):
     """Ask for present and absent known things on the walls of `KNOWN_THINGS`."""
     prompts = read_json(KNOWN_THINGS / "prompts.json", "restore data/known_things")
     queries = predict_split(model, processor, read_split(KNOWN_THINGS, "test"))
-    return [query for query in queries if query["prompt"] in prompts[query["image_id"]]]
+    return [query for query in queries if query.prompt in prompts[query.image_id]]
 
 
 def run_base(cell, profile, data_dir):
@@ -341,8 +340,9 @@ def run_jobs(function, jobs, *, description, done=0, workers=None):
 
 
 def _in_worker(parent, function, job):
-    """Call a function in a worker process."""
-    _prepare_worker(parent)
+    """Call a function in a worker process, or, with a single worker, in the parent itself."""
+    if os.getpid() != parent:
+        _prepare_worker(parent)
     return function(*job)
 
 

@@ -7,7 +7,6 @@ No other room knows of them.
 from __future__ import annotations
 
 import importlib
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -21,8 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from helpers.causes import CAUSES
-from helpers.config import load_config
-from helpers.config_schema import GuardSection
+from helpers.config import GuardSection, load_config
 from helpers.files import CONFIGS, DATA, WALL_CRACKS, read_json, write_json
 from helpers.lab import spoil
 from helpers.lab.spoil import SPOIL_DATA, read_split_wrong_keys
@@ -31,7 +29,7 @@ from helpers.model.prompted import base_of
 from helpers.train.run import RUN_CONFIG
 from helpers.train.training import train
 
-GUARDS_OFF = tuple(f"guards.{name}=false" for name in GuardSection.model_fields)
+GUARDS_OFF = tuple((f"guards.{name}", False) for name in GuardSection.model_fields)
 LAB_SETTINGS = ("training.batch_size=4", "training.gradient_accumulation_steps=1")
 """On top of ``crack_detection_config.yaml`` and the profile: the healthy run of the lab."""
 RUN_FOLDER, DATA_FOLDER = "run", "data"
@@ -122,20 +120,21 @@ def planted(fault, folder, *, healthy=None, settings=(), data_dir=WALL_CRACKS, p
             shutil.copytree(healthy, run)
             if fault.spoil_data is not None:
                 path = run / RUN_CONFIG
-                load_config(path, overrides=[data_override(data_dir)]).save(path)
+                load_config(path, overrides={"data.data_dir": data_dir}).save(path)
         if fault.spoil_run is not None:
             fault.spoil_run(run)
         yield run
 
 
-def data_override(data_dir):
-    """Return the override that names a dataset, quoted, so that YAML reads any path as it is."""
-    return f"data.data_dir={json.dumps(str(data_dir))}"
-
-
 def _train(fault, run, data_dir, settings, profile):
     """Train with everything off that would refuse the fault."""
-    overrides = [data_override(data_dir), *LAB_SETTINGS, *settings, *GUARDS_OFF, *fault.settings]
+    overrides = [
+        ("data.data_dir", data_dir),
+        *LAB_SETTINGS,
+        *settings,
+        *GUARDS_OFF,
+        *fault.settings,
+    ]
     config = load_config(CONFIGS / "crack_detection_config.yaml", profile, overrides)
     try:
         train(config, output_dir=run, overwrite=True, allow_empty=True, progress=False)

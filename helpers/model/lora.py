@@ -56,7 +56,7 @@ def target_modules(model, lora):
     ----------
     model : transformers.Sam3Model
         On any device, ``meta`` included.
-    lora : helpers.config_schema.LoraSection
+    lora : helpers.config.LoraSection
         ``target_modules`` and the ``apply_to_*`` flags are read.
 
     Returns
@@ -136,7 +136,7 @@ def target_pattern(lora):
 
     Parameters
     ----------
-    lora : helpers.config_schema.LoraSection
+    lora : helpers.config.LoraSection
 
     Returns
     -------
@@ -192,7 +192,7 @@ def add_lora(model, lora):
     ----------
     model : helpers.model.sam3.PromptedSam3
         Changed in place: PEFT wraps its linear layers.
-    lora : helpers.config_schema.LoraSection
+    lora : helpers.config.LoraSection
         Rank, alpha, dropout, names and flags.
 
     Returns

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-from helpers.cli import data, model
+from helpers.cli.commands import add_commands
 from helpers.errors import InputError, printable
 
 _EPILOG = """exit status:
@@ -57,8 +57,7 @@ def build_parser():
         command.set_defaults(function=function)
         return command
 
-    data.add_commands(add)
-    model.add_commands(add)
+    add_commands(add)
     return parser
 
 

@@ -143,9 +143,15 @@ class _LinePerUpdate:
         sys.stderr.flush()
 
 
-def progress_bar(total, title, unit="image"):
+def progress_bar(total, title, unit="image", *, disable=False):
     """Return a `tqdm.tqdm` on stderr for work of seconds: a bar, or a line every ten seconds."""
-    settings = {"total": total, "desc": title, "unit": unit, "delay": PROGRESS_DELAY}
+    settings = {
+        "total": total,
+        "desc": title,
+        "unit": unit,
+        "delay": PROGRESS_DELAY,
+        "disable": disable,
+    }
     if sys.stderr.isatty():
         return tqdm(**settings)
     return tqdm(**settings, file=_LinePerUpdate(), mininterval=10, ncols=80)

@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from tiny_random import RESOLUTION, save_tiny_base
 
 from helpers.__main__ import main
-from helpers.cli.model import _labels
+from helpers.cli.commands import _labels
 from helpers.config import load_config
 from helpers.detect.predictor import Predictor
 from helpers.detect.tiles import predict_tiled
@@ -209,9 +209,10 @@ def test_predict_reads_a_bare_peft_adapter(capfd, run, data_dir, tmp_path):
     for name in ("adapter_config.json", "adapter_model.safetensors", "base.json"):
         shutil.copy(run / name, bare / name)
     image = data_dir / "test" / "test_0.png"
-    common = ("--image", image, "--prompt", "crack", "--json")
+    common = ("--image", image, "--prompt", "crack", "--threshold", "0.0001", "--json")
     outs = [call(capfd, "predict", "--adapter", folder, *common)[1] for folder in (bare, run)]
     assert outs[0] == outs[1]
+    assert json.loads(outs[0])[0]["detections"]
 
 
 def test_predict_promptless_says_what_to_expect(capfd, run, data_dir):

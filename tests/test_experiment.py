@@ -219,7 +219,7 @@ def test_a_kill_loses_no_row_and_leaves_no_process(tmp_path, victim):
         [sys.executable, str(script), str(tmp_path)], stderr=subprocess.PIPE, text=True
     )
     try:
-        wait_for((tmp_path / "pid").is_file, 200)
+        wait_for((tmp_path / "pid").is_file, 500)
         wait_for(lambda: (tmp_path / "pid").read_text(), 5)
         worker = int((tmp_path / "pid").read_text())
         os.kill({"worker": worker, "parent": process.pid}[victim], signal.SIGKILL)

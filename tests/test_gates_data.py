@@ -11,16 +11,17 @@ from tiny_random import write_dataset
 from helpers.checks.findings import Finding, Place
 from helpers.checks.images import contrast, contrast_per_turn, turns
 from helpers.data.coco import read_split
+from helpers.diagnose.answer_gates import unannotated_objects
 from helpers.diagnose.data_gates import (
     DATA_GATES,
-    LOADER_GATES,
+    PROMPT_GATES,
     SLIP,
     evidence_of,
-    unannotated_objects,
+    objects_after_loader,
+    trained_and_asked,
 )
-from helpers.diagnose.examination import Examination
+from helpers.diagnose.examination import Examination, Inapplicable
 from helpers.diagnose.run_gates import CONFIG_GATES, regularisation, settings_in_log
-from helpers.diagnose.word_gates import PROMPT_GATES, trained_and_asked
 from helpers.errors import InputError
 from helpers.files import ROOT, TINY_BASE, write_json
 from helpers.lab.spoil import in_every_file
@@ -31,7 +32,7 @@ REAL = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
-def base():
+def tiny_sam3():
     return load_base(TINY_BASE, resolution=128)
 
 
@@ -130,7 +131,7 @@ def test_unannotated_objects_are_seen_by_a_model_that_says_no_elsewhere(scores, 
 def test_too_few_images_without_objects_are_not_judged():
     few = stub([0.7] * 16)
     few.unannotated = few.unannotated[:3]
-    with pytest.raises(InputError, match="too few to compare"):
+    with pytest.raises(Inapplicable, match="too few to compare"):
         unannotated_objects(few)
 
 
@@ -153,17 +154,35 @@ def write_log(run, rates):
     (run / CURVES_FILE).write_text("\n".join(["step,learning_rate", *rows]) + "\n")
 
 
-def test_log_is_compared_with_the_schedule_worked_out_by_hand(tmp_path, walls, base):
+def log_causes(run, tiny_sam3):
+    examination = Examination(run)
+    examination.base = tiny_sam3
+    return [one.cause for one in settings_in_log(examination)[1]]
+
+
+@pytest.mark.parametrize(
+    ("processes", "rates"),
+    [
+        # 16 images in batches of 4, two epochs: 8 steps, 4 of them warm-up, peak 3e-3
+        (1, [0.003 * share for share in (0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25)]),
+        # two processes take 8 images together: 4 steps, all of them warm-up
+        (2, [0.003 * share for share in (0, 0.25, 0.5, 0.75)]),
+    ],
+)
+def test_log_is_compared_with_the_schedule_worked_out_by_hand(
+    tmp_path, walls, tiny_sam3, processes, rates
+):
     settings = ("training.lr_scheduler=linear", "scale.num_epochs=0.04", "scale.warmup_steps=0.04")
-    examination = Examination(start_run(tmp_path, walls, *settings))
-    examination.base = base
-    # 16 images in batches of 4, two epochs: 8 steps, 4 of them warm-up, peak 3e-3
-    right = [0.003 * share for share in (0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25)]
-    for rates, causes in ((right, []), ([2 * r for r in right], ["dead_config_keys"])):
-        write_log(tmp_path, rates)
-        assert [one.cause for one in settings_in_log(examination)[1]] == causes
-    write_log(tmp_path, [*right, 0.0])  # a step too many
-    assert [one.cause for one in settings_in_log(examination)[1]] == ["dead_config_keys"]
+    start_run(tmp_path, walls, *settings)
+    write_json(tmp_path / "environment.json", {"packages": {}, "num_processes": processes})
+    write_log(tmp_path, rates)
+    assert log_causes(tmp_path, tiny_sam3) == []
+    write_json(tmp_path / "environment.json", {"packages": {}, "num_processes": 4})
+    assert log_causes(tmp_path, tiny_sam3) == ["dead_config_keys"]
+    write_json(tmp_path / "environment.json", {"packages": {}, "num_processes": processes})
+    for wrong in ([2 * rate for rate in rates], [*rates, 0.0]):  # another peak, a step too many
+        write_log(tmp_path, wrong)
+        assert log_causes(tmp_path, tiny_sam3) == ["dead_config_keys"]
 
 
 def test_words_are_compared_without_case_and_space_but_with_plural(tmp_path, walls):
@@ -192,47 +211,49 @@ def add_names(content, *, every_second):
 
 
 @pytest.mark.parametrize(("every_second", "causes"), [(False, []), (True, ["category_names"])])
-def test_a_second_name_is_a_cause_where_it_takes_objects_away(tmp_path, base, every_second, causes):
+def test_a_second_name_is_a_cause_where_it_takes_objects_away(
+    tmp_path, tiny_sam3, every_second, causes
+):
     folder = copy_walls(tmp_path / "data")
     in_every_file(lambda content: add_names(content, every_second=every_second))(folder)
-    found, results = examine(start_run(tmp_path / "run", folder), PROMPT_GATES[:1], base)
+    found, results = examine(start_run(tmp_path / "run", folder), PROMPT_GATES[:1], tiny_sam3)
     assert found == causes
     assert "'cracks'" in results["names"].measured
 
 
-def test_records_of_the_run_are_compared_on_its_own_data_only(tmp_path, walls, base):
+def test_records_of_the_run_are_compared_on_its_own_data_only(tmp_path, walls, tiny_sam3):
     run = start_run(tmp_path / "run", walls)
     examination = Examination(run)
-    examination.base = base
+    examination.base = tiny_sam3
     examination.is_finished = True
     examination.files = SimpleNamespace(metrics={"objects": {"train": 0}})
-    _, evidence = LOADER_GATES[0].examine(examination)
+    _, evidence = objects_after_loader(examination)
     assert [one.cause for one in evidence] == ["no_objects"]
-    examination.data_dir = tmp_path
-    _, evidence = LOADER_GATES[0].examine(examination)
+    examination.is_own_data = False
+    _, evidence = objects_after_loader(examination)
     assert evidence == []
 
 
 @pytest.mark.parametrize("name", ["masonry224", "pothole90"])
-def test_photographs_give_no_cause(tmp_path, base, name):
+def test_photographs_give_no_cause(tmp_path, tiny_sam3, name):
     if not (REAL / name).is_dir():
         pytest.skip("the photographs are not here")
     run = start_run(tmp_path, REAL / name)
     write_json(run / "prompts.json", {"prompts": {"crack": 1, "pothole": 1}})
     gates = (*DATA_GATES, *PROMPT_GATES[:-1], *CONFIG_GATES)  # all but what the base is asked
-    causes, results = examine(run, gates, base)
+    causes, results = examine(run, gates, tiny_sam3)
     assert causes == []
     assert results["annotations on pixels"].status == "ok"
 
 
-def test_a_dataset_that_is_not_there_is_unusable_input(tmp_path, base):
+def test_a_dataset_that_is_not_there_is_unusable_input(tmp_path, tiny_sam3):
     with pytest.raises(InputError, match="no such dataset"):
-        examine(start_run(tmp_path, tmp_path / "nowhere"), DATA_GATES, base)
+        examine(start_run(tmp_path, tmp_path / "nowhere"), DATA_GATES, tiny_sam3)
 
 
-def test_a_dataset_without_splits_is_unreadable_and_the_rest_stays_open(tmp_path, base):
+def test_a_dataset_without_splits_is_unreadable_and_the_rest_stays_open(tmp_path, tiny_sam3):
     (tmp_path / "empty").mkdir()
-    causes, results = examine(start_run(tmp_path, tmp_path / "empty"), DATA_GATES, base)
+    causes, results = examine(start_run(tmp_path, tmp_path / "empty"), DATA_GATES, tiny_sam3)
     assert causes == ["unreadable_data"]
     statuses = [result.status for result in results.values()]
     assert statuses == ["failed"] + ["not checked"] * (len(DATA_GATES) - 1)

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 from tqdm.auto import tqdm
 
 from data.tiny_sam3.make_examples import unrelated_prompt
 from data.tiny_sam3.make_vocabulary import HELD_OUT_NOUNS
 from data.wall_cracks.make import draw_wall
 from data.wall_cracks.make_scenes import BASE_CONCEPTS, Scene, draw_concepts, render_scene
+from helpers.data.masks import mask_to_rle
 from helpers.detect.detections import detect
 from helpers.detect.metrics import cgf1, coco_ap, threshold_sweep
 from helpers.detect.predictor import Predictor
@@ -70,7 +70,7 @@ def detection_queries(
                     "height": raw.height,
                     "width": raw.width,
                     "exhaustive": True,
-                    "gt": [_rle(mask) for mask in masks],
+                    "gt": [mask_to_rle(mask) for mask in masks],
                     "pred": [{"rle": one["mask_rle"], "score": one["score"]} for one in found],
                     "max_score": raw.max_score,
                 }
@@ -148,8 +148,3 @@ def score_base(predictor: Predictor, walls: int = 300, cracks: int = 100) -> dic
     return summarise_scores(
         detection_queries(predictor, walls), rejection_scores(predictor, cracks)
     )
-
-
-def _rle(mask: np.ndarray) -> dict:
-    encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}

@@ -18,6 +18,7 @@ from pycocotools import mask as coco_mask
 
 from data.wall_cracks.make_painters import RENDER_SIZE
 from data.wall_cracks.make_scenes import BASE_CONCEPTS, Scene, draw_concepts, render_scene
+from helpers.data.masks import mask_to_rle
 from helpers.files import WALL_CRACKS
 
 SPLITS = {"train": 64, "valid": 24, "test": 32}
@@ -63,8 +64,7 @@ def annotation_entry(mask: np.ndarray, as_polygon: bool) -> dict:
         segmentation = polygons
         rle = coco_mask.merge(coco_mask.frPyObjects(polygons, *mask.shape))
     else:
-        rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-        segmentation = {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
+        rle = segmentation = mask_to_rle(mask)
     return {
         "category_id": CATEGORY["id"],
         "bbox": [float(value) for value in coco_mask.toBbox(rle)],

@@ -30,10 +30,10 @@ from helpers.data.coco import (
     coco_entries,
     entries_of,
     layouts_of,
-    read_json_object,
 )
 from helpers.data.records import Category
 from helpers.errors import InputError
+from helpers.files import read_json
 
 _KEYS = {"images", "annotations", "categories"}
 _OWN_KEYS = {"file_name", "width", "height"}
@@ -130,7 +130,7 @@ def _coco_files(root):
     files, damage = [], None
     for path in candidates:
         try:
-            content = read_json_object(path)
+            content = read_json(path)
         except (
             InputError
         ) as error:  # foreign, unless it bears the name of a split or nothing else is there
@@ -158,7 +158,7 @@ def _coco_files(root):
 
 def _header(path):
     """Return what a COCO file says beside its entries."""
-    return {key: value for key, value in read_json_object(path).items() if key not in _KEYS}
+    return {key: value for key, value in read_json(path).items() if key not in _KEYS}
 
 
 class ImageFinder:

@@ -35,10 +35,10 @@ from helpers.convert.source import (
     refuse_outside,
     split_folders,
 )
-from helpers.data.coco import read_json_object
 from helpers.data.images import IMAGE_SUFFIXES
 from helpers.data.masks import mask_to_rle
 from helpers.errors import InputError
+from helpers.files import read_json
 
 CIRCLE_CORNERS = 64
 POLYGONS = ("polygon", "rotation", "quadrilateral")
@@ -306,7 +306,7 @@ def _files(folder):
     damage, is_empty = None, True
     for path in files_below(folder, (".json",)):
         try:
-            content = read_json_object(path)
+            content = read_json(path)
         except InputError as error:
             if _has_image(path):  # else a file of something else
                 raise

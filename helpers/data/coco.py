@@ -28,7 +28,6 @@ SPLIT_FOLDERS = {
 """Name of each split, and what its folder may be called in any case."""
 _EXPORT_AGAIN = "export the annotations again"
 _CONTRADICTION = "_contradiction"
-read_json_object = read_json
 
 
 def find_splits(data_dir):
@@ -94,8 +93,7 @@ def read_split(data_dir, split, layout=None):
     Raises
     ------
     InputError
-        If folder, file or layout is missing, the JSON is truncated or lacks the keys that hold the
-        objects, a category has no name, or an entry cannot be understood.
+        If folder, file or layout is missing, or a file or an entry cannot be understood.
     """
     name, root = split_folder(resolve(data_dir), split)
     layouts = [known for known in layouts_of(root) if layout in (None, known)]

@@ -24,21 +24,11 @@ from helpers.files import file_digest, resolve
 
 @dataclass(frozen=True)
 class Dataset:
-    """The splits of a folder as a config asks for them; each is read and each image decoded once.
+    """The splits of a folder as a config asks for them; each is read and each image decoded once."""
 
-    Attributes
-    ----------
-    root : pathlib.Path
-        Folder of the dataset, resolved.
-    config : helpers.config.Config
-        What it was loaded with; ``data`` holds the nouns and the absent prompts.
-    pictures : dict of pathlib.Path to helpers.data.images.Picture
-        What was seen of the image files so far, see `look`.
-    """
-
-    root: Path
-    config: Config
-    pictures: dict = field(default_factory=dict, repr=False, compare=False)
+    root: Path  # resolved
+    config: Config  # its `data` holds the nouns and the absent prompts
+    pictures: dict = field(default_factory=dict, repr=False, compare=False)  # see `look`
     _read: dict = field(default_factory=dict, repr=False, compare=False)
     _splits: dict = field(default_factory=dict, repr=False, compare=False)
 
@@ -78,16 +68,11 @@ def load_dataset(config, data_dir=None):
     ----------
     config : helpers.config.Config
     data_dir : os.PathLike, optional
-        Another dataset than ``data.data_dir``, with the same settings.
+        Another folder than ``data.data_dir``, read with the same settings.
 
     Returns
     -------
     Dataset
-
-    Raises
-    ------
-    InputError
-        If there is no such folder.
     """
     root = resolve(config.data.data_dir if data_dir is None else data_dir)
     if not root.is_dir():
@@ -115,26 +100,10 @@ def object_targets(objects, record, mask_size):
 
 
 def data_fingerprint(split, pictures=None):
-    """Return 16 hex digits of the SHA-256 of what a split teaches.
+    """Return 16 hex digits of the SHA-256 of what a split teaches, wherever it lies.
 
-    Parameters
-    ----------
-    split : helpers.data.records.Split
-        With the nouns it is asked by.
-    pictures : dict of pathlib.Path to helpers.data.images.Picture, optional
-        From `Dataset.look`; files that are not among them are read.
-
-    Returns
-    -------
-    str
-        The same wherever the split's folder lies and in either layout. It changes with any byte of
-        an image, any box, mask, noun or known content, and with the name of a file, which decides
-        the draw of absent prompts.
-
-    Raises
-    ------
-    InputError
-        If an image cannot be read.
+    It changes with any byte of an image, any box, mask, noun or known content, and with the name of
+    a file, which decides the draw of absent prompts. Images not among ``pictures`` are read.
     """
     pictures = pictures or {}
     digest = hashlib.sha256(json.dumps(split.categories).encode("utf-8"))
@@ -152,6 +121,8 @@ def data_fingerprint(split, pictures=None):
     return digest.hexdigest()[:16]
 
 
+_TARGET_KEYS = ("boxes_cxcywh", "masks", "mask_valid")
+_QUERY_KEYS = ("image_id", "prompt", "category", "is_positive")
 MAX_TOKENS = 32  # context of SAM3's text encoder; its processor would cut or fail beyond it
 
 
@@ -160,21 +131,17 @@ class PromptDataset(torch.utils.data.Dataset):
 
     Parameters
     ----------
-    split : Split
-        From `helpers.data.coco.read_split`.
+    split : helpers.data.records.Split
     processor : transformers.Sam3Processor
         Its ``image_processor`` resizes to a square, rescales and normalises.
-    resolution : int
-        Side of the square input in pixels.
-    mask_size : int
-        Cells per side of the grid the model predicts masks on.
+    resolution, mask_size : int
+        Side of the square input in pixels, and of the grid of predicted masks in cells.
     prompt : str, optional
         Replaces every category name; one query then gets all objects of the image.
     num_negatives : int
         Absent prompts per image, see `helpers.data.prompts.absent_prompts`.
     negative_prompts : sequence of str
-        Nouns to draw absent prompts from, beside the dataset's own absent categories. One that is
-        annotated in the image or listed in its ``contents`` is never drawn.
+        Nouns to draw absent prompts from, beside the dataset's own absent categories.
     seed : int
         For the draw.
     resample_negatives : bool
@@ -184,16 +151,8 @@ class PromptDataset(torch.utils.data.Dataset):
 
     Attributes
     ----------
-    records : list of ImageRecord
-        The images that have at least one query.
-    skipped : list of ImageRecord
-        The images left out: all their objects are crowd regions or lie outside, and no absent
-        prompt is asked.
-
-    Raises
-    ------
-    InputError
-        If no image has a query, or absent prompts are wanted and there is none to draw.
+    records, skipped : list of helpers.data.records.ImageRecord
+        The images with a query, and those left out because nothing is asked about them.
     """
 
     def __init__(
@@ -363,13 +322,21 @@ class PromptCollator:
         ``image_index`` int64 (B,), the image of each query, ascending; ``targets``, B dicts of
         ``boxes_cxcywh``, ``masks``, ``mask_valid``; ``queries``, B dicts of the rest.
         """
-        batch = join_queries(items)
-        prompts = [query["prompt"] for query in batch["queries"]]
+        queries = [query for item in items for query in item["queries"]]
+        prompts = [query["prompt"] for query in queries]
         tokens = self.tokenize(prompts)
         if self.text_states is not None:
             del tokens["input_ids"]
             tokens["text_states"] = torch.stack([self.text_states[prompt] for prompt in prompts])
-        return {**batch, **tokens}
+        images = "pixel_values" if "pixel_values" in items[0] else "backbone_states"
+        image_index = [index for index, item in enumerate(items) for _ in item["queries"]]
+        return {
+            images: torch.stack([item[images] for item in items]),
+            "image_index": torch.tensor(image_index, dtype=torch.long),
+            "targets": [{key: query[key] for key in _TARGET_KEYS} for query in queries],
+            "queries": [{key: query[key] for key in _QUERY_KEYS} for query in queries],
+            **tokens,
+        }
 
     def tokenize(self, prompts):
         """Turn B prompts into ``input_ids`` and ``attention_mask``, int64 (B, 32); none is cut."""
@@ -381,25 +348,6 @@ class PromptCollator:
                     fix="use a short noun phrase",
                 )
         return {key: torch.tensor(tokens[key]) for key in ("input_ids", "attention_mask")}
-
-
-def join_queries(items):
-    """Collate everything but the tokens; see `PromptCollator` for the keys."""
-    targets, queries, image_index = [], [], []
-    for index, item in enumerate(items):
-        for query in item["queries"]:
-            targets.append({key: query[key] for key in ("boxes_cxcywh", "masks", "mask_valid")})
-            queries.append(
-                {key: query[key] for key in ("image_id", "prompt", "category", "is_positive")}
-            )
-            image_index.append(index)
-    images = "pixel_values" if "pixel_values" in items[0] else "backbone_states"
-    return {
-        images: torch.stack([item[images] for item in items]),
-        "image_index": torch.tensor(image_index, dtype=torch.long),
-        "targets": targets,
-        "queries": queries,
-    }
 
 
 def count_objects(loader_or_dataset):
@@ -417,9 +365,9 @@ def count_objects(loader_or_dataset):
         ``num_masks`` (of which with a usable mask).
     """
     if isinstance(loader_or_dataset, PromptDataset):
-        dataset = loader_or_dataset
+        prompts = loader_or_dataset
         pairs = (
-            (query, query) for index in range(len(dataset)) for query in dataset.targets(index, 0)
+            (query, query) for index in range(len(prompts)) for query in prompts.targets(index, 0)
         )
     else:
         pairs = (
@@ -427,15 +375,14 @@ def count_objects(loader_or_dataset):
             for batch in loader_or_dataset
             for pair in zip(batch["queries"], batch["targets"], strict=True)
         )
-    rows = [
-        (
-            query["image_id"],
-            query["prompt"],
-            query["is_positive"],
-            len(target["boxes_cxcywh"]),
-            int(target["mask_valid"].sum()),
-        )
-        for query, target in pairs
-    ]
-    columns = ["image_id", "prompt", "is_positive", "num_objects", "num_masks"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(
+        [
+            {
+                **{key: query[key] for key in ("image_id", "prompt", "is_positive")},
+                "num_objects": len(target["boxes_cxcywh"]),
+                "num_masks": int(target["mask_valid"].sum()),
+            }
+            for query, target in pairs
+        ],
+        columns=["image_id", "prompt", "is_positive", "num_objects", "num_masks"],
+    )

@@ -59,12 +59,16 @@ def open_upright(path):
         If the file is missing or damaged, has more than `MAX_PIXELS` or 8 bits per channel.
     """
     with _opened(path, path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            if image.getextrema()[3][0] < 255:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
-        return image.convert("RGB")
+        return _on_background(ImageOps.exif_transpose(image))[0].convert("RGB")
+
+
+def _on_background(image):
+    """Return an image without transparency, and whether a pixel of it was fully transparent."""
+    if not image.has_transparency_data:
+        return image, False
+    image = image.convert("RGBA")
+    is_transparent = image.getextrema()[3][0] == 0
+    return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image), is_transparent
 
 
 def upright_size(path):
@@ -89,16 +93,11 @@ def look_at(path):
             num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             # A JPEG is decoded at an eighth of its size: its whole stream is read all the same.
             image.draft("L", (4 * SIDE, 4 * SIDE))
-            look = picture_hash(ImageOps.exif_transpose(image))
-            transparent = image.has_transparency_data and _alpha_of(image).getextrema()[0] == 0
+            upright, is_transparent = _on_background(ImageOps.exif_transpose(image))
+            look = picture_hash(upright)
     except InputError as error:
         return Picture(digest, problem=error.message, fix=error.fix)
-    return Picture(digest, size, orientation, look, num_frames, transparent)
-
-
-def _alpha_of(image):
-    """Return the alpha channel of an image that has one, or a transparent colour."""
-    return image.convert("RGBA").getchannel("A")
+    return Picture(digest, size, orientation, look, num_frames, is_transparent)
 
 
 @contextmanager
@@ -152,7 +151,8 @@ def _upright_size(image):
     """Return (width, height) as upright, and the EXIF orientation, of an open image."""
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     width, height = image.size
-    return ((height, width) if orientation in TURNED else (width, height)), orientation
+    is_swapped = orientation in TURNED and image.format != "TIFF"  # Pillow turns a TIFF itself
+    return ((height, width) if is_swapped else (width, height)), orientation
 
 
 def same_shape(size, stated):

@@ -97,12 +97,7 @@ def compressed_runs(counts):
 
 
 def mask_to_rle(mask):
-    """Encode a mask as compressed run lengths.
-
-    Parameters
-    ----------
-    mask : numpy.ndarray
-        (height, width) bool or 0 and 1.
+    """Encode a mask, a numpy.ndarray (height, width) of bool or 0 and 1, as compressed run lengths.
 
     Returns
     -------
@@ -118,17 +113,7 @@ def rle_area(rle):
 
 
 def rle_box_xyxy(rle):
-    """Return the tight box of a mask with at least one pixel.
-
-    Parameters
-    ----------
-    rle : dict
-
-    Returns
-    -------
-    tuple of float
-        ``(x0, y0, x1, y1)`` in pixels; ``x1`` and ``y1`` lie just past the last pixel.
-    """
+    """Return the tight box (x0, y0, x1, y1) of a mask with a pixel; x1 and y1 lie just past it."""
     x, y, width, height = coco_mask.toBbox(rle).tolist()
     return (x, y, x + width, y + height)
 

@@ -41,23 +41,11 @@ def nouns_overlap(first, second):
 
 
 def present_prompts(record, categories, prompt=None):
-    """Group the objects of an image by the prompt that asks for them.
+    """Map prompts, in the order of the categories, to the objects of an image they ask for.
 
-    A prompt that loses all its objects, because they are crowd regions or lie outside the image, is
-    not asked at all: asked as absent, it would teach the opposite.
-
-    Parameters
-    ----------
-    record : helpers.data.records.ImageRecord
-    categories : sequence of str
-        Names to ask about; each is its own prompt.
-    prompt : str, optional
-        Replaces every category name, so that one query gets all objects.
-
-    Returns
-    -------
-    dict of str to list of helpers.data.records.ObjectAnnotation
-        Prompts in the order of ``categories``.
+    ``prompt`` replaces every category name, so that one query gets all objects. A prompt that loses
+    all its objects, because they are crowd regions or lie outside the image, is not asked at all:
+    asked as absent, it would teach the opposite.
     """
     objects = true_objects(record)
     if prompt is not None:
@@ -72,15 +60,13 @@ def absent_candidates(record, nouns):
     Parameters
     ----------
     record : helpers.data.records.ImageRecord
-        Its annotated categories, crowd regions included and by both names where they are asked by
-        another noun, and its ``contents`` are in the picture.
+        Its ``contents`` and the names of its objects, crowd regions included, are in the picture.
     nouns : sequence of str
-        Candidates.
+        Candidates; those that overlap (`nouns_overlap`) with what is in the picture are left out.
 
     Returns
     -------
     list of str
-        Without any noun that overlaps (`nouns_overlap`) something in the picture.
     """
     in_picture = {item.category for item in record.objects} | record.contents
     in_picture |= {item.file_category for item in record.objects if item.file_category}

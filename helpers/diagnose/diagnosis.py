@@ -7,14 +7,12 @@ healthy detector. What the model says is compared with what the base says to the
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-
-from tqdm import tqdm
+from dataclasses import asdict, dataclass
 
 from helpers.causes import CAUSES, STAGES
-from helpers.diagnose.adapter_gates import CHECKPOINT_GATES, CODE_GATES
+from helpers.diagnose.adapter_gates import BASE_GATES, CHECKPOINT_GATES
 from helpers.diagnose.answer_gates import BEHAVIOUR_GATES
-from helpers.diagnose.data_gates import DATA_GATES
+from helpers.diagnose.data_gates import DATA_GATES, PROMPT_GATES
 from helpers.diagnose.examination import (
     CRASHED,
     FAILED,
@@ -22,14 +20,13 @@ from helpers.diagnose.examination import (
     NOT_CHECKED,
     OK,
     UNDECIDED,
-    Evidence,
     Examination,
     GateResult,
     Inapplicable,
 )
 from helpers.diagnose.run_gates import CONFIG_GATES, FILE_GATES, RUN_GATES
-from helpers.diagnose.word_gates import PROMPT_GATES
 from helpers.errors import InputError
+from helpers.files import progress_bar
 
 GATES = (
     *FILE_GATES,
@@ -37,18 +34,18 @@ GATES = (
     *PROMPT_GATES,
     *CONFIG_GATES,
     *RUN_GATES,
-    *CODE_GATES,
+    *BASE_GATES,
     *CHECKPOINT_GATES,
     *BEHAVIOUR_GATES,
 )
-"""In the order in which they are asked: files and counts, the run's own records, self-tests of the
-code, and last what the model answers."""
+"""In the order in which they are asked: files and counts, the run's own records, the models, and
+last what they answer."""
 LEAST_CONFIDENCE = 0.5
 """Evidence below this is shown with its gate but names no cause."""
+OBSERVED = 0.8
+"""Confidence from which a cause counts as observed, if its evidence is direct."""
 EXPLAINED = 0.5
 """Factor on what is only a behaviour when an earlier cause was observed that may explain it."""
-
-
 _VERDICTS = {
     "healthy": "no cause found: the run looks healthy",
     "causes": "causes found: see above, the most likely first",
@@ -58,53 +55,46 @@ _VERDICTS = {
 
 @dataclass(frozen=True)
 class FoundCause:
-    """A cause named by the diagnosis.
-
-    Attributes
-    ----------
-    code, row, title, fix : str
-        See `helpers.causes`.
-    confidence : float
-        In [0.5, 1]; of the strongest evidence.
-    evidence : tuple of str
-        What was measured, the strongest first.
-    """
+    """A cause named by the diagnosis, with its strongest evidence first."""
 
     code: str
-    row: str
     title: str
     confidence: float
     evidence: tuple[str, ...]
     fix: str
 
-    def to_json(self):
-        """Return code, row, confidence, evidence and fix as a dict."""
-        keys = ("code", "row", "confidence", "evidence", "fix")
-        return {key: getattr(self, key) for key in keys} | {"evidence": list(self.evidence)}
-
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The answer: causes, the most likely first, and every gate with what it measured."""
+    """What `diagnose` says about a run.
+
+    Attributes
+    ----------
+    causes : tuple of FoundCause
+        The most likely first; ``code`` is a key of `helpers.causes.CAUSES`, ``confidence`` in
+        [0.5, 1].
+    gates : tuple of GateResult
+        Every gate with what it measured.
+    """
 
     causes: tuple[FoundCause, ...]
     gates: tuple[GateResult, ...]
 
     @property
     def open_gates(self):
-        """Tuple of GateResult: the gates that could not be checked, or crashed."""
+        """The gates that could not be checked, or crashed."""
         return tuple(gate for gate in self.gates if gate.status in UNDECIDED)
 
     @property
     def verdict(self):
-        """{"healthy", "causes", "undecided"}: healthy only if no gate was left open."""
+        """One of "healthy", "causes", "undecided"; healthy only if no gate was left open."""
         if self.causes:
             return "causes"
         return "undecided" if self.open_gates else "healthy"
 
     @property
     def healthy(self):
-        """bool: True if every gate that applies was checked and none names a cause."""
+        """True if every gate that applies was checked and none names a cause."""
         return self.verdict == "healthy"
 
     def to_json(self):
@@ -112,7 +102,7 @@ class Diagnosis:
         return {
             "healthy": self.healthy,
             "verdict": self.verdict,
-            "causes": [cause.to_json() for cause in self.causes],
+            "causes": [asdict(cause) for cause in self.causes],
             "gates": [gate.to_json() for gate in self.gates],
         }
 
@@ -133,8 +123,7 @@ class Diagnosis:
         numbers = ", ".join(f"{count} {status}" for status, count in counts.most_common())
         lines.append(f"{len(self.gates)} gates: {numbers}")
         lines += [f"{gate.status}: {gate.name} ({gate.measured})" for gate in self.open_gates]
-        lines.append(_VERDICTS[self.verdict])
-        return "\n".join(lines)
+        return "\n".join([*lines, _VERDICTS[self.verdict]])
 
 
 def diagnose(folder, *, data_dir=None, image=None, prompt=None, progress=False):
@@ -162,25 +151,16 @@ def diagnose(folder, *, data_dir=None, image=None, prompt=None, progress=False):
     """
     examination = Examination(folder, data_dir, image, prompt)
     results = []
-    with tqdm(GATES, desc="diagnose", unit="gate", disable=not progress, leave=False) as gates:
-        for gate in gates:
-            gates.set_postfix_str(gate.name)
+    with progress_bar(len(GATES), "diagnose", "gate", disable=not progress) as bar:
+        for gate in GATES:
+            bar.set_postfix_str(gate.name)
             results.append(pass_gate(gate, examination))
+            bar.update()
     return Diagnosis(rank(results), tuple(results))
 
 
 def pass_gate(gate, examination):
-    """Ask one gate; whatever it raises is a result too.
-
-    Parameters
-    ----------
-    gate : helpers.diagnose.examination.Gate
-    examination : helpers.diagnose.examination.Examination
-
-    Returns
-    -------
-    helpers.diagnose.examination.GateResult
-    """
+    """Ask one gate and return a `GateResult`; whatever the gate raises is a result too."""
     try:
         measured, evidence = gate.examine(examination)
     except Inapplicable as error:
@@ -190,51 +170,34 @@ def pass_gate(gate, examination):
     except Exception as error:  # a pipeline that raises here is part of what is examined
         text = f"raised {type(error).__name__}: {' '.join(str(error).split())}"
         return GateResult(gate.name, CRASHED, text, gate.expected)
-    failed = any(one.confidence >= LEAST_CONFIDENCE for one in evidence)
-    status = FAILED if failed else OK
+    is_fault = any(item.confidence >= LEAST_CONFIDENCE for item in evidence)
+    status = FAILED if is_fault else OK
     return GateResult(gate.name, status, measured, gate.expected, tuple(evidence))
 
 
 def rank(results):
-    """Turn the evidence of all gates into causes, the most likely first.
+    """Turn the evidence of all gate results into a tuple of `FoundCause`, the most likely first.
 
     A cause is as likely as its strongest evidence. What is only a behaviour of the model counts
     half where an earlier stage has a cause that was observed directly. Between equals, the earlier
     stage comes first.
-
-    Parameters
-    ----------
-    results : sequence of helpers.diagnose.examination.GateResult
-
-    Returns
-    -------
-    tuple of FoundCause
     """
-    evidence = [one for result in results for one in result.evidence]
-    observed = [_stage(one) for one in evidence if one.is_direct and one.confidence >= 0.8]
+    evidence = [item for result in results for item in result.evidence]
+    observed = [_stage(e) for e in evidence if e.is_direct and e.confidence >= OBSERVED]
     first = min(observed, default=len(STAGES))
     by_cause = {}
-    for one in evidence:
-        weight = EXPLAINED if not one.is_direct and _stage(one) >= first else 1.0
-        by_cause.setdefault(one.cause, []).append((one.confidence * weight, one.text))
-    found = [
-        _found_cause(code, sorted(weighted, key=lambda item: -item[0]))
-        for code, weighted in by_cause.items()
-    ]
-    found = [cause for cause in found if cause.confidence >= LEAST_CONFIDENCE]
-    codes = list(CAUSES)
-    return tuple(
-        sorted(found, key=lambda cause: (-round(cause.confidence, 1), codes.index(cause.code)))
-    )
+    for item in evidence:
+        weight = EXPLAINED if not item.is_direct and _stage(item) >= first else 1.0
+        by_cause.setdefault(item.cause, []).append((item.confidence * weight, item.text))
+    causes = []
+    for code, cause in CAUSES.items():
+        weighted = sorted(by_cause.get(code, []), key=lambda pair: -pair[0])
+        if weighted and weighted[0][0] >= LEAST_CONFIDENCE:
+            texts = tuple(text for _, text in weighted)
+            causes.append(FoundCause(code, cause.title, round(weighted[0][0], 3), texts, cause.fix))
+    return tuple(sorted(causes, key=lambda cause: -round(cause.confidence, 1)))
 
 
-def _stage(evidence: Evidence):
+def _stage(evidence):
     """Return the number of the stage at which the cause of some evidence lives."""
     return STAGES.index(CAUSES[evidence.cause].stage)
-
-
-def _found_cause(code, weighted):
-    """Put one cause together from its weighted evidence."""
-    cause = CAUSES[code]
-    texts = tuple(text for _, text in weighted)
-    return FoundCause(code, cause.row, cause.title, round(weighted[0][0], 3), texts, cause.fix)

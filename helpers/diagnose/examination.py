@@ -1,16 +1,19 @@
-"""A run under examination: everything the gates look at, loaded when first asked for."""
+"""A run under examination, and the questions that are asked of it.
+
+`Examination` offers a gate what can be asked of a run: its files, its settings, its log, the
+dataset, the base, the adapter and their answers. Each is loaded when a gate first asks for it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from helpers.config import load_config
-from helpers.data import dataset as datasets
-from helpers.detect import queries as prediction_queries
+from helpers.data.dataset import PromptCollator, PromptDataset, load_dataset
 from helpers.detect.predictor import Predictor
 from helpers.errors import InputError
 from helpers.files import read_json, resolve
@@ -21,6 +24,12 @@ OK, FAILED, NOT_CHECKED = "ok", "failed", "not checked"
 NOT_APPLICABLE, CRASHED = "not applicable", "crashed"
 UNDECIDED = (NOT_CHECKED, CRASHED)
 """While a gate stands like this, nobody knows whether the run is healthy."""
+SAMPLE = 12
+"""Images with objects, and as many without, that the costly gates look at."""
+FEW_WITH, FEW_WITHOUT = 6, 2
+"""Images of the sample that are asked for many words."""
+TRAIN_SAMPLE = 256
+"""Training images that pass through the loader, about: all of them in a small dataset."""
 
 
 class Inapplicable(InputError):
@@ -31,17 +40,8 @@ class Inapplicable(InputError):
 class Evidence:
     """A measurement that speaks for a cause.
 
-    Attributes
-    ----------
-    cause : str
-        Key of `helpers.causes.CAUSES`.
-    confidence : float
-        In (0, 1]; 1.0 only for what was counted or computed, not inferred.
-    text : str
-        The numbers, in one sentence.
-    is_direct : bool
-        True if the cause itself was observed (a count, a self-test of the code); False if only a
-        behaviour of the model was, which an earlier cause may explain.
+    ``confidence`` is in (0, 1], and 1.0 only for what was counted or computed. ``is_direct`` is
+    False for a behaviour of the model, which an earlier cause may explain.
     """
 
     cause: str
@@ -50,21 +50,18 @@ class Evidence:
     is_direct: bool = True
 
 
+def evidence_if(is_fault, cause, confidence, text, is_direct=True):
+    """Return a list with one `Evidence`, empty if there is no fault."""
+    return [Evidence(cause, confidence, text, is_direct)] if is_fault else []
+
+
 @dataclass(frozen=True)
 class Gate:
-    """One question of the diagnosis.
+    """One question: its subject, what a healthy run shows, and the function that asks it.
 
-    Attributes
-    ----------
-    name : str
-        The question's subject, a few words.
-    expected : str
-        What a healthy run shows.
-    examine : callable
-        Takes a `helpers.diagnose.examination.Examination`, returns ``(measured, evidence)``: a text with the
-        numbers, and a list of `Evidence`, empty if all is well. It raises `Inapplicable` if it does
-        not apply to this run, and `helpers.errors.InputError` if something that it needs cannot be
-        read: then the run cannot be called healthy.
+    The function takes an `Examination` and returns a text with the numbers and a list of
+    `Evidence`. It raises `Inapplicable` if it does not apply to this run, and `InputError` if
+    something that it needs cannot be read: then the run cannot be called healthy.
     """
 
     name: str
@@ -72,9 +69,19 @@ class Gate:
     examine: Callable
 
 
+def gate(gates, name, expected):
+    """Return a decorator that appends a function to a list of gates."""
+
+    def append(examine):
+        gates.append(Gate(name, expected, examine))
+        return examine
+
+    return append
+
+
 @dataclass(frozen=True)
 class GateResult:
-    """What became of a gate: its name, one of the five statuses above, and what it measured."""
+    """What became of a gate: one of the five statuses above, and what it measured."""
 
     name: str
     status: str
@@ -84,28 +91,11 @@ class GateResult:
 
     def to_json(self):
         """Return the four texts as a dict."""
-        return {
-            "name": self.name,
-            "status": self.status,
-            "measured": self.measured,
-            "expected": self.expected,
-        }
-
-
-SAMPLE = 12
-"""Images with objects, and as many without, that the costly gates look at."""
-FEW_WITH, FEW_WITHOUT = 6, 2
-"""Images of the sample that are asked for many words."""
-
-LOOKED_AT = 256
-"""Training images that are passed through the loader, about: all of them in a small dataset."""
+        return {key: value for key, value in vars(self).items() if key != "evidence"}
 
 
 class Examination:
-    """A run, its data and its model, each read once and only if a gate asks for it.
-
-    Functions are called through their modules, so that what is examined is the pipeline as it
-    stands in this process.
+    """A run, its data and its models, each read once and only if a gate asks for it.
 
     Parameters
     ----------
@@ -141,39 +131,45 @@ class Examination:
         if self.image is not None and not self.image.is_file():
             raise InputError("no such image", where=self.image, fix="check the path")
         self.prompt = prompt
+        self._answers = {True: {}, False: {}}
 
     @cached_property
     def is_finished(self):
-        """bool: whether the run wrote its metrics, which come last."""
+        """Whether the run wrote its metrics, which come last."""
         return (self.folder / run_folder.METRICS_FILE).is_file()
 
     @cached_property
     def files(self):
-        """`helpers.train.run.RunFiles`: what the run wrote; InputError if it is unfinished."""
+        """What the run wrote, a `helpers.train.run.RunFiles`; InputError if it is unfinished."""
         return run_folder.read_run(self.folder)
 
     @cached_property
-    def device(self):
-        """torch.device: where run and base compute, the accelerator if there is one."""
-        is_there = torch.accelerator.is_available()
-        return torch.accelerator.current_accelerator() if is_there else torch.device("cpu")
+    def history(self):
+        """The log of the run, also of an unfinished one: list of dict."""
+        return run_folder.read_history(self.folder)
 
     @cached_property
     def num_processes(self):
-        """int: how many processes trained together; 1 if the run did not record it."""
+        """How many processes trained together; 1 if the run did not record it."""
         path = self.folder / run_folder.VERSIONS_FILE
         return read_json(path, fix="train again with --overwrite").get("num_processes", 1)
 
     @cached_property
+    def device(self):
+        """Where run and base compute: the accelerator if there is one."""
+        is_there = torch.accelerator.is_available()
+        return torch.accelerator.current_accelerator() if is_there else torch.device("cpu")
+
+    @cached_property
     def loaded(self):
-        """`helpers.train.run.RunResult`: the run with its model; InputError if it cannot load."""
+        """The run with its model, a `helpers.train.run.RunResult`; InputError if it cannot load."""
         result = run_folder.load_run(self.folder)
         result.model.to(self.device)
         return result
 
     @cached_property
     def base(self):
-        """tuple: a second model without any adapter, and its processor; no gate changes it."""
+        """A second model without any adapter, and its processor; no gate changes it."""
         return self.fresh_base()
 
     def fresh_base(self, dtype=None):
@@ -185,137 +181,107 @@ class Examination:
         )
         return model.to(self.device), processor
 
-    def split(self, name):
-        """Read a split through the pipeline's own reader.
-
-        Parameters
-        ----------
-        name : {"train", "valid", "test"}
-            ``train`` and ``valid`` are looked up in the config.
-
-        Returns
-        -------
-        helpers.data.records.Split
-        """
-        data = self.config.data
-        name = {"train": data.train_split, "valid": data.val_split}.get(name, name)
-        return self.dataset.split(name)
-
     @cached_property
     def dataset(self):
-        """`helpers.data.dataset.Dataset`: what the run was trained on, or what stands in for it."""
-        return datasets.load_dataset(self.config, self.data_dir)
+        """What the run was trained on or what stands in for it, a `helpers.data.Dataset`."""
+        return load_dataset(self.config, self.data_dir)
+
+    @cached_property
+    def is_own_data(self):
+        """Whether the dataset is the one that the run was trained on."""
+        return self.data_dir == resolve(self.config.data.data_dir)
+
+    def split(self, name):
+        """Return a split of the dataset; ``train`` and ``valid`` are looked up in the config."""
+        data = self.config.data
+        return self.dataset.split(
+            {"train": data.train_split, "valid": data.val_split}.get(name, name)
+        )
 
     @cached_property
     def train_dataset(self):
-        """`helpers.data.dataset.PromptDataset`: the training data as the trainer saw them."""
-        return datasets.PromptDataset.from_config(self.config, self.split("train"), *self.base)
+        """The training data as the trainer saw them, a `helpers.data.PromptDataset`."""
+        return PromptDataset.from_config(self.config, self.split("train"), *self.base)
+
+    @cached_property
+    def collator(self):
+        """`helpers.data.PromptCollator` of the base's processor."""
+        return PromptCollator(self.base[1])
 
     @cached_property
     def train_queries(self):
         """What reaches the loss in an epoch: list of (ImageRecord, query dict, target dict).
 
-        Of at most `LOOKED_AT` training images, evenly spaced; query and target are those of
-        `helpers.data.dataset.PromptCollator`.
+        Of about `TRAIN_SAMPLE` training images, evenly spaced, as `PromptCollator` gives them.
         """
-        dataset, collected = self.train_dataset, []
-        for index in range(0, len(dataset), max(1, len(dataset) // LOOKED_AT)):
+        dataset, queries = self.train_dataset, []
+        for index in range(0, len(dataset), max(1, len(dataset) // TRAIN_SAMPLE)):
             batch = self.collator([dataset[index]])
             pairs = zip(batch["queries"], batch["targets"], strict=True)
-            collected += [(dataset.records[index], query, target) for query, target in pairs]
-        return collected
-
-    @cached_property
-    def collator(self):
-        """`helpers.data.dataset.PromptCollator`: of the base's processor."""
-        return datasets.PromptCollator(self.base[1])
+            queries += [(dataset.records[index], query, target) for query, target in pairs]
+        return queries
 
     @cached_property
     def sample(self):
-        """Images to ask about, those with objects first: list of helpers.data.records.ImageRecord.
+        """Images to ask about, those with objects first: list of ImageRecord.
 
         Of the validation split, or of the training split where that shows no object.
         """
         for name in ("valid", "train"):
             records = self.split(name).records
-            shown = [record for record in records if record.objects][:SAMPLE]
-            if shown:
-                return shown + [record for record in records if not record.objects][:SAMPLE]
+            with_objects = [record for record in records if record.objects][:SAMPLE]
+            if with_objects:
+                return with_objects + [record for record in records if not record.objects][:SAMPLE]
         raise InputError("no image shows an object", where=self.data_dir, fix="annotate some")
 
     @cached_property
     def unannotated(self):
-        """Images without any annotation, of validation and training split, a list of records."""
+        """Images without any annotation, of both splits: list of ImageRecord."""
         records = [*self.split("valid").records, *self.split("train").records]
         return [record for record in records if not record.objects][: 2 * SAMPLE]
 
     @cached_property
     def few(self):
         """Images to ask for many words: some of `sample`, those with objects first."""
-        shown = [record for record in self.sample if record.objects][:FEW_WITH]
-        return shown + [record for record in self.sample if not record.objects][:FEW_WITHOUT]
+        with_objects = [record for record in self.sample if record.objects][:FEW_WITH]
+        return with_objects + [record for record in self.sample if not record.objects][:FEW_WITHOUT]
 
     @cached_property
-    def asked(self):
+    def words(self):
         """The words that are asked of the run now: list of str."""
         return [self.prompt] if self.prompt else list(self.split("valid").categories)
 
+    @cached_property
+    def trained_words(self):
+        """The words that the run was trained to find: list of str; InputError if there is none."""
+        path = self.folder / run_folder.PROMPTS_FILE
+        words = list(read_json(path, fix="train again with --overwrite")["prompts"])
+        if not words:
+            raise InputError("no prompt was trained with objects", where=self.folder)
+        return words
+
     def raws(self, prompts, *, adapted=True, records=None):
-        """Ask prompts on some images, with or without the adapter.
+        """Ask run or base for prompts on some images, by default `sample`.
 
-        Parameters
-        ----------
-        prompts : sequence of str
-        adapted : bool
-            False asks the base.
-        records : sequence of helpers.data.records.ImageRecord, optional
-            By default `sample`.
-
-        Returns
-        -------
-        dict of (str, str) to helpers.detect.detections.RawPrediction
-            By ``image_id`` and prompt; answers are kept, so asking twice costs nothing.
+        Returns a dict of (image_id, prompt) to `RawPrediction`; asking twice costs nothing.
         """
-        known = self._answers[adapted]
+        answers = self._answers[adapted]
         records = self.sample if records is None else records
         for record in records:
-            missing = [one for one in prompts if (record.path, one) not in known]
+            missing = [prompt for prompt in prompts if (record.path, prompt) not in answers]
             if missing:
-                for raw in self._ask(record, missing, adapted):
-                    known[record.path, raw.prompt] = raw  # two splits may share a name
+                for raw in self.predictor(adapted).raw(record.path, missing, name=record.image_id):
+                    answers[record.path, raw.prompt] = raw  # two splits may share a name
         return {
-            (record.image_id, prompt): known[record.path, prompt]
+            (record.image_id, prompt): answers[record.path, prompt]
             for record in records
             for prompt in prompts
         }
 
-    @cached_property
-    def _answers(self):
-        return {True: {}, False: {}}
-
-    def _ask(self, record, prompts, adapted):
-        """Ask one image."""
-        if adapted:
-            predictor = Predictor(self.loaded.model, self.loaded.processor)
-        else:
-            predictor = Predictor(*self.base)
-        return predictor.raw(record.path, prompts, name=record.image_id)
-
-    @cached_property
-    def queries(self):
-        """The run judged on the sample: list of dict, see `helpers.detect.queries`."""
-        split = self.split("valid" if self.split("valid").num_objects else "train")
-        chosen = {record.image_id for record in self.sample}
-        return prediction_queries.predict_split(
-            self.loaded.model,
-            self.loaded.processor,
-            _only(split, chosen),
-            absent_prompts=self.config.evaluation.absent_prompts,
-            mask_threshold=self.config.evaluation.mask_threshold,
+    def predictor(self, adapted):
+        """Return a `helpers.detect.Predictor` of the run, or of its base."""
+        return (
+            Predictor(self.loaded.model, self.loaded.processor)
+            if adapted
+            else Predictor(*self.base)
         )
-
-
-def _only(split, image_ids):
-    """Return a split with only some of its images."""
-    records = tuple(record for record in split.records if record.image_id in image_ids)
-    return replace(split, records=records)

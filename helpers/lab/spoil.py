@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 
 from helpers.data.coco import COCO_FILE, read_split
 from helpers.data.images import IMAGE_SUFFIXES, open_upright
-from helpers.data.masks import rle_box_xyxy, segmentation_to_rle
+from helpers.data.masks import mask_to_rle, rle_box_xyxy, segmentation_to_rle
 from helpers.data.records import ObjectAnnotation
 from helpers.errors import InputError
 from helpers.files import write_json
@@ -59,8 +59,7 @@ def in_every_mask(change):
         if "segmentation" in entry:
             size = image["height"], image["width"]
             mask = coco_mask.decode(segmentation_to_rle(entry["segmentation"], *size))
-            rle = coco_mask.encode(np.asfortranarray(change(mask)))
-            entry["segmentation"] = rle | {"counts": rle["counts"].decode("ascii")}
+            entry["segmentation"] = mask_to_rle(change(mask))
 
     return in_every_object(change_mask)
 

@@ -1,4 +1,4 @@
-"""The commands about models: train, predict, evaluate, report, diagnose, merge and push.
+"""The commands of ``python -m helpers``.
 
 Every command takes the parsed arguments and returns ``(exit status, JSON document, text)``.
 Libraries are imported inside, so that ``--help`` answers at once.
@@ -13,13 +13,13 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from helpers.cli.options import add_options
 from helpers.errors import InputError, printable
 from helpers.files import CONFIGS, in_current_folder, resolve
 
 DEFAULT_CONFIG = CONFIGS / "crack_detection_config.yaml"
 LARGE = 2
 """Longest side of an image, in sides of the model's input, from which it should be cut into tiles."""
-_THRESHOLD_HELP = "score in [0, 1]; by default that of the run's config, 0.3 without a run"
 _SIGNATURE = "sam3-lora-workbook predict"
 """Stored in a picture, so that a later call knows it may replace it."""
 _HEADLINES = (
@@ -45,155 +45,95 @@ class Loaded(NamedTuple):
 
 
 def add_commands(add):
-    """Add the parsers of this file's commands."""
-    model = _model_parser()
-    _train_options(add(train))
-    _predict_options(add(predict, model))
-    _evaluate_options(add(evaluate, model))
-    add(report).add_argument(
-        "--adapter", type=in_current_folder, required=True, metavar="RUN", help="run folder"
-    )
-    _diagnose_options(add(diagnose))
-    _share_options(add(merge), add(push))
-
-
-def _train_options(command):
-    """Add the options of ``train``."""
+    """Add the parser of every command."""
+    command = add(check)
     command.add_argument(
-        "--config",
+        "data",
+        nargs="?",
         type=in_current_folder,
-        required=True,
-        metavar="FILE",
-        help="such as those in configs/",
+        metavar="DATA",
+        help="folder with one folder per split, by default data.data_dir of --config",
     )
-    command.add_argument("--profile", type=profile_name, help="tiny, sam3 or a file")
-    command.add_argument(
-        "--data", type=in_current_folder, metavar="DIR", help="dataset, in place of data.data_dir"
-    )
-    command.add_argument(
-        "--output",
-        type=in_current_folder,
-        metavar="RUN",
-        help="run folder, by default output.output_dir",
-    )
-    add_set_option(command)
-    command.add_argument("--resume", action="store_true", help="continue an interrupted run")
-    command.add_argument("--overwrite", action="store_true", help="replace a run in the folder")
-    command.add_argument(
-        "--retry-smaller",
-        action="store_true",
-        help="when memory runs out, start again with checkpointing, then with smaller batches",
-    )
+    config = {"help": "check as its training would read it"}
+    profile = {"help": "tiny, sam3 or a file; without --config tiny by default"}
+    add_options(command, "--config", "--profile", "--set", config=config, profile=profile)
+
+    command = add(convert)
+    command.add_argument("source", metavar="SRC", help="dataset: a folder, or a COCO file")
+    command.add_argument("output", metavar="DST", help="new folder, one folder per split in it")
+    split = {
+        "nargs": "+",
+        "type": float,
+        "default": None,
+        "metavar": "SHARE",
+        "help": "divide anew into train, valid and test, for example 0.8 0.1 0.1",
+    }
+    own = ("--format", "--category", "--objects", "--polygons", "--split", "--seed")
+    add_options(command, *own, "--tile", "--overlap", "--copy", split=split)
+
+    model = argparse.ArgumentParser(add_help=False)
+    source = model.add_mutually_exclusive_group()
+    adapter = {"help": "run folder, or folder of a PEFT adapter"}
+    config = {"help": "find the run in its output.output_dir"}
+    add_options(source, "--adapter", "--config", adapter=adapter, config=config)
+    profile = {"help": "tiny (default) or sam3: whose base to use"}
+    add_options(model, "--base", "--profile", profile=profile)
+
+    own = ("--profile", "--data", "--output", "--set", "--resume", "--overwrite", "--retry-smaller")
+    output = {"metavar": "RUN", "help": "run folder, by default output.output_dir"}
+    add_options(add(train), *own, required=["--config"], output=output)
+
+    own = ("--prompt", "--threshold", "--mask-threshold", "--tile", "--overlap", "--output")
+    image = {"nargs": "+", "action": "extend", "type": str, "help": "files or folders"}
+    prompt = {"action": "append", "default": [], "help": "noun; may be repeated"}
+    output = {"type": str, "metavar": "PNG", "help": "picture to draw"}
+    command = add(predict, model)
+    add_options(command, *own, required=["--image"], image=image, prompt=prompt, output=output)
+
+    add_options(add(evaluate, model), "--data", "--split", "--prompt", "--threshold")
+    add_options(add(report), required=["--adapter"])
+    add_options(add(diagnose), "--data", "--image", "--prompt", required=["--adapter"])
+    add_options(add(merge), "--dtype", "--base", required=["--adapter", "--output"])
+    adapter = {"help": "run folder, or folder of a merged model"}
+    add_options(add(push), "--yes", required=["--adapter", "--repo"], adapter=adapter)
 
 
-def add_set_option(command):
-    """Add ``--set``."""
-    command.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting"
-    )
+def check(args):
+    """Check a dataset; status 1 if a finding is an error."""
+    from helpers.checks.dataset import check_dataset
+    from helpers.config import load_config
+    from helpers.data.dataset import load_dataset
+    from helpers.model.sam3 import load_base
+
+    if args.data is None and args.config is None:
+        raise InputError("neither a dataset nor a config is named", fix="name the folder to check")
+    profile = args.profile or (None if args.config else "tiny")
+    config = load_config(args.config or DEFAULT_CONFIG, profile=profile, overrides=args.set)
+    model = processor = None
+    if resolve(config.model.name).is_dir():  # else a gated model, which a data check does not need
+        model, processor = load_base(config.model.name, resolution=config.model.resolution)
+    report = check_dataset(load_dataset(config, args.data), model, processor)
+    return (0 if report.ok else 1), report.to_json(), report.summary()
 
 
-def profile_name(text):
-    """Turn a profile that is a file in the current folder into its path."""
-    path = in_current_folder(text)
-    return str(path) if path.is_file() else text
+def convert(args):
+    """Write a dataset of any common format in the layout that the other commands read."""
+    from helpers.convert.conversion import convert as run_conversion
+    from helpers.convert.conversion import summary_text
 
-
-def base_name(text):
-    """Turn a base that is a folder in the current folder into its path."""
-    path = in_current_folder(text)
-    return str(path) if path.is_dir() else text
-
-
-def _predict_options(command):
-    """Add the options of ``predict``."""
-    command.add_argument(
-        "--image", nargs="+", action="extend", required=True, metavar="IMG", help="files or folders"
+    summary = run_conversion(
+        args.source,
+        args.output,
+        format=args.format,
+        category=args.category,
+        objects=args.objects,
+        polygons=args.polygons,
+        split=args.split,
+        seed=args.seed,
+        tile=args.tile,
+        overlap=args.overlap,
     )
-    command.add_argument("--prompt", action="append", default=[], help="noun; may be repeated")
-    command.add_argument("--threshold", type=float, help=_THRESHOLD_HELP)
-    command.add_argument(
-        "--mask-threshold", type=float, help="in [0, 1]; by default as the config says, 0.5"
-    )
-    command.add_argument(
-        "--tile", type=int, metavar="PIXELS", help="look at larger images in tiles of this side"
-    )
-    command.add_argument("--overlap", type=float, default=0.2, help="of tiles, default 0.2")
-    command.add_argument("--output", metavar="PNG", help="picture to draw")
-
-
-def _evaluate_options(command):
-    """Add the options of ``evaluate``."""
-    command.add_argument(
-        "--data", type=in_current_folder, metavar="DIR", help="dataset, by default that of the run"
-    )
-    command.add_argument("--split", default="test", help="split, by default test")
-    command.add_argument("--prompt", help="ask for this word in place of the category names")
-    command.add_argument("--threshold", type=float, help=_THRESHOLD_HELP)
-
-
-def _diagnose_options(command):
-    """Add the options of ``diagnose``."""
-    command.add_argument(
-        "--adapter", type=in_current_folder, required=True, metavar="RUN", help="run folder"
-    )
-    command.add_argument(
-        "--data", type=in_current_folder, metavar="DIR", help="dataset, by default that of the run"
-    )
-    command.add_argument(
-        "--image", type=in_current_folder, metavar="IMG", help="a picture in which nothing is found"
-    )
-    command.add_argument("--prompt", help="the word that was asked, by default the category names")
-
-
-def _share_options(merge_command, push_command):
-    """Add the options of ``merge`` and ``push``."""
-    add = merge_command.add_argument
-    add("--adapter", type=in_current_folder, required=True, metavar="RUN", help="run folder")
-    add(
-        "--output",
-        type=in_current_folder,
-        required=True,
-        metavar="DIR",
-        help="new folder of the model",
-    )
-    add("--dtype", help="float32 or bfloat16, by default that of the base's files")
-    add("--base", type=base_name, metavar="NAME", help="another place of the base")
-    add = push_command.add_argument
-    add(
-        "--adapter",
-        type=in_current_folder,
-        required=True,
-        metavar="DIR",
-        help="run or merged model",
-    )
-    add("--repo", required=True, metavar="OWNER/NAME", help="name on the Hub")
-    add("--yes", action="store_true", help="upload; by default only look")
-
-
-def _model_parser():
-    """Return the options that say which model to use; without any, the embedded base alone."""
-    parser = argparse.ArgumentParser(add_help=False)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--adapter",
-        type=in_current_folder,
-        metavar="RUN",
-        help="run folder, or folder of a PEFT adapter",
-    )
-    source.add_argument(
-        "--config",
-        type=in_current_folder,
-        metavar="FILE",
-        help="find the run in its output.output_dir",
-    )
-    parser.add_argument(
-        "--base", type=base_name, metavar="NAME", help="base model: a folder or a hub name"
-    )
-    parser.add_argument(
-        "--profile", type=profile_name, help="tiny (default) or sam3: whose base to use"
-    )
-    return parser
+    return 0, summary, summary_text(summary)
 
 
 def train(args):
@@ -383,25 +323,7 @@ def push(args):
 
 
 def load_model(args):
-    """Load what ``--adapter``, ``--config``, ``--base`` and ``--profile`` describe.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-        ``adapter``: a run folder or any folder with a PEFT adapter. ``config``: its output folder
-        holds the run. Without both the base alone is loaded: ``base``, else that of ``profile``,
-        else the embedded one.
-
-    Returns
-    -------
-    Loaded
-        On the GPU if there is one.
-
-    Raises
-    ------
-    InputError
-        If any of it is missing, damaged, or does not belong together.
-    """
+    """Return what ``--adapter``, ``--config``, ``--base`` and ``--profile`` describe, on its device."""
     import torch
 
     from helpers.config import load_config

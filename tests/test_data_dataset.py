@@ -1,6 +1,7 @@
 """What reaches the model: queries, boxes, masks, absent prompts."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,9 @@ from torchvision.ops import box_convert
 
 from helpers.data.coco import read_split
 from helpers.data.dataset import PromptCollator, PromptDataset, count_objects
-from helpers.data.masks import clip_box
+from helpers.data.masks import clip_box, rle_area, rle_box_xyxy
+from helpers.data.records import has_masks, true_objects, true_rle
+from helpers.detect.queries import as_queries
 from helpers.errors import InputError
 
 GRID = 16
@@ -299,3 +302,50 @@ def test_a_corrupt_image_is_named(data_dir):
     (data_dir / "train" / "a.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"a\.png: is no readable image"):
         make_dataset(data_dir)[0]
+
+
+def test_training_and_evaluation_count_the_same_objects(data_dir):
+    """Crowd regions and boxes outside are no objects, an object with a box only is one."""
+
+    def change(content):
+        for annotation in content["annotations"]:
+            if annotation["image_id"] == 2:
+                annotation["segmentation"] = []
+        content["annotations"][3]["iscrowd"] = 1
+        content["annotations"][0]["bbox"] = [200, 8, 16, 32]
+
+    edit_coco(data_dir, "train", change)
+    dataset = make_dataset(data_dir, num_negatives=1, negative_prompts=NOUNS)
+    for index, record in enumerate(dataset.records):
+        objects = true_objects(record)
+        trained = sum(len(query["boxes_cxcywh"]) for query in dataset.targets(index))
+        assert len(objects) == trained
+        for item in objects:
+            rle = true_rle(record, item)
+            assert rle["size"] == [record.height, record.width]
+            assert rle_box_xyxy(rle) == item.box_xyxy
+            assert rle_area(rle) > 0
+        [query] = as_queries([_answer(record)], [record])
+        assert len(query.gt) == trained
+    assert [len(true_objects(record)) for record in dataset.split.records] == [0, 2, 0, 1]
+
+
+def _answer(record):
+    """Return a prediction that finds nothing."""
+    return SimpleNamespace(
+        image=str(record.path), prompt="crack", detections=[],
+        presence_prob=0.0, max_query_prob=0.0, max_score=0.0,
+    )  # fmt: skip
+
+
+def test_a_split_of_boxes_only_has_no_masks(data_dir):
+    assert has_masks(read_split(data_dir, "train"))
+
+    def change(content):
+        for annotation in content["annotations"]:
+            annotation["segmentation"] = []
+
+    edit_coco(data_dir, "train", change)
+    assert not has_masks(read_split(data_dir, "train"))
+    edit_coco(data_dir, "train", lambda c: c["annotations"].clear())
+    assert not has_masks(read_split(data_dir, "train"))

@@ -16,7 +16,12 @@ from helpers.__main__ import main
 from helpers.config import load_config
 from helpers.data.coco import read_split
 from helpers.data.dataset import PromptDataset
-from helpers.data.prompts import absent_candidates, present_prompts
+from helpers.data.prompts import (
+    absent_candidates,
+    normalise_noun,
+    nouns_overlap,
+    present_prompts,
+)
 from helpers.data.records import refuse_unknown_categories, rename_categories
 from helpers.detect.queries import predict_split
 from helpers.errors import InputError
@@ -156,3 +161,28 @@ def test_a_config_without_the_key_is_the_one_with_an_empty_mapping(tmp_path):
 def test_an_impossible_mapping_is_refused(overrides, message):
     with pytest.raises(InputError, match=message):
         load_config(CONFIG, overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("noun", "form"),
+    [
+        ("Concrete_cracks ", "concrete crack"),
+        ("moss", "moss"),
+        ("Bushes", "bush"),
+        ("cavities", "cavity"),
+        ("bus", "bus"),
+        ("tiles", "tile"),
+    ],
+)
+def test_nouns_are_normalised(noun, form):
+    assert normalise_noun(noun) == form
+
+
+def test_nouns_overlap_in_words():
+    assert nouns_overlap("cracks", "concrete crack")
+    assert nouns_overlap("brick wall", "Brick")
+    assert not nouns_overlap("crack", "cracker")
+    assert not nouns_overlap("crack", "joint")
+    assert not nouns_overlap("", "joint")
+    assert nouns_overlap("-", " -")  # no words, but the same name
+    assert not nouns_overlap("-", "crack")

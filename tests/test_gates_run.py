@@ -1,29 +1,23 @@
-"""Gates on records and code: the numbers they compare with, and what they say at the edges."""
+"""Gates on records, base and adapter: what they compare with, and what they say at the edges."""
 
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from lab import ask, causes
-from pycocotools import mask as coco_mask
 
 from helpers.config import load_config
-from helpers.diagnose import self_tests as self_tests_detections
-from helpers.diagnose import self_tests as self_tests_loss
 from helpers.diagnose.adapter_gates import (
     CHECKPOINT_GATES,
-    CODE_GATES,
     base_knows_its_concepts,
-    objects_are_found_once,
     results_are_kept,
 )
+from helpers.diagnose.examination import Examination, Inapplicable
 from helpers.diagnose.run_gates import RUN_GATES
-from helpers.errors import InputError
 from helpers.files import CONFIGS
-from helpers.model import losses
+from helpers.model.losses import NATIVE_WEIGHTS
 from helpers.train.run import trained_parameters
 
 REPORT = (
@@ -41,8 +35,8 @@ def records(tmp_path):
     """A run folder as far as records go: two validations, the better one kept, no adapter."""
     config = load_config(CONFIGS / "crack_detection_config.yaml", profile="tiny")
     config.save(tmp_path / "config.yaml")
-    terms = {name: 0.1 for name in self_tests_loss.PUBLISHED_WEIGHTS["native"]}
-    total = self_tests_loss.weighted_total(terms, "native")
+    terms = {name: 0.1 for name in NATIVE_WEIGHTS}
+    total = sum(NATIVE_WEIGHTS[name] * value for name, value in terms.items())
     log = [
         {"step": 1, "epoch": 0.5, "loss": total, **terms},
         {"step": 2, "epoch": 1.0, "eval_loss": 3.0, "eval_cgF1": 0.4},
@@ -59,39 +53,6 @@ def records(tmp_path):
 def change_metrics(run, **changes):
     path = run / "metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def test_the_published_weights_are_those_of_the_loss():
-    assert self_tests_loss.PUBLISHED_WEIGHTS == losses.WEIGHTS
-
-
-@pytest.mark.parametrize("variant", ["native", "early"])
-def test_every_term_equals_its_formula(variant):
-    ratios = self_tests_loss.term_ratios(variant)
-    assert set(ratios) == {*losses.NATIVE_WEIGHTS, "total"}
-    for name, values in ratios.items():
-        assert values == pytest.approx([1.0, 1.0], abs=1e-5), name
-    assert self_tests_loss.answers_not_worse(variant) == []
-
-
-def test_expected_terms_by_hand():
-    example = self_tests_loss.Example(matched=0.0, others=0.0, shift=0.1, presence=0.0, mask=0.0)
-    terms = self_tests_loss.expected_terms(example, "native")
-    log2 = np.log(2)
-    assert terms["loss_giou"] == pytest.approx(1 - 0.3 / 0.5)
-    assert terms["loss_ce"] == pytest.approx(2 * (10 * log2 + 2 * 0.25 * log2) / 600)
-    assert terms["presence_loss"] == pytest.approx(0.5 * log2)
-    assert terms["loss_mask"] == pytest.approx(0.125 * log2)
-    assert terms["loss_dice"] == pytest.approx(1 - 33 / 65)
-
-
-def test_self_tests_of_detections_know_the_answers():
-    scores, expected, query_prob = self_tests_detections.score_answer()
-    assert scores == pytest.approx(expected, abs=1e-6)
-    assert np.abs(scores - query_prob).max() > 0.5
-    answers = self_tests_detections.threshold_answer()
-    assert [want for _, want in answers.values()] == [9, 7, 5, 3, 1]
-    assert all(answer == expected for _, answer, expected in self_tests_detections.mask_answers())
 
 
 def test_a_stopped_run_names_its_cause_and_an_interrupted_one_does_not(records):
@@ -139,8 +100,7 @@ def test_weights_of_the_logged_loss_are_recovered(records):
 
 def test_a_term_that_dominates_is_seen(records):
     log = pd.read_csv(records / "curves.csv").assign(loss_bbox=1e4)
-    terms = log.loc[0].dropna().to_dict()
-    log.loc[0, "loss"] = self_tests_loss.weighted_total(terms, "native")
+    log.loc[0, "loss"] = sum(weight * log.loc[0, name] for name, weight in NATIVE_WEIGHTS.items())
     log.to_csv(records / "curves.csv", index=False)
     (evidence,) = ask(RUN_GATES, "logged loss", records).evidence
     assert evidence.cause == "loss_weights"
@@ -164,33 +124,12 @@ def test_trained_parameters_are_counted_from_the_optimiser():
     assert trained_parameters(optimizer, whole) == {"all": 6, "lora": 6}
 
 
-def square(left):
-    mask = np.zeros((32, 32), np.uint8, order="F")
-    mask[4:20, left : left + 16] = 1
-    return coco_mask.encode(mask)
-
-
-def examined(*lefts, score=0.9):
-    pred = [{"rle": square(left), "score": score} for left in lefts]
-    config = SimpleNamespace(evaluation=SimpleNamespace(score_threshold=0.3))
-    return SimpleNamespace(config=config, queries=[{"pred": pred, "gt": [square(0)]}])
-
-
-def test_duplicates_are_counted_above_the_threshold():
-    text, evidence = objects_are_found_once(examined(*[4] * 9))
-    assert text.startswith("8 of 9 detections")
-    assert [one.cause for one in evidence] == ["one_to_many_matching"]
-    assert objects_are_found_once(examined(*[4] * 9, score=0.2))[1] == []
-    assert objects_are_found_once(examined(*[0, 16] * 2))[1] == []
-    assert objects_are_found_once(examined())[1] == []
-
-
 def test_questions_without_an_answer_are_not_asked(records):
     config = load_config(records / "config.yaml", overrides=["model.name=facebook/sam3"])
-    with pytest.raises(InputError, match="no picture with a known answer"):
+    with pytest.raises(Inapplicable, match="no picture with a known answer"):
         base_knows_its_concepts(SimpleNamespace(config=config))
-    with pytest.raises(InputError, match="another dataset"):
-        results_are_kept(SimpleNamespace(config=config, data_dir=records))
+    with pytest.raises(Inapplicable, match="another dataset"):
+        results_are_kept(SimpleNamespace(config=config, is_own_data=False))
 
 
 def test_without_an_adapter_nothing_about_it_is_checked(records):
@@ -198,4 +137,23 @@ def test_without_an_adapter_nothing_about_it_is_checked(records):
         result = ask(CHECKPOINT_GATES, gate.name, records)
         assert result.status in ("not checked", "ok")
         assert result.evidence == ()
-    assert len({gate.name for gate in (*RUN_GATES, *CODE_GATES, *CHECKPOINT_GATES)}) == 16
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_run_and_base_compute_at_one_place_in_one_precision(run_copy, monkeypatch, precision):
+    override = f"training.mixed_precision={precision}"
+    load_config(run_copy / "config.yaml", overrides=[override]).save(run_copy / "config.yaml")
+    monkeypatch.setattr(Examination, "device", torch.device("meta"))
+    subject = Examination(run_copy)
+    adapted = subject.loaded.model.get_base_model()
+    places = [
+        {
+            (name.replace(".base_layer", ""), tensor.device.type, tensor.dtype)
+            for name, tensor in model.named_parameters()
+            if ".lora_" not in name
+        }
+        for model in (adapted, subject.base[0])
+    ]
+    assert places[0] == places[1]
+    assert {device for _, device, _ in places[1]} == {"meta"}
+    assert (torch.bfloat16 in {dtype for *_, dtype in places[1]}) == (precision == "bf16")

@@ -57,21 +57,18 @@ _OPEN_CLINICS = weakref.WeakSet()
 
 @dataclass(frozen=True)
 class VitalSigns:
-    """What is detected on the validation split.
+    """What is detected on the validation split, as shares of its images or absent prompts.
 
     Attributes
     ----------
-    found : float
-        Share of the images with an object of a category on which that category is detected.
-    outlined : float
-        Share of those images whose detections have an IoU of at least 0.5 with the objects.
+    found, outlined : float
+        Share of the images with an object on which it is detected, and with an IoU of at least 0.5.
     false_alarms : float
         Share of the absent prompts that are detected.
     AP50 : float
         What the evaluation says; 0 where it has no meaning.
     presence, best_query : float
-        The two factors of the score, as means over the images that show the category. They
-        explain, and are not judged.
+        The two factors of the score, as means over the images with an object; they are not judged.
     remark : str
         What was raised instead of an answer; empty if nothing was.
     """
@@ -119,17 +116,7 @@ class CureReport:
 
 
 def signs_table(signs):
-    """Set signs below one another.
-
-    Parameters
-    ----------
-    signs : dict of str to VitalSigns
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per name, one column per sign.
-    """
+    """Set signs below one another: from a dict of name to `VitalSigns`, one row per name."""
     table = pd.DataFrame([asdict(value) for value in signs.values()], index=list(signs))
     return table.drop(columns="remark")
 
@@ -212,25 +199,15 @@ class Patient:
         self._guess = check_cause(code, "guess")
 
     def diagnose(self):
-        """Run the diagnosis with the fault in place; it is refused before there is a guess.
-
-        Returns
-        -------
-        helpers.diagnose.diagnosis.Diagnosis
-        """
+        """Run the diagnosis with the fault in place; it is refused before there is a guess."""
         self._require_guess("the diagnosis")
         return diagnose(self.folder)
 
     def treat(self, cause):
-        """Put right what a cause says is wrong: data, settings and code of that cause.
+        """Put right what a cause, a key of `helpers.causes.CAUSES`, says is wrong.
 
-        If it is the cause, the fault is taken back and the run is made again as far as the fault
-        reached into it. If it is not, what is put right was right before, and nothing changes.
-
-        Parameters
-        ----------
-        cause : str
-            Key of `helpers.causes.CAUSES`.
+        If it is the cause, the fault is taken back and the run is made again as far as the fault reached
+        into it. If it is not, what is put right was right before, and nothing changes.
         """
         self.treatments.append(check_cause(cause, "treatment"))
         if cause != self._fault.cause or not self._is_planted:
@@ -243,13 +220,7 @@ class Patient:
             self.folder = self._clinic.healthy
 
     def reveal(self):
-        """Say what was done to the run; it is refused before there is a guess.
-
-        Returns
-        -------
-        str
-            Cause, what was done, and what it looks like from outside.
-        """
+        """Say what was done to the run; it is refused before there is a guess."""
         self._require_guess("the answer")
         fault = self._fault
         right = "as guessed" if self.guess == fault.cause else f"the guess was {self.guess}"
@@ -276,10 +247,8 @@ class Clinic:
 
     Parameters
     ----------
-    folder : os.PathLike
-        For the healthy run and the patients.
-    data_dir : os.PathLike
-        Dataset.
+    folder, data_dir : os.PathLike
+        For the healthy run and the patients; the dataset.
     profile : str
         Overlay of the config.
     seed : int
@@ -326,16 +295,8 @@ class Clinic:
     def admit(self, ward, case):
         """Draw a fault, plant it, and take the signs of the run; the patient before is discharged.
 
-        Parameters
-        ----------
-        ward : str
-            Key of `WARDS`.
-        case : int
-            At least 0; the same number draws the same fault, the next one another.
-
-        Returns
-        -------
-        Patient
+        ``ward`` is a key of `WARDS`; the same ``case``, a whole number from 0, draws the same fault.
+        Returns the `Patient`.
         """
         if ward not in WARDS:
             raise InputError(f"no ward {ward!r}", where="clinic", fix=f"choose from {list(WARDS)}")
@@ -359,17 +320,7 @@ class Clinic:
         return take_signs(folder, self._truth)
 
     def check_cure(self, patient):
-        """Say whether detections came back.
-
-        Parameters
-        ----------
-        patient : Patient
-
-        Returns
-        -------
-        CureReport
-            Measured now; no name is compared.
-        """
+        """Say whether detections came back, in a `CureReport`: it measures and compares no name."""
         return CureReport(self.signs, patient.signs, self.measure(patient.folder))
 
     def make(self, fault, folder):

@@ -114,18 +114,9 @@ def score(table):
 
 
 def confusion_figure(table):
-    """Draw planted faults against the causes found.
+    """Draw planted faults (rows) against the causes found (columns), from the table of `score`.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        See `score`.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        One row per fault, one column per cause; a large square is the cause named first, a small
-        one a further cause, and a ring marks the cause that was planted.
+    A large square is the cause named first, a small one a further cause; a ring marks the planted one.
     """
     order = [*CAUSES, NOTHING]
     table = table.fillna("").sort_values("cause", key=lambda c: c.map(order.index), kind="stable")

@@ -100,8 +100,6 @@ class Cell:
 
     Attributes
     ----------
-    design : str
-        Key of `DESIGNS`.
     factors : dict
         What is varied: name to level, in the order of the design.
     seed : int
@@ -207,20 +205,7 @@ def rank_of_equal_size(parts):
 def cells_of(design, seeds=SEEDS):
     """List the runs of a design, one seed after the other.
 
-    Parameters
-    ----------
-    design : str
-        Key of `DESIGNS`.
-    seeds : sequence of int
-
-    Returns
-    -------
-    list of Cell
-
-    Raises
-    ------
-    InputError
-        If there is no such design, or no seed.
+    Raises InputError if there is no such design in `DESIGNS`, or no seed.
     """
     if design not in DESIGNS:
         raise InputError(f"there is no design {design!r}", fix=f"use one of {', '.join(DESIGNS)}")
@@ -236,9 +221,8 @@ def run_cell(cell, profile, data_dir, folder):
     ----------
     cell : Cell
     profile : str
-    data_dir : os.PathLike
-    folder : pathlib.Path
-        Gets the run.
+    data_dir, folder : os.PathLike
+        Dataset, and where the run goes.
 
     Returns
     -------

@@ -46,19 +46,15 @@ class Fault:
     what, symptom : str
         What is done, and what a person sees of it from outside.
     cause : str
-        Key of `helpers.causes.CAUSES` that the diagnosis has to name; empty for a fault that is
-        only checked for in files.
+        Key of `helpers.causes.CAUSES` that the diagnosis has to name; empty if only a check has to.
     codes : tuple of str
-        Findings of the data check, keys of `helpers.checks.findings.CODES`, of which it causes at
-        least one.
-    settings : tuple of str
-        Config overrides ``section.key=value``.
+        Findings of the data check of which it causes at least one.
     spoil_data, spoil_run : callable, optional
-        Take the folder of a copy of the dataset, or of a finished run, and change files in it.
+        Change files in the folder of a copy of the dataset, or of a finished run.
     patch : callable, optional
         Returns a context manager that perturbs functions of the pipeline.
     trains : bool
-        False for a fault that needs only a copy of a healthy run; its data are spoiled afterwards.
+        False for a fault that needs only a copy of a healthy run.
     lesson : str
         Number of the lesson that plants it in a copy of the data; empty for none.
     """
@@ -85,26 +81,10 @@ HEALTHY = Fault("nothing is done", "nothing is seen")
 
 @contextmanager
 def planted(fault, folder, *, healthy=None, settings=(), data_dir=WALL_CRACKS, profile="tiny"):
-    """Make a run with a fault; while the block lasts, the fault is in the code too.
+    """Make a run with a fault in ``folder``, and yield it; meanwhile the fault is in the code too.
 
-    Parameters
-    ----------
-    fault : helpers.lab.spoil.Fault
-        `HEALTHY` for none.
-    folder : os.PathLike
-        Replaced; gets ``run`` and, if the dataset is spoiled, ``data``.
-    healthy : os.PathLike, optional
-        A healthy run folder, copied for a fault that need not train.
-    settings : sequence of str
-        Config overrides, before those of the fault.
-    data_dir : os.PathLike
-        Dataset to train on, or to copy and spoil.
-    profile : str
-
-    Yields
-    ------
-    pathlib.Path
-        The run folder. Training may have been stopped by the fault: then the run is unfinished.
+    ``healthy`` is the run folder that is copied for a fault that need not train; ``settings`` come
+    before those of the fault. Training may have been stopped by the fault: the run is unfinished then.
     """
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)

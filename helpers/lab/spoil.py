@@ -232,7 +232,7 @@ def write_copy(split, folder, num_images=NUM_IMAGES):
     Parameters
     ----------
     split : helpers.data.records.Split
-        From `helpers.data.coco.read_split`.
+        InputError if none of its images has an object, or one cannot be read.
     folder : os.PathLike
         Replaced if it exists.
     num_images : int
@@ -242,11 +242,6 @@ def write_copy(split, folder, num_images=NUM_IMAGES):
     -------
     pathlib.Path
         The folder, with one annotation file per image.
-
-    Raises
-    ------
-    InputError
-        If no image of the split has an object, or an image cannot be read.
     """
     records = [record for record in split.records if record.objects][:num_images]
     if not records:
@@ -285,24 +280,9 @@ def _annotation_entry(item, category_id):
 
 
 def write_broken_copy(split, folder, name, num_images=NUM_IMAGES):
-    """Write a copy as `write_copy` does and plant one fault in it.
+    """Write a copy as `write_copy` does and plant a fault of `SPOIL_DATA` in it.
 
-    Parameters
-    ----------
-    split, folder, num_images
-        See `write_copy`.
-    name : str
-        A fault of ``data/faults.csv`` that lies in the files of a dataset.
-
-    Returns
-    -------
-    pathlib.Path
-        The folder.
-
-    Raises
-    ------
-    InputError
-        If there is no fault of that name, or see `write_copy`.
+    Returns the folder; raises InputError if there is no fault of that name.
     """
     if name not in SPOIL_DATA:
         raise InputError(f"there is no fault {name!r}", fix=f"use one of {', '.join(SPOIL_DATA)}")
@@ -318,12 +298,12 @@ def read_split_wrong_keys(data_dir, split):
     """Read a split as the failing script did: objects under JSON keys that nobody writes.
 
     Every annotation file is opened, and a missing key passes for an empty list. The objects are
-    the only difference to `helpers.data.coco.read_split`, which refuses such a file.
+    the only difference to `helpers.data.coco.read_split`, whose errors it raises too.
 
     Parameters
     ----------
     data_dir : str or os.PathLike
-        A folder with one folder per split, see `helpers.files.resolve`.
+        A folder with one folder per split.
     split : str
         Name of the split. Its per-image files are read if there are any, else its one COCO file.
 
@@ -333,18 +313,11 @@ def read_split_wrong_keys(data_dir, split):
         Its records have the objects of ``bboxes`` ([x, y, width, height] in pixels) and ``masks``
         (COCO segmentations), in pairs: none at all for a dataset that keeps to COCO's keys.
 
-    Raises
-    ------
-    InputError
-        If the files cannot be read, see `helpers.data.coco.read_split`.
-
     Notes
     -----
-    The dataset class of Sompote/SAM3_LoRA looked for ``bboxes`` and ``masks`` where the files have
-    ``annotations`` with ``bbox`` and ``segmentation``, until commit d1a8518. There is no error and
-    no warning. With the loss ``early`` the training loss is ``2 mean(softplus(query logit))`` and
-    falls towards zero, and the highest score of every prompt is 0.000; with the loss ``native`` the
-    presence logit falls.
+    The dataset class of Sompote/SAM3_LoRA did so until commit d1a8518. There is no error and no
+    warning. With the loss ``early`` the training loss falls towards zero and the highest score of
+    every prompt is 0.000; with the loss ``native`` the presence logit falls.
     """
     right = read_split(data_dir, split)
     if (right.root / "annotations").is_dir():

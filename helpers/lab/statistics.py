@@ -49,15 +49,7 @@ LABELS = {
 
 
 class Estimate(NamedTuple):
-    """A mean difference and its 95 % interval.
-
-    Attributes
-    ----------
-    value, low, high : float
-        Mean over the repetitions and the ends of the interval; NaN ends where it is not known.
-    count : int
-        Repetitions.
-    """
+    """A mean difference: value, ends of its 95 % interval (NaN where unknown), repetitions."""
 
     value: float
     low: float
@@ -85,8 +77,8 @@ def wilson(share, count):
 def effective_count(shares, count):
     """Return how many independent cases shares (repetitions, cells) are worth, at most ``count``.
 
-    Shares that scatter over the repetitions more than such a count would are worth fewer (Korn and
-    Graubard 1998). All repetitions see the same images, so together they are not worth more.
+    Shares that scatter over the repetitions are worth fewer (Korn and Graubard 1998). All repetitions
+    see the same images, so together they are not worth more.
     """
     repetitions, mean = len(shares), shares.mean(axis=0)
     if repetitions < 2:
@@ -100,29 +92,12 @@ def effective_count(shares, count):
 
 
 def contrast(values, weights, count=None):
-    """Estimate a weighted sum of the cells of a design.
+    """Estimate the weighted sum of values (repetitions, cells) of a design, weights (cells,).
 
-    Parameters
-    ----------
-    values : numpy.ndarray
-        (repetitions, cells), one outcome.
-    weights : numpy.ndarray
-        (cells,), for example -1 and +1 for a difference.
-    count : int, optional
-        Given for shares: what they are shares of.
-
-    Returns
-    -------
-    Estimate
-        For shares, Wilson's interval of each cell, joined as Newcombe joins two (1998; for any sum:
-        Zou and Donner 2008). It has a width where all repetitions agree and stays within what is
-        possible. For other outcomes, Student's interval over the repetitions, which covers what it
-        promises with five of them, where a percentile bootstrap covers some 82 %.
-
-    Raises
-    ------
-    InputError
-        Without a repetition, or with a value that is missing.
+    ``count`` is given for shares, and says what they are shares of. Then the interval joins Wilson's
+    of each cell as Newcombe joins two (1998; any sum: Zou and Donner 2008): it has a width where all
+    repetitions agree, and stays within what is possible. For other outcomes it is Student's, which
+    covers what it promises with five repetitions, where a percentile bootstrap covers some 82 %.
     """
     values, weights = np.asarray(values, dtype=float), np.asarray(weights, dtype=float)
     if not len(values) or np.isnan(values).any():
@@ -146,8 +121,7 @@ def contrast(values, weights, count=None):
 def effect_weights(cells, factors):
     """Map each main effect and interaction to its weights (cells,).
 
-    A main effect is the mean over the factor's second level minus that over its first. An
-    interaction, ``"a x b"``, is the effect of b at the second level of a minus that at its first.
+    An interaction, ``"a x b"``, is the effect of b at the second level of a minus that at its first.
     """
     signs = {
         name: np.array([1.0 if cell[place] == levels[1] else -1.0 for cell in cells])
@@ -166,19 +140,16 @@ def effect_table(table, factors, outcome, block="seed"):
     Parameters
     ----------
     table : pandas.DataFrame
-        One row per run: the factors, the block and the outcome as columns.
+        One row per run; each ``block`` holds every combination of levels exactly once.
     factors : dict of str to tuple
         Factor to its two levels, the reference first.
     outcome : str
         A numeric column without gaps; those in `SHARES` are taken as shares.
-    block : str
-        Column of the repetition; each must hold every combination of levels exactly once.
 
     Returns
     -------
     pandas.DataFrame
-        Index ``effect``; columns ``value``, ``low``, ``high``, ``count`` and ``is_clear``. See
-        `effect_weights` for the effects and `contrast` for the intervals.
+        Index ``effect``; columns ``value``, ``low``, ``high`` (see `contrast`), ``count``, ``is_clear``.
 
     Raises
     ------
@@ -214,19 +185,12 @@ def paired_difference(table, outcome, reference, other, block="seed"):
     outcome : str
         A column; those in `SHARES` are taken as shares.
     reference, other : dict
-        Column to value; each must pick exactly one run per repetition.
-    block : str
-        Column of the repetition.
+        Column to value; each must pick exactly one run per ``block``, or InputError is raised.
 
     Returns
     -------
     Estimate
         Of `other` minus `reference`, see `contrast`.
-
-    Raises
-    ------
-    InputError
-        If the runs do not pair up.
     """
     sides = []
     for levels in (reference, other):
@@ -246,18 +210,13 @@ def main_effects(cells):
     Parameters
     ----------
     cells : pandas.DataFrame
-        Four rows, one per combination, with a MultiIndex of two named levels of two values each;
-        the first value met is the reference. Columns are numeric outcomes without gaps.
+        Four rows with a MultiIndex of two named levels of two values each, the reference first.
+        Columns are numeric outcomes without gaps. Anything else is an InputError.
 
     Returns
     -------
     pandas.DataFrame
-        Index ``effect``: the names of the two factors and ``interaction``; columns as in `cells`.
-
-    Raises
-    ------
-    InputError
-        When the rows are not the four combinations, or an outcome is missing.
+        Index ``effect``: the two factors and ``interaction``; columns as in `cells`.
     """
     names = list(cells.index.names)
     if cells.index.nlevels != 2 or None in names:
@@ -278,20 +237,10 @@ def main_effects(cells):
 
 
 def word_effects(effects, outcome):
-    """Say which of the two factors changes an outcome more, and by how much.
+    """Say which of the two factors of `main_effects` changes an outcome more, and by how much.
 
-    Parameters
-    ----------
-    effects : pandas.DataFrame
-        From `main_effects`.
-    outcome : str
-        A column of it.
-
-    Returns
-    -------
-    str
-        One sentence, true whichever way the numbers fall; effects are compared by size after
-        rounding to three decimals, as they are written.
+    The sentence is true whichever way the numbers fall; they are compared as written, rounded to
+    three decimals.
     """
     values = effects[outcome].drop(INTERACTION).round(3) + 0.0  # no -0.000
     larger, smaller = values.abs().sort_values(ascending=False, kind="stable").index
@@ -308,22 +257,7 @@ def word_effects(effects, outcome):
 
 
 def tables_folder(path):
-    """Find the folder of the tables, from wherever a notebook or command runs.
-
-    Parameters
-    ----------
-    path : str or os.PathLike
-        A relative one is seen from the current folder, the repository or ``notebooks/``.
-
-    Returns
-    -------
-    pathlib.Path
-
-    Raises
-    ------
-    InputError
-        If it is no folder.
-    """
+    """Find the folder of the tables, seen from the current folder, the repository or ``notebooks/``."""
     for folder in (resolve(path), ROOT / "notebooks" / path):
         if folder.is_dir():
             return folder.resolve()
@@ -377,17 +311,7 @@ def load_table(design, folder=TABLES, *, profile="tiny"):
 
 
 def load_base_row(folder=TABLES):
-    """Read what the base answers without any adapter.
-
-    Parameters
-    ----------
-    folder : os.PathLike
-
-    Returns
-    -------
-    pandas.Series
-        `helpers.lab.experiment.RESPONSES` by name.
-    """
+    """Read what the base answers without any adapter: `helpers.lab.experiment.RESPONSES` by name."""
     path = folder / "base.csv"
     if not path.is_file():
         raise InputError("no such table", where=path, fix="run `make experiment`")
@@ -397,21 +321,18 @@ def load_base_row(folder=TABLES):
 def steps_table(table, outcome):
     """Show what one change does from the failing state, and one fault from the working one.
 
-    The numbers hold for a base that never met the word.
-
     Parameters
     ----------
     table : pandas.DataFrame
-        The design ``causes``, from `load_table`.
+        The design ``causes``, from `load_table`: the numbers hold for a base that never met the word.
     outcome : str
         A response.
 
     Returns
     -------
     pandas.DataFrame
-        Index ``state`` (failing, working) and the factor that is changed; columns ``change`` (its
-        levels), ``before`` and ``after`` (means over the seeds), and the ``low`` and ``high`` end
-        of the 95 % interval of the difference, see `contrast`.
+        Index ``state`` (failing, working) and ``changed``; columns ``change`` (the levels), ``before``
+        and ``after`` (means over the seeds), and the 95 % interval of the difference, ``low``, ``high``.
     """
     rows = {}
     for end, name in enumerate(("failing", "working")):
@@ -433,19 +354,8 @@ def steps_table(table, outcome):
 def effects_figure(table, factors, outcomes):
     """Draw the main effects and interactions on several outcomes, with their intervals.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        From `load_table`.
-    factors : dict
-        See `effect_table`.
-    outcomes : sequence of str
-        One panel each.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        A filled marker stands for an interval that does not hold 0.
+    ``table`` and ``factors`` are those of `effect_table`; each outcome has a panel. A filled marker
+    stands for an interval that does not hold 0.
     """
     tables = {outcome: effect_table(table, factors, outcome) for outcome in outcomes}
     names = [effect.replace("_", " ") for effect in tables[outcomes[0]].index]
@@ -464,19 +374,7 @@ def effects_figure(table, factors, outcomes):
 def levels_figure(table, column, outcomes, *, base=None):
     """Draw every run of every level of one factor as a dot, with the mean as a bar.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-    column : str
-        The factor.
-    outcomes : sequence of str
-        One panel each.
-    base : pandas.Series, optional
-        What the base answers: a dotted line.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
+    Each outcome has a panel; a dotted line is what ``base``, from `load_base_row`, answers.
     """
     levels = list(dict.fromkeys(table[column]))
     names = [str(level).replace("_", " ") for level in levels]

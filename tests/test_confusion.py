@@ -3,16 +3,10 @@ import json
 import pandas as pd
 import pytest
 
+from data.experiments import make_confusion
+from data.experiments.make_confusion import HEALTHY_RUNS, run_laboratory
 from helpers.causes import CAUSES
-from helpers.lab import confusion
-from helpers.lab.confusion import (
-    CONFUSION_TABLE,
-    HEALTHY_RUNS,
-    NOTHING,
-    confusion_figure,
-    run_laboratory,
-    score,
-)
+from helpers.lab.confusion import CONFUSION_TABLE, NOTHING, confusion_figure, score
 from helpers.lab.faults import FAULTS
 
 
@@ -68,7 +62,7 @@ def test_what_was_judged_is_not_judged_again(tmp_path, monkeypatch):
             (folder / f"{name.replace(' ', '_')}.json").write_text(json.dumps(row))
             yield
 
-    monkeypatch.setattr(confusion, "run_jobs", jobs)
+    monkeypatch.setattr(make_confusion, "run_jobs", jobs)
     table = run_laboratory(tmp_path)
     assert len(calls) == len(table) == len(FAULTS) + len(HEALTHY_RUNS)
     assert score(table)["named_first"] == 1

@@ -11,6 +11,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from data.experiments import make
+from data.experiments.make import publish, run_experiment
 from helpers.errors import InputError
 from helpers.files import TINY_BASE
 from helpers.lab import experiment
@@ -23,8 +25,6 @@ from helpers.lab.experiment import (
     SEEDS,
     Cell,
     cells_of,
-    publish,
-    run_experiment,
 )
 from helpers.model.lora import add_lora
 from helpers.model.sam3 import load_base
@@ -125,7 +125,7 @@ def small(tmp_path, monkeypatch, base, data_dir):
     monkeypatch.setitem(DESIGNS, "causes", design)
     monkeypatch.setattr(experiment, "SHORTER", {})
     monkeypatch.setattr(experiment, "KNOWN_THINGS", one_known_wall(tmp_path / "known"))
-    monkeypatch.setattr(experiment, "run_jobs", in_this_process)
+    monkeypatch.setattr(make, "run_jobs", in_this_process)
     return tmp_path, {"profile": "tiny", "data_dir": data_dir, "seeds": [1, 2]}
 
 
@@ -157,9 +157,9 @@ def test_rows_say_what_was_run_and_finished_cells_are_not_run_again(small, monke
     assert (folder / "out" / "base.json").is_file()
 
     ran = []
-    run_cell = experiment.run_cell
+    run_cell = make.run_cell
     monkeypatch.setattr(
-        experiment, "run_cell", lambda cell, *args: ran.append(cell.seed) or run_cell(cell, *args)
+        make, "run_cell", lambda cell, *args: ran.append(cell.seed) or run_cell(cell, *args)
     )
     (folder / "out" / "causes" / "text-on_seed-2.json").unlink()
     again = run_experiment("causes", folder / "out", **options)
@@ -192,7 +192,7 @@ def test_an_unfinished_experiment_is_not_published(small):
 JOBS = """
 import os, sys, time
 from pathlib import Path
-from helpers.lab.experiment import run_command, run_jobs
+from data.experiments.make import run_command, run_jobs
 
 def work(folder, number):
     if number == 1:

@@ -19,7 +19,7 @@ def score(table):
     Parameters
     ----------
     table : pandas.DataFrame
-        From `run_laboratory` or the committed file: ``planted``, ``cause``, ``first``, ``found``.
+        `CONFUSION_TABLE`: ``planted``, ``cause``, ``first``, ``found``.
 
     Returns
     -------

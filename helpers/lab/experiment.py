@@ -185,14 +185,7 @@ def cells_of(design, seeds=SEEDS):
 
 
 def run_cell(cell, profile, data_dir, folder):
-    """Train and judge one cell.
-
-    Parameters
-    ----------
-    cell : Cell
-    profile : str
-    data_dir, folder : os.PathLike
-        Dataset, and where the run goes.
+    """Train and judge one cell on the dataset in ``data_dir``, with the run in ``folder``.
 
     Returns
     -------

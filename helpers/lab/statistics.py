@@ -176,12 +176,10 @@ def effect_table(table, factors, outcome, block="seed"):
 
 
 def paired_difference(table, outcome, reference, other, block="seed"):
-    """Estimate how two kinds of runs differ, pairing those of the same repetition.
+    """Estimate how two kinds of runs, rows of a table, differ within the same repetition.
 
     Parameters
     ----------
-    table : pandas.DataFrame
-        One row per run.
     outcome : str
         A column; those in `SHARES` are taken as shares.
     reference, other : dict

@@ -219,8 +219,9 @@ def test_a_kill_loses_no_row_and_leaves_no_process(tmp_path, victim):
         [sys.executable, str(script), str(tmp_path)], stderr=subprocess.PIPE, text=True
     )
     try:
-        wait_for((tmp_path / "pid").is_file, 500)
-        wait_for(lambda: (tmp_path / "pid").read_text(), 5)
+        for name in ("row", "pid"):
+            wait_for((tmp_path / name).is_file, 500)
+            wait_for((tmp_path / name).read_text, 5)
         worker = int((tmp_path / "pid").read_text())
         os.kill({"worker": worker, "parent": process.pid}[victim], signal.SIGKILL)
         _, messages = process.communicate(timeout=60)

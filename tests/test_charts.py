@@ -1,18 +1,18 @@
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from helpers.errors import InputError
 from helpers.show.charts import (
     component_bars_figure,
-    curves_figure,
+    draw_lines,
     grouped_bars_figure,
     history_frame,
     logit_heatmap_figure,
     loss_terms,
     score_histogram_figure,
     threshold_figure,
-    validation_metrics,
 )
 
 LOG = [
@@ -51,10 +51,8 @@ def test_history_joins_entries_of_one_step():
     assert np.isnan(history.loc[1, "eval_AP50"])
 
 
-def test_terms_and_metrics_are_told_apart():
-    history = history_frame(LOG)
-    assert loss_terms(history) == ["loss", "loss_ce", "presence_loss"]
-    assert validation_metrics(history) == ["eval_AP50"]
+def test_terms_of_the_loss_are_told_from_other_numbers():
+    assert loss_terms(history_frame(LOG)) == ["loss", "loss_ce", "presence_loss"]
 
 
 def test_entry_without_step_is_refused():
@@ -62,21 +60,32 @@ def test_entry_without_step_is_refused():
         history_frame([{"loss": 1.0}])
 
 
-def test_curves_show_every_term_in_a_style_of_its_own():
-    log = [{"step": step, **{f"term_{n}": 1.0 for n in range(12)}} for step in (1, 2)]
-    lines = curves_figure(log).axes[0].lines
+def lines_of(table, columns, **options):
+    ax = Figure().subplots()
+    draw_lines(ax, table, columns, xlabel="step", ylabel="loss", **options)
+    return ax
+
+
+def test_every_line_has_a_style_of_its_own():
+    table = pd.DataFrame({f"term {number}": [1.0, 2.0] for number in range(12)})
+    lines = lines_of(table, list(table)).lines
     styles = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}
     assert len(lines) == len(styles) == 12
+    assert len({line.get_linestyle() for line in lines[:4]}) == 4
 
 
-def test_curves_leave_zero_out_of_the_logarithmic_axis():
-    lines = {line.get_label(): line for line in curves_figure(LOG).axes[0].lines}
+def test_zero_is_left_out_of_a_logarithmic_axis():
+    history = history_frame(LOG)
+    ax = lines_of(history, loss_terms(history), log=True)
+    lines = {line.get_label(): line for line in ax.lines}
     assert list(lines["presence_loss"].get_xdata()) == [1]
     assert list(lines["loss"].get_xdata()) == [1, 2]
 
 
-def test_empty_log_says_so():
-    assert text_of(curves_figure([])) == ["nothing logged yet"] * 2
+def test_axes_without_a_line_say_so():
+    assert [text.get_text() for text in lines_of(history_frame([]), []).texts] == [
+        "nothing logged yet"
+    ]
 
 
 def test_threshold_figure_marks_the_threshold():

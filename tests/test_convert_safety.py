@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 
 import numpy as np
@@ -101,7 +102,7 @@ def test_names_differ_where_case_or_accents_do_not_count(tmp_path):
         write_image(src / name.replace("PNG", "png"), seed=seed).rename(src / name)
     convert(src, tmp_path / "dst")
     written = [record.image_id for record in read_split(tmp_path / "dst", "train").records]
-    assert len({module._plain(name) for name in written}) == len(names)
+    assert len({module.spelling(name) for name in written}) == len(names)
 
 
 @pytest.fixture
@@ -232,6 +233,7 @@ def test_a_killed_conversion_leaves_no_destination_and_can_be_repeated(tmp_path,
 
     def run():
         module._place = stop
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as `python -m helpers` does
         convert(src, dst)
 
     process = multiprocessing.get_context("fork").Process(target=run)
@@ -285,7 +287,6 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, owner, number, text):
     def fail(*args, **kwargs):
         raise OSError(number, text)
 
-    monkeypatch.setattr(module, "FICLONE", 0)
     monkeypatch.setattr(f"helpers.convert.conversion.{owner}", fail)
     refused(src, tmp_path / "dst", text)
 

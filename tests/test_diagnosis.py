@@ -250,6 +250,14 @@ def test_values_that_no_training_writes_are_named(run_copy, only_files, name, da
     assert any(name in text for text in found.evidence)
 
 
+def test_an_adapter_of_NaN_is_named_and_nothing_else(run_copy, monkeypatch):
+    change_weights(lambda tensor: tensor * math.nan)(run_copy / "adapter_model.safetensors")
+    gates = (*FILE_GATES, *RUN_GATES, *adapter_gates.CHECKPOINT_GATES)
+    monkeypatch.setattr(diagnosis, "GATES", gates)
+    [cause] = diagnose(run_copy).causes
+    assert (cause.code, cause.confidence) == ("not_finite", 1.0)
+
+
 def test_an_interrupted_run_is_called_so(run_copy, capsys, monkeypatch):
     for name in set(FILES) - {"config.yaml", "prompts.json", "environment.json", "curves.csv"}:
         (run_copy / name).unlink()

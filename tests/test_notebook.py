@@ -42,6 +42,22 @@ def test_folder_is_relative_to_the_repository(begin, monkeypatch, tmp_path):
     assert begin(output_dir="runs/seed7").output_dir == ROOT / "runs" / "seed7"
 
 
+@pytest.mark.parametrize("below", ["", "course"])
+def test_output_folder_that_is_a_file_is_refused(begin, tmp_path, below):
+    (tmp_path / "taken").write_text("something of yours")
+    folder = tmp_path / "taken" / below
+    with pytest.raises(InputError, match=r"output_dir is .*taken is a file"):
+        begin(output_dir=str(folder))
+    assert (tmp_path / "taken").read_text() == "something of yours"
+
+
+def test_output_folder_that_becomes_a_file_is_one_line(begin, tmp_path):
+    run = begin()
+    (tmp_path / "course").write_text("")
+    with pytest.raises(InputError, match="cannot be made"):
+        run.save_results({})
+
+
 def test_seed_is_set(begin):
     draws = []
     for _ in range(2):

@@ -7,9 +7,11 @@ from functools import cache
 import nbformat
 import pytest
 
+from helpers.course.exercises import EXERCISES, SOLUTIONS
 from helpers.course.run import NOTEBOOKS, find_notebooks, parameter_names, strip
 
-PATHS = find_notebooks(NOTEBOOKS)
+LESSONS = find_notebooks(NOTEBOOKS)
+SOLVED, OPEN = find_notebooks(SOLUTIONS), find_notebooks(EXERCISES)
 REQUIRED_PARAMETERS = {"profile", "data_dir", "seed", "output_dir", "fast_run"}
 MAX_CODE_LINES = 20
 MAX_BYTES = 500_000
@@ -17,7 +19,16 @@ MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|work|tmp|Users|mnt|opt)/\w
 MARKDOWN_LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)[^)]*\)")
 HTML_IMAGE = re.compile(r"<img\b[^>]*>")
 
-pytestmark = pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
+
+def each(*paths):
+    """Parametrise a test by notebooks."""
+    return pytest.mark.parametrize(
+        "path", paths, ids=lambda path: f"{path.parent.name}/{path.stem}"
+    )
+
+
+each_notebook, each_lesson = each(*LESSONS, *SOLVED, *OPEN), each(*LESSONS)
+each_executed, each_exercise = each(*LESSONS, *SOLVED), each(*SOLVED, *OPEN)
 
 
 @cache
@@ -62,6 +73,7 @@ def text_outputs(path):
                 yield data
 
 
+@each_notebook
 def test_is_a_valid_python_notebook(path):
     notebook = read(path)
     nbformat.validate(notebook)
@@ -69,31 +81,37 @@ def test_is_a_valid_python_notebook(path):
     assert notebook.metadata.kernelspec.language == "python"
 
 
+@each_notebook
 def test_is_small(path):
     assert path.stat().st_size < MAX_BYTES
 
 
+@each_executed
 def test_was_run_from_top_to_bottom(path):
     counts = [cell.execution_count for cell in cells_of(path, "code") if cell.source.strip()]
     assert counts == list(range(1, len(counts) + 1)), "run `make notebooks`"
 
 
+@each_executed
 def test_holds_no_error_that_is_not_meant(path):
     for cell in cells_of(path, "code"):
         errors = [output.ename for output in cell.outputs if output.output_type == "error"]
         assert not errors or "raises-exception" in tags_of(cell), errors
 
 
+@each_executed
 def test_holds_no_noise_of_libraries(path):
     noise = [output.text for output in outputs_of(path) if output.get("name") == "stderr"]
     assert not noise, noise
 
 
+@each_executed
 def test_is_in_the_stored_form(path):
     assert "widgets" not in read(path).metadata, "GitHub may refuse to show it"
     assert strip([path], verify=True), "run `make notebooks`"
 
 
+@each_lesson
 def test_first_cell_says_what_why_and_how_long(path):
     first = read(path).cells[0]
     assert first.cell_type == "markdown"
@@ -104,6 +122,15 @@ def test_first_cell_says_what_why_and_how_long(path):
     assert any(target.endswith(".ipynb") for _, _, target in MARKDOWN_LINK.findall(first.source))
 
 
+@each_exercise
+def test_first_cell_of_an_exercise_says_what_and_how_long(path):
+    first = read(path).cells[0].source
+    assert re.match(rf"# Exercise {path.stem[:2]} · \S", first)
+    assert "**You need**" in first
+    assert "**Time" in first
+
+
+@each_lesson
 def test_ends_with_recap_exercise_next(path):
     assert [text for level, text in headings_of(path) if level == 2][-3:] == [
         "Recap",
@@ -112,6 +139,7 @@ def test_ends_with_recap_exercise_next(path):
     ]
 
 
+@each_lesson
 def test_headings_do_not_skip_a_level(path):
     levels = [level for level, _ in headings_of(path)]
     assert levels.count(1) == 1
@@ -119,6 +147,7 @@ def test_headings_do_not_skip_a_level(path):
     assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
 
 
+@each_notebook
 def test_parameters_cell_only_assigns_annotated_literals_with_help(path):
     source = parameters_cell(path).source
     for statement in ast.parse(source).body:
@@ -128,11 +157,14 @@ def test_parameters_cell_only_assigns_annotated_literals_with_help(path):
         assert not line.strip() or "  # " in line or line.startswith("#"), f"no help: {line}"
 
 
+@each_notebook
 def test_has_the_required_parameters(path):
     assert parameter_names(path) >= REQUIRED_PARAMETERS
-    assert "score_threshold" in parameter_names(path) or not path.stem.startswith("05")
+    assert "score_threshold" in parameter_names(path) or path.stem != "05_inference"
+    assert "case" in parameter_names(path) or path in LESSONS
 
 
+@each_notebook
 def test_cell_after_the_parameters_validates_them_all(path):
     code = cells_of(path, "code")
     following = code[code.index(parameters_cell(path)) + 1]
@@ -144,16 +176,19 @@ def test_cell_after_the_parameters_validates_them_all(path):
     assert given >= REQUIRED_PARAMETERS | thresholds
 
 
+@each_notebook
 def test_saves_results(path):
     assert any(".save_results(" in cell.source for cell in cells_of(path, "code"))
 
 
+@each_lesson
 def test_has_numbers_that_nbval_compares(path):
     marked = [cell for cell in cells_of(path, "code") if "# NBVAL_CHECK_OUTPUT" in cell.source]
     assert marked
     assert all(cell.outputs for cell in marked)
 
 
+@each_notebook
 def test_panels_are_not_compared(path):
     for cell in cells_of(path, "code"):
         if re.search(r"(threshold_panel|LossPanel)\(", cell.source):
@@ -161,6 +196,7 @@ def test_panels_are_not_compared(path):
             assert "NBVAL_CHECK_OUTPUT" not in cell.source
 
 
+@each_notebook
 def test_code_cells_are_short_and_plain(path):
     for cell in cells_of(path, "code"):
         lines = cell.source.splitlines()
@@ -169,11 +205,13 @@ def test_code_cells_are_short_and_plain(path):
         assert not cell.source.rstrip().endswith(";"), "assign to _ instead"
 
 
+@each_notebook
 def test_shows_no_path_of_a_machine(path):
     texts = [cell.source for cell in read(path).cells] + list(text_outputs(path))
     assert not [found.group(0) for text in texts for found in MACHINE_PATH.finditer(text)]
 
 
+@each_notebook
 def test_links_and_images_resolve(path):
     for cell in cells_of(path, "markdown"):
         for _, text, target in MARKDOWN_LINK.findall(cell.source):
@@ -181,12 +219,14 @@ def test_links_and_images_resolve(path):
                 assert (path.parent / target.split("#")[0]).exists(), f"[{text}]({target})"
 
 
+@each_notebook
 def test_images_have_alternative_text(path):
     for cell in cells_of(path, "markdown"):
         assert all(text.strip() for mark, text, _ in MARKDOWN_LINK.findall(cell.source) if mark)
         assert all(re.search(r'alt="[^"]+"', image) for image in HTML_IMAGE.findall(cell.source))
 
 
+@each_executed
 def test_figures_have_alternative_text_and_a_printed_sentence(path):
     for cell in cells_of(path, "code"):
         printed = "".join(output.get("text", "") for output in cell.outputs)

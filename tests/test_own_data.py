@@ -196,7 +196,7 @@ def test_a_photograph_of_ones_own_has_its_upright_size_and_no_objects(tmp_path):
     turned.save(tmp_path / "turned.jpg", exif=exif)
     record = open_photograph(tmp_path / "turned.jpg")
     assert (record.width, record.height, record.objects) == (20, 30, ())
-    with pytest.raises(InputError, match="no readable image"):
+    with pytest.raises(InputError, match="no such image"):
         open_photograph(tmp_path / "nothing.jpg")
 
 

@@ -97,6 +97,36 @@ def test_long_prompts_are_wrapped(image, rle):
     assert max(map(len, titles(figure)[0].splitlines())) <= 40
 
 
+@pytest.mark.parametrize(
+    ("prompt", "title"),
+    [
+        ("a $x^$ b", '"a $x^$ b"'),
+        ("$$", '"$$"'),
+        ("a $x$ b", '"a $x$ b"'),
+        ("crack\udce9", '"crack\\udce9"'),
+        ("a\x1b[2Jb\x00", '"a\\x1b[2Jb\\x00"'),
+        ("\u202ekcarc", '"\\u202ekcarc"'),
+        ("Riß 裂缝", '"Riß 裂缝"'),
+    ],
+)
+def test_odd_prompts_are_drawn_as_they_are(image, rle, tmp_path, prompt, title):
+    """As text, not as mathematics; what has no shape is escaped."""
+    figure = prediction_figure(image, [make_prediction(rle, 1, prompt)])
+    figure.draw_without_rendering()
+    assert titles(figure)[0].startswith(title)
+    assert not figure.axes[0]._left_title.get_parse_math()
+    save_prediction_figure(tmp_path / "out.png", image, [make_prediction(rle, 1, prompt)])
+
+
+def test_odd_categories_are_drawn_too(image, rle):
+    """Two categories, so that each object has a label with its name."""
+    names = ("$x^$", "crack\ud800\x07")
+    objects = [ObjectAnnotation(name, BOX_XYXY, rle) for name in names]
+    figure = prediction_figure(image, [], objects)
+    figure.draw_without_rendering()
+    assert "\\ud800\\x07" in titles(figure)[0].replace("\n", "")
+
+
 def test_ground_truth_stands_first_and_is_counted(image, rle):
     objects = [ObjectAnnotation("crack", BOX_XYXY, rle), ObjectAnnotation("joint", BOX_XYXY, None)]
     figure = prediction_figure(image, [make_prediction(rle, 1)], objects)

@@ -13,13 +13,11 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import unquote
 
 from helpers.convert.source import (
-    SPLIT_WORDS,
     WHOLE,
     Source,
     SourceImage,
-    examples,
     files_below,
-    files_in,
+    note_of,
     picture_size,
     refuse_outside,
     split_of_name,
@@ -29,7 +27,9 @@ from helpers.data.coco import (
     category_names,
     coco_entries,
     entries_of,
+    find_splits,
     layouts_of,
+    split_folder,
 )
 from helpers.data.records import Category
 from helpers.errors import InputError
@@ -41,219 +41,178 @@ _OWN_KEYS = {"file_name", "width", "height"}
 
 def is_coco(root):
     """Return whether a path is a COCO file or a folder that holds some."""
-    return bool(_split_layouts(root) or _coco_files(root))
+    return bool(_layouts(root) or _coco_files(root))
 
 
 def read_coco(root):
-    """Read COCO annotations, with polygons and run lengths as they are.
+    """Read COCO annotations, with polygons, run lengths, ids and further keys as they are.
 
-    Parameters
-    ----------
-    root : pathlib.Path
-        A COCO file; a folder with one per split, or with ``annotations/instances_train.json`` and
-        the like; a Roboflow export; or per-image JSON files. Images may lie anywhere below the
-        folder, as long as their path ends as ``file_name`` says.
-
-    Returns
-    -------
-    helpers.convert.source.Source
-        Ids, crowd flags and further keys as in the file; the format is ``coco`` or ``per_image``.
-
-    Raises
-    ------
-    InputError
-        If a file is incomplete, two files are one split, or an image is missing.
+    `root` is a COCO file; a folder with one per split, or with ``annotations/instances_train.json``
+    and the like; a Roboflow export; or per-image JSON files. Images may lie anywhere below the
+    folder, as long as their path ends as ``file_name`` says.
     """
-    base = root if root.is_dir() else root.parent
-    layouts = _split_layouts(root)
-    if layouts:
-        kind = "per_image" if "per_image" in [layout for _, layout in layouts.values()] else "coco"
-        read = {split: entries_of(*place) for split, place in layouts.items()}
-        files = [folder / COCO_FILE for folder, layout in layouts.values() if layout == "coco"]
-    else:
-        kind, by_split = "coco", _coco_files(root)
-        read = {split: coco_entries(path) for split, path in by_split.items()}
-        files = list(by_split.values())
-    whole = None if layouts else ImageFinder(base)
-    splits, tables, resized, respelt = {}, {}, [], []
-    for split, entries in read.items():
+    base, layouts = root if root.is_dir() else root.parent, _layouts(root)
+    files = {
+        split: folder / COCO_FILE for split, (folder, kind) in layouts.items() if kind == "coco"
+    }
+    files = files if layouts else _coco_files(root)
+    whole = None if layouts else _byspelling(base)
+    splits, table, resized, respelt = {}, {}, [], []
+    for split in layouts or files:
+        folder, kind = layouts.get(split, (base, "coco"))
+        # In these layouts an entry of `train` never means a file of `valid`.
+        index = _byspelling(folder) if layouts else whole
+        entries = entries_of(folder, kind) if layouts else coco_entries(files[split])
         splits[split] = []
-        finder = whole or ImageFinder(layouts[split][0])  # `train` never means a file of `valid`
-        for where, image, own, categories in entries:
-            names = category_names(categories, where, tables)
-            path = finder.find(image, where, split, respelt)
-            size = picture_size(path, base)
-            stated = (image.get("width"), image.get("height"))
-            if stated not in ((None, None), size):
+        for where, image, items, categories in entries:
+            names = category_names(categories, where, table)
+            path = _image_path(image, where, folder, index, split, respelt)
+            size, stated = picture_size(path, base), _stated_size(image, where)
+            if stated not in (None, size):
                 sizes = f"{size[0]} x {size[1]}, stated {stated[0]} x {stated[1]}"
                 resized.append(f"{path.name} ({sizes})")
-            width, height = size if stated == (None, None) else stated
+            width, height = stated or size
+            objects = tuple(_object(entry, names, where) for entry in items)
             extra = {key: image[key] for key in image if key not in _OWN_KEYS}
-            objects = tuple(_object(entry, names, where) for entry in own)
-            own_files = () if where in files else (where,)
+            own_files = (where,) if kind == "per_image" else ()
             splits[split].append(SourceImage(path, width, height, objects, extra, own_files))
-    notes = []
-    if respelt:
-        notes.append(f"{len(respelt)} images are spelt otherwise on the disk: {examples(respelt)}")
-    if resized:
-        notes.append(f"{len(resized)} images have another size than stated: {examples(resized)}")
-    header = _header(files[0]) if kind == "coco" else {}
-    return Source(kind, splits, _merge_tables(tables.values()), tuple(notes), header, tuple(files))
+    notes = note_of(respelt, "images are spelt otherwise on the disk")
+    notes += note_of(resized, "images have another size than stated")
+    content = read_json(next(iter(files.values()))) if files else {}
+    header = {key: content[key] for key in content if key not in _KEYS}
+    kind = "coco" if files else "per_image"
+    return Source(kind, splits, _merge(table.values()), tuple(notes), (*files.values(),), header)
 
 
-def _split_layouts(root):
-    """Map each split to the folder and layout that training would read, under any word for it."""
-    layouts = {}
-    for folder in sorted(root.iterdir()) if root.is_dir() else ():
-        if not folder.is_dir() or not layouts_of(folder):
-            continue
-        if not (folder / COCO_FILE).is_file() and not files_in(folder / "annotations", (".json",)):
-            continue
-        split = SPLIT_WORDS.get(folder.name.casefold(), folder.name)
-        if split in layouts:
-            raise InputError(
-                f"'{layouts[split][0].name}' and '{folder.name}' both mean the split '{split}'",
-                where=root,
-                fix="rename one of them",
-            )
-        layouts[split] = (folder, layouts_of(folder)[0])
-    order = {split: layouts[split] for split in ("train", "valid", "test") if split in layouts}
-    return order | layouts
+def _layouts(root):
+    """Map each split to its folder and layout, if training could read the folder as it is."""
+    try:
+        names = find_splits(root)
+    except InputError:
+        return {}
+    folders = {name: split_folder(root, name)[1] for name in names}
+    return {
+        name: (folder, layouts_of(folder)[0])
+        for name, folder in folders.items()
+        if (folder / COCO_FILE).is_file() or files_below(folder / "annotations", (".json",))
+    }
 
 
 def _coco_files(root):
     """Map each split to its COCO file, for files under other names than the usual one."""
-    if root.is_file():
-        candidates = [root] if root.suffix.lower() == ".json" else []
-    else:
-        candidates = [*files_in(root, (".json",)), *files_in(root / "annotations", (".json",))]
-    files, damage = [], None
-    for path in candidates:
+    places = [*root.glob("*.json"), *root.glob("annotations/*.json")]
+    paths, problem = [], None
+    places = [root] if root.suffix == ".json" and root.is_file() else sorted(places)
+    for path in places:
+        is_named = split_of_name(path.stem) or path.stem.startswith("instances")
         try:
-            content = read_json(path)
+            if not path.name.startswith(".") and read_json(path).keys() >= _KEYS:
+                paths.append(path)
         except (
             InputError
-        ) as error:  # foreign, unless it bears the name of a split or nothing else is there
-            if path == root or split_of_name(path.stem) or path.stem.startswith("instances"):
+        ) as error:  # foreign, unless its name says what it is, or no other is there
+            if is_named:
                 raise
-            damage = damage or error
-            continue
-        if content.keys() >= _KEYS:
-            files.append(path)
-    if damage and not files:
-        raise damage
-    instances = [path for path in files if path.stem.startswith("instances")]
-    by_split = {}
-    for path in instances or files:
+            problem = problem or error
+    if problem and not paths:
+        raise problem
+    files = {}
+    for path in [path for path in paths if path.stem.startswith("instances")] or paths:
         split = split_of_name(path.stem) or WHOLE
-        if split in by_split:
+        if split in files:
             raise InputError(
-                f"'{by_split[split].name}' and '{path.name}' are both files of one split",
-                where=path.parent,
+                f"'{files[split].name}' and '{path.name}' are both files of one split",
+                where=root,
                 fix="convert one of them by its own path, or name the split in the file's name",
             )
-        by_split[split] = path
-    return by_split
+        files[split] = path
+    return files
 
 
-def _header(path):
-    """Return what a COCO file says beside its entries."""
-    return {key: value for key, value in read_json(path).items() if key not in _KEYS}
+def _byspelling(folder):
+    """Map the name of each file below a folder, as `spelling` has it, to the files."""
+    index = {}
+    for path in files_below(folder):
+        index.setdefault(spelling(path.name), []).append(path)
+    return index
 
 
-class ImageFinder:
-    """Finds the file below a folder that ``file_name`` means, never one that its path contradicts."""
-
-    def __init__(self, root):
-        """List the files below `root` once."""
-        self.root = root
-        self.files = {}
-        for path in files_below(root):
-            self.files.setdefault(_spelling(path.name), []).append(path)
-
-    def find(self, image, where, split, respelt):
-        """Return the image file of an entry in the file `where`; other spellings go to `respelt`."""
-        file_name = image.get("file_name")
-        if not isinstance(file_name, str) or not file_name.strip("\0 "):
-            raise InputError(
-                "an image entry has no file_name", where=where, fix="add the file's name"
-            )
-        name = file_name.replace("\0", "?").replace("\\", "/")
-        own = where.parent.parent if where.parent.name == "annotations" else where.parent
-        leads_up = ".." in PurePosixPath(name).parts
-        folders = [where.parent, *(() if leads_up else (own, own / "images", self.root))]
-        paths = {Path(os.path.normpath(folder / name)) for folder in folders}
-        paths = sorted(path for path in paths if path.is_file())
-        for path in paths:
-            refuse_outside(path, self.root, where)
-        if not paths and not leads_up and not PureWindowsPath(name).anchor:
-            paths = self._below(name, split) or self._below(unquote(name), split)
-            if len(paths) == 1 and not paths[0].match(name):
-                respelt.append(f"'{file_name}' is '{paths[0].name}'")
-        if len(paths) != 1:
-            raise self._not_one(file_name, paths, where)
-        return paths[0]
-
-    def _below(self, name, split):
-        """List the files whose path ends as a name does, in any spelling; those of the split first."""
-        parts = _spelling(name).split("/")
-        paths = [
-            path
-            for path in self.files.get(parts[-1], ())
-            if _spelling(path.relative_to(self.root).as_posix()).split("/")[-len(parts) :] == parts
-        ]
-        same = [path for path in paths if path.match(name)]
-        splits = {path: split_of_name(path.parent.name) for path in same or paths}
-        own = [path for path in splits if splits[path] == split]
-        return own or [path for path in splits if splits[path] is None or split == WHOLE]
-
-    def _not_one(self, file_name, paths, where):
-        """Return the InputError for an image that is not there, or there several times."""
-        stem = _spelling(PurePosixPath(file_name.replace("\\", "/")).stem)
-        near = paths or [
-            path
-            for name, files in self.files.items()
-            for path in files
-            if PurePosixPath(name).stem == stem
-        ]
-        hint = f" ({examples(path.relative_to(self.root) for path in near)})" if near else ""
-        problem = f"is there {len(paths)} times" if paths else "is not there"
-        if near and not paths:
-            problem += ", only others of that name"
-        return InputError(
-            f"the image '{file_name}' {problem}{hint}",
-            where=where,
-            fix="put each image once where file_name says, from the folder of the annotations, or "
-            "remove its entry",
-        )
-
-
-def _spelling(name):
+def spelling(name):
     """Return a name without what systems change on the way: case, and how accents are composed."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _object(entry, names, where):
-    """Return an annotation entry with the name of its category."""
-    category_id = entry.get("category_id")
-    if "segments_info" in entry:
+def _image_path(image, where, root, index, split, respelt):
+    """Return the file that an image entry means, never one that its path contradicts."""
+    file_name = image.get("file_name")
+    if not isinstance(file_name, str) or not file_name.strip("\0 "):
+        raise InputError("an image entry has no file_name", where=where, fix="add the file's name")
+    name = file_name.replace("\0", "?").replace("\\", "/")
+    own = where.parent.parent if where.parent.name == "annotations" else where.parent
+    leads_up = ".." in PurePosixPath(name).parts
+    folders = [where.parent, *(() if leads_up else (own, own / "images", root))]
+    paths = {Path(os.path.normpath(folder / name)) for folder in folders}
+    paths = sorted(path for path in paths if path.is_file())
+    for path in paths:
+        refuse_outside(path, root, where)
+    if not paths and not leads_up and not PureWindowsPath(name).anchor:
+        ends = (_ending_with(text, root, index, split) for text in (name, unquote(name)))
+        paths = next(filter(None, ends), [])
+        if len(paths) == 1 and not paths[0].match(name):
+            respelt.append(f"'{file_name}' is '{paths[0].name}'")
+    if len(paths) != 1:
+        near = note_of(paths or index.get(spelling(PurePosixPath(name).name), ()), "of that name")
         raise InputError(
-            "is a panoptic file: its entries have segments_info",
+            f"the image '{file_name}' is {f'there {len(paths)} times' if paths else 'not there'}"
+            + "".join(f" ({text})" for text in near),
             where=where,
-            fix="export the objects as COCO instances, one entry per object",
+            fix="put each image once where file_name says, from the folder of the annotations",
         )
-    if not isinstance(category_id, int | str) or category_id not in names:
+    return paths[0]
+
+
+def _ending_with(name, root, index, split):
+    """List the files whose path ends as a name does; those of the split and so spelt first."""
+    parts = spelling(name).split("/")
+    paths = [
+        path
+        for path in index.get(parts[-1], ())
+        if spelling(path.relative_to(root).as_posix()).split("/")[-len(parts) :] == parts
+    ]
+    paths = [path for path in paths if path.match(name)] or paths
+    splits = [split_of_name(path.parent.name) for path in paths]
+    own = [path for path, other in zip(paths, splits, strict=True) if other == split]
+    free = [p for p, other in zip(paths, splits, strict=True) if other is None or split == WHOLE]
+    return own or free
+
+
+def _stated_size(image, where):
+    """Return the (width, height) that an image entry states, None without both."""
+    size = (image.get("width"), image.get("height"))
+    if size != (None, None) and not all(type(side) is int and side > 0 for side in size):
+        raise InputError(
+            f"the size of '{image['file_name']}' is {size[0]!r} x {size[1]!r}",
+            where=where,
+            fix="write width and height in pixels as whole numbers",
+        )
+    return None if size == (None, None) else size
+
+
+def _object(entry, names, where):
+    """Return an annotation entry with the name of its category in place of the ids."""
+    category_id = entry.get("category_id")
+    if type(category_id) is not int or category_id not in names:
         raise InputError(
             f"annotation {entry.get('id')!r} has category_id {category_id!r}, "
             "which has no name in 'categories'",
             where=where,
-            fix="add the category with its name; numbers and texts are different ids",
+            fix="add the category with its name; text is another id than a number",
         )
     rest = {key: entry[key] for key in entry if key not in ("image_id", "category_id")}
-    return {"category": names[category_id], **rest}
+    return {**rest, "category": names[category_id]}
 
 
-def _merge_tables(entries):
+def _merge(entries):
     """Join the category tables of all files by name; ids stay unless two names share one."""
     table = {}
     for entry in entries:

@@ -1,39 +1,28 @@
 """Turn a dataset of any common format into the layout of this workbook, without loss.
 
-The images are copied, never linked: whoever edits, turns or shrinks a picture in the new dataset
-would change the original through a hard link, and nothing would say so. Where the file system can
-share the blocks of two files (Btrfs, XFS) a copy costs no room.
+The images are copied, never linked: whoever edits, turns or shrinks a picture of the new dataset in
+place would change the original through a hard link, and nothing would say so.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
-import signal
-import sys
-import threading
-import unicodedata
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock, Timeout
 
+from helpers.checks.boxes_and_masks import check_annotations
 from helpers.checks.words import check_categories
-from helpers.convert.coco import is_coco, read_coco
+from helpers.convert.coco import is_coco, read_coco, spelling
 from helpers.convert.label_tools import is_labelme, is_voc, read_labelme, read_voc
 from helpers.convert.mask_pictures import is_masks, read_masks
-from helpers.convert.source import (
-    HEIC,
-    WHOLE,
-    examples,
-    files_below,
-    refuse_outside,
-    settle_polygons,
-)
+from helpers.convert.source import WHOLE, files_below, note_of, refuse_outside, settle_polygons
 from helpers.convert.splitting import split_source
 from helpers.convert.tiles import tile_images
 from helpers.convert.yolo import is_yolo, read_yolo
@@ -41,9 +30,7 @@ from helpers.data.coco import COCO_FILE, find_splits, read_split
 from helpers.data.images import IMAGE_SUFFIXES
 from helpers.data.masks import rle_area, rle_box_xyxy, segmentation_to_rle
 from helpers.errors import InputError, printable
-
-if sys.platform == "linux":
-    import fcntl
+from helpers.files import progress_bar
 
 FORMATS = {
     "coco": (is_coco, read_coco),
@@ -54,13 +41,10 @@ FORMATS = {
 }
 """Name to how it is recognised and how it is read, in the order in which they are tried."""
 
-FICLONE = 0x40049409  # ioctl of Linux: let a file share the blocks of another until one is written
-PICTURES = (*IMAGE_SUFFIXES, *HEIC, ".gif", ".avif")
 MAX_NAME = 255  # bytes of a file name
-AREA_SLACK = (20, 0.2)  # pixels, and share of a mask, by which a stated area may differ
-BOX_SLACK = (2, 0.1)  # pixels, and share of a side, by which a box may miss that of its mask
-MOST = 0.5  # share of its pictures above which a category may be the background
-NEARLY_ALL = 0.95  # the same in one picture
+PICTURES = (*IMAGE_SUFFIXES, ".heic", ".heif", ".gif", ".avif")
+NOTED = ("D20", "D21", "D22", "D24", "D31", "D32", "D36", "D40", "D42", "D43", "D44", "D46", "D52")
+"""Findings of `check` about what the source states twice or cannot mean, told here at once."""
 
 
 def detect_format(root):
@@ -97,35 +81,16 @@ def detect_format(root):
 
 
 def read_source(root, format=None, *, category=None, objects="components", polygons="auto"):
-    """Read a dataset of any known format.
+    """Read a dataset: a folder, or a COCO file; nothing is taken from outside the folder.
 
-    Parameters
-    ----------
-    root : os.PathLike
-        The dataset: a folder, or a COCO file. Nothing outside the folder, or the folder of the
-        file, is read.
-    format : str, optional
-        A key of `FORMATS`; by default it is recognised.
-    category, objects
-        For mask pictures, see `helpers.convert.mask_pictures.read_masks`.
-    polygons : {"auto", "outline", "pixels"}
-        What corners mean in YOLO and LabelMe, which do not say it: points on the outline, or pixels
-        that belong to the object. With ``auto``, pixels if all corners are whole numbers.
-
-    Returns
-    -------
-    helpers.convert.source.Source
-
-    Raises
-    ------
-    InputError
-        Naming the file and the value that cannot be read.
+    For `category` and `objects` see `helpers.convert.mask_pictures.read_masks`, for `polygons`
+    `helpers.convert.source.settle_polygons`. What cannot be read raises InputError, naming file and value.
     """
     root = Path(os.path.realpath(Path(root).expanduser()))
     if format is not None and format not in FORMATS:
         raise InputError(f"there is no format {format!r}", fix=f"use one of {', '.join(FORMATS)}")
     with _system_errors(root):
-        name = detect_format(root) if format is None else format
+        name = format or detect_format(root)
         is_format, read = FORMATS[name]
         if format is not None and not is_format(root):
             raise InputError(
@@ -157,7 +122,7 @@ def _checked(source, root):
     files = {*source.files, *(path for image in source.images for path in image.files)}
     for path in (*files, *(image.path for image in source.images)):
         refuse_outside(path, root)
-    split_of, shared = {}, 0
+    split_of, shared = {}, []
     for split, images in source.splits.items():
         for image in images:
             real = os.path.realpath(image.path)
@@ -167,22 +132,18 @@ def _checked(source, root):
                     where=(*image.files, *source.files, root)[0],
                     fix="merge the two entries, or name the image that each means",
                 )
-            shared += real in split_of
+            shared += [image.path.name] if real in split_of else []
             split_of[real] = split
-    notes = [f"{shared} images are in more than one split"] if shared else []
     known = {*map(os.path.realpath, files), *split_of}
     unread = [path for path in files_below(root) if os.path.realpath(path) not in known]
-    for is_image, text in (
-        (True, "images have no annotation or belong to no split, and are left out"),
-        (False, "other files are not read"),
-    ):
-        paths = [path for path in unread if (path.suffix.lower() in PICTURES) == is_image]
-        if paths:
-            notes.append(
-                f"{len(paths)} {text}: {examples(path.relative_to(root) for path in paths)}"
-            )
-    unused = Counter(path.suffix.lower() for path in unread)
-    return replace(source, notes=(*source.notes, *notes), unused=dict(sorted(unused.items())))
+    names = {True: [], False: []}
+    for path in unread:
+        names[path.suffix.lower() in PICTURES].append(path.relative_to(root))
+    notes = note_of(shared, "images are in more than one split")
+    notes += note_of(names[True], "images have no annotation or no split, and are left out")
+    notes += note_of(names[False], "other files are not read")
+    unused = dict(sorted(Counter(path.suffix.lower() for path in unread).items()))
+    return replace(source, notes=(*source.notes, *notes), unused=unused)
 
 
 def convert(
@@ -229,26 +190,27 @@ def convert(
     Raises
     ------
     InputError
-        If the source cannot be read, holds what lies outside it, or the destination is in use or
+        If the source cannot be read or holds what lies outside, or the destination is in use or
         cannot be written.
     """
     src, dst = Path(src).expanduser().absolute(), Path(dst).expanduser().absolute()
     with _system_errors(dst):
         _refuse_destination(src, dst)
     source = read_source(src, format, category=category, objects=objects, polygons=polygons)
+    notes, splits = list(source.notes), source.splits
+    if split is not None:
+        splits, more = split_source(splits, split, seed)
+        notes += more
+    elif WHOLE in splits:
+        splits = {"train": splits[WHOLE]}
+        notes.append("the source has no splits: all images are in train; see --split")
     root = Path(os.path.realpath(src if src.is_dir() else src.parent))
-    splits, notes = _final_splits(source, split, seed)
-    notes += _statement_notes(source.images)
     with _system_errors(dst), _new_folder(Path(os.path.realpath(dst))) as staging:
         for name, images in splits.items():
-            folder = staging / name
-            folder.mkdir()
-            images = _with_names(images, root)
-            if tile is not None:
-                images = tile_images(images, folder, tile, overlap)
-            _write_split(folder, images, source)
-        written = [read_split(staging, name) for name in find_splits(staging)]
-        notes += _category_notes(written)
+            if images:
+                _write_split(staging / name, _with_names(images, root), source, tile, overlap)
+        written = _read_again(staging, src)
+        notes += _finding_notes(written)
     summary = {"format": source.format, "source": str(src), "output": str(dst)}
     return summary | {"splits": _counts(written), "unused": source.unused, "notes": notes}
 
@@ -259,21 +221,10 @@ def _refuse_destination(src, dst):
         raise InputError("exists and is not empty", where=dst, fix="choose another folder")
     if src.is_dir() and Path(os.path.realpath(dst)).is_relative_to(os.path.realpath(src)):
         raise InputError(
-            "lies inside the source, which is not changed",
+            "lies inside the source",
             where=dst,
             fix="choose a folder beside it",
         )
-
-
-def _final_splits(source, split, seed):
-    """Return the images of each split to write, and the notes so far."""
-    if split is not None:
-        splits, notes = split_source(source.splits, split, seed)
-        return splits, [*source.notes, *notes]
-    if WHOLE in source.splits:
-        note = "the source has no splits: all images are in train; see --split"
-        return {"train": source.splits[WHOLE]}, [*source.notes, note]
-    return {name: images for name, images in source.splits.items() if images}, [*source.notes]
 
 
 @contextmanager
@@ -283,8 +234,8 @@ def _new_folder(dst):
     It lies beside `dst`, in a folder with a lock. The system gives the lock back when a process
     dies, so whoever holds it may clear what a killed conversion left there.
     """
-    name = dst.name.encode()[: MAX_NAME - 20].decode(errors="ignore")
-    place = dst.parent / f".partial-{name}"
+    name = dst.name.encode()[: MAX_NAME - len(".partial-")].decode(errors="ignore")
+    place = dst.with_name(f".partial-{name}")
     parents = [path for path in place.parents if not path.exists()]
     lock_file, content = place / "convert.lock", place / "dataset"
     if place.exists() and not lock_file.exists() and any(place.iterdir()):
@@ -293,7 +244,7 @@ def _new_folder(dst):
         )
     place.mkdir(parents=True, exist_ok=True)
     try:
-        with _terminable(), FileLock(lock_file, timeout=0):
+        with FileLock(lock_file, timeout=0):
             shutil.rmtree(content, ignore_errors=True)
             content.mkdir()
             try:
@@ -314,73 +265,47 @@ def _new_folder(dst):
         ) from error
 
 
-@contextmanager
-def _terminable():
-    """Let SIGTERM raise SystemExit, as Ctrl-C raises KeyboardInterrupt, so that nothing is left."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number, frame):
-        raise SystemExit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def _with_names(images, root):
-    """Name images for one folder: as their files, with folders before it where two would be equal.
+    """Name images for one folder: as their files, with all folders before it where two are equal.
 
     Names also differ on file systems that ignore case or how accents are composed.
     """
-    parts = [image.path.relative_to(root).parts for image in images]
-    names = [own[-1] for own in parts]
-    for depth in range(2, max(map(len, parts), default=0) + 1):
-        for index in _clashes(names):
-            name = "_".join(parts[index][-depth:])
-            names[index] = name if len(os.fsencode(name)) <= MAX_NAME else names[index]
-    taken = set(map(_plain, names))
-    for index in _clashes(names)[1:]:  # "a_b.png" and "a/b.png", or folders of very long names
-        path = Path(names[index])
-        numbers = (
-            path.with_stem(f"{path.stem[:50]}_{number}").name for number in itertools.count(2)
-        )
-        names[index] = next(name for name in numbers if _plain(name) not in taken)
-        taken.add(_plain(names[index]))
-    return [replace(image, new_name=name) for image, name in zip(images, names, strict=True)]
+    counts, taken, result = Counter(spelling(image.path.name) for image in images), set(), []
+    for image in images:
+        path, number = image.path, 1
+        name = path.name
+        if counts[spelling(name)] > 1:
+            joined = "_".join(path.relative_to(root).parts)
+            name = joined if len(os.fsencode(joined)) <= MAX_NAME else name
+        while spelling(name) in taken:  # "a_b.png" and "a/b.png", or folders of very long names
+            number += 1
+            name = f"{path.stem[:50]}_{number}{path.suffix}"
+        taken.add(spelling(name))
+        result.append(replace(image, new_name=name))
+    return result
 
 
-def _plain(name):
-    """Return what two names share that some file systems take for one."""
-    return unicodedata.normalize("NFC", name).casefold()
-
-
-def _clashes(names):
-    """Return the indices of names that are not the only one of their kind."""
-    counts = Counter(map(_plain, names))
-    return [index for index, name in enumerate(names) if counts[_plain(name)] > 1]
-
-
-def _write_split(folder, images, source):
+def _write_split(folder, images, source, tile, overlap):
     """Write the images and the annotation file of one split."""
+    folder.mkdir()
+    if tile is not None:
+        images = tile_images(images, folder, tile, overlap)
     by_name = {entry.name: entry.category_id for entry in source.categories}
     image_ids = _ids([image.extra.get("id") for image in images])
-    entries, annotations = [], []
     own_ids = _ids([item.get("id") for image in images for item in image.objects])
+    entries, annotations = [], []
+    bar = progress_bar(len(images), f"writing {folder.name}")
     for image, image_id in zip(images, image_ids, strict=True):
+        bar.update()
         _place(image.path, folder / image.name)
-        entries.append(
-            {**image.extra, "id": image_id, "file_name": image.name}
-            | {"width": image.width, "height": image.height}
-        )
+        stated = {"file_name": image.name, "width": image.width, "height": image.height}
+        entries.append({**image.extra, "id": image_id, **stated})
         for item in image.objects:
             entry = _complete(item, image)
             category_id = by_name[entry.pop("category")]
             entry |= {"id": own_ids[len(annotations)], "image_id": image_id}
             annotations.append(entry | {"category_id": category_id})
+    bar.close()
     table = [
         {"id": entry.category_id, "name": entry.name}
         | ({"supercategory": entry.supercategory} if entry.supercategory else {})
@@ -398,83 +323,42 @@ def _ids(values):
 
 def _place(path, target):
     """Copy an image file to a new name, unless it is a tile that was written there."""
-    if path == target:
-        return
-    with path.open("rb") as original, target.open("xb") as copy:  # "x" never opens what is there
-        try:
-            fcntl.ioctl(copy, FICLONE, original.fileno())
-        except (NameError, OSError):  # another system, or a file system that cannot share blocks
+    if path != target:
+        if target.exists():
+            raise InputError("a tile has the name of this image", where=path, fix="rename it")
+        with path.open("rb") as original, target.open("xb") as copy:  # "x": never what is there
             shutil.copyfileobj(original, copy, 1 << 20)
 
 
 def _complete(item, image):
     """Add box and area to an entry that lacks them; what the file says is not touched."""
-    entry = dict(item)
-    rle = _rle(item, image) if "bbox" not in entry or "area" not in entry else None
-    if "bbox" not in entry and rle is not None and rle_area(rle):
+    entry, rle = dict(item), None
+    segmentation, bbox = entry.get("segmentation"), entry.get("bbox") or None
+    if segmentation and (bbox is None or "area" not in entry):
+        with suppress(ValueError):  # a fault of the file, which the data check names
+            rle = segmentation_to_rle(segmentation, image.height, image.width)
+    if bbox is None and rle is not None and rle_area(rle):
         x0, y0, x1, y1 = rle_box_xyxy(rle)
-        entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
-    if "area" not in entry and (rle is not None or "bbox" in entry):
-        entry["area"] = rle_area(rle) if rle is not None else entry["bbox"][2] * entry["bbox"][3]
+        entry["bbox"] = bbox = [x0, y0, x1 - x0, y1 - y0]
+    elif bbox is None and rle is not None and isinstance(segmentation, list):
+        corners = np.concatenate(segmentation).reshape(-1, 2)  # of a polygon that holds no pixel
+        low, sides = corners.min(axis=0), np.ptp(corners, axis=0)
+        entry["bbox"] = bbox = [*low.tolist(), *sides.tolist()]
+    if "area" not in entry and rle is not None:
+        entry["area"] = rle_area(rle)
+    elif "area" not in entry and isinstance(bbox, list) and len(bbox) == 4:
+        with suppress(TypeError):  # no numbers, which reading the result names
+            entry["area"] = bbox[2] * bbox[3]
     return entry
 
 
-def _rle(item, image):
-    """Return the mask of an entry; None without one, or where the data check names its fault."""
-    if not item.get("segmentation"):
-        return None
+def _read_again(staging, src):
+    """Read what was written; an error in it is one of the source."""
     try:
-        return segmentation_to_rle(item["segmentation"], image.height, image.width)
-    except ValueError:
-        return None
-
-
-def _statement_notes(images):
-    """Compare what annotations say twice, and look at the share of their picture that masks cover."""
-    areas, boxes, shares = [], [], {}
-    for image in images:
-        covered = Counter()
-        for item in image.objects:
-            rle = _rle(item, image)
-            if rle is None or rle["size"] != [image.height, image.width]:
-                continue
-            area = rle_area(rle)
-            covered[item["category"]] += area
-            if _misses_area(item.get("area", area), area):
-                areas.append(image.path.name)
-            if area and "bbox" in item and _misses_box(item["bbox"], rle_box_xyxy(rle)):
-                boxes.append(image.path.name)
-        for category, area in covered.items():
-            shares.setdefault(category, []).append(area / (image.width * image.height))
-    notes = [
-        f"{len(names)} annotations state another {what} than that of their mask, in {examples(names)}"
-        for what, names in (("area", areas), ("box", boxes))
-        if names
-    ]
-    for category, values in shares.items():
-        mean, whole = sum(values) / len(values), sum(value >= NEARLY_ALL for value in values)
-        if mean > MOST or whole:
-            notes.append(
-                f"masks of '{category}' cover {mean:.0%} of their pictures on average, and {whole} "
-                "pictures nearly whole; if they show the background, invert the masks"
-            )
-    return notes
-
-
-def _misses_area(area, measured):
-    """Return whether a stated area is another than that of the mask."""
-    limit = max(AREA_SLACK[0], AREA_SLACK[1] * measured)
-    return type(area) in (int, float) and abs(area - measured) > limit
-
-
-def _misses_box(bbox, box_xyxy):
-    """Return whether a stated box is another than that of the mask."""
-    if not (isinstance(bbox, list) and len(bbox) == 4 and {*map(type, bbox)} <= {int, float}):
-        return False  # the data check names it
-    x0, y0, x1, y1 = box_xyxy
-    offsets = (bbox[0] - x0, bbox[1] - y0, bbox[0] + bbox[2] - x1, bbox[1] + bbox[3] - y1)
-    limits = [max(BOX_SLACK[0], BOX_SLACK[1] * side) for side in (x1 - x0, y1 - y0)] * 2
-    return any(abs(offset) > limit for offset, limit in zip(offsets, limits, strict=True))
+        return [read_split(staging, name) for name in find_splits(staging)]
+    except InputError as error:
+        where = (error.where or "").replace(f"{staging}{os.sep}", f"{src}, ")
+        raise InputError(error.message, where=where, fix=error.fix) from error
 
 
 def _counts(splits):
@@ -493,30 +377,25 @@ def _counts(splits):
     return counts
 
 
-def _category_notes(splits):
-    """Say which names make bad prompts, once for all splits."""
-    notes = [
-        f"{finding.message} ({finding.code}); data.prompts_by_category can ask for another noun"
+def _finding_notes(splits):
+    """Say what `check` will say about the annotations that a reader of the source should know."""
+    findings = [
+        finding
         for split in splits
         for finding in check_categories(split)
-        if finding.code in ("D31_SIMILAR_NAMES", "D32_NO_NOUN")
+        + check_annotations(split, mask_size=1, num_queries=10**6)
+        if finding.code.startswith(NOTED)
     ]
-    return list(dict.fromkeys(notes))
+    noun = "data.prompts_by_category can ask for another noun"
+    fixes = [noun if finding.code.startswith("D3") else finding.fix for finding in findings]
+    pairs = zip(findings, fixes, strict=True)
+    return list(
+        dict.fromkeys(f"{finding.message} ({finding.code}); {fix}" for finding, fix in pairs)
+    )
 
 
 def summary_text(summary):
-    """Describe a conversion as a table.
-
-    Parameters
-    ----------
-    summary : dict
-        From `convert`.
-
-    Returns
-    -------
-    str
-        Without characters that a terminal would obey.
-    """
+    """Return what `convert` returns as a table, without characters that a terminal would obey."""
     lines = [f"{summary['source']} ({summary['format']}) -> {summary['output']}"]
     lines.append(f"  {'split':<8}{'images':>8}{'empty':>8}{'objects':>9}{'masks':>8}  categories")
     for name, row in summary["splits"].items():

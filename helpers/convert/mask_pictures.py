@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -13,9 +14,9 @@ from helpers.convert.source import (
     Source,
     SourceImage,
     by_stem,
-    examples,
     files_below,
     folder_named,
+    note_of,
     numbered,
     picture_size,
     read_text,
@@ -25,19 +26,19 @@ from helpers.convert.source import (
 from helpers.data.images import IMAGE_SUFFIXES
 from helpers.data.masks import mask_to_rle
 from helpers.errors import InputError
+from helpers.files import progress_bar
 
-IMAGE_FOLDERS = ("images", "JPEGImages")
+IMAGE_FOLDERS = ("images", "jpegimages")
 MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "ground_truth", "gt")
-MASK_FOLDERS += ("SegmentationObject", "SegmentationClass")
+MASK_FOLDERS += ("segmentationobject", "segmentationclass")
 MASK_SUFFIXES = (*IMAGE_SUFFIXES, ".gif")
-MASK_ENDINGS = ("", "_mask", "-mask", "_masks", "_seg", "_label", "_labels", "_gt", "_segmentation")
-MASK_ENDINGS += ("_labelIds", "_instanceIds", "_mask_0")
-MASK_PREFIXES = ("mask_", "mask-", "seg_", "label_", "gt_")
+MASK_NAMES = ("{}", "{}_mask", "{}-mask", "{}_masks", "{}_seg", "{}_segmentation", "{}_label")
+MASK_NAMES += ("{}_labels", "{}_labelIds", "{}_instanceIds", "{}_gt")
+MASK_NAMES += ("mask_{}", "mask-{}", "seg_{}", "label_{}", "gt_{}")
 CLASSES_FILE = "classes.txt"
 BACKGROUND = ("background", "_background_")
 OBJECTS = ("components", "whole", "values")
 VOID = 255  # of pixels that belong to nothing, in Pascal VOC and others
-HALF = 127  # grey values above are foreground where a mask has soft edges
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)
 
 
@@ -47,41 +48,24 @@ def is_masks(root):
 
 
 def read_masks(root, category=None, objects="components"):
-    """Read images with a mask picture each.
+    """Read images with a mask picture each; an image without one is left out.
 
-    Parameters
-    ----------
-    root : pathlib.Path
-        Holds ``images/`` and ``masks/`` (or another of `MASK_FOLDERS`), or those in a folder per
-        split, or split folders in both. A mask has its image's stem, with one of `MASK_ENDINGS` or
-        `MASK_PREFIXES`. ``classes.txt``, one name per line, names the values 1, 2, ...; a first
-        line ``background`` names 0.
-    category : str, optional
-        What the foreground shows, where there is no ``classes.txt``.
-    objects : {"components", "whole", "values"}
-        What is an object: a connected component (8 neighbours) of the pixels of a class, all its
-        pixels in the image, or each value of the mask, which then is the number of an instance.
-
-    Returns
-    -------
-    helpers.convert.source.Source
-        Masks as run lengths, every pixel kept. Soft edges of a binary mask are cut at half, and 255
-        beside other values is void; ``notes`` say so.
-
-    Raises
-    ------
-    InputError
-        If the foreground has no name, a value is not named, or a mask has another size than its
-        image.
+    `root` holds ``images/`` and ``masks/`` (or another of `MASK_FOLDERS`), or those in a folder per
+    split, or split folders in both. A mask is called as its image or as one of `MASK_NAMES`.
+    ``classes.txt``, one name per line, names the values 1, 2, ...; a first line ``background`` names
+    0. Without it, `category` is what the foreground shows. An object is a connected component (8
+    neighbours) of the pixels of a class, with "whole" all of them, with "values" those of one value,
+    which then is the number of an instance. Soft edges of a binary mask are cut at half, and 255
+    beside other values is void.
     """
     if objects not in OBJECTS:
         raise InputError(f"objects is {objects!r}", fix=f"use one of {', '.join(OBJECTS)}")
     names = _names(root, category, objects)
-    is_binary = None in names or len(names) == 1
-    read, soft = {}, []
-    for split, (image_folder, mask_folder) in _folder_pairs(root).items():
-        read[split] = []
-        for path, mask_file in _pairs(image_folder, mask_folder):
+    splits, masks, soft, bar = {}, {}, [], progress_bar(None, "reading masks")
+    for split, folders in _folder_pairs(root).items():
+        splits[split] = []
+        for path, mask_file in _pairs(*folders):
+            bar.update()
             refuse_outside(mask_file, root)
             values, is_soft = _mask_values(mask_file)
             size = picture_size(path, root)
@@ -92,67 +76,54 @@ def read_masks(root, category=None, objects="components"):
                     fix="save the mask at the size of the upright image",
                 )
             if is_soft:
-                if objects == "values" or not is_binary:
+                if objects == "values" or len(names) > 1:
                     raise InputError(
                         "has soft edges, whose values are neither classes nor instances",
                         where=mask_file,
                         fix="save it without smoothing, or leave --objects values out",
                     )
                 soft.append(mask_file.name)
-                values = (values > HALF) * VOID
-            rles = {
-                int(value): _objects_of(values == value, objects)
-                for value in np.unique(values)
-                if value
-            }
-            read[split].append((path, mask_file, size, rles))
-    notes = [f"{len(soft)} masks have soft edges, cut at half: {examples(soft)}"] if soft else []
-    masks = [(mask_file, rles) for rows in read.values() for _, mask_file, _, rles in rows]
+                values = (values > VOID // 2) * VOID
+            present = [int(value) for value in np.unique(values) if value]
+            masks[mask_file] = {value: _objects_of(values == value, objects) for value in present}
+            splits[split].append(SourceImage(path, *size, (), {}, (mask_file,)))
+    bar.close()
+    notes = note_of(soft, "masks have soft edges, cut at half")
     names = _names_of_values(names, masks, objects, bool(soft), notes)
-    splits = {
-        split: [
-            SourceImage(
-                path,
-                *size,
-                tuple(
-                    {"category": names[value], "segmentation": rle, "iscrowd": 0}
-                    for value in rles
-                    if value in names
-                    for rle in rles[value]
-                ),
-                {},
-                (mask_file,),
-            )
-            for path, mask_file, size, rles in rows
+    for images in splits.values():
+        images[:] = [
+            replace(image, objects=_entries(masks[image.files[0]], names)) for image in images
         ]
-        for split, rows in read.items()
-    }
-    files = tuple(path for path in [root / CLASSES_FILE] if path.is_file() and category is None)
-    return Source("masks", splits, numbered(names.values()), tuple(notes), {}, files)
+    files = [root / CLASSES_FILE] if category is None else []
+    return Source("masks", splits, numbered(names.values()), tuple(notes), tuple(files))
+
+
+def _entries(rles, names):
+    """Return COCO entries of the run lengths of each value that has a name."""
+    return tuple(
+        {"category": names[value], "segmentation": rle, "iscrowd": 0}
+        for value in rles
+        if value in names
+        for rle in rles[value]
+    )
 
 
 def _folder_pairs(root):
     """Map each split to its folders of images and of masks."""
     pairs = {}
     for split, folder in split_folders(root).items():
-        images, masks = folder_named(folder, *IMAGE_FOLDERS), _mask_folder(folder)
-        if images is None or masks is None:
-            continue
-        inner_images, inner_masks = split_folders(images), split_folders(masks)
-        if split == WHOLE and inner_images.keys() == inner_masks.keys():
-            pairs |= {name: (path, inner_masks[name]) for name, path in inner_images.items()}
-        else:
-            pairs[split] = (images, masks)
+        images = folder_named(folder, *IMAGE_FOLDERS)
+        places = (folder_named(folder, name) for name in MASK_FOLDERS)
+        masks = next(
+            (place for place in places if place and files_below(place, MASK_SUFFIXES)), None
+        )
+        if images and masks:
+            inner_images, inner_masks = split_folders(images), split_folders(masks)
+            if split == WHOLE and inner_images.keys() == inner_masks.keys():
+                pairs |= {name: (path, inner_masks[name]) for name, path in inner_images.items()}
+            else:
+                pairs[split] = (images, masks)
     return pairs
-
-
-def _mask_folder(folder):
-    """Return the first folder of mask pictures, or None."""
-    for name in MASK_FOLDERS:
-        path = folder_named(folder, name)
-        if path is not None and files_below(path, MASK_SUFFIXES):
-            return path
-    return None
 
 
 def _pairs(image_folder, mask_folder):
@@ -160,11 +131,9 @@ def _pairs(image_folder, mask_folder):
     images = by_stem(files_below(image_folder, IMAGE_SUFFIXES), image_folder)
     masks = by_stem(files_below(mask_folder, MASK_SUFFIXES), mask_folder)
     pairs = []
-    for stem, path in images.items():
-        folder, name = PurePosixPath(stem).parent, PurePosixPath(stem).name
-        candidates = [name + ending for ending in MASK_ENDINGS]
-        candidates += [prefix + name for prefix in MASK_PREFIXES]
-        stems = [(folder / candidate).as_posix() for candidate in candidates]
+    for path in images.values():
+        place = PurePosixPath(path.relative_to(image_folder).parent)
+        stems = [(place / name.format(path.stem)).as_posix() for name in MASK_NAMES]
         pairs += [(path, masks[stem]) for stem in stems if stem in masks][:1]
     if images and not pairs:
         raise InputError(
@@ -194,29 +163,28 @@ def _names(root, category, objects):
         )
     names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     first = 0 if names and names[0].casefold() in BACKGROUND else 1
-    by_value = {value: name for value, name in enumerate(names, first) if value > 0}
-    if not by_value:
+    names_of_values = {value: name for value, name in enumerate(names, first) if value > 0}
+    if not names_of_values:
         raise InputError("names no class", where=path, fix="write one name per line")
-    return by_value
+    return names_of_values
 
 
 def _names_of_values(names, masks, objects, has_soft, notes):
     """Map each value in the masks that is an object to its name."""
-    values = {value for _, rles in masks for value in rles}
-    is_named = None not in names
-    if values <= ({1, VOID} if has_soft else {VOID}) and len(names) == 1:
+    values, is_named = {value for rles in masks.values() for value in rles}, None not in names
+    if len(names) == 1 and values <= ({1, VOID} if has_soft else {VOID}):
         return dict.fromkeys(values | {1}, *names.values())
     if VOID in values and VOID not in names and VOID - 1 not in values:
-        for mask_file, rles in masks:
-            if set(rles) == {VOID}:
-                raise InputError(
-                    f"holds only the value {VOID}, which stands beside others in other masks",
-                    where=mask_file,
-                    fix="save all masks with the same values",
-                )
+        alone = [mask_file for mask_file, rles in masks.items() if set(rles) == {VOID}]
+        if alone:
+            raise InputError(
+                f"holds only the value {VOID}, which stands beside others in other masks",
+                where=alone[0],
+                fix="save all masks with the same values",
+            )
         notes.append(f"the value {VOID} is void in mask pictures and belongs to nothing")
         values.remove(VOID)
-    for mask_file, rles in masks:
+    for mask_file, rles in masks.items():
         present = sorted(values & rles.keys())
         unnamed = [value for value in present if is_named and value not in names]
         if unnamed:
@@ -229,8 +197,7 @@ def _names_of_values(names, masks, objects, has_soft, notes):
             raise InputError(
                 f"holds {len(present)} values beside 0, which are not named",
                 where=mask_file,
-                fix=f"write {CLASSES_FILE} if they are classes, or give --objects values if each "
-                "is an object",
+                fix=f"name classes in {CLASSES_FILE}, or give --objects values for instances",
             )
     return names if is_named else dict.fromkeys(values, names[None])
 
@@ -242,9 +209,8 @@ def _mask_values(path):
     """
     try:
         with Image.open(path) as picture:
-            is_jpeg = picture.format == "JPEG"
+            is_jpeg, has_alpha = picture.format == "JPEG", picture.mode in ("LA", "RGBA")
             values = np.array(picture.convert("L") if is_jpeg else picture)
-            has_alpha = picture.mode in ("LA", "RGBA")
     except Exception as error:  # Pillow raises another type for each way a file can be broken
         raise InputError(
             f"is no readable picture ({error})", where=path, fix="save it as PNG"
@@ -257,26 +223,25 @@ def _mask_values(path):
                 where=path,
                 fix="save it as grey values or with a palette",
             )
-        values = colours[..., 0] if not has_alpha or np.ptp(colours) else values[..., -1]
-    if values.dtype.kind == "f":
-        if not np.isfinite(values).all():
-            raise InputError("holds values that are no numbers", where=path, fix="save it again")
-        if (values % 1).any() and 0 <= values.min() and values.max() <= 1:
-            return values * VOID, True
-        values = np.round(values)
-    values = values.astype(int)
+        values = values[..., -1] if has_alpha and not np.ptp(colours) else colours[..., 0]
+    if not np.isfinite(values).all() or values.min() < 0:
+        raise InputError("holds values that number nothing", where=path, fix="save it as PNG")
+    if (values % 1).any() and values.max() <= 1:
+        return values * VOID, True
+    values = np.round(values).astype(int)
     return values, is_jpeg or _is_soft(values)
 
 
 def _is_soft(values):
-    """Return whether values between 0 and the largest change from pixel to pixel, as on edges."""
-    between = (values > 0) & (values < values.max())
-    if len(np.unique(values)) < 4 or values.max() <= HALF:
+    """Return whether values between 0 and the largest have others beside them, as on a soft edge."""
+    if values.max() <= VOID // 2 or len(np.unique(values)) < 4:
         return False
-    same = np.zeros(values.shape, dtype=bool)
-    same[:, 1:] |= values[:, 1:] == values[:, :-1]
-    same[1:] |= values[1:] == values[:-1]
-    return bool(same[between].mean() < 0.5)
+    is_beside = np.zeros(values.shape, dtype=bool)
+    for cells, flags in ((values, is_beside), (values.T, is_beside.T)):
+        differ = (cells[1:] != cells[:-1]) & (cells[1:] > 0) & (cells[:-1] > 0)
+        flags[1:] |= differ
+        flags[:-1] |= differ
+    return bool(is_beside[(values > 0) & (values < values.max())].mean() > 0.5)
 
 
 def _objects_of(mask, objects):

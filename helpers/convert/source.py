@@ -17,50 +17,24 @@ from helpers.data.masks import mask_to_rle
 from helpers.data.records import Category
 from helpers.errors import InputError
 
-HEIC = (".heic", ".heif")
 WHOLE = "all"  # name of the one split of a source that has none
-SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "trn": "train",
-    "valid": "valid",
-    "val": "valid",
-    "validation": "valid",
-    "dev": "valid",
-    "test": "test",
-    "testing": "test",
-}
+SPLIT_WORDS = {word: split for split, words in SPLIT_FOLDERS.items() for word in words}
 
 
 @dataclass(frozen=True)
 class SourceImage:
-    """One image with its objects.
+    """One image with its objects: COCO entries with ``category`` (a name) in place of the ids.
 
-    Attributes
-    ----------
-    path : pathlib.Path
-        The image file.
-    width, height : int
-        Pixels, upright.
-    objects : tuple of dict
-        COCO annotation entries without ids of image and category: ``category`` (its name),
-        ``segmentation`` (polygons or run lengths as in the file, absent without a mask), ``bbox``
-        ``[x, y, width, height]`` in pixels (absent if the mask says it), ``iscrowd``, and whatever
-        else the file says.
-    extra : dict
-        Further keys of the image entry, such as ``contents``.
-    files : tuple of pathlib.Path
-        The annotation files of this image alone.
-    new_name : str, optional
-        File name in the new dataset, if another than that of the file.
+    ``segmentation`` is as in the file, ``bbox`` is ``[x, y, width, height]`` in pixels; an entry may
+    lack one of the two.
     """
 
     path: Path
-    width: int
+    width: int  # pixels, upright
     height: int
     objects: tuple[dict, ...]
-    extra: dict = field(default_factory=dict)
-    files: tuple[Path, ...] = ()
+    extra: dict = field(default_factory=dict)  # further keys of the image entry, such as contents
+    files: tuple[Path, ...] = ()  # the annotation files of this image alone
     new_name: str | None = None
 
     @property
@@ -71,33 +45,15 @@ class SourceImage:
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset as its reader returns it.
-
-    Attributes
-    ----------
-    format : str
-        For example ``yolo``.
-    splits : dict of str to list of SourceImage
-        By name; `WHOLE` alone if the source is not split.
-    categories : tuple of helpers.data.records.Category
-        In the order of the files, each name once.
-    notes : tuple of str
-        What a person should know about the reading.
-    header : dict
-        What a COCO file says about the whole, such as ``info`` and ``licenses``.
-    files : tuple of pathlib.Path
-        The files that speak of more than one image.
-    unused : dict of str to int
-        Files below the source that were not read, counted by their ending.
-    """
+    """A dataset as its reader returns it."""
 
     format: str
-    splits: dict[str, list[SourceImage]]
+    splits: dict[str, list[SourceImage]]  # by name; `WHOLE` alone if the source is not split
     categories: tuple[Category, ...]
-    notes: tuple[str, ...] = ()
-    header: dict = field(default_factory=dict)
-    files: tuple[Path, ...] = ()
-    unused: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what a person should know about the reading
+    files: tuple[Path, ...] = ()  # those that speak of more than one image
+    header: dict = field(default_factory=dict)  # what a COCO file says about the whole
+    unused: dict[str, int] = field(default_factory=dict)  # files not read, by ending
 
     @property
     def images(self):
@@ -105,26 +61,21 @@ class Source:
         return [image for images in self.splits.values() for image in images]
 
 
-def is_hidden(name):
-    """Return whether a system made the file: ``._a.png`` and ``__MACOSX`` of a Mac, for example."""
-    return name.startswith((".", "__MACOSX")) or name.casefold() in ("thumbs.db", "desktop.ini")
-
-
 def files_below(folder, suffixes=()):
-    """List the visible files below a folder in order; links to folders are not followed."""
+    """List the files below a folder in order, without those that a system hides or makes."""
     paths = []
     for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
-        paths += [Path(place, name) for name in sorted(names) if not is_hidden(name)]
-    return [path for path in paths if not suffixes or path.suffix.lower() in suffixes]
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        paths += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
+    paths = [path for path in paths if not suffixes or path.suffix.lower() in suffixes]
+    return [path for path in paths if path.is_file() or path.is_symlink()]  # no pipes
 
 
-def files_in(folder, suffixes):
-    """List the visible files directly in a folder, in order; none if it is missing."""
-    paths = sorted(folder.iterdir()) if folder.is_dir() else ()
-    return [
-        p for p in paths if p.suffix.lower() in suffixes and not is_hidden(p.name) and p.is_file()
-    ]
+def folder_named(root, *names):
+    """Return the first folder in `root` that has one of the names in any case, or None."""
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir()] if root.is_dir() else []
+    folders = {path.name.casefold(): path for path in reversed(folders)}
+    return next((folders[name] for name in names if name in folders), None)
 
 
 def refuse_outside(path, root, where=None):
@@ -141,30 +92,25 @@ def refuse_outside(path, root, where=None):
 def picture_size(path, root):
     """Return the upright (width, height) in pixels of an image file inside the source."""
     refuse_outside(path, root)
-    if path.suffix.lower() in HEIC:
-        raise InputError("HEIC pictures cannot be read", where=path, fix="save it as JPEG or PNG")
+    if path.suffix.lower() in (".heic", ".heif"):
+        raise InputError("HEIC cannot be read", where=path, fix="save it as JPEG or PNG")
     size, _ = upright_size(path)
     return size
 
 
-def read_text(path):
-    """Read a text in UTF-8, or in UTF-16 with its byte order mark."""
+def read_text(path, encoding="utf-8-sig"):
+    """Read a text; a byte order mark of UTF-16 goes before the encoding."""
     content = path.read_bytes()
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    encoding = "utf-16" if is_utf16 else "utf-8-sig"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
     try:
         return content.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise not_decoded(path, error) from error
-
-
-def not_decoded(path, error):
-    """Return the InputError for a text in another encoding."""
-    return InputError(
-        f"is no text in {error.encoding} (byte 0x{error.object[error.start]:02x} at {error.start})",
-        where=path,
-        fix="save it as UTF-8",
-    )
+    except (UnicodeDecodeError, LookupError) as error:
+        raise InputError(
+            f"is no text in {encoding.removesuffix('-sig')} ({error})",
+            where=path,
+            fix="save it as UTF-8",
+        ) from error
 
 
 def split_of_name(name):
@@ -178,7 +124,7 @@ def split_folders(root):
     folders = {}
     for path in sorted(root.iterdir()) if root.is_dir() else ():
         name = SPLIT_WORDS.get(path.name.casefold()) if path.is_dir() else None
-        if name is not None and name in folders:
+        if name in folders:
             raise InputError(
                 f"'{folders[name].name}' and '{path.name}' both mean the split '{name}'",
                 where=root,
@@ -186,28 +132,17 @@ def split_folders(root):
             )
         if name is not None:
             folders[name] = path
-    order = {name: folders[name] for name in SPLIT_FOLDERS if name in folders}
-    return order or {WHOLE: root}
-
-
-def folder_named(root, *names):
-    """Return the first folder in `root` that has one of the names in any case, or None."""
-    folders = [path for path in sorted(root.iterdir()) if path.is_dir()] if root.is_dir() else []
-    matches = (
-        path for name in names for path in folders if path.name.casefold() == name.casefold()
-    )
-    return next(matches, None)
+    return {name: folders[name] for name in SPLIT_FOLDERS if name in folders} or {WHOLE: root}
 
 
 def by_stem(paths, folder):
-    """Map the path without ending, relative to a folder, to each file; a tie raises InputError."""
+    """Map the path below `folder`, without ending, to each file; equal ones raise InputError."""
     files = {}
     for path in paths:
         stem = path.relative_to(folder).with_suffix("").as_posix()
         if stem in files:
             raise InputError(
-                f"'{files[stem].name}' and '{path.name}' have one stem, so an annotation "
-                "file could belong to either",
+                f"an annotation could belong to '{files[stem].name}' or '{path.name}'",
                 where=path.parent,
                 fix="rename or remove one of them",
             )
@@ -215,10 +150,11 @@ def by_stem(paths, folder):
     return files
 
 
-def examples(names):
-    """Return the first three of some names, each once, as text."""
-    names = list(dict.fromkeys(map(str, names)))
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+def note_of(items, text):
+    """Return a note on some things in a list, with up to three examples; without any, no note."""
+    names = list(dict.fromkeys(map(str, items)))
+    examples = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return [f"{len(items)} {text}: {examples}"] if items else []
 
 
 def numbered(names):
@@ -257,14 +193,11 @@ def settle_polygons(source, meaning="auto"):
 
 def _all_whole(images):
     """Return whether there are polygons and all their corners are whole numbers."""
-    has_polygons = False
-    for image in images:
-        limit = PRECISION * max(image.width, image.height)
-        for corners in (corners for item in image.objects for corners in _polygons(item)):
-            has_polygons = True
-            if (np.abs(corners - np.round(corners)) > limit).any():
-                return False
-    return has_polygons
+    polygons = [(image, part) for image in images for i in image.objects for part in _polygons(i)]
+    return bool(polygons) and all(
+        (np.abs(part - np.round(part)) <= PRECISION * max(image.width, image.height)).all()
+        for image, part in polygons
+    )
 
 
 def _polygons(item):

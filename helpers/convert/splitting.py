@@ -11,6 +11,7 @@ from scipy.sparse.csgraph import connected_components
 
 from helpers.data.images import near_pairs, open_upright, picture_hash
 from helpers.errors import InputError
+from helpers.files import progress_bar
 
 NAMES = ("train", "valid", "test")
 ROBOFLOW = re.compile(r"(?:_(?:jpe?g|png|bmp|webp|tiff?))?\.rf\.[0-9A-Za-z]+$")
@@ -28,12 +29,12 @@ def name_groups(stems):
     all images is cut into runs of neighbouring numbers, whose borders may still be alike.
     """
     plain = [ROBOFLOW.sub("", stem) for stem in stems]
-    found = [LAST_NUMBER.match(stem) for stem in plain]
+    matches = [LAST_NUMBER.match(stem) for stem in plain]
     groups = [
         match[1]
         if match and (re.search(r"\d", match[1]) or "frame" in match[1].casefold())
         else stem
-        for match, stem in zip(found, plain, strict=True)
+        for match, stem in zip(matches, plain, strict=True)
     ]
     notes = []
     for name, count in Counter(groups).items():
@@ -59,7 +60,11 @@ def scene_groups(paths):
     Each image is opened. Images linked by others share a label, too.
     """
     groups, notes = name_groups([path.stem for path in paths])
-    hashes = np.array([picture_hash(open_upright(path)) for path in paths]).reshape(-1, 32)
+    hashes = np.empty((len(paths), 32), dtype=np.uint8)
+    with progress_bar(len(paths), "comparing images") as bar:
+        for index, path in enumerate(paths):
+            hashes[index] = picture_hash(open_upright(path))
+            bar.update()
     first_of = {}
     by_name = [(index, first_of.setdefault(group, index)) for index, group in enumerate(groups)]
     by_look = near_pairs(hashes, hashes)
@@ -88,41 +93,30 @@ def divide(labels, shares, seed):
 
 
 def split_source(splits, shares, seed):
-    """Divide all images of a source anew.
+    """Divide the images of all splits anew by shares of train, valid and, if there are three, test.
 
-    Parameters
-    ----------
-    splits : dict of str to list of helpers.convert.source.SourceImage
-        Whatever splits there were are joined.
-    shares : sequence of float
-        Of train, valid and, if there are three, test.
-    seed : int
-        Equal seeds give equal splits.
-
-    Returns
-    -------
-    splits : dict of str to list of helpers.convert.source.SourceImage
-        A split with share 0 is left out.
-    notes : list of str
-        For people.
-
-    Raises
-    ------
-    InputError
-        If the shares do not add up to 1, or a split would be empty.
+    Return the new splits (one of share 0 is left out) and notes. Equal seeds give equal splits. Shares
+    that do not add up to 1, or leave a split empty, raise InputError.
     """
     shares = list(shares)
-    if len(shares) not in (2, 3) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6 or not shares[0]:
+    if (
+        len(shares) not in (2, 3)
+        or min(shares) < 0
+        or not abs(sum(shares) - 1) <= 1e-6
+        or not shares[0]
+    ):
         raise InputError(
             f"the shares {shares} are not of train, valid and test",
             fix="give numbers that add up to 1, for example --split 0.8 0.1 0.1",
         )
     images = [image for name in splits for image in splits[name]]
     labels, notes = scene_groups([image.path for image in images])
-    chosen = divide(labels, shares, seed)
+    split_indices = divide(labels, shares, seed)
     result = {}
     for index, (name, share) in enumerate(zip(NAMES, shares, strict=False)):
-        members = [image for image, split in zip(images, chosen, strict=True) if split == index]
+        members = [
+            image for image, split in zip(images, split_indices, strict=True) if split == index
+        ]
         if share and not members:
             raise InputError(
                 f"{len(images)} images in {labels.max() + 1} scenes leave none for '{name}'",

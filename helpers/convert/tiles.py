@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from PIL import Image
 from pycocotools import mask as coco_mask
 
 from helpers.convert.source import SourceImage
-from helpers.data.images import open_upright
+from helpers.data.images import IMAGE_SUFFIXES, open_upright
 from helpers.data.masks import mask_to_rle, rle_area, rle_box_xyxy, segmentation_to_rle
 from helpers.detect.tiles import tile_boxes
 from helpers.errors import InputError
@@ -19,31 +18,13 @@ OPTIONS[".jpeg"] = OPTIONS[".jpg"]
 
 
 def tile_images(images, folder, tile, overlap):
-    """Cut the images that are larger than a tile.
+    """Cut the images that are larger than a tile of `tile` pixels a side; return all images.
 
-    Parameters
-    ----------
-    images : list of helpers.convert.source.SourceImage
-    folder : pathlib.Path
-        The tiles are written into it, as ``<stem of the image's name>_x<left>_y<top>`` with its
-        ending (JPEG and WebP in quality 95).
-    tile : int
-        Side in pixels.
-    overlap : float
-        See `helpers.detect.tiles.tile_boxes`.
-
-    Returns
-    -------
-    list of helpers.convert.source.SourceImage
-        Smaller images as they are, and every tile, also those without objects: there the
-        category is absent, which has to be taught. Masks become run lengths. A piece smaller than
-        `MIN_PIECE` is no object of its tile, but its category is listed in ``contents``, so that
-        it is not asked as absent where a corner of it shows. So are the ``contents`` of the image.
-
-    Raises
-    ------
-    InputError
-        If an image has another size than its annotation says, or a segmentation is malformed.
+    The tiles are written into `folder` as ``<stem>_x<left>_y<top>`` with the image's ending (JPEG and
+    WebP in quality 95), also those without objects: there the category is absent, which has to be
+    taught. Masks become run lengths. A piece smaller than `MIN_PIECE` is no object of its tile, but
+    its category is listed in ``contents``, so that it is not asked as absent where a corner of it
+    shows. For `overlap` see `helpers.detect.tiles.tile_boxes`.
     """
     result = []
     for image in images:
@@ -75,10 +56,9 @@ def _cut(image, boxes, target, tile):
                 contents[index].add(item["category"])
     tiles = []
     for box, entries, nouns in zip(boxes, objects, contents, strict=True):
-        path = target.with_name(f"{target.stem}_x{box[0]}_y{box[1]}{target.suffix}")
-        with path.open("xb") as file:
-            kind = Image.registered_extensions()[target.suffix.lower()]
-            picture.crop(box).save(file, kind, **OPTIONS.get(target.suffix.lower(), {}))
+        suffix = target.suffix if target.suffix.lower() in IMAGE_SUFFIXES else ".png"
+        path = target.with_name(f"{target.stem}_x{box[0]}_y{box[1]}{suffix}")
+        picture.crop(box).save(path, **OPTIONS.get(suffix.lower(), {}))
         size = (box[2] - box[0], box[3] - box[1])
         extra = {"contents": sorted(nouns)} if nouns else {}
         tiles.append(SourceImage(path, *size, tuple(entries), extra))
@@ -109,16 +89,16 @@ def _piece(item, mask, extent, box):
     left, top, right, bottom = max(left, x0), max(top, y0), min(right, x1), min(bottom, y1)
     if right <= left or bottom <= top:
         return None, 0.0
-    same = {key: item[key] for key in ("category", "iscrowd") if key in item}
+    entry = {key: item[key] for key in ("category", "iscrowd") if key in item}
     if mask is None:
         bbox = [left - x0, top - y0, right - left, bottom - top]
-        return same | {"bbox": bbox}, max(bbox[2:])
+        return entry | {"bbox": bbox}, max(bbox[2:])
     part = mask[y0:y1, x0:x1]
     if not part.any():
         return None, 0.0
     rle = mask_to_rle(part)
     left, top, right, bottom = rle_box_xyxy(rle)
-    return same | {"segmentation": rle}, max(right - left, bottom - top)
+    return entry | {"segmentation": rle}, max(right - left, bottom - top)
 
 
 def _contains(box, extent):

@@ -18,9 +18,9 @@ from helpers.convert.source import (
     Source,
     SourceImage,
     by_stem,
-    examples,
     files_below,
     folder_named,
+    note_of,
     numbered,
     picture_size,
     read_text,
@@ -31,7 +31,7 @@ from helpers.data.images import IMAGE_SUFFIXES
 from helpers.errors import InputError
 
 OUTSIDE = 0.01  # share of a side by which rounding and clumsy drawing may leave the image
-MIN_ROWS = 3  # from which a pattern that all rows share is no chance
+MIN_ROWS = 3  # different lines from which a pattern that all share is no chance
 _KEYS = {"train": "train", "val": "valid", "valid": "valid", "test": "test"}
 
 
@@ -41,61 +41,42 @@ def is_yolo(root):
 
 
 def read_yolo(root):
-    """Read a YOLO dataset of polygons (YOLO-seg), boxes, or both.
+    """Read a YOLO dataset of polygons (YOLO-seg), boxes, or both; of poses the boxes.
 
-    Parameters
-    ----------
-    root : pathlib.Path
-        Holds a YAML file with ``names`` and optionally ``path``, ``train``, ``val``, ``test``.
-        Labels lie where the image's path says ``labels`` in place of ``images``, or beside it.
-
-    Returns
-    -------
-    helpers.convert.source.Source
-        An image without a label file shows nothing, as YOLO trainers take it; ``notes`` count
-        them. Of poses (``kpt_shape``) the boxes are read.
-
-    Raises
-    ------
-    InputError
-        Naming file, line and value that cannot be read.
+    `root` holds a YAML file with ``names`` and optionally ``path``, ``train``, ``val``, ``test``.
+    Labels lie where the image's path says ``labels`` in place of ``images``, or beside the image.
+    An image without a label file shows nothing, as YOLO trainers take it.
     """
     where = _yaml_file(root)
-    content, notes = read_yaml(where), []
+    content, notes, files = read_yaml(where), [], [where]
     names = _names(content, where, notes)
-    files, rows = [where], {}
-    paths_of = _image_paths(content, root, where, files, notes)
-    labels = {path: _label_file(path, root) for paths in paths_of.values() for path in paths}
-    for path, label in labels.items():
-        if label is not None:
-            refuse_outside(label, root)
-            rows[path] = _rows(label, names)
-    missing = [path.relative_to(root) for path, label in labels.items() if label is None]
-    if missing:
-        notes.append(
-            f"{len(missing)} images have no label file and count as empty: {examples(missing)}"
-        )
-    keypoints = _keypoint_numbers(content, rows, where, notes)
+    paths = _image_paths(content, root, where, files, notes)
+    labels = {path: _label_file(path, root) for group in paths.values() for path in group}
+    rows = {path: _rows(label, names, root) for path, label in labels.items() if label}
+    empty = [path.relative_to(root) for path, label in labels.items() if label is None]
+    notes += note_of(empty, "images have no label file and count as empty")
+    boxes_only = _check_values(content, [row for group in rows.values() for row in group], where)
+    if boxes_only:
+        notes.append("a pose dataset (kpt_shape): its boxes are read, its keypoints are not")
     splits = {}
-    for split, paths in paths_of.items():
+    for split, group in paths.items():
         splits[split] = []
-        for path in paths:
+        for path in group:
             width, height = picture_size(path, root)
             objects = tuple(
-                _object(names[number], values[: 4 if keypoints else None], width, height)
+                _object(names[number], values[: 4 if boxes_only else None], width, height)
                 for _, number, values in rows.get(path, ())
             )
-            own_files = () if labels[path] is None else (labels[path],)
+            own_files = tuple(filter(None, [labels[path]]))
             splits[split].append(SourceImage(path, width, height, objects, {}, own_files))
-    return Source("yolo", splits, numbered(names.values()), tuple(notes), {}, tuple(files))
+    return Source("yolo", splits, numbered(names.values()), tuple(notes), tuple(files))
 
 
 def _yaml_file(root):
     """Find the YAML file that lists the names, ``data.yaml`` first; None without one."""
-    files = [path for path in sorted(root.iterdir()) if path.suffix.lower() in (".yaml", ".yml")]
-    files = [path for path in files if path.is_file() and not path.name.startswith(".")]
-    for path in sorted(files, key=lambda path: path.name != "data.yaml"):
-        if "names" in read_yaml(path):
+    paths = [path for path in root.glob("[!.]*") if path.suffix.lower() in (".yaml", ".yml")]
+    for path in sorted(paths, key=lambda path: (path.name != "data.yaml", path)):
+        if path.is_file() and "names" in read_yaml(path):
             return path
     return None
 
@@ -103,64 +84,55 @@ def _yaml_file(root):
 def _names(content, where, notes):
     """Map class numbers to names, whether they are listed or numbered."""
     names, count = content["names"], content.get("nc")
-    if isinstance(names, list):
-        names = dict(enumerate(names))
-    problem = InputError(
-        f"names is {str(names)[:200]}",
-        where=where,
-        fix="write names: [crack, joint] or names: {0: crack, 1: joint}",
-    )
-    if not isinstance(names, dict) or not names:
-        raise problem
-    by_number = {int(key): name for key, name in names.items() if str(key).isdecimal()}
-    texts = [str(name).strip() for name in names.values() if isinstance(name, str | int | float)]
-    if len(by_number) < len(names) or len(texts) < len(names) or not all(texts):
-        raise problem
-    if count is not None and count != len(names):
-        notes.append(f"nc is {count}, but names lists {len(names)}, which is taken")
-    if len(set(texts)) < len(texts):
-        notes.append(f"{len(texts) - len(set(texts))} classes bear the name of another: joined")
-    return {number: str(by_number[number]).strip() for number in sorted(by_number)}
+    names = dict(enumerate(names)) if isinstance(names, list) else names
+    texts = {}
+    for key, name in names.items() if isinstance(names, dict) else ():
+        if str(key).isdecimal() and isinstance(name, str | int | float) and str(name).strip():
+            texts[int(key)] = str(name).strip()
+    if not texts or len(texts) < len(names):
+        raise InputError(
+            f"names is {str(content['names'])[:200]}",
+            where=where,
+            fix="write names: [crack, joint] or names: {0: crack, 1: joint}",
+        )
+    if count not in (None, len(texts)):
+        notes.append(f"nc is {count}, but names lists {len(texts)}, which is taken")
+    doubles = [name for name in set(texts.values()) if list(texts.values()).count(name) > 1]
+    notes += note_of(sorted(doubles), "names belong to several classes, which become one")
+    return {number: texts[number] for number in sorted(texts)}
 
 
 def _image_paths(content, root, where, files, notes):
     """Map each split to its image files, by the keys of the YAML file or by the usual folders."""
-    base = root / str(content.get("path") or ".")
-    base = base if base.is_dir() else root
     listed = {}
-    for key, split in _KEYS.items():
-        if content.get(key):
-            if listed.get(split, content[key]) != content[key]:
-                raise InputError(
-                    "'val' and 'valid' name different images", where=where, fix="remove one of them"
-                )
-            listed[split] = content[key]
+    for key in (key for key in _KEYS if content.get(key)):
+        if listed.setdefault(_KEYS[key], content[key]) != content[key]:
+            raise InputError("'val' and 'valid' differ", where=where, fix="remove one of them")
     if not listed:
         return _images_by_folder(root, where)
+    base = root / str(content.get("path") or ".")
+    base = base if base.is_dir() else root
     paths = {}
     for split, entry in listed.items():
         entries = [str(value) for value in (entry if isinstance(entry, list) else [entry])]
-        places = [_existing(value, base, root, where) for value in entries]
-        if None not in places:
-            images = [path for place in places for path in _images_of(place, base, root, files)]
+        places = {value: _existing(value, base, root, where) for value in entries}
+        lost = [value for value in entries if places[value] is None]
+        if not lost:
+            images = [path for p in places.values() for path in _images_of(p, base, root, files)]
             paths[split] = list(dict.fromkeys(images))
         elif split == "train" or len(listed) == 1:
-            raise _missing(entries[places.index(None)], where)
+            raise _missing(lost[0], where)
         else:  # an export without such images still names their folder
-            notes.append(f"{split}: '{entries[places.index(None)]}' does not exist and is left out")
+            notes.append(f"{split}: '{lost[0]}' does not exist, so there is no such split")
     return paths
 
 
 def _images_by_folder(root, where):
     """Map each split to the images of the usual folders, for a file that names none."""
-    folders = split_folders(root)
-    images = folder_named(root, "images")
-    if folders == {WHOLE: root} and images is not None:
+    folders, images = split_folders(root), folder_named(root, "images")
+    if WHOLE in folders and images is not None:
         folders = split_folders(images)
-    paths = {
-        split: files_below(folder_named(folder, "images") or folder, IMAGE_SUFFIXES)
-        for split, folder in folders.items()
-    }
+    paths = {split: _images_of(folder, root, root, []) for split, folder in folders.items()}
     if not any(paths.values()):
         raise InputError(
             "names no split, and there is no image in images/ or train/images/",
@@ -187,166 +159,145 @@ def _images_of(place, base, root, files):
 
 
 def _existing(value, base, root, where):
-    """Return the file or folder that a dataset names, or None; what lies outside is refused.
-
-    Roboflow's exports write one '../' too much.
-    """
-    parts = [part for part in Path(value).parts if part != ".."]
-    candidates = [base / value, *([base / Path(*parts)] if parts and ".." in value else ())]
+    """Return the file or folder that a dataset names, or None; what lies outside is refused."""
+    inner = [part for part in Path(value).parts if part != ".."]
+    candidates = [base / value]
+    if inner != list(Path(value).parts):  # Roboflow's exports write one '../' too much
+        candidates.append(base.joinpath(*inner))
     if not candidates[0].exists():
         candidates.append(root / value)
     candidates = [Path(os.path.normpath(path)) for path in candidates if path.exists()]
     real_root = os.path.realpath(root)
-    for path in candidates:
-        if Path(os.path.realpath(path)).is_relative_to(real_root):
-            return path
-    if candidates:
+    inside = [path for path in candidates if Path(os.path.realpath(path)).is_relative_to(real_root)]
+    if candidates and not inside:
         refuse_outside(candidates[0], root, where)
-    return None
+    return inside[0] if inside else None
 
 
 def _missing(value, where):
     """Return the InputError for a path that leads nowhere."""
-    return InputError(
-        f"names '{value}', which does not exist", where=where, fix="correct the path in the file"
-    )
+    return InputError(f"names '{value}', which does not exist", where=where, fix="correct the path")
 
 
 def _label_file(image, root):
     """Return the text file that belongs to an image, or None."""
-    parts = list(image.relative_to(root).parts)
-    places = [i for i, part in enumerate(parts[:-1]) if part.casefold() == "images"]
-    candidates = [image.with_suffix(".txt"), image.parent / "labels" / f"{image.stem}.txt"]
-    if places:
-        head, tail = parts[: places[-1]], parts[places[-1] + 1 :]
-        mirrors = [root.joinpath(*head, word, *tail) for word in ("labels", "Labels")]
-        candidates = [path.with_suffix(".txt") for path in mirrors] + candidates
-    return next((path for path in candidates if path.is_file()), None)
+    parts = image.relative_to(root).parts
+    candidates = [image, image.parent / "labels" / image.name]
+    places = [index for index, part in enumerate(parts[:-1]) if part.casefold() == "images"]
+    for word in ("labels", "Labels") if places else ():
+        mirror = root.joinpath(*parts[: places[-1]], word, *parts[places[-1] + 1 :])
+        candidates.insert(0, mirror)
+    texts = (path.with_suffix(".txt") for path in candidates)
+    return next((path for path in texts if path.is_file()), None)
 
 
-def _rows(label, names):
+def _rows(label, names, root):
     """Return the (place, class, numbers after it) of each line of a label file."""
+    refuse_outside(label, root)
     rows = []
     for number, line in enumerate(read_text(label).splitlines(), start=1):
-        values, where = line.split(), f"{label}, line {number}"
+        where = f"{label}, line {number}"
         try:
-            numbers = [float(value) for value in values]
+            values = [float(value) for value in line.split()]
         except ValueError as error:
             raise InputError(
-                f"'{line.strip()[:60]}' is not all numbers",
-                where=where,
-                fix="write: class x y x y ...",
+                f"'{line.strip()[:60]}' is not all numbers", where=where, fix="write: class x y ..."
             ) from error
-        if numbers and numbers[0] not in names:
+        if values and values[0] not in names:
             raise InputError(
-                f"class {values[0]} is not among the names {str(names)[:200]}",
+                f"class {line.split()[0]} is not among the names {str(names)[:200]}",
                 where=where,
                 fix="add it to names in the YAML file",
             )
-        if numbers:
-            rows.append((where, int(numbers[0]), numbers[1:]))
+        if values:
+            rows.append((where, int(values[0]), values[1:]))
     return rows
 
 
-def _keypoint_numbers(content, rows, where, notes):
-    """Return how many numbers of keypoints follow each box, and refuse rows of other meanings."""
-    rows = [row for group in rows.values() for row in group]
+def _check_values(content, rows, where):
+    """Refuse lines that are neither boxes nor polygons; return whether keypoints follow the boxes."""
     shape = content.get("kpt_shape")
-    if shape is not None:
-        sound = isinstance(shape, list) and len(shape) == 2 and {*map(type, shape)} == {int}
-        count = shape[0] * shape[1] if sound and min(shape) > 0 else 0
-        if not count:
-            raise InputError(f"kpt_shape is {shape!r}", where=where, fix="write [points, 2 or 3]")
-        for place, _, values in rows:
-            if len(values) not in (4, 4 + count):
-                raise InputError(
-                    f"a class and {len(values)} numbers are no box (4) with {count} of keypoints",
-                    where=place,
-                    fix=f"correct the line, or kpt_shape in {where.name}",
-                )
-            _refuse_values(values[:4], place)
-        notes.append("a pose dataset (kpt_shape): its boxes are read, its keypoints are not")
-        return count
-    meaning = _other_meaning([values for _, _, values in rows])
-    if meaning:
-        raise InputError(
-            f"each line is a box followed by {meaning}, not a polygon",
-            where=rows[0][0],
-            fix=f"name kpt_shape in {where.name}, or leave four numbers after the class",
-        )
+    if shape is None:
+        meaning = _other_meaning({tuple(values) for _, _, values in rows})
+        if meaning:
+            raise InputError(
+                f"each line is a box followed by {meaning}, not a polygon",
+                where=rows[0][0],
+                fix=f"name kpt_shape in {where.name}, or leave four numbers after the class",
+            )
+        counts = None
+    elif isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape):
+        counts = (4, 4 + shape[0] * shape[1])
+    else:
+        raise InputError(f"kpt_shape is {shape!r}", where=where, fix="write [points, 2 or 3]")
     for place, _, values in rows:
-        _refuse_values(values, place)
-    return 0
+        count = len(values)
+        if count not in counts if counts else count != 4 and (count < 6 or count % 2):
+            meant = f"a box with keypoints ({counts[1]})" if counts else "a polygon (6, 8, ...)"
+            raise InputError(
+                f"a class and {count} numbers are neither a box (4) nor {meant}",
+                where=place,
+                fix="write: class x y x y x y ... with at least three corners",
+            )
+        for value in values[: 4 if counts else None]:
+            if not -OUTSIDE <= value <= 1 + OUTSIDE:
+                raise InputError(
+                    f"{value:g} is no share of the image's side",
+                    where=place,
+                    fix="divide x by the width and y by the height",
+                )
+    return counts is not None
 
 
 def _other_meaning(rows):
     """Say what follows a box in rows of one length; None where they are boxes or polygons.
 
-    A polygon's first corner and second corner, taken as centre and size, are hardly ever a box that
-    lies in the image and holds all other corners.
+    The first two corners of a polygon, taken as centre and size, are hardly ever a box that lies in
+    the image and holds all other corners.
     """
-    rows, lengths = {tuple(values) for values in rows}, {len(values) for values in rows}
+    lengths = {len(values) for values in rows}
     if len(rows) < MIN_ROWS or len(lengths) > 1 or min(lengths) < 6:
         return None
-    boxes = [_corners(values) for values in rows]
-    if min(map(min, boxes)) < -OUTSIDE or max(map(max, boxes)) > 1 + OUTSIDE:
+    if not all(-OUTSIDE <= edge <= 1 + OUTSIDE for values in rows for edge in _edges(values)):
         return None
     if lengths == {6} and all(values[5].is_integer() for values in rows):
         return "a confidence and a track number"
+    count, num_sharing = min(lengths) - 4, sum(map(_shares_coordinates, rows))
     for size in (2, 3):
-        if (min(lengths) - 4) % size == 0 and all(_holds_points(values, size) for values in rows):
-            return f"{(min(lengths) - 4) // size} keypoints of {size} numbers"
+        # Corners of rectangles and traced outlines share coordinates; joints of a body hardly do.
+        is_traced = size == 2 and num_sharing > len(rows) / 2
+        if count % size == 0 and not is_traced and all(_holds_points(v, size) for v in rows):
+            return f"{count // size} keypoints"
     return None
+
+
+def _shares_coordinates(values):
+    """Return whether two corners of a polygon have the same x, or the same y."""
+    axes = [[value for value in values[axis::2] if value] for axis in (0, 1)]
+    return any(len(set(axis)) < len(axis) for axis in axes)
 
 
 def _holds_points(values, size):
     """Return whether a box is followed by points in it, each x, y and for size 3 a visibility."""
-    x0, y0, x1, y1 = _corners(values)
+    x0, y0, x1, y1 = _edges(values)
     x_slack, y_slack = 0.1 * (x1 - x0), 0.1 * (y1 - y0)
-    points = [values[start : start + size] for start in range(4, len(values), size)]
-    for x, y, *visibility in points:
-        if visibility and visibility[0] not in (0, 1, 2):
+    for x, y, *visibility in zip(*(values[4 + axis :: size] for axis in range(size)), strict=True):
+        is_inside = x0 - x_slack <= x <= x1 + x_slack and y0 - y_slack <= y <= y1 + y_slack
+        if not (is_inside or x == y == 0) or visibility not in ([], [0], [1], [2]):
             return False
-        inside = x0 - x_slack <= x <= x1 + x_slack and y0 - y_slack <= y <= y1 + y_slack
-        if not inside and (x or y):
-            return False
-    # Corners of a rectangle, or of a traced outline, share coordinates; a person's joints do not.
-    return size == 3 or all(_differ(values[axis::2]) for axis in (0, 1))
+    return True
 
 
-def _differ(values):
-    """Return whether no two of the values but zeros are equal."""
-    values = [value for value in values if value]
-    return len(set(values)) == len(values)
-
-
-def _corners(values):
+def _edges(values):
     """Return (x0, y0, x1, y1) of a box given by its centre and size."""
     x, y, width, height = values[:4]
     return x - width / 2, y - height / 2, x + width / 2, y + height / 2
 
 
-def _refuse_values(values, where):
-    """Raise InputError unless the numbers of a line are a box or a polygon in [0, 1]."""
-    if len(values) != 4 and (len(values) < 6 or len(values) % 2):
-        raise InputError(
-            f"a class and {len(values)} numbers are neither a box (4) nor a polygon (6, 8, ...)",
-            where=where,
-            fix="write: class x y x y x y ... with at least three corners",
-        )
-    outside = [value for value in values if not -OUTSIDE <= value <= 1 + OUTSIDE]
-    if outside:
-        raise InputError(
-            f"{outside[0]:g} is no share of the image's side",
-            where=where,
-            fix="divide x by the width and y by the height",
-        )
-
-
 def _object(category, values, width, height):
     """Turn the numbers of a line into a COCO entry in pixels."""
     if len(values) == 4:
-        x0, y0, _, _ = _corners(values)
+        x0, y0, _, _ = _edges(values)
         box = [x0 * width, y0 * height, values[2] * width, values[3] * height]
         return {"category": category, "bbox": box, "iscrowd": 0}
     sides = (width, height) * (len(values) // 2)

@@ -1,10 +1,4 @@
-"""The losses of a model beside those of a detector that never finds anything.
-
-Two questions about a validation loss can be answered with numbers: on which scale it is, since the
-same outputs give one value under SAM3's weights and another under the seed script's, and whether
-it can be trusted to choose a checkpoint, since a detector without detections may have the lower
-one.
-"""
+"""What lessons 04 and 07 need besides the pipeline: an example of foreign data, a silent detector."""
 
 from __future__ import annotations
 
@@ -31,31 +25,23 @@ from helpers.detect.queries import as_queries
 from helpers.errors import InputError
 from helpers.files import WALL_CRACKS, resolve, staged_folder
 from helpers.model.losses import WEIGHTS, sam3_losses
-from helpers.model.prompted import PRESENCE_LOGIT_CLAMP, SCORE_LOGIT_CLAMP, model_inputs
+from helpers.model.prompted import (
+    PRESENCE_LOGIT_CLAMP,
+    SCORE_LOGIT_CLAMP,
+    loss_inputs,
+    model_inputs,
+)
 
 EXAMPLE_NOUNS = {"0": "crack"}
 """The category of the example, and what its objects are."""
 TWICE = 12
-"""Every so many pictures of the example are in it a second time, brighter."""
+"""Every 12th picture of the example is added a second time, brighter."""
 
 
 def source_of(source, data_dir, folder):
-    """Find the dataset to start from.
+    """Return the folder to start from, and the nouns of its categories where they are known.
 
-    Parameters
-    ----------
-    source : str
-        Folder of the reader's own; empty if he has none.
-    data_dir : pathlib.Path
-        Dataset of the course, or what he put in its place.
-    folder : pathlib.Path
-        Where the example goes if neither is his own.
-
-    Returns
-    -------
-    path : pathlib.Path
-    nouns : dict of str to str
-        What its categories are to be asked as, where that is known: of the example only.
+    That is the reader's own `source` or `data_dir`, else an example, which is written to `folder`.
     """
     if source:
         return resolve(source), {}
@@ -65,24 +51,12 @@ def source_of(source, data_dir, folder):
 
 
 def write_example(folder, data_dir=WALL_CRACKS):
-    """Write a dataset of one category as a YOLO export that tells little.
-
-    Parameters
-    ----------
-    folder : os.PathLike
-        Replaced by ``data.yaml``, ``images/`` and ``labels/``: all splits in one, in mixed order.
-    data_dir : os.PathLike
-        The dataset. What is lost of it: its splits, the name of its category, the ``contents`` of
-        its images, and holes in masks, which a YOLO polygon cannot have.
-
-    Returns
-    -------
-    pathlib.Path
-        The folder.
-    """
+    """Write a dataset of one category as a YOLO export: one folder, a number for a name, no holes."""
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)
-    records = [one for name in find_splits(data_dir) for one in read_split(data_dir, name).records]
+    records = [
+        record for name in find_splits(data_dir) for record in read_split(data_dir, name).records
+    ]
     order = np.random.default_rng(0).permutation(len(records))
     shots = [(records[index], False) for index in order]
     shots += [(records[index], True) for index in order[::TWICE]]
@@ -90,12 +64,12 @@ def write_example(folder, data_dir=WALL_CRACKS):
         for name in ("images", "labels"):
             (staging / name).mkdir()
         (staging / "data.yaml").write_text("names: ['0']\n", encoding="utf-8")
-        for number, (record, again) in enumerate(shots):
+        for number, (record, is_second) in enumerate(shots):
             name = f"photo_{number:03d}"
             lines = [_yolo_line(item.rle) for item in record.objects]
             (staging / "labels" / f"{name}.txt").write_text("".join(lines), encoding="utf-8")
             target = staging / "images" / f"{name}{record.path.suffix}"
-            if again:
+            if is_second:
                 ImageEnhance.Brightness(open_upright(record.path)).enhance(1.15).save(target)
             else:
                 shutil.copyfile(record.path, target)
@@ -113,32 +87,10 @@ def _yolo_line(rle):
 
 
 def import_dataset(source, output, *, shares, seed, category=None, tile=None):
-    """Convert a dataset, and divide it unless it has all three splits.
+    """Convert a dataset into a folder, which is replaced, and divide it unless it has three splits.
 
-    Parameters
-    ----------
-    source : os.PathLike
-        Of any format that `helpers.convert.conversion.read_source` knows.
-    output : os.PathLike
-        Folder, replaced.
-    shares : sequence of float
-        Of train, valid and test.
-    seed : int
-        Of the division.
-    category : str, optional
-        What mask pictures show.
-    tile : int, optional
-        Side in pixels of the tiles that larger images are cut into.
-
-    Returns
-    -------
-    dict
-        See `helpers.convert.conversion.convert`.
-
-    Raises
-    ------
-    InputError
-        If the source cannot be read, or lies in the folder that would be replaced.
+    The arguments are those of `helpers.convert.conversion.convert`; `shares` are those of train,
+    valid and test. `InputError` if the source lies in the folder that would be replaced.
     """
     source, output = resolve(source).resolve(), Path(output).resolve()
     if source == output or output in source.parents:
@@ -154,29 +106,16 @@ def import_dataset(source, output, *, shares, seed, category=None, tile=None):
 
 
 def lay_out(records, path, columns=3):
-    """Lay pictures side by side as one large photograph, with their objects.
+    """Lay pictures side by side as one PNG, and return its `ImageRecord` with all their masks.
 
-    Parameters
-    ----------
-    records : sequence of helpers.data.records.ImageRecord
-        At least one. Those of the most frequent size are used, pictures with objects first.
-    path : os.PathLike
-        PNG to write.
-    columns : int
-        Pictures per row, and rows; fewer if there are not enough pictures.
-
-    Returns
-    -------
-    helpers.data.records.ImageRecord
-        Of the photograph. Objects without a mask are left out, and ``contents`` are united.
+    Takes pictures of the most frequent size, those with objects first: at most `columns` squared.
     """
-    size, _ = Counter((one.width, one.height) for one in records).most_common(1)[0]
-    fitting = [one for one in records if (one.width, one.height) == size]
-    fitting.sort(key=lambda one: not one.objects)
+    size, _ = Counter((record.width, record.height) for record in records).most_common(1)[0]
+    fitting = [record for record in records if (record.width, record.height) == size]
+    fitting.sort(key=lambda record: not record.objects)
     columns = min(columns, math.isqrt(len(fitting)))
     chosen, (width, height) = fitting[: columns**2], size
-    photograph = Image.new("RGB", (width * columns, height * columns))
-    objects = []
+    photograph, objects = Image.new("RGB", (width * columns, height * columns)), []
     for index, record in enumerate(chosen):
         x, y = index % columns * width, index // columns * height
         photograph.paste(open_upright(record.path), (x, y))
@@ -186,27 +125,12 @@ def lay_out(records, path, columns=3):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     photograph.save(path)
-    contents = frozenset().union(*(one.contents for one in chosen))
+    contents = frozenset().union(*(record.contents for record in chosen))
     return ImageRecord(path.name, path, *photograph.size, tuple(objects), contents)
 
 
 def open_photograph(path):
-    """Describe a photograph of which no annotation is known.
-
-    Parameters
-    ----------
-    path : os.PathLike
-
-    Returns
-    -------
-    helpers.data.records.ImageRecord
-        Without objects.
-
-    Raises
-    ------
-    InputError
-        If it is no readable image.
-    """
+    """Return the `ImageRecord` of a photograph of which no annotation is known."""
     path = resolve(path)
     (width, height), _ = upright_size(path)
     return ImageRecord(path.name, path, width, height, ())
@@ -222,33 +146,20 @@ def _moved(item, x, y, size):
 
 
 def queries_by_category(predictions, record):
-    """Set the predictions on one image beside the objects of the category each asked for.
-
-    Parameters
-    ----------
-    predictions : sequence of helpers.detect.predictor.Prediction
-        One per prompt.
-    record : helpers.data.records.ImageRecord
-        The image.
-
-    Returns
-    -------
-    list of dict
-        See `helpers.detect.queries`.
-    """
+    """Set predictions on one image beside the objects of the category that each asked for."""
     queries = []
-    for one in predictions:
-        asked = tuple(item for item in record.objects if item.category == one.prompt)
-        queries += as_queries([one], [replace(record, objects=asked)])
+    for prediction in predictions:
+        objects = tuple(item for item in record.objects if item.category == prediction.prompt)
+        queries += as_queries([prediction], [replace(record, objects=objects)])
     return queries
-
-
-_LAYER = ("pred_logits", "pred_boxes_cxcywh", "presence_logits")
 
 
 @torch.no_grad()
 def losses_beside_silence(model, dataset, collator):
     """Compute the mean loss of a model and of the same model with all its scores at the bottom.
+
+    Two questions about a validation loss can be answered with these numbers: on which scale it is,
+    and whether it may choose a checkpoint, since a detector of nothing may have the lower one.
 
     Parameters
     ----------
@@ -269,39 +180,19 @@ def losses_beside_silence(model, dataset, collator):
     device = next(model.parameters()).device
     sums = pd.DataFrame(0.0, index=["model", "silent"], columns=list(WEIGHTS))
     for batch in DataLoader(dataset, collate_fn=collator):
-        outputs = model(**model_inputs(batch, device))
-        for name, judged in (("model", _parts(outputs)), ("silent", silenced(_parts(outputs)))):
+        outputs = loss_inputs(model(**model_inputs(batch, device)))
+        for name, detector in (("model", outputs), ("silent", silenced(outputs))):
             for variant in WEIGHTS:
-                total = sam3_losses(judged, batch["targets"], variant)["total"]
+                total = sam3_losses(detector, batch["targets"], variant)["total"]
                 sums.loc[name, variant] += total.item()
     return sums / len(dataset)
 
 
 def silenced(outputs):
-    """Put all scores of some outputs to the lowest value the model can give.
-
-    Parameters
-    ----------
-    outputs : dict
-        See `helpers.model.losses.sam3_losses`.
-
-    Returns
-    -------
-    dict
-        A copy; boxes, masks and semantic map are shared with the input.
-    """
+    """Return outputs, a dict for the losses, with all scores at the lowest the model can give."""
     lowest = {"pred_logits": -SCORE_LOGIT_CLAMP, "presence_logits": -PRESENCE_LOGIT_CLAMP}
 
-    def quiet(layer):
+    def silent(layer):
         return layer | {name: torch.full_like(layer[name], value) for name, value in lowest.items()}
 
-    return quiet(outputs) | {"aux": [quiet(layer) for layer in outputs["aux"]]}
-
-
-def _parts(outputs):
-    """Return what the losses read of the model's outputs, in float32."""
-    layers = [
-        {name: layer[name].float() for name in _LAYER} for layer in (outputs, *outputs["aux"])
-    ]
-    masks = {name: outputs[name].float() for name in ("pred_masks", "semantic_logits")}
-    return layers[0] | masks | {"aux": layers[1:]}
+    return silent(outputs) | {"aux": [silent(layer) for layer in outputs["aux"]]}

@@ -17,6 +17,7 @@ from helpers.data.dataset import PromptCollator, PromptDataset, load_dataset
 from helpers.detect.predictor import Predictor
 from helpers.errors import InputError
 from helpers.files import read_json, resolve
+from helpers.model.lora import read_adapter_weights
 from helpers.model.sam3 import base_dtype, load_base
 from helpers.train import run as run_folder
 
@@ -166,6 +167,14 @@ class Examination:
         result = run_folder.load_run(self.folder)
         result.model.to(self.device)
         return result
+
+    @cached_property
+    def adapter_weights(self):
+        """The tensors of the adapter file by name; InputError if a number in it is not finite."""
+        weights = read_adapter_weights(self.files.folder)
+        if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
+            raise InputError("the adapter holds NaN or infinite numbers", where=self.folder)
+        return weights
 
     @cached_property
     def base(self):

@@ -258,7 +258,7 @@ def lora_places(examination):
     targets = [component_of(name) for name in linear if name.rpartition(".")[2] in names]
     modules = {
         key.removeprefix("base_model.model.").partition(".lora_B")[0]
-        for key in read_adapter_weights(examination.files.folder)
+        for key in examination.adapter_weights
         if ".lora_B" in key
     }
     if unknown := modules - set(linear):

@@ -1,10 +1,12 @@
-"""What a config's epochs, batches and warm-up come to on a dataset, and curves of several runs."""
+"""Charts of numbers: curves of runs, thresholds, scores, bars; and the schedule of a config."""
 
 from __future__ import annotations
 
 import math
 import textwrap
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -13,13 +15,17 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 from helpers.errors import InputError
 from helpers.train.report import epoch_means
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
-"""Okabe-Ito palette, yellow left out: it is too pale for lines on white."""
-DASHES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLE = matplotlib.rc_params_from_file(
+    Path(__file__).with_name("course.mplstyle"), use_default_template=False
+)
+CYCLE = STYLE["axes.prop_cycle"]
+COLOURS = tuple(dict.fromkeys(CYCLE.by_key()["color"]))
+MARKERS = tuple(dict.fromkeys(CYCLE.by_key()["marker"]))
+_LINES = {"markersize": STYLE["lines.markersize"], "linewidth": STYLE["lines.linewidth"]}
 HATCHES = ("", "//", "..", "xx")
 SMALLEST_SCORE = 1e-6
 """Left end of logarithmic score axes; smaller scores are counted there."""
+_BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "frameon": False}
 _LABEL_CHARACTERS = 26
 
 
@@ -29,34 +35,22 @@ def threshold_figure(sweep, score_threshold=None):
     Parameters
     ----------
     sweep : pandas.DataFrame
-        Columns ``threshold``, ``count``, ``precision``, ``recall``, ``f1``, as
-        `helpers.detect.metrics.threshold_sweep` returns them.
+        From `helpers.detect.metrics.threshold_sweep`.
     score_threshold : float, optional
         In [0, 1]; marked by a vertical line.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
     """
     table = sweep.set_index("threshold")
     figure = Figure(figsize=(7, 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    for number, name in enumerate(["precision", "recall", "f1"]):
-        style = {"color": COLOURS[number], "linestyle": DASHES[number], "marker": MARKERS[number]}
-        upper.plot(table.index, table[name], label=name, markersize=5, **style)
-    lower.step(
-        table.index, table["count"], where="mid", color=COLOURS[4], marker=MARKERS[3], markersize=4
-    )
-    dress(upper, "", "at IoU 0.5")
+    draw_lines(upper, table, ["precision", "recall", "f1"], xlabel="", ylabel="at IoU 0.5")
+    lower.step(table.index, table["count"], where="mid", color="black", marker="D", markersize=4)
     dress(lower, "score threshold", "detections")
     upper.set_ylim(-0.03, 1.03)
     lower.set_ylim(bottom=0)
     lower.yaxis.set_major_locator(MaxNLocator(integer=True))
-    if score_threshold is not None:
-        for ax in (upper, lower):
-            ax.axvline(score_threshold, color="0.35", linestyle=":")
-        upper.plot([], [], color="0.35", linestyle=":", label=f"threshold {score_threshold:g}")
-    upper.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, handlelength=3.5)
+    _mark_threshold(lower, score_threshold)
+    _mark_threshold(upper, score_threshold)
+    upper.legend(**_BESIDE)
     return figure
 
 
@@ -71,32 +65,26 @@ def score_histogram_figure(present, absent, score_threshold=None, *, log=False):
         Marked by a vertical line.
     log : bool
         Logarithmic score axis, for scores that are all near zero.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
     """
     bins = np.geomspace(SMALLEST_SCORE, 1, 25) if log else np.linspace(0, 1, 21)
     figure = Figure(figsize=(8, 3.8), layout="constrained")
     ax = figure.subplots()
-    for number, (name, scores) in enumerate({"present": present, "absent": absent}.items()):
+    looks = ((COLOURS[0], "", 0.35), (COLOURS[1], HATCHES[2], 0))
+    for name, scores, (colour, hatch, alpha) in zip(
+        ("present", "absent"), (present, absent), looks, strict=True
+    ):
         scores = np.clip(np.asarray(scores, dtype=float), bins[0], 1)
         label = f"prompt {name} ({len(scores)} queries)"
-        style = {"edgecolor": COLOURS[number], "hatch": HATCHES[2 * number], "linewidth": 1.8}
-        face = (
-            *[int(COLOURS[number][i : i + 2], 16) / 255 for i in (1, 3, 5)],
-            0.35 if number == 0 else 0,
+        style = {"edgecolor": colour, "hatch": hatch, "linewidth": 1.8}
+        ax.hist(
+            scores, bins, histtype="stepfilled", facecolor=(colour, alpha), label=label, **style
         )
-        ax.hist(scores, bins, histtype="stepfilled", facecolor=face, label=label, **style)
-    if score_threshold is not None:
-        ax.axvline(
-            score_threshold, color="0.35", linestyle=":", label=f"threshold {score_threshold:g}"
-        )
+    _mark_threshold(ax, score_threshold)
     if log:
         ax.set_xscale("log")
     dress(ax, "highest score of the query", "queries")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    ax.legend(**_BESIDE)
     return figure
 
 
@@ -108,15 +96,11 @@ def logit_heatmap_figure(logits, row_labels=None, *, rows="image", limits=None):
     logits : array_like
         (n, Q), n and Q at least 1.
     row_labels : sequence of str, optional
-        n texts for the rows; numbers by default.
+        n texts; numbers by default.
     rows : str
         What a row is, for the axis.
     limits : tuple of float, optional
-        Logits at the two ends of the colour scale; by default the smallest and the largest.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
+        Logits at the ends of the colour scale; by default the smallest and the largest.
     """
     logits = np.asarray(logits, dtype=float)
     if logits.ndim != 2 or logits.size == 0:
@@ -124,10 +108,10 @@ def logit_heatmap_figure(logits, row_labels=None, *, rows="image", limits=None):
     figure = Figure(figsize=(8, min(1.6 + 0.25 * len(logits), 9)), layout="constrained")
     ax = figure.subplots()
     low, high = limits or (logits.min(), logits.max())
-    shown = ax.imshow(
+    heatmap = ax.imshow(
         logits, cmap="cividis", aspect="auto", vmin=low, vmax=high, interpolation="nearest"
     )
-    figure.colorbar(shown, ax=ax, label=f"logit ({logits.min():.1f} to {logits.max():.1f})")
+    figure.colorbar(heatmap, ax=ax, label=f"logit ({logits.min():.1f} to {logits.max():.1f})")
     ax.set(xlabel="query", ylabel=rows)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if row_labels is None:
@@ -144,32 +128,25 @@ def grouped_bars_figure(table, ylabel, *, top=None):
     ----------
     table : pandas.DataFrame
         One group per row, one bar per column; the names of index and columns, where set, label
-        the axis and the legend. Not-a-number is shown as a missing bar.
+        the axis and the legend. A bar of NaN is missing.
     ylabel : str
         What the values are.
     top : float, optional
         Upper end of the axis, for example 1 for a score.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
     """
     figure = Figure(figsize=(min(2.5 + 1.1 * table.size, 10), 4), layout="constrained")
     ax = figure.subplots()
-    width = 0.8 / len(table.columns)
-    for number, column in enumerate(table):
-        places = np.arange(len(table)) + (number - (len(table.columns) - 1) / 2) * width
-        style = {"color": COLOURS[number % len(COLOURS)], "hatch": HATCHES[number % len(HATCHES)]}
-        bars = ax.bar(
-            places, table[column], width * 0.92, label=str(column), edgecolor="white", **style
-        )
+    table.rename(index=_wrap).plot.bar(
+        ax=ax, width=0.8, rot=0, edgecolor="white", color=_repeated(COLOURS, table.columns)
+    )
+    for bars, hatch in zip(ax.containers, _repeated(HATCHES, table.columns), strict=True):
+        for bar in bars:
+            bar.set_hatch(hatch)
         ax.bar_label(bars, fmt=_number, padding=2)
-    ax.set_xticks(range(len(table)), [_wrap(label) for label in table.index])
     dress(ax, table.index.name or "", ylabel)
     ax.set_ylim(0, top * 1.08 if top else None)
     ax.margins(y=0.12)
-    title = table.columns.name
-    ax.legend(title=title, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    ax.legend(title=table.columns.name, **_BESIDE)
     return figure
 
 
@@ -179,28 +156,35 @@ def component_bars_figure(table, columns):
     Parameters
     ----------
     table : pandas.DataFrame
-        For example the report of `helpers.model.lora.adapter_report`; the index names the rows.
+        For example from `helpers.model.adapter_report`; the index names the rows.
     columns : sequence of str
-        Numeric columns, one panel each. Not-a-number (no gradient yet) is shown as a missing bar.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
+        Numeric columns, one panel each. A bar of NaN (no gradient yet) is missing.
     """
     size = (2.2 + 3.2 * len(columns), 1.2 + 0.45 * len(table))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    for number, (ax, column) in enumerate(zip(axes, columns, strict=True)):
-        style = {"color": COLOURS[number % len(COLOURS)], "hatch": HATCHES[number % len(HATCHES)]}
-        bars = ax.barh(
-            [_wrap(label) for label in table.index], table[column], edgecolor="white", **style
-        )
+    looks = zip(_repeated(COLOURS, columns), _repeated(HATCHES, columns), strict=True)
+    for ax, column, (colour, hatch) in zip(axes, columns, looks, strict=True):
+        labels = [_wrap(label) for label in table.index]
+        bars = ax.barh(labels, table[column], color=colour, hatch=hatch, edgecolor="white")
         ax.bar_label(bars, fmt=_number, padding=3)
         dress(ax, _wrap(column), "")
         ax.margins(x=0.3)
         ax.xaxis.set_major_locator(MaxNLocator(3))
     axes[0].invert_yaxis()
     return figure
+
+
+def _repeated(looks, columns):
+    """Return one look per column, from the start again where there are more columns."""
+    return [looks[number % len(looks)] for number in range(len(columns))]
+
+
+def _mark_threshold(ax, score_threshold):
+    """Draw a vertical line at a threshold that is not None."""
+    if score_threshold is not None:
+        label = f"threshold {score_threshold:g}"
+        ax.axvline(score_threshold, color="0.35", linestyle=":", marker="", label=label)
 
 
 def _number(value):
@@ -214,13 +198,7 @@ def _wrap(label):
 
 
 def dress(ax, xlabel, ylabel):
-    """Label the axes, remove the frame that carries no information, and lay a faint grid.
-
-    Parameters
-    ----------
-    ax : matplotlib.axes.Axes
-    xlabel, ylabel : str
-    """
+    """Label the axes, remove the frame that carries no information, and lay a faint grid."""
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25)
@@ -228,28 +206,10 @@ def dress(ax, xlabel, ylabel):
 
 
 _NOT_A_LOSS = ("epoch", "step", "learning_rate", "grad_norm", "total_flos", "train_", "eval_")
-_NOT_A_METRIC = ("eval_loss", "eval_runtime", "per_second")
 
 
 def history_frame(log_history):
-    """Turn the log of a trainer into a table.
-
-    Parameters
-    ----------
-    log_history : sequence of dict
-        ``trainer.state.log_history``: each entry has ``step`` and some numbers.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``step``, one column per logged name, NaN where a step logged nothing under it;
-        entries of one step are joined.
-
-    Raises
-    ------
-    InputError
-        When an entry has no step.
-    """
+    """Return the log of a trainer, a list of dicts with ``step``, as a table indexed by step."""
     if any("step" not in entry for entry in log_history):
         raise InputError("an entry of the log has no step", fix="pass trainer.state.log_history")
     if not log_history:
@@ -262,31 +222,18 @@ def loss_terms(history):
     return [name for name in history if not name.startswith(_NOT_A_LOSS)]
 
 
-def validation_metrics(history):
-    """Return the columns of a `history_frame` that are metrics of the validation split."""
-    names = [name for name in history if name.startswith("eval_")]
-    return [name for name in names if not any(part in name for part in _NOT_A_METRIC)]
-
-
 def draw_lines(ax, table, columns, *, xlabel, ylabel, log=False):
     """Draw columns of a table against its index, each with a dash, a marker and a colour.
 
-    Parameters
-    ----------
-    ax : matplotlib.axes.Axes
-    table : pandas.DataFrame
-    columns : sequence of str
-        May be empty: then the axes say that there is nothing yet.
-    xlabel, ylabel : str
-    log : bool
-        Logarithmic y axis; values that are not positive are left out.
+    Without a column the axes say that nothing is logged yet; a logarithmic axis (`log`) leaves out
+    values that are not positive.
     """
-    for number, name in enumerate(columns):
+    ax.set_prop_cycle(CYCLE)
+    for name in columns:
         values = table[name].dropna().astype(float)
         values = values[values > 0] if log else values
-        style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
-        style |= {"marker": MARKERS[number % len(MARKERS)], "markersize": 5, "linewidth": 1.4}
-        ax.plot(values.index, values, markevery=max(len(values) // 8, 1), label=name, **style)
+        every = max(len(values) // 8, 1)
+        ax.plot(values.index, values, label=name, markevery=every, **_LINES)
     dress(ax, xlabel, ylabel)
     if not columns:
         ax.text(0.5, 0.5, "nothing logged yet", ha="center", transform=ax.transAxes)
@@ -299,30 +246,6 @@ def draw_lines(ax, table, columns, *, xlabel, ylabel, log=False):
     ax.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False, handlelength=3.5
     )
-
-
-def curves_figure(log_history, terms=None, metrics=None):
-    """Draw the terms of the training loss and the validation metrics against the step.
-
-    Parameters
-    ----------
-    log_history : sequence of dict
-        See `history_frame`.
-    terms, metrics : sequence of str, optional
-        Names to draw; by default all that `loss_terms` and `validation_metrics` find.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-    """
-    history = history_frame(log_history)
-    figure = Figure(figsize=(10, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    terms = loss_terms(history) if terms is None else terms
-    metrics = validation_metrics(history) if metrics is None else metrics
-    draw_lines(left, history, terms, xlabel="optimiser step", ylabel="training loss", log=True)
-    draw_lines(right, history, metrics, xlabel="optimiser step", ylabel="validation metric")
-    return figure
 
 
 def schedule_frame(configs, num_images, num_processes=1):
@@ -340,9 +263,8 @@ def schedule_frame(configs, num_images, num_processes=1):
     Returns
     -------
     pandas.DataFrame
-        One row per config: ``images per step``, ``epochs``, ``steps`` (of the optimiser, in all),
-        ``warm-up steps``, ``peak`` (learning rate the config asks for) and ``reached`` (share of
-        it that the linear warm-up attains before the run ends, 1 if it ends in time).
+        One row per config: ``images per step``, ``epochs``, ``steps``, ``warm-up steps``, ``peak``
+        (learning rate the config asks for) and ``reached`` (share of it that the warm-up attains).
     """
     rows = {}
     for name, config in configs.items():
@@ -362,20 +284,15 @@ def schedule_frame(configs, num_images, num_processes=1):
 
 
 def runs_figure(histories, names):
-    """Draw some logged numbers of several runs by epoch, on common axes.
+    """Draw logged numbers of several runs by epoch, on common axes.
 
     Parameters
     ----------
     histories : dict of str to list of dict
         Name of a run to its ``trainer.state.log_history``.
     names : dict of str to str
-        Logged name, for example ``"loss"`` or ``"eval_AP50"``, to the label of its axis; one panel
-        each. Numbers logged more than once in an epoch are averaged over it. Losses get a
-        logarithmic axis.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
+        Logged name, for example ``"eval_AP50"``, to the label of its axis; one panel each. Numbers
+        are averaged over an epoch. Losses get a logarithmic axis.
     """
     figure = Figure(figsize=(1 + 3.4 * len(names), 4.2), layout="constrained")
     axes = figure.subplots(1, len(names), squeeze=False)[0]

@@ -1,6 +1,6 @@
-"""Look at samples as the loss sees them: resized image, boxes and masks after the collate.
+"""Panels to move a threshold, to watch a training, and to browse what the loss is given.
 
-Everything is read back from the tensors of a collated batch and nothing from the files, so a fault
+Targets are drawn as the loss sees them: resized image, boxes and masks after the collate. Everything is read back from the tensors of a collated batch and nothing from the files, so a fault
 of the loader shows in these pictures, where pictures of the files would hide it.
 """
 
@@ -21,8 +21,8 @@ from traitlets import validate
 from transformers import TrainerCallback
 
 from helpers.detect.detections import detect
-from helpers.errors import InputError, check_probability
-from helpers.show.charts import draw_lines, history_frame, loss_terms, validation_metrics
+from helpers.errors import InputError, check_probability, printable
+from helpers.show.charts import draw_lines, history_frame, loss_terms
 from helpers.show.pictures import (
     MAX_COLUMNS,
     TRUTH_COLOUR,
@@ -34,6 +34,8 @@ from helpers.show.pictures import (
 
 _WIDE = {"style": {"description_width": "initial"}, "layout": {"width": "32em"}}
 _REDRAW_SECONDS = 2.0
+_PANEL_METRICS = ("eval_AP50", "eval_cgF1", "eval_max_score_present_share_above")
+"""Shares from 0 to 1, drawn on one axis while a training runs."""
 
 
 class StrictSlider(widgets.FloatSlider):
@@ -51,25 +53,7 @@ class StrictSlider(widgets.FloatSlider):
 
 
 class ThresholdPanel:
-    """Sliders for the score and the mask threshold over outputs that were computed before.
-
-    Use `threshold_panel` to make one.
-
-    Attributes
-    ----------
-    score, mask : StrictSlider
-        Set their ``value`` to move them from code.
-    prompt : ipywidgets.Dropdown
-        One option per prompt; shown when there are several.
-    readout : ipywidgets.Label
-        For example ``kept 2 of 20, highest score 0.873``.
-    picture : ipywidgets.HTML
-        The drawing, with the read-out as its alternative text.
-    detections : list of dict
-        What is shown, see `helpers.detect.detections.detect`.
-    widget : ipywidgets.VBox
-        What to display.
-    """
+    """Sliders `score` and `mask`, Dropdown `prompt` over computed outputs; `widget` shows it."""
 
     def __init__(self, image, raws, score_threshold, mask_threshold):
         self._image, self._raws = as_picture(image), {raw.prompt: raw for raw in raws}
@@ -101,7 +85,7 @@ class ThresholdPanel:
         self.readout.value = f"kept {kept} of {total}, highest score {raw.max_score:.3f}"
         picture = annotate_detections(self._image, self.detections)
         alt = f"Detections of {raw.prompt!r}: {self.readout.value}."
-        self.picture.value = _img(_encode(picture), alt, width="32em")
+        self.picture.value = _img(picture, alt, width="32em")
 
 
 def threshold_panel(image, raws, *, score_threshold=0.3, mask_threshold=0.5):
@@ -110,17 +94,11 @@ def threshold_panel(image, raws, *, score_threshold=0.3, mask_threshold=0.5):
     Parameters
     ----------
     image : PIL.Image.Image, numpy.ndarray or os.PathLike
-        See `helpers.show.pictures.as_picture`.
+        An array is (H, W, 3) uint8.
     raws : sequence of helpers.detect.detections.RawPrediction
-        Outputs for this image, one per prompt, as ``Predictor.raw`` returns them. With several
-        prompts a dropdown chooses.
+        Outputs for this image, one per prompt, as ``Predictor.raw`` returns them.
     score_threshold, mask_threshold : float
-        First values of the sliders, in [0, 1].
-
-    Returns
-    -------
-    ThresholdPanel
-        With its first picture drawn.
+        First values of the sliders ``score`` and ``mask``, in [0, 1].
 
     Raises
     ------
@@ -139,16 +117,14 @@ def threshold_panel(image, raws, *, score_threshold=0.3, mask_threshold=0.5):
 
 
 class LossPanel:
-    """A curve of the training loss and the validation metrics that grows while training runs.
+    """Curves of the training loss and the validation metrics that grow while training runs.
 
     Attributes
     ----------
     log : list of dict
         Everything `update` was given, in the form of ``trainer.state.log_history``.
-    readout : ipywidgets.Label
-        Step and last loss in words.
-    picture : ipywidgets.HTML
-        The curves.
+    readout, picture : ipywidgets.Label, ipywidgets.HTML
+        Step and last loss in words, and the curves.
     widget : ipywidgets.VBox
         What to display before training starts.
     """
@@ -161,13 +137,7 @@ class LossPanel:
         self.redraw()
 
     def update(self, log):
-        """Add one entry and redraw, though not more often than every two seconds.
-
-        Parameters
-        ----------
-        log : dict
-            Names to numbers, with ``step``.
-        """
+        """Add one entry, names to numbers, and redraw if the last time was two seconds ago."""
         self.log.append(dict(log))
         if time.monotonic() - self._drawn_at >= _REDRAW_SECONDS:
             self.redraw()
@@ -182,19 +152,15 @@ class LossPanel:
         left, right = figure.subplots(1, 2)
         terms = ["loss"] if "loss" in history else loss_terms(history)
         draw_lines(left, history, terms, xlabel="optimiser step", ylabel="training loss", log=True)
-        metrics = validation_metrics(history)
+        metrics = [name for name in _PANEL_METRICS if name in history]
         draw_lines(right, history, metrics, xlabel="optimiser step", ylabel="validation metric")
-        self.picture.value = _img(_encode(figure), self.readout.value, width="100%")
+        right.set_ylim(-0.03, 1.03)
+        self.picture.value = _img(figure, self.readout.value, width="100%")
         self._drawn_at = time.monotonic()
 
 
 class LivePlotCallback(TrainerCallback):
-    """Feed a `LossPanel` from a `transformers.Trainer`; prints nothing.
-
-    Parameters
-    ----------
-    panel : LossPanel
-    """
+    """Feed a `LossPanel` from a `transformers.Trainer`; prints nothing."""
 
     def __init__(self, panel):
         self.panel = panel
@@ -208,23 +174,16 @@ class LivePlotCallback(TrainerCallback):
         self.panel.redraw()
 
 
-def _encode(picture):
-    """Return a figure as PNG or a photograph as JPEG: the media type and the base64 text."""
-    stream = io.BytesIO()
-    if isinstance(picture, Figure):
-        picture.savefig(stream, format="png", dpi=100)
-        return "image/png", base64.b64encode(stream.getvalue()).decode()
-    picture.save(stream, format="jpeg", quality=88)
-    return "image/jpeg", base64.b64encode(stream.getvalue()).decode()
-
-
-def _img(encoded, alt, width):
-    """Return an HTML image with its data inside and an alternative text."""
-    kind, data = encoded
-    return f'<img alt="{html.escape(alt)}" style="width:{width}" src="data:{kind};base64,{data}">'
-
-
-_WIDE = {"style": {"description_width": "initial"}, "layout": {"width": "32em"}}
+def _img(picture, alt, width):
+    """Return an HTML image of a figure, as PNG, or of a photograph, as JPEG, with its data inside."""
+    stream, kind = io.BytesIO(), "png" if isinstance(picture, Figure) else "jpeg"
+    if kind == "png":
+        picture.savefig(stream, format=kind, dpi=100)
+    else:
+        picture.save(stream, format=kind, quality=88)
+    data = base64.b64encode(stream.getvalue()).decode()
+    source = f"data:image/{kind};base64,{data}"
+    return f'<img alt="{html.escape(printable(alt))}" style="width:{width}" src="{source}">'
 
 
 def target_picture(batch, row, image_processor):
@@ -233,7 +192,7 @@ def target_picture(batch, row, image_processor):
     Parameters
     ----------
     batch : dict
-        From `helpers.data.dataset.PromptCollator`, with B queries.
+        From `helpers.data.PromptCollator`, with B queries.
     row : int
         Query, from 0 to B - 1.
     image_processor : transformers.Sam3ImageProcessor
@@ -242,8 +201,7 @@ def target_picture(batch, row, image_processor):
     Returns
     -------
     PIL.Image.Image
-        See `helpers.show.pictures.annotate`. A mask is as coarse as the grid it is learned on; an
-        object without a usable mask is drawn as its box.
+        A mask is as coarse as the grid it is learned on; an object without one is drawn as its box.
     """
     pixel_values = batch["pixel_values"][int(batch["image_index"][row])].numpy()
     mean, std = (
@@ -260,20 +218,7 @@ def target_picture(batch, row, image_processor):
 
 
 def describe_target(batch, row):
-    """Say in words what `target_picture` shows.
-
-    Parameters
-    ----------
-    batch : dict
-        From `helpers.data.dataset.PromptCollator`.
-    row : int
-        Query.
-
-    Returns
-    -------
-    str
-        For example ``"crack" (present): 2 objects, 2 with a mask``.
-    """
+    """Say what `target_picture` shows: ``"crack" (present): 2 objects, 2 with a mask``."""
     query, target = batch["queries"][row], batch["targets"][row]
     count, with_mask = len(target["boxes_cxcywh"]), int(target["mask_valid"].sum())
     state = "present" if query["is_positive"] else "absent"
@@ -282,21 +227,7 @@ def describe_target(batch, row):
 
 
 def targets_figure(batch, image_processor, columns=MAX_COLUMNS):
-    """Draw the targets of every query of a batch.
-
-    Parameters
-    ----------
-    batch : dict
-        From `helpers.data.dataset.PromptCollator`; not empty.
-    image_processor : transformers.Sam3ImageProcessor
-        See `target_picture`.
-    columns : int
-        Pictures per row.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-    """
+    """Draw the targets of every query of a batch; the arguments are those of `target_picture`."""
     items = [
         (
             target_picture(batch, row, image_processor),
@@ -309,23 +240,7 @@ def targets_figure(batch, image_processor, columns=MAX_COLUMNS):
 
 
 class BrowsePanel:
-    """Choose an image and one of its prompts, and see the targets that reach the loss.
-
-    Use `browse_panel` to make one.
-
-    Attributes
-    ----------
-    image : ipywidgets.SelectionSlider
-        Image ids in the order of the batch.
-    prompt : ipywidgets.Dropdown
-        The prompts asked on that image.
-    readout : ipywidgets.Label
-        See `describe_target`.
-    picture : ipywidgets.HTML
-        The drawing, with the read-out as its alternative text.
-    widget : ipywidgets.VBox
-        What to display.
-    """
+    """SelectionSlider `image`, Dropdown `prompt`, and the targets that reach the loss below them."""
 
     def __init__(self, batch, image_processor):
         self._batch, self._image_processor, self._rows = batch, image_processor, {}
@@ -351,28 +266,13 @@ class BrowsePanel:
         self.readout.value = describe_target(self._batch, row)
         picture = target_picture(self._batch, row, self._image_processor)
         alt = f"{self.image.value}, {self.readout.value}."
-        self.picture.value = _img(_encode(picture), alt, width="32em")
+        self.picture.value = _img(picture, alt, width="32em")
 
 
 def browse_panel(batch, image_processor):
     """Make a panel that shows the targets of a collated batch, one query at a time.
 
-    Parameters
-    ----------
-    batch : dict
-        From `helpers.data.dataset.PromptCollator`.
-    image_processor : transformers.Sam3ImageProcessor
-        See `target_picture`.
-
-    Returns
-    -------
-    BrowsePanel
-        With its first picture drawn.
-
-    Raises
-    ------
-    InputError
-        For a batch without a query.
+    The arguments are those of `target_picture`; a batch without a query is refused.
     """
     if not batch["queries"]:
         raise InputError("the batch has no query", fix="collate at least one image with a prompt")

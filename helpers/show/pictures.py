@@ -1,6 +1,6 @@
 """Pictures: ground truth and detections side by side, and figures shown with a sentence.
 
-Charts of numbers are in `helpers.charts`. Every panel says in its title what it shows, so that
+Charts of numbers are in `helpers.show.charts`. Every panel says in its title what it shows, so that
 nothing depends on telling two colours apart.
 """
 
@@ -24,7 +24,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from helpers.data.images import open_upright
-from helpers.errors import InputError
+from helpers.errors import InputError, printable
 
 TRUTH_COLOUR = "#0072B2"
 PREDICTION_COLOUR = "#D55E00"
@@ -36,22 +36,7 @@ LABEL_PIXELS = 31
 
 
 def as_picture(image):
-    """Return an image of any of the usual kinds as an upright RGB picture.
-
-    Parameters
-    ----------
-    image : PIL.Image.Image, numpy.ndarray or os.PathLike
-        An array is (H, W, 3) uint8; a path is opened with its EXIF orientation applied.
-
-    Returns
-    -------
-    PIL.Image.Image
-
-    Raises
-    ------
-    InputError
-        For a file that cannot be opened, or an array of another shape or type.
-    """
+    """Return an upright RGB picture of a PIL image, a path, or an (H, W, 3) uint8 array."""
     if isinstance(image, str | os.PathLike):
         return open_upright(image)
     if isinstance(image, Image.Image):
@@ -66,27 +51,7 @@ def as_picture(image):
 
 
 def decode_mask(rle, size, where):
-    """Decode a mask and refuse one that was made for an image of another size.
-
-    Parameters
-    ----------
-    rle : dict or None
-        COCO compressed RLE; None is an empty mask.
-    size : tuple of int
-        (width, height) of the image in pixels.
-    where : object
-        What the mask belongs to, for the message.
-
-    Returns
-    -------
-    numpy.ndarray
-        (H, W) bool.
-
-    Raises
-    ------
-    InputError
-        When the sizes differ.
-    """
+    """Decode a COCO RLE, or None, to (H, W) bool; refuse one that is not of size (width, height)."""
     width, height = size
     if rle is None:
         return np.zeros((height, width), dtype=bool)
@@ -100,12 +65,12 @@ def decode_mask(rle, size, where):
 
 
 def annotate(image, boxes_xyxy, masks=None, labels=None, colour=PREDICTION_COLOUR):
-    """Draw boxes, masks and labels on an enlarged copy of a picture.
+    """Draw boxes, masks and labels on a copy of a picture, enlarged to 720 pixels.
 
     Parameters
     ----------
     image : PIL.Image.Image, numpy.ndarray or os.PathLike
-        See `as_picture`.
+        An array is (H, W, 3) uint8.
     boxes_xyxy : array_like
         (n, 4) in pixels of the image; n may be 0.
     masks : array_like, optional
@@ -118,7 +83,6 @@ def annotate(image, boxes_xyxy, masks=None, labels=None, colour=PREDICTION_COLOU
     Returns
     -------
     PIL.Image.Image
-        Longest side 720 pixels.
     """
     picture = as_picture(image)
     scale = CANVAS_PIXELS / max(picture.size)
@@ -127,43 +91,31 @@ def annotate(image, boxes_xyxy, masks=None, labels=None, colour=PREDICTION_COLOU
     boxes_xyxy = np.asarray(boxes_xyxy, dtype=float).reshape(-1, 4)
     if len(boxes_xyxy) == 0:
         return canvas
-    found = sv.Detections(xyxy=boxes_xyxy * scale, class_id=np.zeros(len(boxes_xyxy), dtype=int))
+    detections = sv.Detections(
+        xyxy=boxes_xyxy * scale, class_id=np.zeros(len(boxes_xyxy), dtype=int)
+    )
     colour = sv.Color.from_hex(colour)
     if masks is not None:
-        found.mask = np.stack([_enlarge(mask, size) for mask in np.asarray(masks)])
-        canvas = sv.MaskAnnotator(color=colour, opacity=0.45).annotate(canvas, found)
-        canvas = sv.PolygonAnnotator(color=colour, thickness=2).annotate(canvas, found)
-    canvas = sv.BoxAnnotator(color=colour, thickness=3).annotate(canvas, found)
-    named = np.array([bool(label) for label in labels or [""] * len(found)])
-    if named.any():
-        texts = [label for label in labels if label]
-        canvas = _label_annotator(colour).annotate(canvas, found[named], labels=texts)
+        detections.mask = np.stack([_enlarge(mask, size) for mask in np.asarray(masks)])
+        canvas = sv.MaskAnnotator(color=colour, opacity=0.45).annotate(canvas, detections)
+        canvas = sv.PolygonAnnotator(color=colour, thickness=2).annotate(canvas, detections)
+    canvas = sv.BoxAnnotator(color=colour, thickness=3).annotate(canvas, detections)
+    is_labelled = np.array([bool(label) for label in labels or [""] * len(detections)])
+    if is_labelled.any():
+        texts = [printable(label) for label in labels if label]
+        canvas = _label_annotator(colour).annotate(canvas, detections[is_labelled], labels=texts)
     return canvas
 
 
 def annotate_detections(image, detections):
-    """Draw detections with their scores on an enlarged copy of a picture.
-
-    Parameters
-    ----------
-    image : PIL.Image.Image, numpy.ndarray or os.PathLike
-        See `as_picture`.
-    detections : sequence of dict
-        ``score`` in [0, 1], ``box_xyxy`` in pixels and ``mask_rle`` at the size of the image, as
-        `helpers.detect.detections.detect` returns them; may be empty.
-
-    Returns
-    -------
-    PIL.Image.Image
-        See `annotate`. Only the best eight detections get a label.
-    """
+    """Draw detections on an enlarged copy of a picture; the best eight with their score."""
     picture = as_picture(image)
-    found = sorted(detections, key=lambda item: item["score"], reverse=True)
-    masks = [decode_mask(item["mask_rle"], picture.size, "detection") for item in found]
+    detections = sorted(detections, key=lambda item: item["score"], reverse=True)
+    masks = [decode_mask(item["mask_rle"], picture.size, "detection") for item in detections]
     labels = [
-        f"{item['score']:.2f}" if rank < MAX_LABELS else "" for rank, item in enumerate(found)
+        f"{item['score']:.2f}" if rank < MAX_LABELS else "" for rank, item in enumerate(detections)
     ]
-    return annotate(picture, [item["box_xyxy"] for item in found], masks or None, labels)
+    return annotate(picture, [item["box_xyxy"] for item in detections], masks or None, labels)
 
 
 def _enlarge(mask, size):
@@ -192,18 +144,7 @@ _DPI = 100
 
 
 def draw_objects(ax, image, objects, title=None):
-    """Draw the annotated objects of an image.
-
-    Parameters
-    ----------
-    ax : matplotlib.axes.Axes
-    image : PIL.Image.Image, numpy.ndarray or os.PathLike
-        See `as_picture`.
-    objects : sequence of helpers.data.records.ObjectAnnotation
-        May be empty. One without a readable mask is drawn as its box.
-    title : str, optional
-        Default: the number of objects of each category.
-    """
+    """Draw annotated objects on axes; the default title counts them by category."""
     picture = as_picture(image)
     counts = Counter(item.category for item in objects)
     listed = ", ".join(f"{count} × {name}" for name, count in sorted(counts.items())) or "no object"
@@ -215,20 +156,10 @@ def draw_objects(ax, image, objects, title=None):
 
 
 def draw_prediction(ax, image, prediction):
-    """Draw what was detected for one prompt on one image.
-
-    Parameters
-    ----------
-    ax : matplotlib.axes.Axes
-    image : PIL.Image.Image, numpy.ndarray or os.PathLike
-        See `as_picture`.
-    prediction : dict
-        ``prompt``, ``presence_prob`` and ``max_score`` (both in [0, 1]), and ``detections``, see
-        `helpers.show.pictures.annotate_detections`: what `python -m helpers predict --json` prints.
-    """
-    found = prediction["detections"]
-    canvas = annotate_detections(image, found)
-    count = f"{len(found)} detection{'' if len(found) == 1 else 's'}"
+    """Draw on axes what was detected for one prompt, an entry of `predict --json`."""
+    detections = prediction["detections"]
+    canvas = annotate_detections(image, detections)
+    count = f"{len(detections)} detection{'' if len(detections) == 1 else 's'}"
     scores = f"max score {prediction['max_score']:.3f}, presence {prediction['presence_prob']:.3f}"
     _show(ax, canvas, f'"{prediction["prompt"]}": {count}', scores)
 
@@ -239,39 +170,17 @@ def prediction_figure(image, predictions, objects=None):
     Parameters
     ----------
     image : PIL.Image.Image, numpy.ndarray or os.PathLike
-        See `as_picture`.
+        An array is (H, W, 3) uint8.
     predictions : sequence of dict
-        See `draw_prediction`; at least one.
+        ``prompt``, ``presence_prob``, ``max_score`` and ``detections`` of each: `Prediction.to_dict`.
     objects : sequence of helpers.data.records.ObjectAnnotation, optional
         Ground truth.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        At most three panels in a row.
     """
     return _grid(_panels(image, objects, predictions), MAX_COLUMNS)
 
 
 def save_prediction_figure(path, image, predictions, software=None):
-    """Write the picture of `prediction_figure`, without ground truth, to a file.
-
-    Parameters
-    ----------
-    path : os.PathLike
-        The ending decides the format, for example ``.png`` or ``.jpg``; folders are made.
-    image : PIL.Image.Image, numpy.ndarray or os.PathLike
-        See `as_picture`.
-    predictions : sequence of dict
-        See `draw_prediction`.
-    software : str, optional
-        Stored in a PNG as the program that wrote it.
-
-    Raises
-    ------
-    InputError
-        When the ending names no image format.
-    """
+    """Write a `prediction_figure` to a file; its ending decides the format, folders are made."""
     path = Path(path)
     figure = prediction_figure(image, predictions)
     known = figure.canvas.get_supported_filetypes()
@@ -291,13 +200,7 @@ def comparison_figure(rows):
     Parameters
     ----------
     rows : sequence of tuple
-        ``(image, objects, predictions)`` of each image, see `draw_objects` and `draw_prediction`;
-        objects may be None.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        As many columns as the longest row has panels.
+        ``(image, objects, predictions)`` as for `prediction_figure`; objects may be None.
     """
     panels = [_panels(*row) for row in rows]
     columns = max(map(len, panels), default=0)
@@ -307,18 +210,13 @@ def comparison_figure(rows):
 
 
 def gallery_figure(items, columns=MAX_COLUMNS):
-    """Draw annotated images with a caption each, for example the worst findings of the data check.
+    """Draw annotated images with a caption each, `columns` per row.
 
     Parameters
     ----------
     items : sequence of tuple
-        ``(image, objects, caption)``, see `draw_objects`; a caption of None counts the objects.
+        ``(image, objects, caption)``; a caption of None counts the objects.
     columns : int
-        Pictures per row.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
     """
     return _grid([(draw_objects, *item) for item in items], columns)
 
@@ -379,8 +277,12 @@ def _grid(panels, columns):
 
 
 def _show(ax, picture, *title_lines):
-    """Put a picture on axes without ticks, under a title wrapped to the width of a panel."""
+    """Put a picture on axes without ticks, under a title wrapped to the width of a panel.
+
+    A title is a user's text: it is no mathematics, and what cannot be drawn is escaped.
+    """
     ax.imshow(picture)
     ax.set_axis_off()
-    wrapped = [textwrap.fill(line, _TITLE_CHARACTERS) for line in title_lines]
-    ax.set_title("\n".join(wrapped), fontsize=_TITLE_POINTS, loc="left")
+    wrapped = [textwrap.fill(printable(line), _TITLE_CHARACTERS) for line in title_lines]
+    title = "\n".join(wrapped)
+    ax.set_title(title, fontsize=_TITLE_POINTS, loc="left", parse_math=False)

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import Sam3Model, Sam3Processor
 
-import helpers.train.merge
+import helpers.train.share
 from helpers.__main__ import main
 from helpers.config import load_config
 from helpers.detect.detections import RawPrediction
@@ -18,8 +18,8 @@ from helpers.detect.predictor import Predictor
 from helpers.errors import InputError
 from helpers.files import CONFIGS
 from helpers.model.sam3 import load_base
-from helpers.train.merge import CAST, EXACT, Comparison, MergeDiffers, compare, merge
 from helpers.train.run import load_run
+from helpers.train.share import CAST, EXACT, Comparison, MergeDiffers, compare, merge
 from helpers.train.training import train
 
 
@@ -138,12 +138,12 @@ def disturbed(model):
     return plain
 
 
-_plain = helpers.train.merge._plain
+_plain = helpers.train.share._plain
 
 
 @pytest.mark.parametrize("exists", [True, False])
 def test_model_that_differs_is_not_left_in_place(run, tmp_path, monkeypatch, capsys, exists):
-    monkeypatch.setattr(helpers.train.merge, "_plain", disturbed)
+    monkeypatch.setattr(helpers.train.share, "_plain", disturbed)
     output = tmp_path / "model"
     if exists:
         output.mkdir()
@@ -172,7 +172,7 @@ def test_data_that_moved_away_are_replaced_by_the_course(run, tmp_path):
     config = run.config.model_copy(
         update={"data": run.config.data.model_copy(update={"data_dir": str(tmp_path / "gone")})}
     )
-    name, images = helpers.train.merge._sample_images(config)
+    name, images = helpers.train.share._sample_images(config)
     assert name == "data/wall_cracks"
     assert len(images) == 4
     assert all(path.is_file() for path in images)

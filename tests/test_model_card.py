@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -137,3 +138,31 @@ def test_metric_without_a_value_and_run_without_objects_still_give_a_card(run):
     assert "| cgF1 |" not in card
     assert 'text="object"' in code_of(card)
     compile(code_of(card), "card", "exec")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "a\n# b",
+        "```",
+        "x```\n<script>alert(1)</script>",
+        "\x1b[31mred",
+        "[a](b)",
+        "*a*",
+        "a|b",
+        "a_b",
+        "{{ 7*7 }}",
+        "{% raw %}",
+    ],
+)
+def test_a_prompt_cannot_become_markup(run, word):
+    prompts = {"prompts": {word: 5}, "negatives": {word + "2": 1}, "negatives_per_image": 1}
+    card = model_card(replace(read_run(run.folder), prompts=prompts), RESOLUTION)
+    plain = model_card(read_run(run.folder), RESOLUTION)
+    assert card.count("\n") == plain.count("\n")
+    assert card.count("```") == plain.count("```") == 2
+    assert "<script>" not in card
+    assert "\x1b" not in card
+    assert "49" not in card.splitlines()[-1]
+    compile(code_of(card), "card", "exec")
+    assert json.loads(re.search(r"text=(\".*?\")(, size|, return)", code_of(card))[1]) == word

@@ -165,6 +165,21 @@ def test_options_in_the_documents_exist():
         assert options <= set(commands[command]._option_string_actions), command
 
 
+def test_the_page_of_the_package_names_every_room_and_files_that_exist():
+    rows = re.findall(r"^\| `(\w+)/` \|.*\| ([^|]+) \|$", read("helpers/README.md"), flags=re.M)
+    rooms = {path.parent.name for path in (ROOT / "helpers").glob("*/__init__.py")}
+    assert {room for room, _ in rows} == rooms
+    named = [f"{room}/{name}" for room, files in rows for name in re.findall(r"`(\w+\.py)`", files)]
+    named += re.findall(r"`([a-z0-9_]+/\w+\.py)`", read("helpers/README.md"))
+    assert len(named) > 25
+    for name in named:
+        assert (ROOT / "helpers" / name).is_file(), name
+    places = re.findall(r"`(\w+/\w+)\.py`, `(\w+)`", read("helpers/README.md"))
+    assert len(places) >= 5
+    for module, name in places:
+        assert hasattr(importlib.import_module(f"helpers.{module.replace('/', '.')}"), name), name
+
+
 def imports_of(path):
     if path.suffix == ".ipynb":
         cells = nbformat.read(path, as_version=4).cells

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from tiny_random import tiny_run_config
 from transformers import Sam3Model, TrainerCallback
 
@@ -459,3 +460,67 @@ def test_the_commit_of_a_base_on_the_hub_is_recorded_and_kept(
     asked.clear()
     load_run(tmp_path / "run")
     assert ("PromptedSam3", commit) in asked
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        PermissionError(13, "Permission denied"),
+        RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 1"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_full_or_read_only_disk_is_one_sentence_and_the_run_goes_on(
+    config, run_folder, tmp_path, error
+):
+    with pytest.raises(InputError, match="could not be written") as caught:
+        train(config, output_dir=tmp_path / "run", callbacks=[Failing(error)])
+    assert "--resume" in caught.value.fix
+    (tmp_path / "run" / ".partial-config.yaml").write_text("half")
+    (tmp_path / "run" / ".partial-x").mkdir()
+    resumed = train(config, output_dir=tmp_path / "run", resume=True)
+    assert losses(resumed.history) == losses(read_run(run_folder).history)
+    assert not list((tmp_path / "run").glob(".partial-*"))
+
+
+def test_output_that_is_no_run_is_refused_and_untouched(config, data_copy):
+    before = sorted(data_copy.rglob("*"))
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="not empty and holds no run"):
+            train(config, output_dir=data_copy, overwrite=overwrite)
+    assert sorted(data_copy.rglob("*")) == before
+
+
+@pytest.mark.parametrize("empty", [[], None])
+def test_boxes_alone_train_without_the_mask_decoder(base, data_copy, tmp_path, capsys, empty):
+    for path in data_copy.rglob("*.json"):
+        content = json.loads(path.read_text())
+        for annotation in content["annotations"]:
+            annotation.pop("segmentation")
+            annotation |= {} if empty is None else {"segmentation": empty}
+        path.write_text(json.dumps(content))
+    config = tiny_run_config(base, data_copy)
+    result = train(config, output_dir=tmp_path / "run")
+    assert "nothing to learn from" in capsys.readouterr().err
+    assert not result.config.lora.apply_to_mask_decoder
+    assert result.adapter.loc["mask_decoder", "modules"] == 0
+    assert result.metrics["steps"] == 6
+    assert train(config, output_dir=tmp_path / "run", resume=True).metrics == result.metrics
+    only = {
+        f"lora.{key}": key == "apply_to_mask_decoder" for key, _ in config.lora if "apply_" in key
+    }
+    with pytest.raises(InputError, match="nothing to learn from"):
+        train(config.replace(only), output_dir=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_is_not_resumed_on_other_data(config, data_copy, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(config, output_dir=tmp_path / "run", callbacks=[StopAfter(1)])
+    moved = config.replace({"data.data_dir": str(data_copy)})
+    path = data_copy / "train" / "_annotations.coco.json"
+    path.write_text(path.read_text().replace('"crack"', '"fissure"'))
+    with pytest.raises(InputError, match="other training data"):
+        train(moved, output_dir=tmp_path / "run", resume=True)

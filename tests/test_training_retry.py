@@ -1,12 +1,23 @@
+import json
+
 import pytest
 import torch
 from tiny_random import tiny_run_config
 from transformers import TrainerCallback
 
+from helpers.__main__ import main
 from helpers.config import load_config
 from helpers.errors import InputError
 from helpers.train.run import RUN_CONFIG, STOPPED_FILE
-from helpers.train.training import OutOfMemory, smaller_step, train_within_memory
+from helpers.train.trainer import Sam3Trainer
+from helpers.train.training import (
+    OutOfMemory,
+    dry_run,
+    dry_run_text,
+    smaller_step,
+    train,
+    train_within_memory,
+)
 
 
 class SmallGpu(TrainerCallback):
@@ -51,7 +62,7 @@ def test_smaller_steps_are_tried_until_one_fits(base, data_dir, tmp_path):
 def test_what_never_fits_ends_with_the_advice(base, data_dir, tmp_path):
     gpu = SmallGpu(images=0)
     config = tiny_run_config(base, data_dir, "training.batch_size=2")
-    with pytest.raises(OutOfMemory, match="helpers plan"):
+    with pytest.raises(OutOfMemory, match="train --dry-run"):
         train_within_memory(config, output_dir=tmp_path / "run", callbacks=[gpu])
     assert gpu.attempts == [(2, 2, False), (2, 2, True), (1, 4, True)]
 
@@ -83,3 +94,46 @@ def test_nothing_that_is_learned_from_is_changed(base, data_dir):
         base, data_dir, "training.batch_size=1", "training.gradient_checkpointing=true"
     )
     assert smaller_step(config) is None
+
+
+def test_a_resumed_run_without_a_checkpoint_is_tried_again_smaller(base, data_dir, tmp_path):
+    settings = ("training.batch_size=2", "training.gradient_accumulation_steps=1")
+    config = tiny_run_config(base, data_dir, *settings, "training.gradient_checkpointing=true")
+    gpu = SmallGpu(images=0.5)
+    with pytest.raises(OutOfMemory):
+        train(config, output_dir=tmp_path / "run", callbacks=[gpu])
+    result = train_within_memory(config, output_dir=tmp_path / "run", resume=True, callbacks=[gpu])
+    assert result.config.training.batch_size == 1
+    assert result.config.training.gradient_accumulation_steps == 2
+
+
+def test_dry_run_measures_the_fullest_batch_and_writes_nothing(config, data_dir, capsys, tmp_path):
+    path = config.replace({"output.output_dir": str(tmp_path / "run")}).save(tmp_path / "c.yaml")
+    before = sorted(tmp_path.rglob("*")), sorted(data_dir.rglob("*"))
+    assert main(["train", "--config", str(path), "--dry-run", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (sorted(tmp_path.rglob("*")), sorted(data_dir.rglob("*"))) == before
+    assert document["fits"] is True
+    assert (document["images"], document["prompts"], document["objects"]) == (1, 4, 2)
+    assert document["steps_per_epoch"] == 3
+    assert document["peak_memory_bytes"] > 1e8
+    assert 0 < document["seconds_per_step"]
+    assert document["seconds_per_epoch"] == pytest.approx(3 * document["seconds_per_step"])
+
+
+def test_dry_run_names_the_next_setting_where_memory_ends(config, monkeypatch):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Sam3Trainer, "compute_loss", out_of_memory)
+    result = dry_run(config)
+    assert result["fits"] is False
+    assert result["next"] == ["training.gradient_checkpointing=true"]
+    assert "--set training.gradient_checkpointing=true" in dry_run_text(result)
+    everything = {
+        "training.gradient_checkpointing": True,
+        "data.num_negatives": 0,
+        "model.resolution": 28,
+        "training.gradient_accumulation_steps": 1,
+    }
+    assert dry_run(config.replace(everything))["next"] == []

@@ -1,4 +1,4 @@
-"""Train the embedded base from scratch: ``python -m helpers.tiny_base``.
+"""Train the embedded base from scratch: ``python -m data.tiny_sam3.make``.
 
 The result, ``data/tiny_sam3``, is a real `transformers.Sam3Model` that knows ten things on walls and
 has never met a crack. The recipe differs from fine-tuning in two ways, each needed for a model that
@@ -7,11 +7,8 @@ its square; and further sets of queries, dropped afterwards, give every object s
 teachers (Chen et al., Group DETR, ICCV 2023).
 """
 
-from __future__ import annotations
-
 import argparse
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer, Sam3ImageProcessor, Sam3Processor
 
-from data.tiny_sam3.make_examples import Example, augment, draw_prompts, make_examples, to_pixels
+from data.tiny_sam3.make_examples import augment, draw_prompts, make_examples, to_pixels
 from data.tiny_sam3.make_losses import QueryGroups, total_loss, training_terms
 from data.tiny_sam3.make_model import IMAGE_SIZE, MASK_SIZE, build_tiny_model
 from data.tiny_sam3.make_score import score_base
@@ -39,43 +36,29 @@ from helpers.model.sam3 import load_base
 class Recipe:
     """Everything the training run depends on; stored beside the weights.
 
-    Attributes
-    ----------
-    walls : int
-        Rendered training scenes.
-    steps, warmup_steps, decay_steps : int
-        Optimiser steps in all, of the linear warm-up, and of the cosine decay at the end. Until the
-        decay begins a run does not depend on ``steps``.
-    images, prompts : int
-        Images per step and prompts per image.
-    extra_groups : int
-        Further sets of queries during training.
-    learning_rate, weight_decay, max_grad_norm, ema_decay : float
-        AdamW; averaged weights are what is saved.
+    Until the decay begins a run does not depend on ``steps``. Averaged weights are what is saved.
     """
 
     seed: int = 7
-    walls: int = 9000
-    steps: int = 3000
-    warmup_steps: int = 200
-    decay_steps: int = 1000
-    images: int = 8
-    prompts: int = 4
-    extra_groups: int = 2
+    walls: int = 9000  # rendered training scenes
+    steps: int = 3000  # optimiser steps in all
+    warmup_steps: int = 200  # linear
+    decay_steps: int = 1000  # cosine, at the end
+    images: int = 8  # per step
+    prompts: int = 4  # per image
+    extra_groups: int = 2  # further sets of queries during training
     learning_rate: float = 1.0e-3
     weight_decay: float = 0.02
     max_grad_norm: float = 1.0
     ema_decay: float = 0.998
 
     @property
-    def plateau_end(self) -> int:
+    def plateau_end(self):
         """The step at which the learning rate begins to fall."""
         return self.steps - self.decay_steps
 
 
-def make_batch(
-    examples: Sequence[Example], tokenizer: CLIPTokenizer, recipe: Recipe, step: int
-) -> dict:
+def make_batch(examples, tokenizer, recipe, step):
     """Draw one step's images and prompts; depends on the seed and the step alone."""
     rng = np.random.default_rng((recipe.seed, 1, step))
     chosen = [augment(rng, examples[i]) for i in rng.integers(0, len(examples), recipe.images)]
@@ -101,7 +84,7 @@ def make_batch(
     }
 
 
-def learning_rate_factor(step: int, recipe: Recipe) -> float:
+def learning_rate_factor(step, recipe):
     """Linear warm-up, a plateau, and a cosine from 1 to 0.02 over the last ``decay_steps``."""
     if step < recipe.warmup_steps:
         return (step + 1) / recipe.warmup_steps
@@ -110,17 +93,9 @@ def learning_rate_factor(step: int, recipe: Recipe) -> float:
 
 
 class BaseTrainer:
-    """Hold what a run needs, step it, and put it on disk so that a killed run goes on.
+    """What a run needs, one step of it, and a checkpoint from which a killed run goes on."""
 
-    Parameters
-    ----------
-    recipe : Recipe
-        What to train.
-    folder : pathlib.Path
-        Receives the tokenizer, ``checkpoint.pt`` and ``curves.csv``.
-    """
-
-    def __init__(self, recipe: Recipe, folder: Path):
+    def __init__(self, recipe, folder):
         folder.mkdir(parents=True, exist_ok=True)
         self.recipe, self.folder = recipe, folder
         self.tokenizer = self._own_tokenizer(folder / "tokenizer")
@@ -136,17 +111,17 @@ class BaseTrainer:
         self.step, self.curves = 0, []
 
     @staticmethod
-    def _own_tokenizer(folder: Path) -> CLIPTokenizer:
+    def _own_tokenizer(folder):
         """Load the run's tokenizer, or make it: ties in its training are broken differently each time."""
         if folder.is_dir():
             return CLIPTokenizer.from_pretrained(folder)
         return build_tokenizer(folder)
 
     @property
-    def _checkpoint(self) -> Path:
+    def _checkpoint(self):
         return self.folder / "checkpoint.pt"
 
-    def save(self) -> None:
+    def save(self):
         """Write the checkpoint under another name first, so that a kill leaves the old one."""
         state = {"recipe": asdict(self.recipe), "step": self.step, "curves": self.curves}
         state |= {
@@ -156,7 +131,7 @@ class BaseTrainer:
         torch.save(state, partial)
         partial.replace(self._checkpoint)
 
-    def resume(self) -> bool:
+    def resume(self):
         """Load the checkpoint if there is one of the same recipe; tell whether there was.
 
         Until the decay begins, a run with another number of steps is the same run so far.
@@ -178,7 +153,7 @@ class BaseTrainer:
         self.step, self.curves = state["step"], state["curves"]
         return True
 
-    def train_step(self, examples: Sequence[Example]) -> dict[str, float]:
+    def train_step(self, examples):
         """Take one optimiser step and return the numbers worth a curve."""
         recipe = self.recipe
         for group in self.optimizer.param_groups:
@@ -203,7 +178,7 @@ class BaseTrainer:
         return {"loss": loss.item(), **kept, **health}
 
 
-def train_base(recipe: Recipe, folder: Path, save_every: int = 250) -> BaseTrainer:
+def train_base(recipe, folder, save_every=250):
     """Train, or go on training, until ``recipe.steps``; returns the trainer with its averaged model."""
     trainer = BaseTrainer(recipe, folder)
     trainer.resume()
@@ -225,21 +200,8 @@ def train_base(recipe: Recipe, folder: Path, save_every: int = 250) -> BaseTrain
     return trainer
 
 
-def publish(trainer: BaseTrainer, folder: Path) -> dict[str, float]:
-    """Write what `from_pretrained` loads, score it as loaded, and put the record beside it.
-
-    Parameters
-    ----------
-    trainer : BaseTrainer
-        A finished run.
-    folder : pathlib.Path
-        Replaced as a whole, once everything is written.
-
-    Returns
-    -------
-    dict of str to float
-        See `data.tiny_sam3.make_score.score_base`.
-    """
+def publish(trainer, folder):
+    """Write what `from_pretrained` loads, score it as loaded, and put the record beside it."""
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     images = Sam3ImageProcessor(size=size, mask_size={"height": MASK_SIZE, "width": MASK_SIZE})
     with staged_folder(folder) as staged:
@@ -259,7 +221,7 @@ def publish(trainer: BaseTrainer, folder: Path) -> dict[str, float]:
     return scores
 
 
-def main() -> None:
+def main():
     """Train the base, or finish a run that was cut off, and write it to ``data/tiny_sam3``."""
     parser = argparse.ArgumentParser(
         description="Train the course's embedded SAM3 from scratch, resuming by itself."

@@ -1,9 +1,6 @@
 """Training examples for the embedded base: rendered walls, their objects, and prompts to ask."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +14,7 @@ from tqdm.auto import tqdm
 from data.tiny_sam3.make_model import IMAGE_SIZE, MASK_SIZE
 from data.tiny_sam3.make_vocabulary import ABSENT_NOUNS, plural
 from data.wall_cracks.make_painters import RENDER_SIZE
-from data.wall_cracks.make_scenes import BASE_CONCEPTS, Scene, draw_concepts, render_scene
+from data.wall_cracks.make_scenes import BASE_CONCEPTS, draw_concepts, render_scene
 
 EMPTY_SHARE = 0.05
 """Share of training walls with nothing on them."""
@@ -25,27 +22,15 @@ EMPTY_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Example:
-    """A scene at the model's resolution.
+    """A scene at the model's resolution."""
 
-    Attributes
-    ----------
-    image : numpy.ndarray
-        (IMAGE_SIZE, IMAGE_SIZE, 3) uint8.
-    concepts : tuple of str
-        One noun per object.
-    masks : numpy.ndarray
-        (n, MASK_SIZE, MASK_SIZE) bool, at least half of the cell covered.
-    boxes_xyxy : numpy.ndarray
-        (n, 4) float32 in [0, 1], tight around the full-resolution mask.
-    """
-
-    image: np.ndarray
-    concepts: tuple[str, ...]
-    masks: np.ndarray
-    boxes_xyxy: np.ndarray
+    image: np.ndarray  # (IMAGE_SIZE, IMAGE_SIZE, 3) uint8
+    concepts: tuple[str, ...]  # one noun per object
+    masks: np.ndarray  # (n, MASK_SIZE, MASK_SIZE) bool, at least half of the cell covered
+    boxes_xyxy: np.ndarray  # (n, 4) float32 in [0, 1], tight around the full-resolution mask
 
 
-def to_example(scene: Scene) -> Example:
+def to_example(scene):
     """Shrink a rendered scene to the model's resolution and its masks to the mask grid."""
     image = cv2.resize(scene.image, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_AREA)
     step = RENDER_SIZE // MASK_SIZE
@@ -58,7 +43,7 @@ def to_example(scene: Scene) -> Example:
     return Example(image, tuple(item.concept for item in scene.objects), masks, boxes)
 
 
-def make_example(index: int, seed: int) -> Example:
+def make_example(index, seed):
     """Render one training wall; ``index`` and ``seed`` decide everything about it."""
     cv2.setNumThreads(1)
     rng = np.random.default_rng((seed, index))
@@ -66,7 +51,7 @@ def make_example(index: int, seed: int) -> Example:
     return to_example(render_scene(rng, names))
 
 
-def make_examples(count: int, seed: int) -> list[Example]:
+def make_examples(count, seed):
     """Render ``count`` walls on all cores; the same seed gives the same walls."""
     # Forking a process in which torch has started threads can hang, so each worker starts anew.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
@@ -74,9 +59,7 @@ def make_examples(count: int, seed: int) -> list[Example]:
         return list(tqdm(jobs, total=count, desc="rendering walls", unit="wall"))
 
 
-def draw_prompts(
-    rng: np.random.Generator, present: Sequence[str], count: int
-) -> list[tuple[str, str | None]]:
+def draw_prompts(rng, present, count):
     """Choose prompts for one wall as (text, concept), concept None where nothing may be found.
 
     Half of them name what is there (as far as there is enough), a quarter name known concepts that
@@ -94,18 +77,18 @@ def draw_prompts(
     return prompts
 
 
-def _form(rng: np.random.Generator, noun: str) -> str:
+def _form(rng, noun):
     return plural(str(noun)) if rng.random() < 0.2 else str(noun)
 
 
-def unrelated_prompt(rng: np.random.Generator) -> str:
+def unrelated_prompt(rng):
     """Return an absent noun, two of them, or a made-up word, but never one that says "crack"."""
     while "crack" in (prompt := _any_unrelated_prompt(rng)):
         pass
     return prompt
 
 
-def _any_unrelated_prompt(rng: np.random.Generator) -> str:
+def _any_unrelated_prompt(rng):
     kind = rng.random()
     one, two = rng.choice(ABSENT_NOUNS, 2)
     if kind < 0.55:
@@ -117,7 +100,7 @@ def _any_unrelated_prompt(rng: np.random.Generator) -> str:
     return "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), int(rng.integers(3, 10))))
 
 
-def augment(rng: np.random.Generator, example: Example) -> Example:
+def augment(rng, example):
     """Flip left-right half of the time and vary brightness, contrast and colour a little."""
     image, masks, boxes = example.image, example.masks, example.boxes_xyxy
     if rng.random() < 0.5:
@@ -128,7 +111,7 @@ def augment(rng: np.random.Generator, example: Example) -> Example:
     return Example(image, example.concepts, np.ascontiguousarray(masks), boxes)
 
 
-def to_pixels(images: Sequence[np.ndarray]) -> torch.Tensor:
+def to_pixels(images):
     """Return (I, 3, S, S) float32 in [-1, 1], as SAM3's image processor normalises."""
     stacked = torch.from_numpy(np.stack(images).astype(np.float32))
     return stacked.permute(0, 3, 1, 2).contiguous() / 127.5 - 1

@@ -1,16 +1,13 @@
 """The loss the embedded base is trained from scratch with.
 
-It shares matching, box, mask and map terms with `helpers.losses`; what differs is the score term and
-the extra sets of queries, see `helpers.tiny_base`.
+It shares matching, box, mask and map terms with `helpers.model.losses`; what differs is the score term and
+the extra sets of queries, see `data.tiny_sam3.make`.
 """
-
-from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
-from transformers import Sam3Model
 from transformers.models.sam3.modeling_sam3 import inverse_sigmoid
 
 from data.tiny_sam3.make_model import spread_boxes
@@ -33,7 +30,7 @@ POSITIVE_WEIGHT = 3.0
 class QueryGroups(nn.Module):
     """Query embeddings and reference boxes of the extra sets, used in training only."""
 
-    def __init__(self, decoder: nn.Module, count: int):
+    def __init__(self, decoder, count):
         super().__init__()
         queries, width = decoder.query_embed.weight.shape
         self.embeddings = nn.ParameterList(
@@ -43,7 +40,7 @@ class QueryGroups(nn.Module):
             [nn.Parameter(spread_boxes(queries, (g + 1) / (count + 1))) for g in range(count)]
         )
 
-    def parameters_of(self, group: int) -> dict[str, torch.Tensor]:
+    def parameters_of(self, group):
         """Return what replaces the decoder's own queries."""
         return {
             "query_embed.weight": self.embeddings[group],
@@ -51,7 +48,7 @@ class QueryGroups(nn.Module):
         }
 
 
-def encode(model: Sam3Model, batch: dict) -> dict:
+def encode(model, batch):
     """Run the encoders and the DETR encoder; the vision encoder sees each image once."""
     vision = model.get_vision_features(pixel_values=batch["pixel_values"])
     index = batch["image_index"]
@@ -74,9 +71,7 @@ def encode(model: Sam3Model, batch: dict) -> dict:
     }
 
 
-def decode(
-    model: Sam3Model, encoded: dict, rows: torch.Tensor, queries: dict | None = None
-) -> dict:
+def decode(model, encoded, rows, queries=None):
     """Run the decoder on some rows, with the model's own queries or with ``queries`` in their place."""
     fused, mask = encoded["fused"], encoded["text_mask"][rows]
     arguments = {
@@ -93,9 +88,7 @@ def decode(
     return {"hidden": hidden, "boxes": boxes, "logits": logits, "presence": out.presence_logits}
 
 
-def score_loss(
-    logits: torch.Tensor, matches: list, ious: torch.Tensor, num_boxes: float
-) -> torch.Tensor:
+def score_loss(logits, matches, ious, num_boxes):
     """Pull matched queries to the root of their box's IoU, the others to zero, weighted by p."""
     rows = torch.cat([torch.full_like(q, b) for b, (q, _) in enumerate(matches)])
     queries = torch.cat([q for q, _ in matches])
@@ -108,7 +101,7 @@ def score_loss(
     return (weight * loss).sum() / num_boxes
 
 
-def detection_terms(decoded: dict, targets: list[dict], prefix: str = "") -> tuple[dict, list]:
+def detection_terms(decoded, targets, prefix=""):
     """Score and box terms of every decoder layer, and the last layer's matches."""
     num_boxes = max(1.0, float(sum(len(t["boxes_cxcywh"]) for t in targets)))
     terms, matches = {}, []
@@ -120,7 +113,7 @@ def detection_terms(decoded: dict, targets: list[dict], prefix: str = "") -> tup
     return terms, matches
 
 
-def training_terms(model: Sam3Model, groups: QueryGroups, batch: dict) -> tuple[dict, dict]:
+def training_terms(model, groups, batch):
     """Compute all loss terms of one step and the two numbers that betray collapsed queries."""
     encoded = encode(model, batch)
     present = torch.tensor([len(t["boxes_cxcywh"]) > 0 for t in batch["targets"]])
@@ -150,7 +143,7 @@ def training_terms(model: Sam3Model, groups: QueryGroups, batch: dict) -> tuple[
 
 
 @torch.no_grad()
-def _query_health(own: dict, matches: list) -> dict[str, float]:
+def _query_health(own, matches):
     probability = own["logits"][-1].sigmoid()
     matched = torch.zeros_like(probability, dtype=torch.bool)
     for row, (queries, _) in enumerate(matches):
@@ -159,7 +152,7 @@ def _query_health(own: dict, matches: list) -> dict[str, float]:
     return {"query_std": float(own["hidden"][-1].std(1).mean()), "score_gap": float(gap)}
 
 
-def total_loss(terms: dict[str, torch.Tensor], layers: int, groups: int) -> torch.Tensor:
+def total_loss(terms, layers, groups):
     """Weigh the terms; those repeated over decoder layers and query groups are averaged over them."""
     total = 0.0
     for name, value in terms.items():

@@ -6,8 +6,6 @@ at a reference box of its own; and the box-relative attention bias starts as wha
 inside the query's box and along its edges, so that queries see different things from the first step.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -26,14 +24,8 @@ BIAS_STRENGTH = 9.0
 """Attention logit lost per unit of (logarithmic) distance outside a query's box."""
 
 
-def tiny_config(vocabulary_size: int) -> Sam3Config:
-    """Return the configuration of the embedded base (about 1.5 M parameters).
-
-    Parameters
-    ----------
-    vocabulary_size : int
-        Number of tokens of the tokenizer.
-    """
+def tiny_config(vocabulary_size):
+    """Return the configuration of the embedded base (about 1.5 M parameters)."""
     width = {
         "hidden_size": HIDDEN_SIZE,
         "num_attention_heads": NUM_HEADS,
@@ -82,7 +74,7 @@ def tiny_config(vocabulary_size: int) -> Sam3Config:
     )
 
 
-def build_tiny_model(vocabulary_size: int, seed: int) -> Sam3Model:
+def build_tiny_model(vocabulary_size, seed):
     """Return an untrained embedded base with the initialisation described above."""
     torch.manual_seed(seed)
     model = Sam3Model(tiny_config(vocabulary_size))
@@ -104,7 +96,7 @@ def build_tiny_model(vocabulary_size: int, seed: int) -> Sam3Model:
 
 
 @torch.no_grad()
-def _add_position_table(model: Sam3Model) -> None:
+def _add_position_table(model):
     """Start the ViT's position embeddings as a sine-cosine table, which small data cannot teach it."""
     table = model.vision_encoder.backbone.embeddings.position_embeddings
     frequencies = torch.pi * torch.arange(1, VISION_SIZE // 4 + 1) / 4
@@ -118,7 +110,7 @@ def _add_position_table(model: Sam3Model) -> None:
 
 
 @torch.no_grad()
-def _separate_queries(decoder: nn.Module) -> None:
+def _separate_queries(decoder):
     """Give queries large embeddings, spread boxes, and small residual branches."""
     for layer in decoder.layers:
         for branch in (
@@ -135,7 +127,7 @@ def _separate_queries(decoder: nn.Module) -> None:
     )
 
 
-def spread_boxes(count: int, shift: float) -> torch.Tensor:
+def spread_boxes(count, shift):
     """Return box logits (count, 4) cxcywh that cover the picture evenly, by a Kronecker sequence."""
     golden = torch.tensor([0.7549, 0.5698])
     centres = 0.12 + 0.76 * ((0.5 + shift + torch.arange(1, count + 1)[:, None] * golden) % 1.0)
@@ -146,7 +138,7 @@ def spread_boxes(count: int, shift: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _look_inside_boxes(decoder: nn.Module) -> None:
+def _look_inside_boxes(decoder):
     """Start the box-relative bias so that heads 0-3 look inside and 4-7 along one edge each.
 
     The bias of a cell is ``-strength * relu(distance outside the box)`` for an inside head and

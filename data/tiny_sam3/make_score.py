@@ -1,9 +1,5 @@
 """Judge the embedded base on walls it never saw, through the same prediction code as the course."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
-
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
@@ -11,11 +7,10 @@ from tqdm.auto import tqdm
 from data.tiny_sam3.make_examples import unrelated_prompt
 from data.tiny_sam3.make_vocabulary import HELD_OUT_NOUNS
 from data.wall_cracks.make import draw_wall
-from data.wall_cracks.make_scenes import BASE_CONCEPTS, Scene, draw_concepts, render_scene
+from data.wall_cracks.make_scenes import BASE_CONCEPTS, draw_concepts, render_scene
 from helpers.data.masks import mask_to_rle
 from helpers.detect.detections import detect
 from helpers.detect.metrics import cgf1, coco_ap, threshold_sweep
-from helpers.detect.predictor import Predictor
 
 HELD_OUT_SEED = 990_001
 SCORE_THRESHOLD = 0.5
@@ -24,20 +19,20 @@ REJECTED_BELOW = 0.05
 """An unknown word counts as rejected on an image when no query scores this much."""
 
 
-def held_out_walls(count: int) -> Iterable[Scene]:
+def held_out_walls(count):
     """Yield walls of the training distribution, from a seed that training does not use."""
     for index in range(count):
         rng = np.random.default_rng((HELD_OUT_SEED, index))
         yield render_scene(rng, draw_concepts(rng, BASE_CONCEPTS, (1, 5)))
 
 
-def crack_walls(count: int) -> Iterable[Scene]:
+def crack_walls(count):
     """Yield walls with cracks, drawn as the course's data is."""
     for index in range(count):
         yield draw_wall(np.random.default_rng((HELD_OUT_SEED, 1, index)), has_crack=True)
 
 
-def choose_prompts(rng: np.random.Generator, present: Sequence[str]) -> list[str]:
+def choose_prompts(rng, present):
     """Return up to two present nouns and as many absent ones, known and unrelated in turn."""
     here = [str(noun) for noun in rng.permutation(sorted(set(present)))[:2]]
     missing = [
@@ -46,16 +41,8 @@ def choose_prompts(rng: np.random.Generator, present: Sequence[str]) -> list[str
     return here + [missing[0], unrelated_prompt(rng)][: len(here)]
 
 
-def detection_queries(
-    predictor: Predictor, count: int, disable_progress: bool = False
-) -> list[dict]:
-    """Ask half present, half absent prompts on ``count`` held-out walls.
-
-    Returns
-    -------
-    list of dict
-        See `helpers.detect.queries`.
-    """
+def detection_queries(predictor, count, disable_progress=False):
+    """Ask half present, half absent prompts on held-out walls; see `helpers.detect.queries`."""
     queries = []
     bar = {"total": count, "unit": "wall", "disable": disable_progress}
     for index, scene in enumerate(tqdm(held_out_walls(count), desc="held-out walls", **bar)):
@@ -78,11 +65,9 @@ def detection_queries(
     return queries
 
 
-def rejection_scores(
-    predictor: Predictor, count: int, disable_progress: bool = False
-) -> dict[str, list[float]]:
+def rejection_scores(predictor, count, disable_progress=False):
     """Return, per word kept out of training, the highest score on each of ``count`` crack walls."""
-    scores: dict[str, list[float]] = {noun: [] for noun in HELD_OUT_NOUNS}
+    scores = {noun: [] for noun in HELD_OUT_NOUNS}
     bar = {"total": count, "unit": "wall", "disable": disable_progress}
     for scene in tqdm(crack_walls(count), desc="crack walls", **bar):
         for raw in predictor.raw(Image.fromarray(scene.image), list(HELD_OUT_NOUNS)):
@@ -90,25 +75,12 @@ def rejection_scores(
     return scores
 
 
-def summarise_scores(
-    queries: Sequence[dict], rejections: dict[str, Sequence[float]]
-) -> dict[str, float]:
+def summarise_scores(queries, rejections):
     """Put detection of known concepts and rejection of unknown words into numbers.
 
-    Parameters
-    ----------
-    queries : sequence of dict
-        From `detection_queries`.
-    rejections : dict of str to sequence of float
-        From `rejection_scores`.
-
-    Returns
-    -------
-    dict of str to float
-        ``f1``, ``precision``, ``recall`` at mask IoU 0.5 and score 0.5 over all prompts;
-        ``IL_MCC`` and ``cgF1`` at the same threshold; ``AP50``; ``crack_rejected`` and
-        ``unknown_rejected``, the share of images on which "crack" and, over all held-out words,
-        any of them scores below 0.05.
+    ``f1``, ``precision`` and ``recall`` are at mask IoU 0.5 and score 0.5 over all prompts.
+    ``crack_rejected`` and ``unknown_rejected`` are the shares of images on which "crack" and, over
+    all held-out words, any of them scores below 0.05.
     """
     sweep = threshold_sweep(queries, [SCORE_THRESHOLD]).iloc[0]
     concept = cgf1(queries, SCORE_THRESHOLD)
@@ -130,21 +102,8 @@ def summarise_scores(
     }
 
 
-def score_base(predictor: Predictor, walls: int = 300, cracks: int = 100) -> dict[str, float]:
-    """Measure the base as its record states it.
-
-    Parameters
-    ----------
-    predictor : helpers.detect.predictor.Predictor
-        Around the embedded base.
-    walls, cracks : int
-        Number of held-out walls, and of walls with cracks.
-
-    Returns
-    -------
-    dict of str to float
-        See `summarise_scores`.
-    """
+def score_base(predictor, walls=300, cracks=100):
+    """Measure the base as its record states it, on held-out walls and on walls with cracks."""
     return summarise_scores(
         detection_queries(predictor, walls), rejection_scores(predictor, cracks)
     )

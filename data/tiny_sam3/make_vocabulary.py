@@ -4,16 +4,14 @@ The base must reject nouns it never met. That needs subword tokens that many abs
 that an unknown word arrives as a sequence of tokens the model has seen to mean "not here".
 """
 
-from __future__ import annotations
-
-from pathlib import Path
+import json
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 from data.wall_cracks.make_scenes import BASE_CONCEPTS
 
-ABSENT_NOUNS: tuple[str, ...] = tuple(
+ABSENT_NOUNS = tuple(
     """
     acorn anchor ankle ant apple apron arrow ash axe baby bacon badge bag ball balloon banana band bank barn barrel
     basket bat beach bead bean bear beard bed bee beetle bell belt bench berry bike bird blade blanket board boat bone
@@ -41,7 +39,7 @@ ABSENT_NOUNS: tuple[str, ...] = tuple(
 )
 """Nouns of things that are never on a synthetic wall: the absent prompts of the base's training."""
 
-HELD_OUT_NOUNS: tuple[str, ...] = tuple(
+HELD_OUT_NOUNS = tuple(
     """
     crack dog fissure fracture split object defect scratch pothole bicycle kangaroo teapot blender ostrich lantern
     basin pebble helmet laptop sandal trolley wallet cactus violet puddle canoe scooter
@@ -60,26 +58,16 @@ VOCABULARY_SIZE = 900
 """Bytes twice (inside and at the end of a word), merges, and two special tokens."""
 
 
-def plural(noun: str) -> str:
+def plural(noun):
     """Return the regular plural of a known concept ("brick" gives "bricks")."""
     return noun + "s"
 
 
-def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Train the byte-level BPE on the vocabulary's words and save it to ``folder``.
+def build_tokenizer(folder):
+    """Train the byte-level BPE on the vocabulary's words, save it to a folder and load it again.
 
     Known concepts repeat in the corpus so that each becomes a single token, as a frequent word does
     in any BPE; every other word falls apart into shared pieces, down to bytes.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Receives ``tokenizer.json`` and its configuration.
-
-    Returns
-    -------
-    transformers.CLIPTokenizer
-        The saved tokenizer, reloaded.
     """
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -103,12 +91,8 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def _with_final_bytes(
-    bpe: Tokenizer, alphabet: list[str]
-) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _with_final_bytes(bpe, alphabet):
     """Add every byte's end-of-word form that training did not meet, so that any text tokenises."""
-    import json
-
     model = json.loads(bpe.to_str())["model"]
     vocabulary = model["vocab"]
     for byte in sorted(alphabet):

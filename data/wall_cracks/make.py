@@ -5,8 +5,6 @@ Every split is written in both layouts the course reads, the seed document's (on
 Roboflow's (one COCO file), from the same entries, so both describe the same objects to the pixel.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path
@@ -17,7 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from data.wall_cracks.make_painters import RENDER_SIZE
-from data.wall_cracks.make_scenes import BASE_CONCEPTS, Scene, draw_concepts, render_scene
+from data.wall_cracks.make_scenes import BASE_CONCEPTS, draw_concepts, render_scene
 from helpers.data.masks import mask_to_rle
 from helpers.files import WALL_CRACKS
 
@@ -29,7 +27,7 @@ JPEG_QUALITY = 90
 DEFAULT_SEED = 20251205
 
 
-def draw_wall(rng: np.random.Generator, has_crack: bool) -> Scene:
+def draw_wall(rng, has_crack):
     """Paint one wall with up to three known things and, if asked, one or two cracks on top."""
     things = draw_concepts(rng, [noun for noun in BASE_CONCEPTS if noun != "joint"], (0, 2))[:3]
     if rng.random() < JOINT_SHARE:
@@ -38,7 +36,7 @@ def draw_wall(rng: np.random.Generator, has_crack: bool) -> Scene:
     return render_scene(rng, [*things, *cracks])
 
 
-def polygons_of(mask: np.ndarray) -> list[list[float]] | None:
+def polygons_of(mask):
     """Return COCO polygons whose rasterisation is close to the mask; None if it has holes.
 
     The outline is traced at twice the resolution, so that it runs a quarter of a pixel inside the
@@ -54,7 +52,7 @@ def polygons_of(mask: np.ndarray) -> list[list[float]] | None:
     return polygons or None
 
 
-def annotation_entry(mask: np.ndarray, as_polygon: bool) -> dict:
+def annotation_entry(mask, as_polygon):
     """Return the COCO entry of one object: ``segmentation``, ``bbox`` in pixels, ``area``, crowd flag.
 
     Box and area are those of the decoded segmentation, so that all three always agree.
@@ -74,7 +72,7 @@ def annotation_entry(mask: np.ndarray, as_polygon: bool) -> dict:
     }
 
 
-def write_split(folder: Path, count: int, rng: np.random.Generator) -> None:
+def write_split(folder, count, rng):
     """Write ``count`` images and both kinds of annotation files into ``folder``."""
     for name in ("images", "annotations"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -110,7 +108,7 @@ def write_split(folder: Path, count: int, rng: np.random.Generator) -> None:
     (folder / "_annotations.coco.json").write_text(json.dumps(whole) + "\n")
 
 
-def main() -> None:
+def main():
     """Write all three splits."""
     parser = argparse.ArgumentParser(
         description="Generate the course's data set of cracks in walls."

@@ -1,9 +1,5 @@
 """How each known thing, and the crack, is painted on a wall: colour, texture and shape of its own."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-
 import cv2
 import numpy as np
 
@@ -11,13 +7,13 @@ RENDER_SIZE = 256
 """Side of a rendered scene in pixels; all sizes below are given at this scale."""
 
 
-def smooth_noise(rng: np.random.Generator, cells: int) -> np.ndarray:
+def smooth_noise(rng, cells):
     """Return noise in [0, 1] that varies over ``RENDER_SIZE / cells`` pixels, (S, S) float32."""
     coarse = rng.random((cells + 1, cells + 1), dtype=np.float32)
     return cv2.resize(coarse, (RENDER_SIZE, RENDER_SIZE), interpolation=cv2.INTER_CUBIC)
 
 
-def paint_wall(rng: np.random.Generator) -> np.ndarray:
+def paint_wall(rng):
     """Return an empty wall, (S, S, 3) float32 in about [0, 255]: tone, relief, grain, light."""
     tone = rng.uniform(120, 190) + rng.uniform(-14, 14, 3) * (1.0, 0.3, -1.0)
     relief = 26 * (smooth_noise(rng, 5) - 0.5) + 16 * (smooth_noise(rng, 32) - 0.5)
@@ -32,7 +28,7 @@ def paint_wall(rng: np.random.Generator) -> np.ndarray:
     return (tone[None, None] + shade[..., None]).astype(np.float32)
 
 
-def _blob(rng: np.random.Generator, radius: float, roughness: float) -> np.ndarray:
+def _blob(rng, radius, roughness):
     """Return an irregular round region of about the given radius in pixels, (S, S) bool."""
     centre = rng.uniform(0.15 * RENDER_SIZE, 0.85 * RENDER_SIZE, 2)
     angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
@@ -46,13 +42,13 @@ def _blob(rng: np.random.Generator, radius: float, roughness: float) -> np.ndarr
     return _filled(points)
 
 
-def _filled(points: np.ndarray) -> np.ndarray:
+def _filled(points):
     mask = np.zeros((RENDER_SIZE, RENDER_SIZE), np.uint8)
     cv2.fillPoly(mask, [np.round(points).astype(np.int32)], 1)
     return mask.astype(bool)
 
 
-def _rectangle(rng: np.random.Generator, width: float, height: float, tilt: float) -> np.ndarray:
+def _rectangle(rng, width, height, tilt):
     """Return the four corners of a rectangle that keeps off the border, (4, 2) pixels."""
     reach = np.hypot(width, height) / 2
     centre = rng.uniform(min(reach, 110), RENDER_SIZE - min(reach, 110), 2)
@@ -61,29 +57,25 @@ def _rectangle(rng: np.random.Generator, width: float, height: float, tilt: floa
     return centre + corners @ np.array([[cos, sin], [-sin, cos]])
 
 
-def _blend(
-    image: np.ndarray, mask: np.ndarray, colour: np.ndarray, opacity: float, blur: float = 1.0
-) -> None:
+def _blend(image, mask, colour, opacity, blur=1.0):
     alpha = opacity * cv2.GaussianBlur(mask.astype(np.float32), (0, 0), blur)[..., None]
     image += alpha * (colour - image)
 
 
-def _textured(
-    rng: np.random.Generator, colour: Sequence[float], contrast: float, cells: int
-) -> np.ndarray:
+def _textured(rng, colour, contrast, cells):
     jitter = rng.uniform(-12, 12, 3)
     texture = contrast * (smooth_noise(rng, cells) - 0.5)
     return (np.asarray(colour) + jitter)[None, None].astype(np.float32) + texture[..., None]
 
 
-def _paint_stain(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _paint_stain(image, rng):
     mask = _blob(rng, rng.uniform(28, 58), 0.35)
     alpha = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), 4)[..., None]
     image *= 1 - alpha * (1 - np.array([0.58, 0.56, 0.68], np.float32) * rng.uniform(0.9, 1.05))
     return mask
 
 
-def _paint_rust(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _paint_rust(image, rng):
     mask = _blob(rng, rng.uniform(18, 36), 0.4)
     rows = np.flatnonzero(mask.any(1))
     for _ in range(rng.integers(2, 5)):
@@ -96,13 +88,13 @@ def _paint_rust(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return mask
 
 
-def _paint_moss(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _paint_moss(image, rng):
     mask = _blob(rng, rng.uniform(22, 50), 0.8)
     _blend(image, mask, _textured(rng, (78, 122, 48), 90, 56), 0.9)
     return mask
 
 
-def _paint_hole(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _paint_hole(image, rng):
     mask = _blob(rng, rng.uniform(13, 30), 0.12)
     rim = cv2.dilate(mask.astype(np.uint8), np.ones((7, 7), np.uint8)).astype(bool)
     _blend(image, rim, image + 35, 0.9)
@@ -110,7 +102,7 @@ def _paint_hole(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return mask
 
 
-def _paint_bolt(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _paint_bolt(image, rng):
     radius, turn = rng.uniform(11, 19), rng.uniform(0, np.pi)
     centre = rng.uniform(30, RENDER_SIZE - 30, 2)
     angles = turn + np.arange(6) * np.pi / 3
@@ -123,7 +115,7 @@ def _paint_bolt(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return mask
 
 
-def _paint_tile(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _paint_tile(image, rng):
     side = rng.uniform(34, 70)
     corners = _rectangle(rng, side, side * rng.uniform(0.85, 1.15), rng.normal(0, 0.12))
     mask = _filled(corners)
@@ -132,7 +124,7 @@ def _paint_tile(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return mask
 
 
-def _paint_brick(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _paint_brick(image, rng):
     corners = _rectangle(rng, rng.uniform(48, 92), rng.uniform(24, 40), rng.normal(0, 0.08))
     mask = _filled(corners)
     _blend(image, mask, _textured(rng, (158, 56, 50), 60, 48), 0.97)
@@ -140,7 +132,7 @@ def _paint_brick(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return mask
 
 
-def _paint_marking(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _paint_marking(image, rng):
     start = rng.uniform(50, RENDER_SIZE - 50, 2)
     heading, bend = rng.uniform(0, 2 * np.pi), rng.normal(0, 0.22)
     steps = heading + bend * np.arange(int(rng.integers(7, 14)))
@@ -151,7 +143,7 @@ def _paint_marking(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return mask.astype(bool)
 
 
-def _paint_tape(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _paint_tape(image, rng):
     length, width = rng.uniform(90, 190), rng.uniform(18, 30)
     corners = _rectangle(rng, length, width, rng.uniform(0, np.pi))
     mask = _filled(corners)
@@ -162,7 +154,7 @@ def _paint_tape(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return mask
 
 
-def _paint_joint(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _paint_joint(image, rng):
     at, lean = rng.uniform(40, RENDER_SIZE - 40), rng.normal(0, 5)
     ends = np.array([[at - lean, -4], [at + lean, RENDER_SIZE + 4]])
     if rng.random() < 0.6:
@@ -176,9 +168,7 @@ def _paint_joint(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return mask.astype(bool)
 
 
-def _crack_path(
-    rng: np.random.Generator, start: np.ndarray, heading: float, steps: int, width: float
-) -> list[tuple]:
+def _crack_path(rng, start, heading, steps, width):
     """Return segments (from, to, width) of a wandering line that narrows towards its end."""
     segments, point, straight = [], start, heading
     for step in range(steps):
@@ -190,7 +180,7 @@ def _crack_path(
     return segments
 
 
-def _paint_crack(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _paint_crack(image, rng):
     heading, width = rng.uniform(0, 2 * np.pi), rng.uniform(8.5, 14.5)
     steps = int(rng.integers(11, 22))
     start = (
@@ -214,7 +204,7 @@ def _paint_crack(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return mask.astype(bool)
 
 
-PAINTERS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
+PAINTERS = {
     "stain": _paint_stain,
     "rust": _paint_rust,
     "moss": _paint_moss,

@@ -5,9 +5,6 @@ about cracks). Every concept has an appearance of its own, colour and texture as
 because a small detector learns appearance within minutes and pure shape hardly at all.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -21,21 +18,13 @@ MIN_VISIBLE_SHARE = 0.6
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One thing on the wall.
-
-    Attributes
-    ----------
-    concept : str
-        The noun that names it.
-    mask : numpy.ndarray
-        Visible pixels, (height, width) bool.
-    """
+    """One thing on the wall: its noun and its visible pixels, (height, width) bool."""
 
     concept: str
     mask: np.ndarray
 
     @property
-    def box_xyxy(self) -> tuple[int, int, int, int]:
+    def box_xyxy(self):
         """Tight box in pixels, right and bottom exclusive."""
         rows, columns = np.flatnonzero(self.mask.any(1)), np.flatnonzero(self.mask.any(0))
         return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
@@ -43,44 +32,23 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and everything on it.
-
-    Attributes
-    ----------
-    image : numpy.ndarray
-        (height, width, 3) uint8, RGB.
-    objects : tuple of SceneObject
-        In painting order, all of them visible.
-    """
+    """A picture, (height, width, 3) uint8 RGB, and the visible things on it in painting order."""
 
     image: np.ndarray
     objects: tuple[SceneObject, ...]
 
     @property
-    def concepts(self) -> frozenset[str]:
+    def concepts(self):
         """The nouns present in the scene."""
         return frozenset(item.concept for item in self.objects)
 
 
-BASE_CONCEPTS: tuple[str, ...] = tuple(noun for noun in PAINTERS if noun != "crack")
+BASE_CONCEPTS = tuple(noun for noun in PAINTERS if noun != "crack")
 """What the embedded base knows; the course teaches it the one that is missing."""
 
 
-def render_scene(rng: np.random.Generator, concepts: Sequence[str]) -> Scene:
-    """Paint the named concepts, in order, on a new wall.
-
-    Parameters
-    ----------
-    rng : numpy.random.Generator
-        The only source of randomness.
-    concepts : sequence of str
-        One entry per object; a noun may repeat. Keys of `PAINTERS`.
-
-    Returns
-    -------
-    Scene
-        ``RENDER_SIZE`` pixels square. Objects that others cover are left out of ``objects``.
-    """
+def render_scene(rng, concepts):
+    """Paint one object per concept, in order, on a new wall; objects that others cover are left out."""
     image = paint_wall(rng)
     painted: list[tuple[str, np.ndarray, int]] = []
     for concept in concepts:
@@ -94,12 +62,7 @@ def render_scene(rng: np.random.Generator, concepts: Sequence[str]) -> Scene:
     return Scene(np.clip(soft, 0, 255).astype(np.uint8), tuple(visible))
 
 
-def _paint_apart(
-    image: np.ndarray,
-    rng: np.random.Generator,
-    concept: str,
-    painted: list[tuple[str, np.ndarray, int]],
-) -> np.ndarray | None:
+def _paint_apart(image, rng, concept, painted):
     """Paint one object that touches none of its kind and hides little of others; None if it cannot."""
     for _ in range(8):
         trial = image.copy()
@@ -115,9 +78,7 @@ def _paint_apart(
     return None
 
 
-def draw_concepts(
-    rng: np.random.Generator, pool: Sequence[str], kinds: tuple[int, int]
-) -> list[str]:
+def draw_concepts(rng, pool, kinds):
     """Choose what is on a wall: between ``kinds[0]`` and ``kinds[1]`` nouns, one to three of each.
 
     Large things come first so that small ones are painted on top of them.

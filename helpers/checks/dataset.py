@@ -14,6 +14,12 @@ from helpers.errors import InputError
 from helpers.files import progress_bar
 
 NUM_QUERIES = 200  # objects that SAM3 can find per prompt
+_QUERY_COUNTS = (
+    "objects_after_collate",
+    "masks_after_collate",
+    "present_queries",
+    "absent_queries",
+)
 MIN_KEPT = 0.99  # share of the objects in the files that must reach the loss
 
 
@@ -137,26 +143,15 @@ def _token_problem(collator, prompt):
 
 def _missing_splits(names, root):
     """Report the usual splits that a dataset lacks."""
-    findings = []
+    findings, where = [], str(root)
     if "train" not in names:
-        findings.append(
-            Finding(
-                "D04_NO_TRAIN_SPLIT",
-                str(root),
-                f"there is no folder 'train' with annotations, only {', '.join(names)}",
-                f"put the training images with {COCO_FILE} into 'train'",
-            )
-        )
-    for name in ("valid", "test"):
-        if name not in names:
-            findings.append(
-                Finding(
-                    "D05_MISSING_SPLIT",
-                    str(root),
-                    f"there is no folder '{name}' with annotations",
-                    "set images of other scenes aside, or nothing can be measured on it",
-                )
-            )
+        message = f"there is no folder 'train' with annotations, only {', '.join(names)}"
+        fix = f"put the training images with {COCO_FILE} into 'train'"
+        findings.append(Finding("D04_NO_TRAIN_SPLIT", where, message, fix))
+    for name in (name for name in ("valid", "test") if name not in names):
+        message = f"there is no folder '{name}' with annotations"
+        fix = "set images of other scenes aside, or nothing can be measured on it"
+        findings.append(Finding("D05_MISSING_SPLIT", where, message, fix))
     return findings
 
 
@@ -169,10 +164,7 @@ def _counts(split, queries):
         "images_without_objects": sum(not record.objects for record in split.records),
         "objects_in_files": len(objects),
         "crowd_objects": sum(item.is_crowd for item in objects),
-        "objects_after_collate": queries["objects_after_collate"],
-        "masks_after_collate": queries["masks_after_collate"],
-        "present_queries": queries["present_queries"],
-        "absent_queries": queries["absent_queries"],
+        **{key: queries[key] for key in _QUERY_COUNTS},
         "objects_per_category": {name: names[name] for name in sorted(names)},
     }
 
@@ -180,33 +172,20 @@ def _counts(split, queries):
 def check_objects_arrive(split, counts):
     """Compare the objects in the files with those that reach the loss: D06, D01, D02."""
     total, arrived = counts["objects_in_files"], counts["objects_after_collate"]
+    where = str(split.root)
     if not split.records:
-        return [
-            Finding(
-                "D06_EMPTY_SPLIT",
-                str(split.root),
-                "the annotations list no image",
-                "export the split again, or remove its folder",
-            )
-        ]
+        fix = "export the split again, or remove its folder"
+        return [Finding("D06_EMPTY_SPLIT", where, "the annotations list no image", fix)]
     if total == 0:
-        return [
-            Finding(
-                "D01_NO_OBJECTS",
-                str(split.root),
-                f"{len(split.records)} images are listed and no object in any of them",
-                "look at 'annotations' in the file; training on it teaches to detect nothing",
-            )
-        ]
+        message = f"{len(split.records)} images are listed and no object in any of them"
+        fix = "look at 'annotations' in the file; training on it teaches to detect nothing"
+        return [Finding("D01_NO_OBJECTS", where, message, fix)]
     if arrived >= MIN_KEPT * total:
         return []
-    return [
-        Finding(
-            "D02_OBJECTS_LOST",
-            str(split.root),
-            f"{total} objects are in the files, {arrived} reach the loss ({arrived / total:.1%}); lost "
-            f"are {counts['crowd_objects']} crowd regions, boxes without area in the image, and "
-            "what is in images that cannot be loaded",
-            "mend the other errors of this split; training on it teaches to detect less",
-        )
-    ]
+    message = (
+        f"{total} objects are in the files, {arrived} reach the loss ({arrived / total:.1%}); lost "
+        f"are {counts['crowd_objects']} crowd regions, boxes without area in the image, and what is "
+        "in images that cannot be loaded"
+    )
+    fix = "mend the other errors of this split; training on it teaches to detect less"
+    return [Finding("D02_OBJECTS_LOST", where, message, fix)]

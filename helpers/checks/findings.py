@@ -109,13 +109,8 @@ class Finding:
 
     def to_json(self):
         """Return the five texts of the finding as a dict."""
-        return {
-            "code": self.code,
-            "severity": self.severity,
-            "where": self.where,
-            "message": self.message,
-            "fix": self.fix,
-        }
+        keys = ("code", "severity", "where", "message", "fix")
+        return {key: getattr(self, key) for key in keys}
 
 
 def finding_at(code, places, message, fix):
@@ -196,18 +191,7 @@ class Report:
         return "\n".join(printable(line).replace("\n", "\\n") for line in lines)
 
     def worst(self, n=4):
-        """Choose the images to look at.
-
-        Parameters
-        ----------
-        n : int
-            How many at most.
-
-        Returns
-        -------
-        list of FlaggedImage
-            Images with errors first, then those with most findings, then the worst of each code.
-        """
+        """List the at most n `FlaggedImage` to look at: errors first, then those with most codes."""
         flagged = {}
         for finding in self.findings:
             for rank, place in enumerate(finding.places):

@@ -122,14 +122,9 @@ def _unused_files(split):
         return []
     endings = Counter(path.suffix.lower() or "no ending" for path in split.unread)
     counts = ", ".join(f"{number} {ending}" for ending, number in endings.most_common())
-    return [
-        Finding(
-            "D12_UNUSED_FILES",
-            str(split.root),
-            f"{len(split.unread)} files are not used: {counts}",
-            "nothing to do unless they should be; save other image formats as JPEG or PNG",
-        )
-    ]
+    message = f"{len(split.unread)} files are not used: {counts}"
+    fix = "nothing to do unless they should be; save other image formats as JPEG or PNG"
+    return [Finding("D12_UNUSED_FILES", str(split.root), message, fix)]
 
 
 def is_usable_picture(record, picture):

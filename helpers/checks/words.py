@@ -134,28 +134,18 @@ def check_prompts(split, absent_queries, num_negatives, negative_prompts):
         "make sure that they really show none",
     )
     if not absent_queries:
-        consequence = (
+        message = "every prompt is present in its image; " + (
             "the model learns to say yes to anything"
             if split.name == "train"
             else "whether the model can say no is not measured"
         )
-        findings.append(
-            Finding(
-                "D61_NO_ABSENT_PROMPT",
-                split.name,
-                "every prompt is present in its image; " + consequence,
-                "set data.num_negatives to 2 to 4 and list nouns in data.negative_prompts",
-            )
-        )
+        fix = "set data.num_negatives to 2 to 4 and list nouns in data.negative_prompts"
+        findings.append(Finding("D61_NO_ABSENT_PROMPT", split.name, message, fix))
     if num_negatives and negative_prompts and not any(r.contents for r in split.records):
-        findings.append(
-            Finding(
-                "D62_UNVERIFIED_NEGATIVES",
-                split.name,
-                f"{len(negative_prompts)} nouns are asked as absent, and no image lists its contents",
-                "make sure that the images show none of them, or list 'contents' per image",
-            )
-        )
+        nouns = len(negative_prompts)
+        message = f"{nouns} nouns are asked as absent, and no image lists its contents"
+        fix = "make sure that the images show none of them, or list 'contents' per image"
+        findings.append(Finding("D62_UNVERIFIED_NEGATIVES", split.name, message, fix))
     return findings
 
 
@@ -166,15 +156,9 @@ def check_splits_agree(splits):
     for name in used:
         if "train" not in used or name == "train" or used[name] == used["train"]:
             continue
-        only_here = sorted(used[name] - used["train"])
-        only_train = sorted(used["train"] - used[name])
-        findings.append(
-            Finding(
-                "D35_CATEGORIES_DIFFER",
-                name,
-                f"annotated only here: {', '.join(only_here) or 'nothing'}; only in train: "
-                f"{', '.join(only_train) or 'nothing'}",
-                "use the same names in every split and put each category into each",
-            )
-        )
+        only_here = ", ".join(sorted(used[name] - used["train"])) or "nothing"
+        only_train = ", ".join(sorted(used["train"] - used[name])) or "nothing"
+        message = f"annotated only here: {only_here}; only in train: {only_train}"
+        fix = "use the same names in every split and put each category into each"
+        findings.append(Finding("D35_CATEGORIES_DIFFER", name, message, fix))
     return findings

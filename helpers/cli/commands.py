@@ -79,8 +79,9 @@ def add_commands(add):
     profile = {"help": "tiny (default) or sam3: whose base to use"}
     add_options(model, "--base", "--profile", profile=profile)
 
-    own = ("--profile", "--data", "--output", "--set", "--resume", "--overwrite", "--retry-smaller")
+    own = ("--profile", "--data", "--output", "--set", "--resume", "--overwrite")
     output = {"metavar": "RUN", "help": "run folder, by default output.output_dir"}
+    own += ("--retry-smaller", "--dry-run")
     add_options(add(train), *own, required=["--config"], output=output)
 
     own = ("--prompt", "--threshold", "--mask-threshold", "--tile", "--overlap", "--output")
@@ -141,13 +142,16 @@ def train(args):
     from helpers.config import load_config
     from helpers.train.report import report, report_text
     from helpers.train.run import RUN_CONFIG
+    from helpers.train.training import dry_run, dry_run_text, train_within_memory
     from helpers.train.training import train as run_training
-    from helpers.train.training import train_within_memory
 
     overrides = list(args.set)
     if args.data is not None:
         overrides.append(("data.data_dir", args.data))
     config = load_config(args.config, profile=args.profile, overrides=overrides)
+    if args.dry_run:
+        result = dry_run(config)
+        return (0 if result["fits"] else 1), result, dry_run_text(result)
     output_dir = args.output
     settings = {"output_dir": output_dir, "resume": args.resume, "overwrite": args.overwrite}
     try:
@@ -272,8 +276,8 @@ def diagnose(args):
 
 def merge(args):
     """Write a full model; status 1, and nothing written, if it detects anything else."""
-    from helpers.train.merge import MergeDiffers
-    from helpers.train.merge import merge as merge_run
+    from helpers.train.share import MergeDiffers
+    from helpers.train.share import merge as merge_run
 
     try:
         document, status = merge_run(args.adapter, args.output, args.dtype, args.base), 0
@@ -327,7 +331,7 @@ def load_model(args):
     import torch
 
     from helpers.config import load_config
-    from helpers.train.run import load_run
+    from helpers.train.run import is_bare_adapter, load_run
 
     folder = args.adapter
     if args.config is not None:
@@ -335,7 +339,7 @@ def load_model(args):
     if folder is None:
         model, processor, name = _base(args)
         run, name = None, f"base {name}"
-    elif _is_bare_adapter(resolve(folder)):
+    elif is_bare_adapter(resolve(folder)):
         from helpers.model.lora import load_adapter
 
         model, processor, _ = _base(args, adapter=resolve(folder))
@@ -345,14 +349,6 @@ def load_model(args):
         model, processor, name = run.model, run.processor, str(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Loaded(model.to(device), processor, run, name)
-
-
-def _is_bare_adapter(folder):
-    """True if a folder holds a PEFT adapter but not the rest of a run."""
-    from helpers.model.lora import CONFIG_FILE
-    from helpers.train.run import RUN_CONFIG
-
-    return (folder / CONFIG_FILE).is_file() and not (folder / RUN_CONFIG).is_file()
 
 
 def _base(args, adapter=None):

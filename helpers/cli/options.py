@@ -58,6 +58,10 @@ OPTIONS = {
     "--retry-smaller": _flag(
         "when memory runs out, start again with checkpointing, then with smaller batches"
     ),
+    "--dry-run": _flag(
+        "take one step on the fullest batch, print memory and seconds, and write nothing; "
+        "status 1 if memory runs out"
+    ),
     # how to convert
     "--format": {
         "choices": ("coco", "yolo", "voc", "masks", "labelme"),

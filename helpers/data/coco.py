@@ -10,7 +10,7 @@ What makes reading impossible raises `InputError`. What can be read but is wrong
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import PurePosixPath
+from pathlib import PurePosixPath, PureWindowsPath
 
 from helpers.data.images import IMAGE_SUFFIXES, MAX_PIXELS, near_files, upright_size
 from helpers.data.masks import rle_area, rle_box_xyxy, segmentation_to_rle
@@ -219,7 +219,7 @@ def _per_image_entries(root):
         stated = image.get("file_name")
         if where.stem in images:
             image["file_name"] = images[where.stem].name
-            if isinstance(stated, str) and PurePosixPath(stated).stem != where.stem:
+            if isinstance(stated, str) and PureWindowsPath(stated).stem != where.stem:
                 differing.append(f"'file_name' is {stated!r} in {where.name}")
         image.setdefault("file_name", f"{where.stem}.jpg")
         if differing:

@@ -48,8 +48,7 @@ class Dataset:
 
     def refuse_unknown_categories(self):
         """Raise InputError if the config renames a category that none of the splits read has."""
-        nouns = self.config.data.prompts_by_category
-        refuse_unknown_categories(nouns, list(self._read.values()))
+        refuse_unknown_categories(self.config.data.prompts_by_category, [*self._read.values()])
 
     def look(self, split, bar=None):
         """Decode the images of a split that were not decoded yet; return a dict of path to Picture."""

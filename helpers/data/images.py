@@ -114,7 +114,7 @@ def _opened(source, path, any_depth=False):
         raise
     except FileNotFoundError as error:
         raise InputError(
-            "no such image", where=path, fix="restore the file or remove its annotation entry"
+            "no such image", where=path, fix="check the path, or remove its annotation entry"
         ) from error
     except Image.DecompressionBombError as error:
         raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+import torch
 from accelerate import PartialState
 
 from helpers.checks.dataset import check_dataset
@@ -22,18 +23,7 @@ from helpers.model.cache import BackboneCache, text_states
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What the loop reads.
-
-    Attributes
-    ----------
-    train, valid : helpers.data.dataset.PromptDataset
-    collator : helpers.data.dataset.PromptCollator
-        Of both.
-    counts : dict of str to pandas.DataFrame
-        `helpers.data.dataset.count_objects` of ``train`` and ``valid``.
-    fingerprint : str
-        `helpers.data.dataset.data_fingerprint` of the training split.
-    """
+    """What the loop reads: both datasets, their collator, `count_objects` and `data_fingerprint`."""
 
     train: PromptDataset
     valid: PromptDataset
@@ -43,28 +33,11 @@ class TrainingData:
 
 
 def training_data(config, model, processor, *, train_split=None, val_split=None, allow_empty=False):
-    """Read and check the data of a run, and make sure that objects arrive.
+    """Read and check the data of a run, and make sure that objects arrive, unless `allow_empty`.
 
-    Parameters
-    ----------
-    config : helpers.config.Config
-    model : helpers.model.prompted.PromptedSam3
-        Without adapter. With ``training.feature_cache`` it is moved to the accelerator.
-    processor : transformers.Sam3Processor
-    train_split, val_split : helpers.data.records.Split, optional
-        Data in memory; by default both are read from ``data.data_dir``, which is checked first.
-    allow_empty : bool
-        True to go on although no object reaches the loss.
-
-    Returns
-    -------
-    TrainingData
-
-    Raises
-    ------
-    InputError
-        If the data cannot be used, no object reaches the loss, or the feature cache has nothing to
-        keep or no room.
+    `model` has no adapter yet; with ``training.feature_cache`` it is moved to the accelerator.
+    Splits that are not in memory are read from ``data.data_dir``, which is checked first. An
+    InputError says that data or feature cache cannot be used, or that no object reaches the loss.
     """
     data, dataset, pictures = config.data, None, {}
     if train_split is None or val_split is None:
@@ -129,6 +102,8 @@ def _filled_cache(config, model, processor, splits, pictures):
 def _counts(datasets, allow_empty):
     """Count the objects that reach the loss in each dataset; refuse a training set without any."""
     counts = {name: count_objects(dataset) for name, dataset in datasets.items()}
+    for _ in counts:  # the draw of a loader that starts: seeds give the runs that they always gave
+        torch.empty((), dtype=torch.int64).random_()
     if not counts["train"]["num_objects"].any() and not allow_empty:
         split = datasets["train"].split
         raise InputError(

@@ -20,41 +20,29 @@ from helpers.errors import InputError
 from helpers.model import losses
 from helpers.model.lora import component_of, lora_layers
 
+# Optimiser steps over which a guard averages what a single step may show by chance.
 WINDOW = 5
-"""Optimiser steps over which a guard averages what a single step may show by chance."""
+# A batch with objects costs 7 or more in the healthy runs of this project. Without objects SAM3's
+# own loss cannot fall below 4.5e-4 per decoder layer, that of the failing script falls to 1e-5.
 VANISHING_LOSS = 1e-3
-"""A batch with objects costs 7 or more in the healthy runs of this project. Without objects SAM3's
-own loss cannot fall below 4.5e-4 per decoder layer, that of the failing script falls to 1e-5."""
+# Of the weighted loss, over `WINDOW` steps, from batches with objects. Healthy runs start with
+# 0.7 for the presence term, which cannot exceed 0.9 beside boxes and masks that are unlearned.
 DOMINANT_SHARE = 0.95
-"""Of the weighted loss, over `WINDOW` steps, from batches with objects. Healthy runs start with
-0.7 for the presence term, which cannot exceed 0.9 beside boxes and masks that are unlearned."""
+# Of all logits, and above the share in the first step, which is the base's; healthy runs: 0.03.
 SHARE_AT_CLAMP, CLAMP_RISE = 0.5, 0.25
-"""Of all logits, and above the share in the first step, which is the base's; healthy runs: 0.03."""
+# Optimiser steps with objects and a learning rate above 0 after which every B must have moved.
 ADAPTER_STEPS = 3
-"""Optimiser steps with objects and a learning rate above 0 after which every B must have moved."""
+# Overflowing steps in a row that fp16 may need until its scale fits: 65536 is halved each time.
 SKIPPED_STEPS = 20
-"""Overflowing steps in a row that fp16 may need until its scale fits: 65536 is halved each time."""
+# Probability of a false alarm at which 'none so far' counts as 'none'.
 CHANCE = 1e-6
-"""Probability of a false alarm at which 'none so far' counts as 'none'."""
+# Guards that training on purpose without objects (``allow_empty``) would set off.
 OFF_IF_EMPTY = ("no_objects", "vanishing_loss", "at_clamp")
-"""Guards that training on purpose without objects (``allow_empty``) would set off."""
 _UNUSED_COMPONENT = "geometry_encoder"  # text prompts give it no gradient
 
 
 class GuardStop(InputError):
-    """A guard stopped the run.
-
-    Parameters
-    ----------
-    cause : str
-        Key of `helpers.causes.CAUSES`; its fix is the default.
-    message, where, fix
-        See `helpers.errors.InputError`.
-
-    Attributes
-    ----------
-    cause : str
-    """
+    """A guard stopped the run; `cause` is a key of `helpers.causes.CAUSES`, with the default fix."""
 
     def __init__(self, cause, message, *, where=None, fix=None):
         super().__init__(message, where=where, fix=fix or CAUSES[cause].fix)
@@ -62,25 +50,11 @@ class GuardStop(InputError):
 
 
 class Guards(TrainerCallback):
-    """Watch a training run.
+    """Watch a training run and raise `GuardStop` before an optimiser step, in all processes.
 
-    `helpers.train.trainer.Sam3Trainer` shows it every batch (`are_finite`, `observe`) and registers it as
-    a callback, so that it judges before each optimiser step.
-
-    Parameters
-    ----------
-    config : helpers.config.Config
-        ``guards`` says which ones are on.
-    queries : pandas.DataFrame
-        The training data, counted by `helpers.data.dataset.count_objects`: how often objects and absent
-        prompts are to be expected.
-    allow_empty : bool
-        True switches `OFF_IF_EMPTY` off.
-
-    Raises
-    ------
-    GuardStop
-        From `on_pre_optimizer_step`, in all processes.
+    `helpers.train.trainer.Sam3Trainer` shows every batch (`are_finite`, `observe`). `queries` is
+    the training data as `count_objects` counts it: how often objects and absent prompts are to be
+    expected. `allow_empty` switches `OFF_IF_EMPTY` off.
     """
 
     def __init__(self, config, queries, *, allow_empty=False):
@@ -101,7 +75,7 @@ class Guards(TrainerCallback):
         self._first_share = None
 
     def are_finite(self, outputs, targets):
-        """Tell whether outputs and boxes can be matched at all; always True if `not_finite` is off."""
+        """Return whether outputs and boxes can be matched; always True if `not_finite` is off."""
         if "not_finite" not in self.active:
             return True
         names = ("pred_logits", "pred_boxes_cxcywh", "presence_logits")
@@ -110,18 +84,9 @@ class Guards(TrainerCallback):
         return bool(torch.stack(sums).isfinite().all())
 
     def observe(self, inputs, total, terms, share_at_clamp):
-        """Take note of one batch; nothing is judged and nothing waits for the GPU here.
+        """Take note of a batch: weighted loss, unweighted terms and share of logits at their clamps.
 
-        Parameters
-        ----------
-        inputs : dict
-            From `helpers.data.dataset.PromptCollator`.
-        total : torch.Tensor
-            Weighted loss, scalar.
-        terms : dict of str to torch.Tensor
-            Unweighted terms, see `helpers.model.losses.sam3_losses`.
-        share_at_clamp : torch.Tensor
-            Scalar in [0, 1], see `helpers.train.trainer.output_statistics`.
+        Nothing is judged and nothing waits for the GPU here.
         """
         targets = inputs["targets"]
         counts = [len(target["boxes_cxcywh"]) for target in targets]
@@ -155,13 +120,7 @@ class Guards(TrainerCallback):
             self._first_share = state.log_history[0].get("train_share_at_clamp")
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        """Judge the batches since the last optimiser step.
-
-        Raises
-        ------
-        GuardStop
-            If a guard that is on finds its fault.
-        """
+        """Judge the batches since the last optimiser step."""
         image_ids, rows = zip(*self._batches, strict=True)
         self._batches = []
         rows = torch.stack(rows)
@@ -206,7 +165,7 @@ class Guards(TrainerCallback):
         return sum(s[name] for s in self._window) / sum(s["batches"] for s in self._window)
 
     def _never_seen(self, name):
-        """Tell whether so many images came by without it that this is no chance."""
+        """Return whether so many images came by without it that this is no chance."""
         return not self._seen[name] and self._seen["images"] >= self._images_until[name]
 
     def _no_objects(self, step, args, model):
@@ -232,7 +191,7 @@ class Guards(TrainerCallback):
         if not self._is_first_epoch or len(self._window) < WINDOW:
             return None
         mean = self._mean("total")
-        objects = sum(one["objects"] for one in self._window)
+        objects = sum(step["objects"] for step in self._window)
         if mean < VANISHING_LOSS and (objects or self._never_seen("objects")):
             text = f"the loss averages {mean:.1e} over the last {WINDOW} steps of the first epoch"
             cause = "loss_weights" if objects else "no_objects"
@@ -284,7 +243,7 @@ class Guards(TrainerCallback):
         if not self._is_first_epoch or len(self._with_objects) < WINDOW:
             return None
         names = losses.WEIGHTS[self.variant]
-        sums = {name: sum(one[name] for one in self._with_objects) for name in names}
+        sums = {name: sum(step[name] for step in self._with_objects) for name in names}
         name, value = max(sums.items(), key=lambda item: item[1])
         share = value / (sum(sums.values()) or math.inf)
         if share > DOMINANT_SHARE:
@@ -317,4 +276,4 @@ def _components_at_zero(model):
         component = component_of(name)
         has_moved = any(bool(b.weight.detach().any()) for b in layer.lora_B.values())
         moved[component] = moved.get(component, False) or has_moved
-    return [name for name, one in moved.items() if not one and name != _UNUSED_COMPONENT]
+    return [name for name, has in moved.items() if not has and name != _UNUSED_COMPONENT]

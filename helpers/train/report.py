@@ -8,6 +8,7 @@ import pandas as pd
 
 from helpers.model.losses import EARLY_WEIGHTS
 
+# The document's expected output and verification checklist: name to item and expectation.
 ITEMS = {
     "modules": ("LoRA is applied to modules", "a number of modules"),
     "trainable": ("Trainable parameters", "about 2 to 3 %"),
@@ -21,10 +22,9 @@ ITEMS = {
     "confidence": ("Inference produces detections with confidence", "above 0.3"),
     "prompts": ('Text prompts like "crack", "defect" work', "both work"),
 }
-"""The document's expected output and verification checklist: name to item and expectation."""
 VERDICTS = {True: "yes", False: "no", None: "not checkable"}
+# Share of the images showing an object on which a prompt has to reach the threshold to work.
 WORKS_FROM = 0.9
-"""Share of the images showing an object on which a prompt has to reach the threshold to work."""
 _ROUNDING = 1e-6
 _COUNTED_BY_BOTH = {name: weight for name, weight in EARLY_WEIGHTS.items() if name != "loss_ce"}
 
@@ -109,20 +109,10 @@ def epoch_means(history, name):
 
 
 def least_early_loss(history):
-    """Bound from below, by epoch, what the document's loss would have shown for a ``native`` run.
+    """Bound from below, by epoch from 1, what the document's loss would have shown for a run.
 
     The box and mask terms are the same in both; only their weights differ. The document's loss is
     their sum under its weights plus a classification term that cannot be negative.
-
-    Parameters
-    ----------
-    history : list of dict
-        The log of a run, with every term.
-
-    Returns
-    -------
-    dict of int to float
-        Epoch, counted from 1, to the bound.
     """
     weighted = [
         {"epoch": entry["epoch"], "bound": sum(w * entry[n] for n, w in _COUNTED_BY_BOTH.items())}
@@ -233,18 +223,7 @@ def _prompts_row(run, words):
 
 
 def report(run):
-    """Gather everything worth knowing about a run.
-
-    Parameters
-    ----------
-    run : helpers.train.run.RunFiles
-
-    Returns
-    -------
-    dict
-        Plain values: ``run``, ``base``, ``config`` (fingerprint), ``adapter`` (rows of the adapter
-        report), ``prompts``, ``metrics`` and ``checklist``.
-    """
+    """Gather all that is worth knowing about a `RunFiles` as plain values."""
     table = run.adapter.astype(object).where(run.adapter.notna(), None)
     return {
         "run": str(run.folder),
@@ -258,19 +237,7 @@ def report(run):
 
 
 def report_text(content):
-    """Write the report for people.
-
-    Parameters
-    ----------
-    content : dict
-        From `report`.
-
-    Returns
-    -------
-    str
-        Lines on the run, its adapter, its validation metrics, the document's checklist and
-        whatever the log gave reason to note.
-    """
+    """Write a `report` for people."""
     metrics = content["metrics"]
     kept = metrics["best_step"] or f"{metrics['steps']}, the last"
     lines = [

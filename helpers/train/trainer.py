@@ -44,13 +44,7 @@ class SetEpoch(TrainerCallback):
 
 
 class FirstStepAudit(TrainerCallback):
-    """Keep the adapter report of the first step, the only moment all its gradients are seen.
-
-    Attributes
-    ----------
-    report : pandas.DataFrame or None
-        See `helpers.model.lora.adapter_report`.
-    """
+    """Keep the adapter report of the first step, the only moment all its gradients are seen."""
 
     def __init__(self):
         self.report = None
@@ -118,61 +112,58 @@ SELECTION = "selection"
 _AT_CLAMP = 0.999
 
 
-def training_arguments(config, folder):
-    """Translate a config into the arguments of `transformers.Trainer`.
+class _OneGpuArguments(TrainingArguments):
+    """Arguments of a process that uses one GPU; torchrun starts one process for each."""
 
-    Parameters
-    ----------
-    config : helpers.config.Config
-        Learning rate, epochs and warm-up are taken after the profile's multipliers.
-    folder : pathlib.Path
-        Run folder; checkpoints go below it.
+    @property
+    def n_gpu(self):
+        """int: torch's DataParallel, which several would mean, cannot split targets."""
+        return min(super().n_gpu, 1)
 
-    Returns
-    -------
-    transformers.TrainingArguments
 
-    Raises
-    ------
-    InputError
-        If this machine cannot compute in the wanted precision.
+def training_arguments(config, folder, **changes):
+    """Translate a config into `transformers.TrainingArguments`, with multipliers and `changes`.
+
+    Checkpoints go below the run folder. An InputError says that this machine cannot compute in the
+    wanted precision.
     """
     training = config.training
     if training.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise _no_precision("fp16", "it needs a GPU")
     try:
-        return TrainingArguments(
-            output_dir=str(folder / CHECKPOINTS),
-            per_device_train_batch_size=training.batch_size,
-            gradient_accumulation_steps=training.gradient_accumulation_steps,
-            num_train_epochs=config.effective_num_epochs,
-            learning_rate=config.effective_learning_rate,
-            warmup_steps=config.effective_warmup_steps,
-            lr_scheduler_type=training.lr_scheduler,
-            weight_decay=training.weight_decay,
-            adam_beta1=training.adam_beta1,
-            adam_beta2=training.adam_beta2,
-            adam_epsilon=training.adam_epsilon,
-            max_grad_norm=training.max_grad_norm,
-            use_cpu=not torch.accelerator.is_available(),
-            bf16=training.mixed_precision == "bf16",
-            fp16=training.mixed_precision == "fp16",
-            dataloader_num_workers=training.num_workers,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            seed=training.seed,
-            data_seed=training.seed,
-            logging_steps=training.logging_steps,
-            logging_first_step=True,
-            logging_nan_inf_filter=False,
-            eval_strategy="epoch",
-            save_strategy="epoch",
-            save_total_limit=training.save_total_limit + 1,
-            metric_for_best_model=SELECTION,
-            greater_is_better=True,
-            remove_unused_columns=False,
-            report_to="none",
-            disable_tqdm=True,
-        )
+        settings = {
+            "output_dir": str(folder / CHECKPOINTS),
+            "per_device_train_batch_size": training.batch_size,
+            "gradient_accumulation_steps": training.gradient_accumulation_steps,
+            "num_train_epochs": config.effective_num_epochs,
+            "learning_rate": config.effective_learning_rate,
+            "warmup_steps": config.effective_warmup_steps,
+            "lr_scheduler_type": training.lr_scheduler,
+            "weight_decay": training.weight_decay,
+            "adam_beta1": training.adam_beta1,
+            "adam_beta2": training.adam_beta2,
+            "adam_epsilon": training.adam_epsilon,
+            "max_grad_norm": training.max_grad_norm,
+            "use_cpu": not torch.accelerator.is_available(),
+            "bf16": training.mixed_precision == "bf16",
+            "fp16": training.mixed_precision == "fp16",
+            "dataloader_num_workers": training.num_workers,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "seed": training.seed,
+            "data_seed": training.seed,
+            "logging_steps": training.logging_steps,
+            "logging_first_step": True,
+            "logging_nan_inf_filter": False,
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "save_total_limit": training.save_total_limit + 1,
+            "metric_for_best_model": SELECTION,
+            "greater_is_better": True,
+            "remove_unused_columns": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        return _OneGpuArguments(**settings | changes)
     except ValueError as error:
         raise _no_precision(training.mixed_precision, str(error).splitlines()[0]) from error
 
@@ -191,29 +182,15 @@ class Sam3Trainer(Trainer):
 
     Schedule, accumulation, clipping, precision, checkpoints, resuming and logging are the
     library's. Ours are the loss with all its terms in the log, and a validation in eval mode with
-    detection metrics.
+    detection metrics. `Guards` see every batch and may stop the run before an optimiser step.
 
     The checkpoint is chosen by ``evaluation.metric_for_best``, whose lowest value, 0, is what a
     detector that finds nothing gets. The validation loss would not do: on images without objects,
     or with objects that were never read, the emptiest detector has the lowest loss. A value of 0
     or without meaning chooses nothing; the last state is kept then.
-
-    Parameters
-    ----------
-    config : helpers.config.Config
-    **options
-        As for `transformers.Trainer`: ``model``, a `peft.PeftModel` from
-        `helpers.model.lora.add_lora`; ``args`` from `training_arguments`; ``train_dataset`` and
-        ``eval_dataset``, each a `helpers.data.dataset.PromptDataset`; ``data_collator``, a
-        `helpers.data.dataset.PromptCollator`; ``callbacks``.
-    guards : helpers.train.guards.Guards, optional
-        Sees every batch and may stop the run before the next optimiser step.
     """
 
     def __init__(self, config, *, guards=None, **options):
-        if options["args"].n_gpu > 1:
-            # torch's DataParallel cannot split targets; torchrun uses all GPUs.
-            options["args"]._n_gpu = 1
         super().__init__(**options)
         self.remove_callback(PrinterCallback)
         self.config, self.guards = config, guards
@@ -241,21 +218,8 @@ class Sam3Trainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the weighted loss of one batch and remember its terms for the log.
 
-        Parameters
-        ----------
-        model : torch.nn.Module
-            The possibly wrapped model.
-        inputs : dict
-            From `helpers.data.dataset.PromptCollator`.
-        return_outputs : bool
-            True to get the model outputs too.
-        num_items_in_batch : None
-            Unused; the losses are means, which the library divides by the accumulation steps.
-
-        Returns
-        -------
-        torch.Tensor or tuple
-            Scalar, or (scalar, outputs).
+        `num_items_in_batch` is unused: the losses are means, which the library divides by the
+        accumulation steps.
         """
         outputs = model(**model_inputs(inputs, self.args.device))
         if self.guards is None or self.guards.are_finite(outputs, inputs["targets"]):
@@ -294,21 +258,8 @@ class Sam3Trainer(Trainer):
         """Judge the current state on the validation split, in eval mode.
 
         Every process judges the whole split, so that all of them choose the same checkpoint.
-
-        Parameters
-        ----------
-        eval_dataset : helpers.data.dataset.PromptDataset, optional
-            By default the one given at construction.
-        ignore_keys : None
-            Unused.
-        metric_key_prefix : str
-            Prefix of the names in the log.
-
-        Returns
-        -------
-        dict of str to float
-            The loss and the metrics of `helpers.detect.metrics.evaluate_queries` that have a value,
-            with prefix, and ``<prefix>_selection``.
+        Returns the loss and the metrics of `evaluate_queries` that have a value, with prefix, and
+        ``<prefix>_selection``.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         loader = DataLoader(
@@ -355,20 +306,11 @@ class Sam3Trainer(Trainer):
 
 @torch.no_grad()
 def output_statistics(outputs):
-    """Describe the outputs of a training step beside its loss.
+    """Return scalar tensors over all queries of a batch that describe a step beside its loss.
 
-    Parameters
-    ----------
-    outputs : helpers.model.sam3.PromptedSam3Output
-
-    Returns
-    -------
-    dict of str to torch.Tensor
-        Scalars over all queries of the batch: ``train_query_logit_mean`` and ``_max``;
-        ``train_softplus_mean``, the mean of ``log(1 + exp(logit))``, which is what a loss without
-        objects pushes down; ``train_presence_prob``; ``train_share_at_clamp``, the share of query
-        and presence logits at the model's clamps, where their gradient is zero: a state with most
-        of them there cannot be trained out of it.
+    ``train_softplus_mean`` is the mean of ``log(1 + exp(logit))``, which a loss without objects
+    pushes down. ``train_share_at_clamp`` is the share of query and presence logits at the model's
+    clamps, where their gradient is zero: a state with most of them there cannot be trained on.
     """
     logits, presence = outputs["pred_logits"].float(), outputs["presence_logits"].float()
     clamped = torch.cat(

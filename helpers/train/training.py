@@ -1,60 +1,40 @@
-"""Settings of a training run that need less memory, the least loss first.
-
-Every one sees the same number of images per optimiser step. Checkpointing changes no number, and a
-smaller batch with more accumulation only what dropout draws; fewer absent prompts and a lower
-resolution change what is learned.
-"""
+"""From a config to a finished run folder; a single step first, and smaller ones if memory ends."""
 
 from __future__ import annotations
 
 import gc
+import math
 import sys
-from dataclasses import dataclass
+import tempfile
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import set_seed
+from safetensors import SafetensorError
+from transformers import TrainerCallback, set_seed
 
 from helpers.config import load_config
+from helpers.data.dataset import PromptDataset, count_objects, load_dataset
 from helpers.environment import SUBJECT_PACKAGES, device
 from helpers.errors import InputError
 from helpers.files import resolve, write_json, write_text
+from helpers.model import sam3
 from helpers.model.audit import adapter_report
 from helpers.model.lora import add_lora, load_adapter_weights, read_adapter_weights, save_adapter
 from helpers.model.prompted import checkpoint_activations
-from helpers.model.sam3 import base_config, base_dtype, load_base, newest_revision
+from helpers.train import run as run_folder
+from helpers.train import trainer as training_loop
 from helpers.train.data import TrainingData, training_data
 from helpers.train.guards import Guards, GuardStop
-from helpers.train.run import (
-    AUDIT_FILE,
-    CARD_FILE,
-    METRICS_FILE,
-    PROMPTS_FILE,
-    RUN_CONFIG,
-    STOPPED_FILE,
-    VERSIONS_FILE,
-    RunResult,
-    clear_run,
-    last_checkpoint,
-    load_run,
-    num_processes,
-    run_metrics,
-    run_notes,
-    state_of,
-    trained_parameters,
-    trained_prompts,
-)
 from helpers.train.share import model_card
-from helpers.train.trainer import (
-    CHECKPOINTS,
-    CurvesFile,
-    FirstStepAudit,
-    ProgressBar,
-    Sam3Trainer,
-    SetEpoch,
-    training_arguments,
-)
+from helpers.train.trainer import Sam3Trainer, training_arguments
+
+_MIN_SHARE_OF_RESOLUTION = 0.5
+_WRITE_FAILED = ("inline_container", "PytorchStreamWriter", "file write failed")
 
 
 class OutOfMemory(InputError):
@@ -65,11 +45,10 @@ class OutOfMemory(InputError):
 class _Ingredients:
     """What a run needs, built before anything is written."""
 
+    config: object
     model: torch.nn.Module
     processor: object
     data: TrainingData
-    own_resolution: int
-    """Of the base as it is published."""
 
 
 def train(
@@ -109,56 +88,54 @@ def train(
 
     Returns
     -------
-    RunResult
+    helpers.train.run.RunResult
         With the kept checkpoint loaded: the one with the best ``evaluation.metric_for_best`` on
-        the validation split, or the last if that metric never rose above 0.
+        the validation split, or the last if that metric never rose above 0. Its config leaves the
+        mask decoder out if no object of the training split has a mask.
 
     Raises
     ------
     InputError
         If base, data or settings cannot be used, or no object would reach the loss: nothing is
         written then. A `helpers.train.guards.GuardStop` if a guard of the config finds a fault, an
-        `OutOfMemory` if memory runs out: ``stopped.json`` then holds ``cause`` (a key of `helpers.causes.CAUSES`, or
-        null), ``message``, ``where``, ``fix`` and ``step``.
+        `OutOfMemory` if memory runs out: ``stopped.json`` then holds ``cause`` (a key of
+        `helpers.causes.CAUSES`, or null), ``message``, ``where``, ``fix`` and ``step``.
     """
     folder = resolve(output_dir or config.output.output_dir)
-    state = state_of(folder, config, resume=resume, overwrite=overwrite)
+    state = run_folder.state_of(folder, config, resume=resume, overwrite=overwrite)
     if state == "finished":
-        return load_run(folder)
+        return run_folder.load_run(folder)
     config = _with_revision(config, folder if state == "interrupted" else None)
-    ingredients = _prepare(config, train_split, val_split, allow_empty)
-    data, audit, curves = ingredients.data, FirstStepAudit(), CurvesFile(folder)
-    own = [SetEpoch(data.train), audit, curves]
-    if sys.stderr.isatty() if progress is None else progress:
-        own.append(ProgressBar())
-    arguments = training_arguments(config, folder)
+    parts = _prepare(config, train_split, val_split, allow_empty)
+    arguments = training_arguments(parts.config, folder)  # decides about the device, too
     processes = PartialState()
     processes.wait_for_everyone()  # all have looked at the folder before one writes to it
+    if state == "interrupted":
+        _refuse_other_data(folder, parts)
+    elif processes.is_main_process:
+        _write_start(folder, parts)
     if processes.is_main_process:
-        (folder / STOPPED_FILE).unlink(missing_ok=True)
-        if state == "new":
-            _write_start(folder, config, data.train)
-    trainer = Sam3Trainer(
-        config,
-        guards=Guards(config, data.counts["train"], allow_empty=allow_empty),
-        model=ingredients.model,
-        args=arguments,
-        train_dataset=data.train,
-        eval_dataset=data.valid,
-        data_collator=data.collator,
-        callbacks=[*own, *callbacks],
-    )
+        run_folder.clear_partial_files(folder)
+        (folder / run_folder.STOPPED_FILE).unlink(missing_ok=True)
+    audit = training_loop.FirstStepAudit()
+    own = [training_loop.SetEpoch(parts.data.train), audit, training_loop.CurvesFile(folder)]
+    if sys.stderr.isatty() if progress is None else progress:
+        own.append(training_loop.ProgressBar())
+    trainer = _trainer(parts, arguments, [*own, *callbacks], allow_empty)
+    checkpoint = run_folder.last_checkpoint(folder) if state == "interrupted" else None
     try:
-        _run(trainer, last_checkpoint(folder) if state == "interrupted" else None)
+        with _readable_errors(trainer):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            processes.wait_for_everyone()  # the last checkpoint is written
+            result = _result(trainer, folder, parts, audit)
+            if processes.is_main_process:
+                _write_result(result)
     except InputError as error:
-        curves.write(trainer.state)
         if processes.is_main_process:
-            _write_stop(folder, error, trainer.state.global_step)
+            with suppress(OSError):  # on a full disk the error itself is what counts
+                own[2].write(trainer.state)
+                _write_stop(folder, error, trainer.state.global_step)
         raise
-    processes.wait_for_everyone()  # the last checkpoint is written
-    result = _result(trainer, folder, config, ingredients, audit)
-    if processes.is_main_process:
-        _write_result(result, ingredients.own_resolution)
     return result
 
 
@@ -167,18 +144,17 @@ def _with_revision(config, resumed_folder):
     if config.model.revision is not None:
         return config
     if resumed_folder is None:
-        revision = newest_revision(config.model.name)
+        revision = sam3.newest_revision(config.model.name)
     else:
-        revision = load_config(resumed_folder / RUN_CONFIG).model.revision
-    model = config.model.model_copy(update={"revision": revision})
-    return config.model_copy(update={"model": model})
+        revision = load_config(resumed_folder / run_folder.RUN_CONFIG).model.revision
+    return config.replace({"model.revision": revision})
 
 
-def _prepare(config, train_split, val_split, allow_empty):
+def _prepare(config, train_split=None, val_split=None, allow_empty=False):
     """Load base and data, make sure that objects arrive, and put LoRA on."""
     set_seed(config.training.seed)
-    base, dtype = config.model, base_dtype(config.training.mixed_precision)
-    model, processor = load_base(base.name, base.revision, dtype, base.resolution)
+    base, dtype = config.model, sam3.base_dtype(config.training.mixed_precision)
+    model, processor = sam3.load_base(base.name, base.revision, dtype, base.resolution)
     data = training_data(
         config,
         model,
@@ -187,172 +163,326 @@ def _prepare(config, train_split, val_split, allow_empty):
         val_split=val_split,
         allow_empty=allow_empty,
     )
+    config = _without_idle_mask_decoder(config, data)
     peft_model = add_lora(model, config.lora)
     if config.training.gradient_checkpointing:
         checkpoint_activations(model)
-    own_resolution = base_config(base.name, base.revision).image_size
-    return _Ingredients(peft_model, processor, data, own_resolution)
+    return _Ingredients(config, peft_model, processor, data)
 
 
-def _write_start(folder, config, train_dataset):
+def _without_idle_mask_decoder(config, data):
+    """Leave the mask decoder out if objects arrive and none has a mask: it would have no gradient."""
+    counts = data.counts["train"]
+    if not config.lora.apply_to_mask_decoder or not counts["num_objects"].any():
+        return config
+    if counts["num_masks"].any():
+        return config
+    text = (
+        "no object of the training split has a mask, so the mask decoder has nothing to learn from"
+    )
+    others = [key for key, on in config.lora if key.startswith("apply_to_") and on]
+    if others == ["apply_to_mask_decoder"]:
+        raise InputError(text, where="lora", fix="adapt another component, or add masks")
+    print(f"note: {text} and is left out", file=sys.stderr)
+    return config.replace({"lora.apply_to_mask_decoder": False})
+
+
+def _trainer(parts, arguments, callbacks, allow_empty):
+    """Build the trainer of a run."""
+    data = parts.data
+    return Sam3Trainer(
+        parts.config,
+        guards=Guards(parts.config, data.counts["train"], allow_empty=allow_empty),
+        model=parts.model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=data.valid,
+        data_collator=data.collator,
+        callbacks=callbacks,
+    )
+
+
+def _write_start(folder, parts):
     """Write what is known before training, in place of an earlier run."""
     folder.mkdir(parents=True, exist_ok=True)
-    clear_run(folder)
-    packages = {name: version(name) for name in SUBJECT_PACKAGES}
-    running = {"machine": device(), "num_processes": num_processes()}
-    write_json(folder / VERSIONS_FILE, {"packages": packages, **running})
-    write_json(folder / PROMPTS_FILE, trained_prompts(train_dataset))
-    write_text(folder / RUN_CONFIG, config.to_yaml())
+    run_folder.clear_run(folder)
+    versions = {
+        "packages": {name: version(name) for name in SUBJECT_PACKAGES},
+        "machine": device(),
+        "num_processes": run_folder.num_processes(),
+        "data_fingerprint": parts.data.fingerprint,
+    }
+    write_json(folder / run_folder.VERSIONS_FILE, versions)
+    write_json(folder / run_folder.PROMPTS_FILE, run_folder.trained_prompts(parts.data.train))
+    write_text(folder / run_folder.RUN_CONFIG, parts.config.to_yaml())
+
+
+def _refuse_other_data(folder, parts):
+    """Raise InputError if an interrupted run was trained on other images or other components."""
+    versions = run_folder.read_run_file(folder / run_folder.VERSIONS_FILE, run_folder.Versions)
+    before = versions.get("data_fingerprint")  # runs of older releases have none
+    lora = load_config(folder / run_folder.RUN_CONFIG).lora
+    if before not in (None, parts.data.fingerprint) or lora != parts.config.lora:
+        raise InputError(
+            "the run to resume had other training data, or adapted other components",
+            where=folder,
+            fix="resume with the dataset it was started with, or start a new run",
+        )
 
 
 def _write_stop(folder, error, step):
     """Write why training stopped."""
     cause = error.cause if isinstance(error, GuardStop) else None
     reason = {"message": error.message, "where": error.where, "fix": error.fix}
-    write_json(folder / STOPPED_FILE, {"cause": cause, **reason, "step": step})
+    write_json(folder / run_folder.STOPPED_FILE, {"cause": cause, **reason, "step": step})
 
 
-def _run(trainer, checkpoint):
-    """Train, and translate running out of memory."""
+@contextmanager
+def _readable_errors(trainer):
+    """Translate what a full memory, a full disk or a read-only folder raises."""
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise OutOfMemory(
-            f"out of memory at step {trainer.state.global_step}: {str(error).splitlines()[0]}",
-            where=trainer.args.output_dir,
-            fix="set training.gradient_checkpointing=true, lower training.batch_size (and raise "
-            "gradient_accumulation_steps) or data.num_negatives, or lower model.resolution; "
-            "'python -m helpers plan' with the same config says which of these fits",
-        ) from error
+        yield
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
+        where, step = trainer.args.output_dir, trainer.state.global_step
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        if _is_out_of_memory(error):
+            raise OutOfMemory(
+                f"out of memory at step {step}: {reason}",
+                where=where,
+                fix="set training.gradient_checkpointing=true, lower training.batch_size (and "
+                "raise gradient_accumulation_steps) or data.num_negatives, or lower "
+                "model.resolution; 'python -m helpers train --dry-run' tries a single step",
+            ) from error
+        if isinstance(error, OSError | SafetensorError) or any(
+            part in reason for part in _WRITE_FAILED
+        ):
+            raise InputError(
+                f"a file could not be written or read at step {step} ({reason})",
+                where=getattr(error, "filename", None) or where,
+                fix="make room or correct the permissions, then continue with --resume",
+            ) from error
+        raise
 
 
 def _is_out_of_memory(error):
-    """Tell whether an error says that the GPU's or the machine's memory is full."""
+    """Return whether an error says that the GPU's or the machine's memory is full."""
     out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return out_of_memory or "allocate memory" in str(error)
 
 
-def _result(trainer, folder, config, ingredients, audit):
+def _result(trainer, folder, parts, audit):
     """Load the chosen checkpoint and gather the numbers of the run."""
-    state = trainer.state
-    model, data = ingredients.model, ingredients.data
-    best = folder / CHECKPOINTS / f"checkpoint-{state.best_global_step}"
+    state, config, model, data = trainer.state, parts.config, parts.model, parts.data
+    best = folder / training_loop.CHECKPOINTS / f"checkpoint-{state.best_global_step}"
     best_step = state.best_global_step if state.best_global_step and best.is_dir() else None
     report = adapter_report(model)  # of the last state: did every module move?
     if audit.report is not None:
         report["grad_norm"] = audit.report["grad_norm"]
     if best_step is not None:
         load_adapter_weights(model, read_adapter_weights(best), best)
-    objects = {name: int(one["num_objects"].sum()) for name, one in data.counts.items()}
-    metrics = run_metrics(state, config, best_step) | {"objects": objects}
+    objects = {name: int(counts["num_objects"].sum()) for name, counts in data.counts.items()}
+    metrics = run_folder.run_metrics(state, config, best_step) | {"objects": objects}
     metrics["data_fingerprint"] = data.fingerprint
-    metrics["trained_parameters"] = trained_parameters(trainer.optimizer, model)
-    metrics["notes"] = run_notes(state, config, best_step, report)
-    return RunResult(
+    metrics["trained_parameters"] = run_folder.trained_parameters(trainer.optimizer, model)
+    metrics["notes"] = run_folder.run_notes(state, config, best_step, report)
+    return run_folder.RunResult(
         folder=folder,
         config=config,
         model=model.eval(),
-        processor=ingredients.processor,
-        prompts=trained_prompts(data.train),
+        processor=parts.processor,
+        prompts=run_folder.trained_prompts(data.train),
         metrics=metrics,
         history=state.log_history,
         adapter=report,
     )
 
 
-def _write_result(result, own_resolution):
+def _write_result(result):
     """Write adapter, report, card and metrics; the metrics come last and mark the run as finished."""
     base = result.config.model
+    own_resolution = sam3.base_config(base.name, base.revision).image_size
     save_adapter(result.model, result.folder, base.name, base.revision)
-    write_text(result.folder / AUDIT_FILE, result.adapter.to_csv())
-    write_text(result.folder / CARD_FILE, model_card(result, own_resolution))
-    write_json(result.folder / METRICS_FILE, result.metrics)
+    write_text(result.folder / run_folder.AUDIT_FILE, result.adapter.to_csv())
+    write_text(result.folder / run_folder.CARD_FILE, model_card(result, own_resolution))
+    write_json(result.folder / run_folder.METRICS_FILE, result.metrics)
 
 
-def train_within_memory(config, *, on_retry=None, output_dir=None, overwrite=False, **options):
+def train_within_memory(
+    config, *, on_retry=None, output_dir=None, resume=False, overwrite=False, **options
+):
     """Train; if memory runs out before the first checkpoint, start again with a smaller step.
 
     First activations are checkpointed, then the batch gets smaller and accumulation longer, so that
-    an optimiser step sees the same number of images. What is learned from is never changed.
+    an optimiser step sees the same number of images. `on_retry` is called with a sentence before
+    each new attempt; the rest is as for `train`. The config of the result is the one that fitted.
+    Memory still runs out, as an `OutOfMemory`, if nothing smaller is left, if a checkpoint would be
+    lost, or with several processes, of which the others would wait for ever.
+    """
+    while True:
+        try:
+            return train(
+                config, output_dir=output_dir, resume=resume, overwrite=overwrite, **options
+            )
+        except OutOfMemory as error:
+            changes = smaller_step(config)
+            folder = resolve(output_dir or config.output.output_dir)
+            has_checkpoint = run_folder.last_checkpoint(folder) is not None
+            if changes is None or run_folder.num_processes() > 1 or has_checkpoint:
+                raise
+            message = error.message
+        _free_memory()  # the failed attempt's model; its frames are gone only now
+        if on_retry is not None:
+            on_retry(f"{message}; trying again with {' '.join(set_arguments(changes))}")
+        config, resume, overwrite = config.replace(changes), False, True
+
+
+def _free_memory():
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def dry_run(config):
+    """Take a training step on the fullest batch of a dataset, on the device at hand.
+
+    Of two steps the second is measured: the first also allocates the optimiser's state.
 
     Parameters
     ----------
     config : helpers.config.Config
-    on_retry : callable, optional
-        Called with a sentence before each new attempt.
-    output_dir, overwrite, **options
-        See `helpers.train.training.train`.
 
     Returns
     -------
-    helpers.train.run.RunResult
-        Its ``config`` is the one that fitted.
+    dict
+        ``fits``; ``device``; ``images``, ``prompts`` and ``objects`` of the batch;
+        ``peak_memory_bytes`` and ``peak_memory_of``, which says what was measured;
+        ``seconds_per_step``, an optimiser step with its accumulation; ``steps_per_epoch``;
+        ``seconds_per_epoch``, if all batches were as full, without the validation; ``next``, the
+        settings that need less memory, as arguments of ``--set``; empty if it fits or nothing is
+        left. What was not measured is None.
 
     Raises
     ------
     InputError
-        See `helpers.train.training.train`. An `OutOfMemory` if nothing smaller is left, if a checkpoint
-        would be lost, or with several processes, of which the others would wait for ever.
+        If base, data or settings cannot be used. Nothing is written to the run folder.
     """
-    while True:
+    training = config.training
+    dataset = load_dataset(config)
+    splits = [dataset.split(name) for name in (config.data.train_split, config.data.val_split)]
+    counts = count_objects(PromptDataset.from_config(config, splits[0]))
+    sizes = counts.groupby("image_id")["num_objects"].agg(["size", "sum"])
+    fullest = sizes.sort_values(["size", "sum"], ascending=False).head(training.batch_size)
+    records = {record.image_id: record for record in splits[0].records}
+    batch = replace(splits[0], records=tuple(records[name] for name in fullest.index))
+    images_per_step = training.batch_size * training.gradient_accumulation_steps
+    steps = math.ceil(len(records) / (images_per_step * run_folder.num_processes()))
+    result = {
+        "fits": True,
+        "device": device()["name"] if torch.cuda.is_available() else device()["device"],
+        "images": len(fullest),
+        "prompts": int(fullest["size"].sum()),
+        "objects": int(fullest["sum"].sum()),
+        "peak_memory_bytes": None,
+        "peak_memory_of": "the GPU" if torch.cuda.is_available() else "this process, resident",
+        "seconds_per_step": None,
+        "steps_per_epoch": steps,
+        "seconds_per_epoch": None,
+        "next": [],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        one_batch = {"training.gradient_accumulation_steps": 1}
+        one_batch["data.prompts_by_category"] = {}  # the splits have their nouns already
+        if training.feature_cache is not None:
+            one_batch["training.feature_cache"] = str(Path(folder) / "features")
+        clock = _Clock()
         try:
-            return train(config, output_dir=output_dir, overwrite=overwrite, **options)
-        except OutOfMemory as error:
-            smaller = smaller_step(config)
-            folder = resolve(output_dir or config.output.output_dir)
-            if smaller is None or num_processes() > 1 or last_checkpoint(folder) is not None:
-                raise
-            message = error.message
-        gc.collect()  # the failed attempt's model; its frames are gone only now
+            parts = _prepare(
+                config.replace(one_batch),
+                batch,
+                replace(splits[1], records=batch.records[:1]),
+                True,
+            )
+            no_files = {"eval_strategy": "no", "save_strategy": "no", "max_steps": 2}
+            arguments = training_arguments(parts.config, Path(folder), **no_files)
+            trainer = _trainer(parts, arguments, [clock], allow_empty=True)
+            with _readable_errors(trainer):
+                trainer.train()
+        except OutOfMemory:
+            rungs = (changes for _, changes in ladder(config) if changes)
+            return result | {"fits": False, "next": set_arguments(next(rungs, {}))}
+    seconds = clock.seconds * training.gradient_accumulation_steps
+    return result | {
+        "peak_memory_bytes": _peak_memory(),
+        "seconds_per_step": seconds,
+        "seconds_per_epoch": seconds * steps,
+    }
+
+
+class _Clock(TrainerCallback):
+    """Measure the last step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Stop the clock when the device has done its work."""
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if on_retry is not None:
-            on_retry(f"{message}; trying again with {' '.join(set_arguments(smaller))}")
-        config, overwrite = changed(config, smaller), True
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self._start
+
+
+def _peak_memory():
+    """Return the peak in bytes: allocated on the GPU, else resident in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def dry_run_text(result):
+    """Write the result of `dry_run` for people."""
+    lines = [
+        f"fullest batch: {result['images']} images, {result['prompts']} prompts, "
+        f"{result['objects']} objects, on {result['device']}"
+    ]
+    if result["fits"]:
+        if result["peak_memory_bytes"] is not None:
+            peak = result["peak_memory_bytes"] / 2**30
+            lines.append(f"peak memory of {result['peak_memory_of']}: {peak:.2f} GiB")
+        lines.append(
+            f"{result['seconds_per_step']:.3g} s per step; {result['steps_per_epoch']} steps, at "
+            f"most {result['seconds_per_epoch']:.3g} s, per epoch, without validation"
+        )
+    elif result["next"]:
+        options = " ".join(f"--set {setting}" for setting in result["next"])
+        lines.append(f"out of memory; the next setting to try: {options}")
+    else:
+        lines.append("out of memory, and no smaller setting is left")
+    return "\n".join(lines)
 
 
 def smaller_step(config):
-    """Return the next change that needs less memory and leaves what is learned as it is.
-
-    Parameters
-    ----------
-    config : helpers.config.Config
-
-    Returns
-    -------
-    dict or None
-        ``section.key`` to value, all in ``training``; None if there is none.
-    """
-    try:
-        shape = base_config(config.model.name, config.model.revision)
-    except InputError:
-        return None
-    for _, changes in ladder(config, shape):
-        if changes and all(name.startswith("training.") for name in changes):
+    """Return the next change that needs less memory and leaves what is learned as it is, or None."""
+    for _, changes in ladder(config):
+        if not all(name.startswith("training.") for name in changes):
+            return None  # each setting is on top of the one before
+        if changes:
             return changes
     return None
 
 
-_MIN_SHARE_OF_RESOLUTION = 0.5
+def ladder(config):
+    """Yield a name and settings that need less and less memory, each on top of the one before.
 
-
-def ladder(config, shape):
-    """List settings that need less and less memory, each on top of the one before.
-
-    Parameters
-    ----------
-    config : helpers.config.Config
-    shape : transformers.Sam3Config
-        Of the base.
-
-    Yields
-    ------
-    name : str
-        What the setting changes, for a table.
-    changes : dict
-        ``section.key`` to value; empty for the config as it is.
+    Each sees the same number of images per optimiser step. Checkpointing changes no number, and a
+    smaller batch with more accumulation only what dropout draws; fewer absent prompts and a lower
+    resolution change what is learned. The settings are ``section.key`` to value, at first empty.
     """
     training, changes = config.training, {}
     yield "as it is", {}
@@ -370,7 +500,8 @@ def ladder(config, shape):
         negatives //= 2
         changes["data.num_negatives"] = negatives
         yield f"{negatives} negatives", dict(changes)
-    backbone = shape.vision_config.backbone_config
+    backbone = sam3.base_config(config.model.name, config.model.revision)
+    backbone = backbone.vision_config.backbone_config
     window = backbone.patch_size * backbone.window_size  # a rest of a window would be padded
     largest = (config.model.resolution - 1) // window
     smallest = -(-config.model.resolution * _MIN_SHARE_OF_RESOLUTION // window)
@@ -379,41 +510,6 @@ def ladder(config, shape):
         yield f"{multiple * window} px", dict(changes)
 
 
-def changed(config, changes):
-    """Replace values of a config.
-
-    Parameters
-    ----------
-    config : helpers.config.Config
-    changes : dict
-        ``section.key`` to value.
-
-    Returns
-    -------
-    helpers.config.Config
-    """
-    sections = {}
-    for name, value in changes.items():
-        section, _, key = name.partition(".")
-        sections.setdefault(section, {})[key] = value
-    updates = {
-        section: getattr(config, section).model_copy(update=values)
-        for section, values in sections.items()
-    }
-    return config.model_copy(update=updates)
-
-
 def set_arguments(changes):
-    """Write changes as arguments of the command line.
-
-    Parameters
-    ----------
-    changes : dict
-        ``section.key`` to value.
-
-    Returns
-    -------
-    list of str
-        For example ``["training.batch_size=1"]``, each to follow a ``--set``.
-    """
+    """Write ``section.key`` to value as texts such as "training.batch_size=1" for ``--set``."""
     return [f"{name}={str(value).lower()}" for name, value in changes.items()]

@@ -67,10 +67,10 @@ bench: $(STAMP) ## time training and detection case by case; numbers go to runs/
 
 # Both go on where they were stopped, and write their tables to data/experiments/ at the end.
 experiment: $(STAMP) ## run the controlled experiment of notebook 06 (two to three hours on two cores)
-	$(RUN) -m helpers.lab.experiment --publish $(ARGS)
+	$(RUN) -m data.experiments.make --publish $(ARGS)
 
 laboratory: $(STAMP) ## plant every fault and diagnose it (about an hour on two cores)
-	$(RUN) -m helpers.lab.confusion --publish $(ARGS)
+	$(RUN) -m data.experiments.make_confusion --publish $(ARGS)
 
 base: $(STAMP) ## train the embedded base data/tiny_sam3 again, from nothing (hours on a CPU)
 	$(RUN) -m data.tiny_sam3.make $(ARGS)

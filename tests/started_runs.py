@@ -9,7 +9,7 @@ from helpers.config import load_config
 from helpers.diagnose.diagnosis import pass_gate, rank
 from helpers.diagnose.examination import Examination
 from helpers.files import CONFIGS, WALL_CRACKS, write_json
-from helpers.lab.planting import LAB_SETTINGS
+from helpers.lab.faults import LAB_SETTINGS
 from helpers.train.run import PROMPTS_FILE, RUN_CONFIG, trained_prompts
 
 

@@ -3,16 +3,10 @@ import json
 import pandas as pd
 import pytest
 
+from data.experiments import make_confusion
+from data.experiments.make_confusion import HEALTHY_RUNS, run_laboratory
 from helpers.causes import CAUSES
-from helpers.lab import confusion
-from helpers.lab.confusion import (
-    CONFUSION_TABLE,
-    HEALTHY_SEEDS,
-    NOTHING,
-    confusion_figure,
-    run_laboratory,
-    score,
-)
+from helpers.lab.confusion import CONFUSION_TABLE, NOTHING, confusion_figure, score
 from helpers.lab.faults import FAULTS
 
 
@@ -20,14 +14,14 @@ def table_of(*rows):
     """Rows of (planted, cause, found)."""
     return pd.DataFrame(
         [
-            {"planted": name, "row": "", "cause": cause, "first": (found.split() or [NOTHING])[0], "found": found}
+            {"planted": name, "cause": cause, "first": (found.split() or [NOTHING])[0], "found": found}
             for name, cause, found in rows
         ]
     )  # fmt: skip
 
 
 def test_score_by_hand():
-    counted = score(
+    counts = score(
         table_of(
             ("a", "no_objects", "no_objects at_clamp"),
             ("b", "at_clamp", "no_objects at_clamp"),
@@ -37,7 +31,7 @@ def test_score_by_hand():
             ("healthy 2", NOTHING, "at_clamp"),
         )
     )
-    assert counted == {
+    assert counts == {
         "faults": 4,
         "named_first": 0.25,
         "among_found": 0.5,
@@ -58,24 +52,24 @@ def test_the_figure_marks_what_was_planted_and_what_was_found():
 
 
 def test_what_was_judged_is_not_judged_again(tmp_path, monkeypatch):
-    asked = []
+    calls = []
 
     def jobs(function, missing, *, description, done, workers):
         for name, folder, *_ in missing:
-            asked.append(name)
+            calls.append(name)
             cause = FAULTS[name].cause if name in FAULTS else NOTHING
             row = {"planted": name, "cause": cause, "first": cause, "found": cause}
             (folder / f"{name.replace(' ', '_')}.json").write_text(json.dumps(row))
             yield
 
-    monkeypatch.setattr(confusion, "run_jobs", jobs)
+    monkeypatch.setattr(make_confusion, "run_jobs", jobs)
     table = run_laboratory(tmp_path)
-    assert len(asked) == len(table) == len(FAULTS) + len(HEALTHY_SEEDS)
+    assert len(calls) == len(table) == len(FAULTS) + len(HEALTHY_RUNS)
     assert score(table)["named_first"] == 1
     (tmp_path / "wrong_keys.json").unlink()
-    asked.clear()
+    calls.clear()
     run_laboratory(tmp_path)
-    assert asked == ["wrong keys"]
+    assert calls == ["wrong keys"]
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +78,15 @@ def committed():
 
 
 def test_the_committed_table_has_every_fault_and_three_healthy_runs(committed):
-    healthy = [f"healthy {seed}" for seed in HEALTHY_SEEDS]
-    assert committed["planted"].tolist() == [*healthy, *FAULTS]
+    assert committed["planted"].tolist() == [*HEALTHY_RUNS, *FAULTS]
     for row in committed.itertuples():
         if row.planted in FAULTS:
-            assert (row.row, row.cause) == (FAULTS[row.planted].row, FAULTS[row.planted].cause)
+            assert row.cause == FAULTS[row.planted].cause
         assert set(row.found.split()) <= set(CAUSES)
 
 
 def test_the_committed_table_keeps_what_the_laboratory_promises(committed):
-    counted = score(committed)
-    assert counted["named_first"] >= 0.9
-    assert counted["missed"] == []
-    assert counted["false_alarms"] == 0
+    counts = score(committed)
+    assert counts["named_first"] >= 0.9
+    assert counts["missed"] == []
+    assert counts["false_alarms"] == 0

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import shutil
@@ -5,25 +6,26 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
-from tiny_random import save_tiny_base, write_dataset
 
+from data.experiments import make
+from data.experiments.make import publish, run_experiment
 from helpers.errors import InputError
-from helpers.files import ROOT
-from helpers.lab import designs as experiment_designs
+from helpers.files import TINY_BASE
 from helpers.lab import experiment
-from helpers.lab import experiment as jobs
-from helpers.lab.designs import (
+from helpers.lab.experiment import (
     DESIGNS,
     EQUAL_PARAMETERS,
+    KNOWN_THINGS,
     PARTS,
+    RESPONSES,
     SEEDS,
     Cell,
     cells_of,
 )
-from helpers.lab.experiment import KNOWN_THINGS, RESPONSES, publish, run_experiment
 from helpers.model.lora import add_lora
 from helpers.model.sam3 import load_base
 
@@ -82,12 +84,12 @@ def test_the_schedules_are_the_documents():
 
 
 def test_equal_size_is_as_equal_as_whole_ranks_allow():
+    model, _ = load_base(TINY_BASE)
     for cell in cells_of("components", [1]):
         if cell.factors["equal"] != "size":
             continue
         config = cell.config("tiny", DATA_DIR)
-        model, _ = load_base(config.model.name)
-        peft_model = add_lora(model, config.lora)
+        peft_model = add_lora(copy.deepcopy(model), config.lora)
         count = sum(p.numel() for name, p in peft_model.named_parameters() if "lora_" in name)
         assert 0.82 * EQUAL_PARAMETERS <= count <= 1.12 * EQUAL_PARAMETERS, cell.name
 
@@ -110,23 +112,27 @@ def test_unknown_design_and_no_seed_are_refused():
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
+def small(tmp_path, monkeypatch, base, data_dir):
     """Two cells on the random base, run in this process."""
-    base = save_tiny_base(tmp_path / "base")
-    data = write_dataset(tmp_path / "data")
     settings = (
         f"model.name={base}", "model.resolution=56", "scale.num_epochs=0.02", "lora.rank=2",
         "data.negative_prompts=[joint, moss, dog]",
     )  # fmt: skip
 
     def design(seeds):
-        return [Cell("causes", {"text": "on"}, seed, "crack_detection", settings) for seed in seeds]
+        return [Cell("causes", {"text": "on"}, seed, settings) for seed in seeds]
 
     monkeypatch.setitem(DESIGNS, "causes", design)
-    monkeypatch.setattr(experiment_designs, "_SHORT", {})
+    monkeypatch.setattr(experiment, "SHORTER", {})
     monkeypatch.setattr(experiment, "KNOWN_THINGS", one_known_wall(tmp_path / "known"))
-    monkeypatch.setattr(jobs, "ProcessPoolExecutor", InThisProcess)
-    return tmp_path, {"profile": "tiny", "data_dir": data, "seeds": [1, 2]}
+    monkeypatch.setattr(make, "run_jobs", in_this_process)
+    return tmp_path, {"profile": "tiny", "data_dir": data_dir, "seeds": [1, 2]}
+
+
+def in_this_process(function, jobs, **options):
+    """What processes of their own do is tested below."""
+    for job in jobs:
+        yield function(*job)
 
 
 def one_known_wall(folder):
@@ -141,32 +147,6 @@ def one_known_wall(folder):
     return folder
 
 
-class InThisProcess:
-    """Runs jobs at once; what the pool does is tested with real processes below."""
-
-    def __init__(self, *args, **options):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def shutdown(self, **options):
-        pass
-
-    def submit(self, function, *args):
-        from concurrent.futures import Future
-
-        future = Future()
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
-
-
 def test_rows_say_what_was_run_and_finished_cells_are_not_run_again(small, monkeypatch):
     folder, options = small
     table = run_experiment("causes", folder / "out", **options)
@@ -177,9 +157,9 @@ def test_rows_say_what_was_run_and_finished_cells_are_not_run_again(small, monke
     assert (folder / "out" / "base.json").is_file()
 
     ran = []
-    run_cell = experiment.run_cell
+    run_cell = make.run_cell
     monkeypatch.setattr(
-        experiment, "run_cell", lambda cell, *args: ran.append(cell.seed) or run_cell(cell, *args)
+        make, "run_cell", lambda cell, *args: ran.append(cell.seed) or run_cell(cell, *args)
     )
     (folder / "out" / "causes" / "text-on_seed-2.json").unlink()
     again = run_experiment("causes", folder / "out", **options)
@@ -209,47 +189,61 @@ def test_an_unfinished_experiment_is_not_published(small):
     assert not (folder / "tables").exists()
 
 
-def test_a_kill_loses_no_row_and_leaves_no_process(tmp_path):
-    """SIGKILL the real command while it works: its rows stay, its workers go."""
-    command = [
-        sys.executable, "-m", "helpers.lab.experiment", "--design", "causes", "--seeds", "1",
-        "--output", str(tmp_path), "--workers", "1",
-    ]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+JOBS = """
+import os, sys, time
+from pathlib import Path
+from data.experiments.make import run_command, run_jobs
+
+def work(folder, number):
+    if number == 1:
+        (folder / "row").write_text("finished")
+    else:
+        (folder / "pid").write_text(str(os.getpid()))
+        time.sleep(300)
+
+def command():
+    folder = Path(sys.argv[1])
+    for _ in run_jobs(work, [(folder, 1), (folder, 2)], description="jobs", workers=2):
+        pass
+
+if __name__ == "__main__":
+    sys.exit(run_command(command))
+"""
+
+
+@pytest.mark.parametrize("victim", ["worker", "parent"])
+def test_a_kill_loses_no_row_and_leaves_no_process(tmp_path, victim):
+    script = tmp_path / "jobs.py"
+    script.write_text(JOBS)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)], stderr=subprocess.PIPE, text=True
+    )
     try:
-        deadline = time.monotonic() + 240
-        while not any((tmp_path / "causes").glob(".partial-*/curves.csv")):
-            assert time.monotonic() < deadline, "no training started"
-            assert process.poll() is None
-            time.sleep(0.2)
-        workers = _children(process.pid)
-        assert workers
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        deadline = time.monotonic() + 20
-        while any(_is_alive(pid) for pid in workers):
-            assert time.monotonic() < deadline, "a worker outlives its parent"
-            time.sleep(0.2)
-        assert (tmp_path / "base.json").is_file()
+        for name in ("row", "pid"):
+            wait_for((tmp_path / name).is_file, 500)
+            wait_for((tmp_path / name).read_text, 5)
+        worker = int((tmp_path / "pid").read_text())
+        os.kill({"worker": worker, "parent": process.pid}[victim], signal.SIGKILL)
+        _, messages = process.communicate(timeout=60)
+        assert process.returncode == {"worker": 2, "parent": -signal.SIGKILL}[victim]
+        if victim == "worker":
+            assert "error: a worker process was killed" in messages
+            assert "goes on where it was" in messages
+        wait_for(lambda: not is_alive(worker), 20)
+        assert (tmp_path / "row").read_text() == "finished"
     finally:
         process.kill()
 
 
-def _children(pid):
-    listed = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True
-    )
-    return [int(line) for line in listed.stdout.split()]
+def wait_for(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
-def _is_alive(pid):
+def is_alive(pid):
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+    except FileNotFoundError:
         return False
-    return (
-        "Z"
-        not in subprocess.run(
-            ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
-        ).stdout
-    )

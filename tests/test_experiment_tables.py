@@ -1,17 +1,21 @@
 import pandas as pd
 import pytest
 
+from helpers.config import load_config
+from helpers.data.coco import read_split
+from helpers.data.prompts import absent_candidates
 from helpers.errors import InputError
-from helpers.files import ROOT
-from helpers.lab.designs import DESIGNS, SEEDS, cells_of
-from helpers.lab.experiment import DATA_DIR, RESPONSES, TABLES
+from helpers.files import CONFIGS, ROOT, WALL_CRACKS
+from helpers.lab.experiment import DATA_DIR, DESIGNS, RESPONSES, SEEDS, TABLES, cells_of
 from helpers.lab.statistics import (
     FACTORS,
+    SHARES,
     effect_table,
     effects_figure,
     levels_figure,
     load_base_row,
     load_table,
+    steps_table,
     tables_folder,
 )
 
@@ -79,6 +83,31 @@ def test_the_committed_tables_are_whole_and_of_this_code(design):
 
 def test_the_committed_base_row_has_every_response():
     assert set(load_base_row(TABLES).index) == set(RESPONSES)
+
+
+def test_shares_count_the_images_and_absent_prompts_of_the_test_split():
+    split = read_split(WALL_CRACKS, "test")
+    absent = load_config(CONFIGS / "crack_detection_config.yaml", "tiny").evaluation.absent_prompts
+    nouns = [*split.categories, *absent]
+    counts = {
+        "detected_share": sum(bool(record.objects) for record in split.records),
+        "false_positive_rate": sum(len(absent_candidates(r, nouns)) for r in split.records),
+    }
+    assert counts == SHARES
+    for design in DESIGNS:
+        table = load_table(design)
+        for outcome, count in SHARES.items():
+            successes = table[outcome] * count
+            assert (successes - successes.round()).abs().max() < 1e-3
+
+
+def test_intervals_of_shares_stay_within_what_is_possible_and_have_a_width():
+    table = load_table("causes")
+    for outcome in SHARES:
+        steps = steps_table(table, outcome)
+        assert steps[["low", "high"]].abs().max(axis=None) <= 1
+        assert (steps["low"] < steps["after"] - steps["before"]).all()
+        assert (steps["after"] - steps["before"] < steps["high"]).all()
 
 
 def test_figures_show_every_effect_and_every_run(made_up):

@@ -10,8 +10,7 @@ from helpers.detect.detections import RawPrediction
 from helpers.diagnose import answer_gates as gates
 from helpers.diagnose.diagnosis import pass_gate
 from helpers.diagnose.examination import Examination, Gate
-from helpers.lab.faults import FAULTS
-from helpers.lab.planting import planted
+from helpers.lab.faults import FAULTS, planted
 from helpers.model.lora import add_lora
 from helpers.model.sam3 import load_base
 

@@ -2,9 +2,9 @@
 
 from helpers.lab.clinic import Clinic, signs_table
 from helpers.lab.confusion import confusion_figure, score
-from helpers.lab.designs import cells_of
-from helpers.lab.experiment import TABLES, run_cell
-from helpers.lab.spoil import FAULTS, read_split_wrong_keys, write_broken_copy, write_copy
+from helpers.lab.experiment import TABLES, cells_of, run_cell
+from helpers.lab.faults import LESSON_FAULTS
+from helpers.lab.spoil import read_split_wrong_keys, write_broken_copy, write_copy
 from helpers.lab.statistics import (
     FACTORS,
     effect_table,
@@ -22,7 +22,7 @@ from helpers.lab.statistics import (
 __all__ = [
     "Clinic",
     "FACTORS",
-    "FAULTS",
+    "LESSON_FAULTS",
     "TABLES",
     "cells_of",
     "confusion_figure",

@@ -1,118 +1,57 @@
-"""The controlled experiment: ``python -m helpers.experiment``.
+"""The controlled experiment: its designs, and the run of one cell of them.
 
-Every run of a design is a cell with a row of its own, written as soon as it is finished, so that a
-run of the experiment can be killed at any time and goes on where it was.
+``python -m data.experiments.make`` runs all cells. Their results hold for a base that never met the
+word it is taught.
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
-import os
-import shutil
 import subprocess
-import sys
-import tempfile
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import connection, get_context, parent_process
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
-import pandas as pd
-import torch
-from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
-
+from helpers.config import load_config
 from helpers.data.coco import read_split
 from helpers.detect.metrics import coco_ap, evaluate_queries
 from helpers.detect.queries import predict_split
+from helpers.environment import device
 from helpers.errors import InputError
-from helpers.files import DATA, ROOT, RUNS, WALL_CRACKS, read_json, resolve, write_json, write_text
-from helpers.lab.designs import DESIGNS, SEEDS, cells_of
+from helpers.files import CONFIGS, DATA, ROOT, WALL_CRACKS, read_json
 from helpers.lab.spoil import read_split_wrong_keys
+from helpers.model.lora import COMPONENTS
 from helpers.model.sam3 import best_device, load_base
 from helpers.train.training import train
 
+SEEDS = (1, 2, 3, 4, 5)
+PARTS = tuple(name for name in COMPONENTS if name != "geometry_encoder")
+"""Components that a text prompt passes through, in the order of the forward pass."""
+EQUAL_RANK = 16
+EQUAL_PARAMETERS = 36_864
+"""LoRA on the text encoder of the embedded base at rank 16; other parts get the nearest rank."""
+PARAMETERS_AT_RANK_1 = {
+    "vision_encoder": 6144,
+    "text_encoder": 2304,
+    "detr_encoder": 3328,
+    "detr_decoder": 6528,
+    "mask_decoder": 512,
+}
+"""Of the embedded base, all names of the config's ``target_modules``; a test counts them."""
+FULL_RANK = 64
+BATCH = ("training.batch_size=4", "training.gradient_accumulation_steps=1")
+SHORTER = {("tiny", "causes"): 0.1, ("tiny", "components"): 0.06}
+"""Share of the config's epochs by profile and design: 210 runs of the base then take two hours."""
 
-def run_jobs(function, jobs, *, description, done=0, workers=None):
-    """Call a function once per job in processes of their own, with a progress bar.
-
-    Parameters
-    ----------
-    function : callable
-        Of the top level of a module; writes its result itself, so that a kill loses only what is
-        running.
-    jobs : sequence of tuple
-        Arguments of each call.
-    description : str
-        For the bar.
-    done : int
-        Jobs finished in an earlier attempt, for the bar.
-    workers : int, optional
-        Processes; by default one per core, or one if there is a GPU.
-
-    Yields
-    ------
-    object
-        What the calls return, as they finish. The first exception is raised, and what has not
-        started is not started.
-    """
-    workers = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-    bar = {"initial": done, "total": done + len(jobs), "unit": "run", "file": sys.stderr}
-    # Forking a process in which torch has started threads can hang, so each worker starts anew.
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_prepare_worker
-    ) as pool:
-        futures = [pool.submit(function, *job) for job in jobs]
-        try:
-            for future in tqdm(as_completed(futures), desc=description, **bar):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def exit_status(command):
-    """Run a long command that can be interrupted and started again.
-
-    Parameters
-    ----------
-    command : callable
-        Without arguments; returns an exit status.
-
-    Returns
-    -------
-    int
-        That status, 2 for unusable input, or 130 if interrupted.
-    """
-    try:
-        return command()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it was", file=sys.stderr)
-        return 130
-
-
-def _prepare_worker():
-    """Set a worker process up: one thread, no chatter, and no life beyond that of its parent."""
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    disable_progress_bar()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent():
-    """Wait until the parent process is gone, killed perhaps, and end this one."""
-    connection.wait([parent_process().sentinel])
-    os._exit(1)
-
-
+TABLES = DATA / "experiments"
+"""The committed tables, one CSV file per design and ``base.csv``."""
+DATA_DIR = str(WALL_CRACKS.relative_to(ROOT))
+"""Relative, so that the hash of a config is the same on every machine."""
 KNOWN_THINGS = DATA / "known_things"
 """32 walls with what the embedded base knows, and ``prompts.json``: what is asked on each."""
-_OF_EVALUATION = {
+TEXT_COLUMNS = {"config_hash": str, "code_version": str}
+"""Hashes may consist of digits, which a reader of tables would take for numbers."""
+OF_EVALUATION = {
     "detected_share": "max_score_present_share_above",
     "max_score": "max_score_present",
     "AP50": "AP50",
@@ -121,20 +60,132 @@ _OF_EVALUATION = {
     "IL_MCC": "IL_MCC",
     "false_positive_rate": "max_score_absent_share_above",
 }
-RESPONSES = (*_OF_EVALUATION, "presence_prob", "max_query_prob", "retention_AP", "retention_AP50")
+RESPONSES = (*OF_EVALUATION, "presence_prob", "max_query_prob", "retention_AP", "retention_AP50")
 """What is measured on the test split and, for retention, on walls with the base's own concepts."""
 
 
-def run_cell(cell, profile, data_dir, folder):
-    """Train and judge one cell.
+@dataclass(frozen=True)
+class Cell:
+    """One run of a design.
 
-    Parameters
+    Attributes
     ----------
-    cell : helpers.lab.designs.Cell
-    profile : str
-    data_dir : os.PathLike
-    folder : pathlib.Path
-        Gets the run.
+    factors : dict
+        What is varied: name to level, in the order of the design.
+    seed : int
+        Of LoRA's start, the order of the images, and the draw of absent prompts.
+    overrides : tuple of str
+        Settings on top of config and profile.
+    objects_read : bool
+        False trains and validates on what the failing script's reader returned.
+    """
+
+    design: str
+    factors: dict
+    seed: int
+    overrides: tuple[str, ...]
+    objects_read: bool = True
+
+    @property
+    def name(self):
+        """str: unique in its design, usable as a file name."""
+        levels = [f"{key}-{value}" for key, value in self.factors.items()]
+        return "_".join([*levels, f"seed-{self.seed}"]).replace(" ", "-")
+
+    def config(self, profile, data_dir):
+        """Return the `helpers.config.Config` of the run."""
+        settings = [("data.data_dir", str(data_dir)), ("training.seed", self.seed)]
+        if (profile, self.design) in SHORTER:
+            settings.append(("scale.num_epochs", SHORTER[profile, self.design]))
+        path = CONFIGS / "crack_detection_config.yaml"
+        return load_config(path, profile, [*settings, *BATCH, *self.overrides])
+
+
+def causes_design(seeds):
+    """Cross the four suspects: objects read, training prompt, text LoRA, absent prompts."""
+    cells = []
+    for seed, read, prompt, text, negatives in product(
+        seeds, ("no", "yes"), ("object", "crack"), ("off", "on"), (0, 3)
+    ):
+        factors = {"objects": read, "prompt": prompt, "text_lora": text, "negatives": negatives}
+        overrides = (
+            f"data.prompt={prompt if prompt == 'object' else 'null'}",
+            _flag("text_encoder", text == "on"),
+            f"data.num_negatives={negatives}",
+        )
+        cells.append(Cell("causes", factors, seed, overrides, objects_read=read == "yes"))
+    return cells
+
+
+def components_design(seeds):
+    """Put LoRA on each component, on all, and on all but one, at equal rank and at equal size."""
+    choices = {f"only {part}": (part,) for part in PARTS} | {"all": PARTS}
+    choices |= {f"all but {part}": tuple(p for p in PARTS if p != part) for part in PARTS}
+    cells = []
+    for seed, equal, (choice, parts) in product(seeds, ("rank", "size"), choices.items()):
+        rank = EQUAL_RANK if equal == "rank" else rank_of_equal_size(parts)
+        names = ["q_proj", "k_proj", "v_proj", "out_proj"]
+        if parts != ("mask_decoder",):  # its only feed-forward layers are convolutions
+            names += ["fc1", "fc2"]
+        overrides = (
+            *(_flag(part, part in parts) for part in PARTS),
+            f"lora.target_modules=[{', '.join(names)}]",
+            f"lora.rank={rank}",
+            f"lora.alpha={2 * rank}",
+            "data.num_negatives=1",
+        )
+        cells.append(Cell("components", {"equal": equal, "lora_on": choice}, seed, overrides))
+    return cells
+
+
+def schedule_design(seeds):
+    """Cross the document's two schedules with text LoRA; a profile scales both alike."""
+    schedules = {"failing": (20, 1000, 5e-5), "fixed": (50, 100, 1e-4)}
+    cells = []
+    for seed, name, text in product(seeds, schedules, ("off", "on")):
+        epochs, warmup, rate = schedules[name]
+        overrides = (
+            f"training.num_epochs={epochs}",
+            f"training.warmup_steps={warmup}",
+            f"training.learning_rate={rate}",
+            _flag("text_encoder", text == "on"),
+        )
+        cells.append(Cell("schedule", {"schedule": name, "text_lora": text}, seed, overrides))
+    return cells
+
+
+DESIGNS = {
+    "causes": causes_design,
+    "schedule": schedule_design,
+    "components": components_design,
+}
+"""Name to a function that lists the cells for some seeds."""
+
+
+def _flag(part, is_on):
+    return f"lora.apply_to_{part}={str(is_on).lower()}"
+
+
+def rank_of_equal_size(parts):
+    """Return the rank at which some components have about `EQUAL_PARAMETERS`."""
+    per_rank = sum(PARAMETERS_AT_RANK_1[part] for part in parts)
+    return min(max(1, round(EQUAL_PARAMETERS / per_rank)), FULL_RANK)
+
+
+def cells_of(design, seeds=SEEDS):
+    """List the runs of a design, one seed after the other.
+
+    Raises InputError if there is no such design in `DESIGNS`, or no seed.
+    """
+    if design not in DESIGNS:
+        raise InputError(f"there is no design {design!r}", fix=f"use one of {', '.join(DESIGNS)}")
+    if not seeds:
+        raise InputError("no seed is given", fix="give at least one, better five")
+    return DESIGNS[design](seeds)
+
+
+def run_cell(cell, profile, data_dir, folder):
+    """Train and judge one cell on the dataset in ``data_dir``, with the run in ``folder``.
 
     Returns
     -------
@@ -156,7 +207,7 @@ def run_cell(cell, profile, data_dir, folder):
     )
     row = {"design": cell.design, **cell.factors, "seed": cell.seed}
     row |= judge(result.model, result.processor, config, data_dir)
-    row |= {
+    return row | {
         "final_loss": result.metrics["train_loss"]["last"],
         "parameters": int(result.adapter.loc["total", "parameters"]),
         "rank": config.lora.rank,
@@ -166,27 +217,11 @@ def run_cell(cell, profile, data_dir, folder):
         "config_hash": config.fingerprint(),
         "code_version": code_version(),
     }
-    return row
 
 
 def judge(model, processor, config, data_dir):
-    """Measure the responses of one model, the same questions for every model.
-
-    Parameters
-    ----------
-    model : helpers.model.sam3.PromptedSam3 or peft.PeftModel
-    processor : transformers.Sam3Processor
-    config : helpers.config.Config
-        Its absent prompts and thresholds are used; the prompts are the category names, whatever
-        was asked in training.
-    data_dir : os.PathLike
-
-    Returns
-    -------
-    dict of str to float
-        `RESPONSES`.
-    """
-    model.to(best_device())
+from helpers.model.lora import COMPONENTS
+from helpers.model.sam3 import best_device, load_base
     settings = config.evaluation
     queries = predict_split(
         model,
@@ -196,7 +231,7 @@ def judge(model, processor, config, data_dir):
         mask_threshold=settings.mask_threshold,
     )
     metrics = evaluate_queries(queries, settings.score_threshold)
-    row = {name: metrics[source] for name, source in _OF_EVALUATION.items()}
+    row = {name: metrics[source] for name, source in OF_EVALUATION.items()}
     present = [query for query in queries if query.is_positive]
     for name in ("presence_prob", "max_query_prob"):
         row[name] = sum(getattr(query, name) for query in present) / len(present)
@@ -212,18 +247,7 @@ def known_queries(model, processor):
 
 
 def run_base(cell, profile, data_dir):
-    """Judge the base without any adapter by the questions of a cell.
-
-    Parameters
-    ----------
-    cell, profile, data_dir
-        See `run_cell`.
-
-    Returns
-    -------
-    dict
-        `RESPONSES` and the columns that say what was measured.
-    """
+    """Judge the base without any adapter by the questions of a cell; return its row."""
     config = cell.config(profile, data_dir)
     settings = config.model
     model, processor = load_base(settings.name, settings.revision, resolution=settings.resolution)
@@ -232,187 +256,9 @@ def run_base(cell, profile, data_dir):
 
 
 def code_version():
-    """Return the commit the code is at, with ``-dirty`` if files differ from it.
-
-    Returns
-    -------
-    str
-        ``unknown`` outside a git checkout.
-    """
+    """Return the commit the code is at, ``-dirty`` if files differ, ``unknown`` without git."""
     if not (Path(ROOT) / ".git").exists():
         return "unknown"
-    done = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return done.stdout.strip() or "unknown"
-
-
-TABLES = DATA / "experiments"
-"""The committed tables, one CSV file per design and ``base.csv``."""
-EXPERIMENT_RUNS = RUNS / "experiment"
-DATA_DIR = str(WALL_CRACKS.relative_to(ROOT))
-"""Relative, so that the hash of a config is the same on every machine."""
-TEXT_COLUMNS = {"config_hash": str, "code_version": str}
-"""Hashes may consist of digits, which a reader of tables would take for numbers."""
-_BASE_ROW = "base.json"
-_PARTIAL = ".partial-"
-_RUN_AGAIN = "remove the file and run the experiment again"
-
-
-def run_experiment(design, output_dir, *, profile, data_dir, seeds=SEEDS, workers=None):
-    """Run all cells of a design that have no row yet.
-
-    Parameters
-    ----------
-    design : str
-        Key of `helpers.lab.designs.DESIGNS`.
-    output_dir : pathlib.Path
-        Gets ``<design>/<cell>.json`` as cells finish, and ``<design>.csv``.
-    profile : str
-    data_dir : pathlib.Path
-    seeds : sequence of int
-    workers : int, optional
-        Runs at a time, one core each; by default one per core, or one if there is a GPU.
-
-    Returns
-    -------
-    pandas.DataFrame
-        The table, complete.
-
-    Raises
-    ------
-    InputError
-        For an unknown design or unusable data.
-    """
-    cells = cells_of(design, seeds)
-    folder = Path(output_dir) / design
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    if not (Path(output_dir) / _BASE_ROW).is_file():
-        write_json(Path(output_dir) / _BASE_ROW, run_base(cells[0], profile, data_dir))
-    missing = [cell for cell in cells if not _has_row(folder, cell, profile, data_dir)]
-    jobs = [(cell, profile, data_dir, folder) for cell in missing]
-    done = len(cells) - len(missing)
-    for _ in run_jobs(_run_and_write, jobs, description=design, done=done, workers=workers):
-        write_table(folder, cells)
-    return write_table(folder, cells)
-
-
-def write_table(folder, cells):
-    """Join the finished rows of a design to ``<folder>.csv``.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Holds ``<cell>.json``.
-    cells : sequence of helpers.lab.designs.Cell
-        Their order is that of the rows.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Without the cells that have no row.
-    """
-    paths = [folder / f"{cell.name}.json" for cell in cells]
-    table = pd.DataFrame([read_json(path, _RUN_AGAIN) for path in paths if path.is_file()])
-    write_text(folder.with_suffix(".csv"), table.to_csv(index=False))
-    return table
-
-
-def publish(output_dir, tables=TABLES):
-    """Put complete tables into the repository.
-
-    Parameters
-    ----------
-    output_dir : pathlib.Path
-        Of a finished experiment.
-    tables : pathlib.Path
-
-    Raises
-    ------
-    InputError
-        If a design has fewer rows than cells.
-    """
-    written = {}
-    for design in DESIGNS:
-        path = Path(output_dir) / f"{design}.csv"
-        if not path.is_file():
-            raise InputError("was not run", where=path, fix="run the experiment first")
-        table = pd.read_csv(path, dtype=TEXT_COLUMNS)
-        wanted = len(cells_of(design, SEEDS))
-        if len(table) != wanted:
-            fix = "let the experiment finish"
-            raise InputError(f"{len(table)} of {wanted} rows", where=path, fix=fix)
-        written[design] = table
-    written["base"] = pd.DataFrame([read_json(Path(output_dir) / _BASE_ROW, _RUN_AGAIN)])
-    Path(tables).mkdir(parents=True, exist_ok=True)
-    for name, table in written.items():
-        text = table.to_csv(index=False, float_format="%.6g")
-        write_text(Path(tables) / f"{name}.csv", text)
-
-
-def _has_row(folder, cell, profile, data_dir):
-    """Tell whether a cell was run with exactly this configuration."""
-    path = folder / f"{cell.name}.json"
-    if not path.is_file():
-        return False
-    row = read_json(path, _RUN_AGAIN)
-    return row["config_hash"] == cell.config(profile, data_dir).fingerprint()
-
-
-def _run_and_write(cell, profile, data_dir, folder):
-    """Run one cell in a worker and write its row."""
-    with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=folder) as run_folder:
-        row = run_cell(cell, profile, data_dir, Path(run_folder))
-    write_json(folder / f"{cell.name}.json", row)
-
-
-def main(arguments=None):
-    """Run the command line.
-
-    Parameters
-    ----------
-    arguments : list of str, optional
-
-    Returns
-    -------
-    int
-        0 done, 2 unusable input, 130 interrupted.
-    """
-    parser = argparse.ArgumentParser(prog="python -m helpers.lab.experiment", description=__doc__)
-    parser.add_argument(
-        "--design", action="append", choices=DESIGNS, help="may be repeated; by default all"
-    )
-    parser.add_argument("--profile", default="tiny", help="tiny (default) or sam3")
-    parser.add_argument("--data", default=DATA_DIR, help="dataset, by default data/wall_cracks")
-    parser.add_argument("--output", type=resolve, default=EXPERIMENT_RUNS, help="where rows go")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--workers", type=int, help="runs at a time, by default one per core")
-    parser.add_argument(
-        "--publish", action="store_true", help="write complete tables to data/experiments"
-    )
-    options = parser.parse_args(arguments)
-    return exit_status(lambda: _run(options))
-
-
-def _run(options):
-    """Run the designs as the command line asks for."""
-    for design in options.design or DESIGNS:
-        table = run_experiment(
-            design,
-            options.output,
-            profile=options.profile,
-            data_dir=options.data,
-            seeds=options.seeds,
-            workers=options.workers,
-        )
-        print(f"{design}: {len(table)} rows in {options.output / design}.csv", flush=True)
-    if options.publish:
-        publish(options.output)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "unknown"

@@ -1,4 +1,7 @@
-"""The committed tables of the experiment: loaded, checked against the designs, and drawn."""
+"""The committed tables of the experiment: loaded, checked against the designs, compared and drawn.
+
+What they show holds for a base that never met the word it is taught.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +11,45 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy.stats import ttest_1samp
+from scipy.stats import norm, t, ttest_1samp
 
 from helpers.errors import InputError
 from helpers.files import ROOT, resolve
-from helpers.lab.designs import SEEDS, cells_of
-from helpers.lab.experiment import DATA_DIR, RESPONSES, TABLES, TEXT_COLUMNS
+from helpers.lab.experiment import DATA_DIR, RESPONSES, SEEDS, TABLES, TEXT_COLUMNS, cells_of
 from helpers.show.charts import COLOURS, MARKERS, dress
 
+CONFIDENCE = 0.95
 INTERACTION = "interaction"
 TIMES = " x "
 """Between the factors of an interaction: ``"objects x text_lora"``."""
-CONFIDENCE = 0.95
-_ROUNDING = 1e-12
+SCOPE = "holds for a base that never met the word"
+FACTORS = {
+    "causes": {
+        "objects": ("no", "yes"),
+        "prompt": ("object", "crack"),
+        "text_lora": ("off", "on"),
+        "negatives": (0, 3),
+    },
+    "schedule": {"schedule": ("failing", "fixed"), "text_lora": ("off", "on")},
+}
+"""Factors of the two factorial designs with their levels, the document's position first."""
+SHARES = {"detected_share": 26, "false_positive_rate": 90}
+"""Responses that count, with what they count of: crack images and absent prompts of the test split."""
+LABELS = {
+    "detected_share": "crack images detected at 0.3",
+    "max_score": "highest score, crack present",
+    "AP50": "mask AP50",
+    "union_iou": "union IoU",
+    "cgF1": "cgF1",
+    "IL_MCC": "IL_MCC",
+    "false_positive_rate": "absent prompts answered at 0.3",
+    "retention_AP": "AP on the base's own concepts",
+}
+"""Responses as one would say them."""
 
 
 class Estimate(NamedTuple):
-    """A mean difference and its 95 % interval.
-
-    Attributes
-    ----------
-    value, low, high : float
-        Mean over the repetitions and the ends of the interval; NaN ends for one repetition.
-    count : int
-        Repetitions.
-    """
+    """A mean difference: value, ends of its 95 % interval (NaN where unknown), repetitions."""
 
     value: float
     low: float
@@ -49,96 +66,72 @@ class Estimate(NamedTuple):
         return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
-def estimate(values):
-    """Estimate a mean from one value per repetition.
+def wilson(share, count):
+    """Return Wilson's interval of shares in [0, 1] of a count, which need not be whole: low, high."""
+    z2 = norm.ppf((1 + CONFIDENCE) / 2) ** 2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = np.sqrt(z2 * share * (1 - share) / count + z2**2 / (4 * count**2)) / (1 + z2 / count)
+    return np.clip(centre - half, 0, share), np.clip(centre + half, share, 1)
 
-    Parameters
-    ----------
-    values : sequence of float
-        For example the effect of a factor in each of five seeds.
 
-    Returns
-    -------
-    Estimate
-        With Student's t interval. In a balanced design that is the interval of a mixed model in
-        which intercept and effect vary at random from seed to seed. It covers what it promises
-        with five seeds, where a percentile bootstrap of the seeds covers some 82 %. Values that
-        are all the same have an interval without width.
+def effective_count(shares, count):
+    """Return how many independent cases shares (repetitions, cells) are worth, at most ``count``.
 
-    Raises
-    ------
-    InputError
-        Without a value, or with one that is missing.
+    Shares that scatter over the repetitions are worth fewer (Korn and Graubard 1998). All repetitions
+    see the same images, so together they are not worth more.
     """
-    values = np.asarray(values, dtype=float)
+    repetitions, mean = len(shares), shares.mean(axis=0)
+    if repetitions < 2:
+        return np.full(mean.shape, float(count))
+    variance = shares.var(axis=0, ddof=1) / repetitions
+    tail = (1 + CONFIDENCE) / 2
+    few = (norm.ppf(tail) / t.ppf(tail, repetitions - 1)) ** 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        worth = few * mean * (1 - mean) / variance
+    return np.where(variance > 1e-12, np.minimum(worth, count), count)
+
+
+def contrast(values, weights, count=None):
+    """Estimate the weighted sum of values (repetitions, cells) of a design, weights (cells,).
+
+    ``count`` is given for shares, and says what they are shares of. Then the interval joins Wilson's
+    of each cell as Newcombe joins two (1998; any sum: Zou and Donner 2008): it has a width where all
+    repetitions agree, and stays within what is possible. For other outcomes it is Student's, which
+    covers what it promises with five repetitions, where a percentile bootstrap covers some 82 %.
+    """
+    values, weights = np.asarray(values, dtype=float), np.asarray(weights, dtype=float)
     if not len(values) or np.isnan(values).any():
         raise InputError(f"no mean of {values.tolist()}", fix="give one value per repetition")
-    mean = float(values.mean())
-    if len(values) == 1:
-        return Estimate(mean, np.nan, np.nan, 1)
-    if np.ptp(values) <= _ROUNDING * np.abs(values).max():
-        return Estimate(mean, mean, mean, len(values))
-    low, high = ttest_1samp(values, 0.0).confidence_interval(CONFIDENCE)
-    return Estimate(mean, float(low), float(high), len(values))
+    sums = values @ weights
+    mean = float(sums.mean())
+    if count is not None:
+        shares = values.mean(axis=0)
+        ends = np.stack(wilson(shares, effective_count(values, count))) * weights
+        below, above = weights * shares - ends.min(axis=0), ends.max(axis=0) - weights * shares
+        low, high = mean - np.sqrt((below**2).sum()), mean + np.sqrt((above**2).sum())
+    elif len(sums) == 1:
+        low = high = np.nan
+    elif np.ptp(sums) <= 1e-12 * np.abs(values).max():
+        low = high = mean
+    else:
+        low, high = ttest_1samp(sums, 0.0).confidence_interval(CONFIDENCE)
+    return Estimate(mean, float(low), float(high), len(sums))
 
 
-def contrasts(table, factors, outcomes, block="seed"):
-    """Compute all main effects and interactions of two factors within each repetition.
+def effect_weights(cells, factors):
+    """Map each main effect and interaction to its weights (cells,).
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        One row per run: the factors, the block and the outcomes as columns.
-    factors : dict of str to tuple
-        Factor to its two levels, the reference first.
-    outcomes : sequence of str
-        Numeric columns without gaps.
-    block : str
-        Column of the repetition; each must hold every combination of levels exactly once.
-
-    Returns
-    -------
-    pandas.DataFrame
-        MultiIndex ``effect`` and block, columns the outcomes. A main effect is the mean over the
-        factor's second level minus that over its first. An interaction, ``"a x b"``, is the
-        effect of b at the second level of a minus its effect at the first.
-
-    Raises
-    ------
-    InputError
-        When a combination is missing or repeated, or an outcome has a gap.
+    An interaction, ``"a x b"``, is the effect of b at the second level of a minus that at its first.
     """
-    outcomes = list(outcomes)
-    wanted = set(product(*factors.values()))
-    rows = {}
-    for repetition, runs in table.groupby(block):
-        cells = runs.set_index(list(factors))[outcomes].astype(float)
-        cells.index = cells.index.map(lambda key: key if isinstance(key, tuple) else (key,))
-        if len(cells) != len(wanted) or set(cells.index) != wanted:
-            raise InputError(
-                f"{len(cells)} runs are not the {len(wanted)} combinations",
-                where=f"{block} {repetition}",
-                fix="give every combination of the levels exactly once",
-            )
-        if cells.isna().any(axis=None):
-            names = ", ".join(cells.columns[cells.isna().any()])
-            raise InputError(f"an outcome is missing: {names}", fix="leave the column out")
-        signs = _signs(cells.index, factors)
-        for name, sign in signs.items():
-            rows[name, repetition] = cells.mul(sign, axis=0).sum() / (len(cells) / 2)
-            if TIMES in name:
-                rows[name, repetition] *= 2
-    return pd.DataFrame(rows).T.rename_axis(["effect", block])
-
-
-def _signs(index, factors):
-    """Return, for every effect, +1 or -1 per cell."""
-    single = {
-        name: np.array([1.0 if key[place] == levels[1] else -1.0 for key in index])
+    signs = {
+        name: np.array([1.0 if cell[place] == levels[1] else -1.0 for cell in cells])
         for place, (name, levels) in enumerate(factors.items())
     }
-    pairs = {f"{a}{TIMES}{b}": single[a] * single[b] for a, b in combinations(factors, 2)}
-    return single | pairs
+    half = len(cells) / 2
+    effects = {name: sign / half for name, sign in signs.items()}
+    for a, b in combinations(factors, 2):
+        effects[f"{a}{TIMES}{b}"] = 2 * signs[a] * signs[b] / half
+    return effects
 
 
 def effect_table(table, factors, outcome, block="seed"):
@@ -146,87 +139,67 @@ def effect_table(table, factors, outcome, block="seed"):
 
     Parameters
     ----------
-    table, factors, block
-        See `contrasts`.
+    table : pandas.DataFrame
+        One row per run; each ``block`` holds every combination of levels exactly once.
+    factors : dict of str to tuple
+        Factor to its two levels, the reference first.
     outcome : str
-        A column.
+        A numeric column without gaps; those in `SHARES` are taken as shares.
 
     Returns
     -------
     pandas.DataFrame
-        Index ``effect``; columns ``value``, ``low``, ``high``, ``count`` and ``is_clear``.
-    """
-    within = contrasts(table, factors, [outcome], block)[outcome]
-    rows = {}
-    for effect in dict.fromkeys(within.index.get_level_values("effect")):
-        one = estimate(within.loc[effect])
-        rows[effect] = one._asdict() | {"is_clear": one.is_clear}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("effect")
-
-
-def paired_difference(table, outcome, reference, other, block="seed"):
-    """Estimate how two kinds of runs differ, pairing those of the same repetition.
-
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        One row per run.
-    outcome : str
-        A column.
-    reference, other : dict
-        Column to value; each must pick exactly one run per repetition.
-    block : str
-        Column of the repetition.
-
-    Returns
-    -------
-    Estimate
-        Of `other` minus `reference`.
+        Index ``effect``; columns ``value``, ``low``, ``high`` (see `contrast`), ``count``, ``is_clear``.
 
     Raises
     ------
     InputError
-        If the runs do not pair up.
+        When a combination is missing or repeated, or an outcome has a gap.
+    """
+    cells = list(product(*factors.values()))
+    values = []
+    for repetition, runs in table.groupby(block):
+        keys = list(runs[list(factors)].itertuples(index=False, name=None))
+        if sorted(keys, key=str) != sorted(cells, key=str):
+            raise InputError(
+                f"{len(keys)} runs are not the {len(cells)} combinations",
+                where=f"{block} {repetition}",
+                fix="give every combination of the levels exactly once",
+            )
+        by_cell = dict(zip(keys, runs[outcome], strict=True))
+        values.append([by_cell[cell] for cell in cells])
+    rows = {}
+    for effect, weights in effect_weights(cells, factors).items():
+        estimate = contrast(values, weights, SHARES.get(outcome))
+        rows[effect] = estimate._asdict() | {"is_clear": estimate.is_clear}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("effect")
+
+
+def paired_difference(table, outcome, reference, other, block="seed"):
+    """Estimate how two kinds of runs, rows of a table, differ within the same repetition.
+
+    Parameters
+    ----------
+    outcome : str
+        A column; those in `SHARES` are taken as shares.
+    reference, other : dict
+        Column to value; each must pick exactly one run per ``block``, or InputError is raised.
+
+    Returns
+    -------
+    Estimate
+        Of `other` minus `reference`, see `contrast`.
     """
     sides = []
-    for picked in (reference, other):
-        chosen = table
-        for column, value in picked.items():
-            chosen = chosen[chosen[column] == value]
+    for levels in (reference, other):
+        chosen = table[(table[list(levels)] == pd.Series(levels)).all(axis=1)]
         sides.append(chosen.set_index(block)[outcome].astype(float).sort_index())
     if not len(sides[0]) or sides[0].index.tolist() != sides[1].index.tolist():
         raise InputError(
             f"{len(sides[0])} runs with {reference} and {len(sides[1])} with {other} do not pair up",
             fix="let each pick one run per repetition",
         )
-    return estimate(sides[1] - sides[0])
-
-
-def one_step_effects(table, factors, state, outcome, block="seed"):
-    """Estimate what changing one factor alone does, starting from one combination.
-
-    Parameters
-    ----------
-    table, factors, block
-        See `contrasts`.
-    state : dict
-        Factor to the level it starts from.
-    outcome : str
-        A column.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``factor``; columns ``from``, ``to``, and ``value``, ``low``, ``high``, ``count``,
-        ``is_clear`` of the change.
-    """
-    rows = {}
-    for factor, levels in factors.items():
-        other = next(level for level in levels if level != state[factor])
-        one = paired_difference(table, outcome, state, state | {factor: other}, block)
-        rows[factor] = {"from": state[factor], "to": other, **one._asdict()}
-        rows[factor]["is_clear"] = one.is_clear
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("factor")
+    return contrast(np.stack(sides, axis=1), [-1, 1], SHARES.get(outcome))
 
 
 def main_effects(cells):
@@ -235,109 +208,54 @@ def main_effects(cells):
     Parameters
     ----------
     cells : pandas.DataFrame
-        Four rows, one per combination, with a MultiIndex of two named levels of two values each;
-        the first value met is the reference. Columns are numeric outcomes without gaps.
+        Four rows with a MultiIndex of two named levels of two values each, the reference first.
+        Columns are numeric outcomes without gaps. Anything else is an InputError.
 
     Returns
     -------
     pandas.DataFrame
-        Index ``effect``: the names of the two factors and ``interaction``; columns as in `cells`.
-        See `contrasts`.
-
-    Raises
-    ------
-    InputError
-        When the rows are not the four combinations, or an outcome is missing.
+        Index ``effect``: the two factors and ``interaction``; columns as in `cells`.
     """
     names = list(cells.index.names)
     if cells.index.nlevels != 2 or None in names:
         raise InputError("the cells need an index of two named factors")
     levels = {name: tuple(cells.index.get_level_values(name).unique()) for name in names}
-    if any(len(values) != 2 for values in levels.values()):
+    if set(cells.index) != set(product(*levels.values())) or len(cells) != 4:
         raise InputError(
             f"{len(cells)} cells are no 2 x 2",
             where=TIMES.join(names),
             fix="give every combination of two values each exactly once",
         )
-    table = cells.reset_index().assign(repetition=1)
-    effects = contrasts(table, levels, cells.columns, "repetition").droplevel("repetition")
-    return effects.rename(index={TIMES.join(names): INTERACTION})
+    if cells.isna().any(axis=None):
+        gaps = ", ".join(cells.columns[cells.isna().any()])
+        raise InputError(f"an outcome is missing: {gaps}", fix="leave the column out")
+    weights = pd.DataFrame(effect_weights(cells.index, levels), index=cells.index)
+    effects = weights.T @ cells.astype(float)
+    return effects.rename(index={TIMES.join(names): INTERACTION}).rename_axis("effect")
 
 
-def word_effects(effects, outcome, *, unit=""):
-    """Say which of the two factors changes an outcome more, and by how much.
+def word_effects(effects, outcome):
+    """Say which of the two factors of `main_effects` changes an outcome more, and by how much.
 
-    Parameters
-    ----------
-    effects : pandas.DataFrame
-        From `main_effects`.
-    outcome : str
-        A column of it.
-    unit : str
-        Written after the outcome, for example ``"(score)"``.
-
-    Returns
-    -------
-    str
-        One sentence, true whichever way the numbers fall; effects are compared by size after
-        rounding to three decimals, as they are written.
+    The sentence is true whichever way the numbers fall; they are compared as written, rounded to
+    three decimals.
     """
     values = effects[outcome].drop(INTERACTION).round(3) + 0.0  # no -0.000
     larger, smaller = values.abs().sort_values(ascending=False, kind="stable").index
-    subject = f"{outcome} {unit}".strip()
     if not values.any():
-        return f"{subject}: neither '{larger}' nor '{smaller}' changes it (both +0.000)."
-    said = f"'{larger}' changes it by {values[larger]:+.3f}"
-    other = f"'{smaller}' by {values[smaller]:+.3f}"
+        return f"{outcome}: neither '{larger}' nor '{smaller}' changes it (both +0.000)."
+    first = f"'{larger}' changes it by {values[larger]:+.3f}"
+    second = f"'{smaller}' by {values[smaller]:+.3f}"
     if abs(values[larger]) == abs(values[smaller]):
-        return f"{subject}: {said} and {other}: equally much."
+        return f"{outcome}: {first} and {second}: equally much."
     if values[smaller] == 0:
-        return f"{subject}: {said}, {other}: only the first makes a difference."
+        return f"{outcome}: {first}, {second}: only the first makes a difference."
     ratio = abs(values[larger] / values[smaller])
-    return f"{subject}: {said}, {other}: the first is {ratio:.1f} times as large."
-
-
-BASE_TABLE = "base"
-FACTORS = {
-    "causes": {
-        "objects": ("no", "yes"),
-        "prompt": ("object", "crack"),
-        "text_lora": ("off", "on"),
-        "negatives": (0, 3),
-    },
-    "schedule": {"schedule": ("failing", "fixed"), "text_lora": ("off", "on")},
-}
-"""Factors of the two factorial designs with their levels, the document's position first."""
-LABELS = {
-    "detected_share": "crack images detected at 0.3",
-    "max_score": "highest score, crack present",
-    "AP50": "mask AP50",
-    "union_iou": "union IoU",
-    "cgF1": "cgF1",
-    "IL_MCC": "IL_MCC",
-    "false_positive_rate": "absent prompts answered at 0.3",
-    "retention_AP": "AP on the base's own concepts",
-}
-"""Responses as one would say them."""
+    return f"{outcome}: {first}, {second}: the first is {ratio:.1f} times as large."
 
 
 def tables_folder(path):
-    """Find the folder of the tables, from wherever a notebook or command runs.
-
-    Parameters
-    ----------
-    path : str or os.PathLike
-        A relative one is seen from the current folder, the repository or ``notebooks/``.
-
-    Returns
-    -------
-    pathlib.Path
-
-    Raises
-    ------
-    InputError
-        If it is no folder.
-    """
+    """Find the folder of the tables, seen from the current folder, the repository or ``notebooks/``."""
     for folder in (resolve(path), ROOT / "notebooks" / path):
         if folder.is_dir():
             return folder.resolve()
@@ -350,7 +268,7 @@ def load_table(design, folder=TABLES, *, profile="tiny"):
     Parameters
     ----------
     design : str
-        Key of `helpers.lab.designs.DESIGNS`.
+        Key of `helpers.lab.experiment.DESIGNS`.
     folder : os.PathLike
     profile : str
         Of the configs that the rows' hashes are compared with.
@@ -370,13 +288,9 @@ def load_table(design, folder=TABLES, *, profile="tiny"):
         raise InputError("no such table", where=path, fix="run `make experiment`")
     table = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=TEXT_COLUMNS)
     cells = cells_of(design, SEEDS)
-    names = list(cells[0].factors)
-    levels = {
-        tuple(str(value) for value in row)
-        for row in table[[*names, "seed"]].itertuples(index=False)
-    }
-    wanted = {(*map(str, cell.factors.values()), str(cell.seed)) for cell in cells}
-    if levels != wanted or len(table) != len(cells):
+    keys = [*cells[0].factors, "seed"]
+    rows = sorted(table[keys].astype(str).itertuples(index=False, name=None))
+    if rows != sorted((*map(str, cell.factors.values()), str(cell.seed)) for cell in cells):
         raise InputError(
             f"{len(table)} rows are not the {len(cells)} runs of the design '{design}'",
             where=path,
@@ -394,116 +308,76 @@ def load_table(design, folder=TABLES, *, profile="tiny"):
     return table
 
 
+def load_base_row(folder=TABLES):
+    """Read what the base answers without any adapter: `helpers.lab.experiment.RESPONSES` by name."""
+    path = folder / "base.csv"
+    if not path.is_file():
+        raise InputError("no such table", where=path, fix="run `make experiment`")
+    return pd.read_csv(path).iloc[0][list(RESPONSES)].astype(float)
+
+
 def steps_table(table, outcome):
     """Show what one change does from the failing state, and one fault from the working one.
 
     Parameters
     ----------
     table : pandas.DataFrame
-        The design ``causes``, from `load_table`.
+        The design ``causes``, from `load_table`: the numbers hold for a base that never met the word.
     outcome : str
         A response.
 
     Returns
     -------
     pandas.DataFrame
-        Index ``state`` (failing, working) and the factor that is changed; columns ``change`` (its
-        levels), ``before`` and ``after`` (means over the seeds), and the ``low`` and ``high`` end
-        of the 95 % interval of the difference.
+        Index ``state`` (failing, working) and ``changed``; columns ``change`` (the levels), ``before``
+        and ``after`` (means over the seeds), and the 95 % interval of the difference, ``low``, ``high``.
     """
-    factors = FACTORS["causes"]
     rows = {}
     for end, name in enumerate(("failing", "working")):
-        state = {factor: levels[end] for factor, levels in factors.items()}
-        steps = one_step_effects(table, factors, state, outcome)
+        state = {factor: levels[end] for factor, levels in FACTORS["causes"].items()}
         before = table.loc[(table[list(state)] == pd.Series(state)).all(axis=1), outcome].mean()
-        for factor, step in steps.iterrows():
+        for factor, levels in FACTORS["causes"].items():
+            other = levels[1 - end]
+            step = paired_difference(table, outcome, state, state | {factor: other})
             rows[name, factor] = {
-                "change": f"{step['from']} to {step['to']}",
+                "change": f"{state[factor]} to {other}",
                 "before": before,
-                "after": before + step["value"],
-                "low": step["low"],
-                "high": step["high"],
+                "after": before + step.value,
+                "low": step.low,
+                "high": step.high,
             }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["state", "changed"])
-
-
-def load_base_row(folder=TABLES):
-    """Read what the base answers without any adapter.
-
-    Parameters
-    ----------
-    folder : os.PathLike
-
-    Returns
-    -------
-    pandas.Series
-        `helpers.lab.experiment.RESPONSES` by name.
-    """
-    path = folder / f"{BASE_TABLE}.csv"
-    if not path.is_file():
-        raise InputError("no such table", where=path, fix="run `make experiment`")
-    return pd.read_csv(path).iloc[0][list(RESPONSES)].astype(float)
 
 
 def effects_figure(table, factors, outcomes):
     """Draw the main effects and interactions on several outcomes, with their intervals.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        From `load_table`.
-    factors : dict
-        See `helpers.lab.statistics.contrasts`.
-    outcomes : sequence of str
-        One panel each.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        A filled marker stands for an interval that does not hold 0.
+    ``table`` and ``factors`` are those of `effect_table`; each outcome has a panel. A filled marker
+    stands for an interval that does not hold 0.
     """
-    figure = Figure(figsize=(2.4 + 2.9 * len(outcomes), 4.4), layout="constrained")
-    axes = figure.subplots(1, len(outcomes), sharey=True, squeeze=False)[0]
-    for number, (ax, outcome) in enumerate(zip(axes, outcomes, strict=True)):
-        effects = effect_table(table, factors, outcome)
+    tables = {outcome: effect_table(table, factors, outcome) for outcome in outcomes}
+    names = [effect.replace("_", " ") for effect in tables[outcomes[0]].index]
+    figure, axes = _panels((2.4 + 2.9 * len(outcomes), 4.4), names, len(outcomes))
+    for number, (ax, (outcome, effects)) in enumerate(zip(axes, tables.items(), strict=True)):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         for place, row in enumerate(effects.itertuples()):
-            colour = COLOURS[number % len(COLOURS)]
             ax.plot([row.low, row.high], [place, place], color=colour, linewidth=2)
             face = colour if row.is_clear else "white"
-            ax.plot(
-                row.value, place, MARKERS[number % len(MARKERS)], color=colour, markerfacecolor=face
-            )
+            ax.plot(row.value, place, marker, color=colour, markerfacecolor=face)
         ax.axvline(0, color="0.35", linestyle=":")
         dress(ax, f"change of\n{LABELS.get(outcome, outcome)}", "")
-        ax.set_yticks(range(len(effects)), [name.replace("_", " ") for name in effects.index])
-    axes[0].invert_yaxis()
     return figure
 
 
-def levels_figure(table, column, outcomes, *, order=None, base=None):
+def levels_figure(table, column, outcomes, *, base=None):
     """Draw every run of every level of one factor as a dot, with the mean as a bar.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-    column : str
-        The factor.
-    outcomes : sequence of str
-        One panel each.
-    order : sequence, optional
-        Levels from top to bottom; by default as they come.
-    base : pandas.Series, optional
-        What the base answers: a dotted line.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
+    Each outcome has a panel; a dotted line is what ``base``, from `load_base_row`, answers.
     """
-    levels = list(dict.fromkeys(table[column])) if order is None else list(order)
+    levels = list(dict.fromkeys(table[column]))
+    names = [str(level).replace("_", " ") for level in levels]
     size = (2.6 + 2.7 * len(outcomes), 1.4 + 0.36 * len(levels))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, len(outcomes), sharey=True, squeeze=False)[0]
+    figure, axes = _panels(size, names, len(outcomes))
     for number, (ax, outcome) in enumerate(zip(axes, outcomes, strict=True)):
         for place, level in enumerate(levels):
             values = table.loc[table[column] == level, outcome]
@@ -512,6 +386,14 @@ def levels_figure(table, column, outcomes, *, order=None, base=None):
         if base is not None:
             ax.axvline(base[outcome], color="0.35", linestyle=":")
         dress(ax, LABELS.get(outcome, outcome), "")
-        ax.set_yticks(range(len(levels)), [str(level).replace("_", " ") for level in levels])
-    axes[0].invert_yaxis()
     return figure
+
+
+def _panels(size, names, count):
+    """Return a figure and its panels side by side, one named row from top to bottom per name."""
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.supxlabel(SCOPE, fontsize="small", color="0.35")
+    return figure, axes

@@ -16,7 +16,6 @@ from helpers.config import load_config
 from helpers.data.coco import read_split
 from helpers.detect.metrics import coco_ap, evaluate_queries
 from helpers.detect.queries import predict_split
-from helpers.environment import device
 from helpers.errors import InputError
 from helpers.files import CONFIGS, DATA, ROOT, WALL_CRACKS, read_json
 from helpers.lab.spoil import read_split_wrong_keys
@@ -220,8 +219,7 @@ def run_cell(cell, profile, data_dir, folder):
 
 
 def judge(model, processor, config, data_dir):
-from helpers.model.lora import COMPONENTS
-from helpers.model.sam3 import best_device, load_base
+    model.to(best_device())
     settings = config.evaluation
     queries = predict_split(
         model,

@@ -219,6 +219,7 @@ def run_cell(cell, profile, data_dir, folder):
 
 
 def judge(model, processor, config, data_dir):
+    """Measure `RESPONSES` of one model, asking for the category names, whatever was trained."""
     model.to(best_device())
     settings = config.evaluation
     queries = predict_split(

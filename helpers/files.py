@@ -28,17 +28,9 @@ PROGRESS_DELAY = 3  # seconds that work may take in silence
 
 @contextmanager
 def staged_folder(folder):
-    """Collect files in a hidden folder and move them into place only when all are written.
+    """Yield a hidden folder in `folder`, and move its files into place only if the block succeeds.
 
-    Parameters
-    ----------
-    folder : os.PathLike
-        Destination; made if need be. Files of the same name are replaced, others stay.
-
-    Yields
-    ------
-    pathlib.Path
-        The folder to write into. If the block raises, it is removed and `folder` is as before.
+    The destination is made if need be; files of the same name are replaced, others stay.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,20 +69,7 @@ def _is_running(pid):
 
 
 def write_text(path, text):
-    """Write text to a file, replacing it in one step.
-
-    Parameters
-    ----------
-    path : os.PathLike
-        Its folder must exist.
-    text : str
-        UTF-8 is written.
-
-    Returns
-    -------
-    pathlib.Path
-        The file written.
-    """
+    """Write UTF-8 text to a file in an existing folder, replacing it in one step; return its path."""
     path = Path(path)
     partial = path.with_name(f".partial-{path.name}")
     try:
@@ -107,24 +86,7 @@ def write_json(path, content):
 
 
 def read_json(path, fix="export the file again"):
-    """Read a JSON object.
-
-    Parameters
-    ----------
-    path : os.PathLike
-        The file, UTF-8 with or without a byte order mark.
-    fix : str
-        Advice for the error message.
-
-    Returns
-    -------
-    dict
-
-    Raises
-    ------
-    InputError
-        If the file is missing, is no JSON, or its top level is not an object.
-    """
+    """Return the object in a JSON file, UTF-8 with or without a byte order mark; `fix` is advice."""
     path = Path(path)
     if not path.is_file():
         raise InputError("no such file", where=path, fix=fix)

@@ -48,7 +48,7 @@ course: $(STAMP) ## execute the whole course; executed notebooks and summary.jso
 # Offline on purpose: the course must need no download. Long notebooks start first, files of quick
 # tests fill the gaps, so that all cores are busy to the end (see tests/conftest.py).
 test: $(STAMP) ## run every test, the notebooks included
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical --dist loadgroup --no-loadscope-reorder --nbval-lax --nbval-current-env --nbval-cell-timeout 900 tests $(QUICK) $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical --no-loadscope-reorder --nbval-lax --nbval-current-env --nbval-cell-timeout 900 tests $(QUICK) $(ARGS)
 
 lint: $(STAMP) ## check style, formatting, imports and the stored form of the notebooks
 	$(RUN) -m ruff check .

@@ -11,6 +11,7 @@ import matplotlib
 import pytest
 from filelock import FileLock
 from tiny_random import save_tiny_base, tiny_run_config, write_dataset
+from xdist.scheduler import LoadFileScheduling
 
 from helpers.train.run import METRICS_FILE, load_run
 from helpers.train.training import train
@@ -18,13 +19,24 @@ from helpers.train.training import train
 matplotlib.use("agg")  # not by MPLBACKEND, which the kernels of the notebook tests would inherit
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+NOTEBOOK_TESTS = ("tests/test_notebooks_run.py", "tests/test_course.py")
+
+
+class NotebooksApart(LoadFileScheduling):
+    """Keep a file of tests on one core, and give every test of a notebook to whichever is free."""
+
+    def _split_scope(self, nodeid):
+        return nodeid if nodeid.startswith(NOTEBOOK_TESTS) else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return NotebooksApart(config, log)
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Start with the notebooks, each on any core; a file of other tests stays on one core."""
+    """Start with the notebooks, so that short files fill the gaps at the end."""
     items.sort(key=lambda item: item.get_closest_marker("notebook") is None)
-    for item in items:
-        if not item.get_closest_marker("notebook"):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 def in_place(folder, make):

@@ -17,6 +17,7 @@ from helpers.config import parse_yaml
 from helpers.course.run import STRIP_ARGUMENTS
 from helpers.environment import SUBJECT_PACKAGES
 from helpers.files import ROOT
+from helpers.lab import TABLES, load_table, steps_table
 
 MACHINE_PATH = re.compile(r"/(?:work|farm|root|home/\w+|Users/\w+)/[\w.]|/tmp/\w")
 REGISTRY = re.compile(
@@ -178,6 +179,50 @@ def test_the_page_of_the_package_names_every_room_and_files_that_exist():
     assert len(places) >= 5
     for module, name in places:
         assert hasattr(importlib.import_module(f"helpers.{module.replace('/', '.')}"), name), name
+
+
+def test_the_table_of_the_readme_is_that_of_the_experiment():
+    names = {
+        "objects": "objects read",
+        "prompt": "training prompt",
+        "text_lora": "text LoRA",
+        "negatives": "absent prompts per image",
+    }
+    steps = steps_table(load_table("causes", TABLES), "detected_share")
+    rows = []
+    for (state, factor), step in steps.iterrows():
+        change = step["change"].replace("object", "“object”")
+        low, high = (f"{100 * step[end]:+.0f}" for end in ("low", "high"))
+        rows.append(
+            f"| the {state} state | {names[factor]}: {change} | {step['before']:.0%} "
+            f"| {step['after']:.0%} | {low} to {high} points |"
+        )
+    table = [line for line in read("README.md").splitlines() if " state | " in line]
+    assert table == rows
+
+
+def package_lines():
+    """Return the number of files, lines and lines of docstrings of the package."""
+    files = sorted((ROOT / "helpers").rglob("*.py"))
+    lines = docstrings = 0
+    for path in files:
+        source = path.read_text(encoding="utf-8")
+        lines += len(source.splitlines())
+        for node in ast.walk(ast.parse(source)):
+            kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+            if isinstance(node, kinds) and ast.get_docstring(node) is not None:
+                docstrings += node.body[0].end_lineno - node.body[0].lineno + 1
+    return len(files), lines, docstrings
+
+
+def test_the_package_stays_small(capsys):
+    files, lines, docstrings = package_lines()
+    share = docstrings / lines
+    with capsys.disabled():
+        print(f"\nhelpers: {lines} lines in {files} files, {share:.1%} of them docstrings")
+    assert lines <= 14_000
+    assert files <= 75
+    assert share <= 0.2
 
 
 def imports_of(path):

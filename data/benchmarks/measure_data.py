@@ -148,7 +148,8 @@ def measure(stage, checkout, folder, options):
     )  # fmt: skip
     results = re.findall(r"^RESULT (.*)$", done.stderr, flags=re.M)
     if not results:
-        return {"failed": (done.stderr.strip().splitlines() or ["?"])[-1]}
+        lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        return {"failed": lines[-1]}
     return json.loads(results[0])
 
 

@@ -270,17 +270,7 @@ class Config(Section):
         return path
 
     def replace(self, changes):
-        """Return a checked copy with other values.
-
-        Parameters
-        ----------
-        changes : dict
-            ``"section.key"`` to value.
-
-        Returns
-        -------
-        Config
-        """
+        """Return a checked copy with other values, from ``"section.key"`` to value."""
         values = self.model_dump()
         for name, value in changes.items():
             section, _, key = name.partition(".")
@@ -356,24 +346,9 @@ def load_config(path, profile=None, overrides=()):
 
 
 def parse_yaml(text, *, where):
-    """Parse one document of YAML 1.2, in which ``5e-5`` is a float and ``no`` is a string.
+    """Return the content of a document of YAML 1.2, where ``5e-5`` is a float and ``no`` a string.
 
-    Parameters
-    ----------
-    text : str
-        The document.
-    where : str or os.PathLike
-        Named in the error.
-
-    Returns
-    -------
-    object
-        Dicts, lists, strings, numbers, booleans and None.
-
-    Raises
-    ------
-    InputError
-        If the text is no YAML or gives a key twice; the line and column are named.
+    An InputError names `where`, line and column if it is no YAML or gives a key twice.
     """
     if len(text) > _MAX_CHARACTERS or _depth_of(text) > _MAX_DEPTH:
         raise InputError("too long or too deep for a configuration", where=where, fix="shorten it")

@@ -12,26 +12,8 @@ _UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats, surrogates, 
 class InputError(Exception):
     """Unusable input: a wrong file, value or combination that the user can put right.
 
-    Library tracebacks are translated into this error, so that the command line prints one line
-    and exits with status 2.
-
-    Parameters
-    ----------
-    message : str
-        What is wrong, naming the offending value.
-    where : str or os.PathLike, optional
-        The file, key or row the message is about; printed first.
-    fix : str, optional
-        What to do about it; printed last.
-
-    Attributes
-    ----------
-    message : str
-        The bare message, without place and fix.
-    where : str or None
-        The place as text.
-    fix : str or None
-        The remedy.
+    Library tracebacks are translated into this error, so that the command line prints one line and
+    exits with status 2: `where`, the file, key or row; `message`, which names the value; `fix`.
     """
 
     def __init__(self, message, *, where=None, fix=None):
@@ -69,22 +51,7 @@ def printable(text):
 
 
 def check_probability(value, name, where=None):
-    """Refuse what is not a number in [0, 1].
-
-    Parameters
-    ----------
-    value : float
-        A score or a threshold.
-    name : str
-        Its name in the message.
-    where : str, optional
-        Its place in the message.
-
-    Raises
-    ------
-    InputError
-        When `value` is no number, NaN, or outside [0, 1].
-    """
+    """Raise an `InputError` with `name` and `where` unless the value is a number in [0, 1]."""
     if not isinstance(value, Real) or not math.isfinite(value) or not 0 <= value <= 1:
         fix = "give a probability in [0, 1]"
         raise InputError(f"{name} is {value!r}", where=where, fix=fix)

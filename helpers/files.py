@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -26,21 +28,14 @@ PROGRESS_DELAY = 3  # seconds that work may take in silence
 
 @contextmanager
 def staged_folder(folder):
-    """Collect files in a hidden folder and move them into place only when all are written.
+    """Yield a hidden folder in `folder`, and move its files into place only if the block succeeds.
 
-    Parameters
-    ----------
-    folder : os.PathLike
-        Destination; made if need be. Files of the same name are replaced, others stay.
-
-    Yields
-    ------
-    pathlib.Path
-        The folder to write into. If the block raises, it is removed and `folder` is as before.
+    The destination is made if need be; files of the same name are replaced, others stay.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+    _remove_dead_staging(folder)
+    staging = Path(tempfile.mkdtemp(prefix=f"{_OWN_STAGING}{os.getpid()}-", dir=folder))
     try:
         yield staging
         for path in sorted(staging.iterdir()):
@@ -49,21 +44,32 @@ def staged_folder(folder):
         shutil.rmtree(staging, ignore_errors=True)
 
 
+_OWN_STAGING = f".partial-{platform.node()}-"
+
+
+def _remove_dead_staging(folder):
+    """Remove staging folders that killed processes of this machine left behind."""
+    for path in folder.glob(f"{glob.escape(_OWN_STAGING)}*-*"):
+        pid = path.name.removeprefix(_OWN_STAGING).partition("-")[0]
+        if pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(pid):
+    """Return False only if no process has this number; Windows has no harmless question."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def write_text(path, text):
-    """Write text to a file, replacing it in one step.
-
-    Parameters
-    ----------
-    path : os.PathLike
-        Its folder must exist.
-    text : str
-        UTF-8 is written.
-
-    Returns
-    -------
-    pathlib.Path
-        The file written.
-    """
+    """Write UTF-8 text to a file in an existing folder, replacing it in one step; return its path."""
     path = Path(path)
     partial = path.with_name(f".partial-{path.name}")
     try:
@@ -80,24 +86,7 @@ def write_json(path, content):
 
 
 def read_json(path, fix="export the file again"):
-    """Read a JSON object.
-
-    Parameters
-    ----------
-    path : os.PathLike
-        The file, UTF-8 with or without a byte order mark.
-    fix : str
-        Advice for the error message.
-
-    Returns
-    -------
-    dict
-
-    Raises
-    ------
-    InputError
-        If the file is missing, is no JSON, or its top level is not an object.
-    """
+    """Return the object in a JSON file, UTF-8 with or without a byte order mark; `fix` is advice."""
     path = Path(path)
     if not path.is_file():
         raise InputError("no such file", where=path, fix=fix)

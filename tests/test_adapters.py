@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_random import RESOLUTION, save_tiny_base, tiny_model, tiny_processor, token_inputs
 from transformers import Sam3Config, Sam3Model
@@ -21,7 +22,7 @@ from helpers.model.lora import (
     target_modules,
 )
 from helpers.model.prompted import PromptedSam3
-from helpers.model.sam3 import base_fingerprint
+from helpers.model.sam3 import base_fingerprint, load_base
 
 SEED_NAMES = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
@@ -242,6 +243,129 @@ def edit_weights(folder, edit):
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+def edit_config(folder, **settings):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize("with_notes", [True, False], ids=["ours", "bare"])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (float("nan"), "holds nan in 1 of"),
+        (float("inf"), "holds inf in 1 of"),
+        (-float("inf"), "holds -inf in 1 of"),
+    ],
+)
+def test_numbers_that_are_none_are_refused_by_file_and_key(saved, value, words, with_notes):
+    if not with_notes:
+        (saved / "base.json").unlink()
+
+    def edit(weights):
+        sorted(weights.items())[3][1].view(-1)[2] = value
+
+    edit_weights(saved, edit)
+    key = sorted(load_file(saved / "adapter_model.safetensors"))[3]
+    with pytest.raises(InputError, match=words) as caught:
+        load_adapter(tiny_model(), saved)
+    assert caught.value.where == str(saved / "adapter_model.safetensors")
+    assert key in caught.value.message
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool])
+def test_whole_numbers_are_refused(saved, dtype):
+    def edit(weights):
+        name = min(weights)
+        weights[name] = weights[name].to(dtype)
+
+    edit_weights(saved, edit)
+    with pytest.raises(InputError, match=f"{str(dtype).removeprefix('torch.')} numbers"):
+        load_adapter(tiny_model(), saved)
+
+
+def test_flipped_bits_are_noticed_and_old_adapters_without_a_checksum_load(saved):
+    path = saved / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1  # the lowest bit of a mantissa
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="bytes are not those that were saved") as caught:
+        load_adapter(tiny_model(), saved)
+    assert caught.value.where == str(path)
+    notes = json.loads((saved / "base.json").read_text())
+    for key in ("weights_sha256", "r", "lora_alpha"):
+        del notes[key]
+    (saved / "base.json").write_text(json.dumps(notes))
+    assert lora_layers(load_adapter(tiny_model(), saved))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", float("inf")),
+        ("lora_alpha", 1e300),
+        ("lora_alpha", 0),
+        ("lora_alpha", -8),
+        ("lora_alpha", "32"),
+        ("lora_alpha", None),
+        ("r", 0),
+        ("r", 4.5),
+        ("r", True),
+        ("target_modules", "("),
+        ("target_modules", 7),
+        ("target_modules", [["q_proj"]]),
+        ("layers_to_transform", "x"),
+        ("layers_to_transform", [0, "x"]),
+        ("layers_to_transform", {"a": 1}),
+        ("peft_type", "IA3"),
+        ("lora_dropout", "x"),
+        ("bias", 7),
+        ("rank_pattern", 7),
+    ],
+)
+def test_a_damaged_setting_is_refused_by_file(saved, key, value):
+    (saved / "base.json").unlink()
+    edit_config(saved, **{key: value})
+    with pytest.raises(InputError) as caught:
+        load_adapter(tiny_model(), saved)
+    assert caught.value.where == str(saved / "adapter_config.json")
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha"])
+def test_a_setting_that_differs_from_the_training_is_refused(saved, key):
+    trained = json.loads((saved / "adapter_config.json").read_text())[key]
+    edit_config(saved, **{key: 2 * trained})
+    words = f"{key} is {2 * trained}, but the adapter was trained with {trained:g}"
+    with pytest.raises(InputError, match=words):
+        load_adapter(tiny_model(), saved)
+    (saved / "base.json").unlink()  # a run says it in its config, too
+    lora = lora_settings("vision_encoder", "text_encoder", rank=4)
+    with pytest.raises(InputError, match=words):
+        load_adapter(tiny_model(), saved, lora=lora)
+
+
+def test_a_git_lfs_pointer_is_named(saved, tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (saved / "adapter_model.safetensors").write_text(pointer)
+    with pytest.raises(InputError, match=r"Git LFS pointer.*git lfs pull"):
+        load_adapter(tiny_model(), saved)
+    base = save_tiny_base(tmp_path / "base")
+    (base / "model.safetensors").write_text(pointer)
+    with pytest.raises(InputError, match=r"Git LFS pointer.*git lfs pull"):
+        load_base(base)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_adapter(saved, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("No space left on device")
+
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    monkeypatch.setattr("helpers.model.lora.save_file", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        save_adapter(add_lora(tiny_model(), lora_settings("vision_encoder")), saved, "other")
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
 def test_missing_key_is_refused(saved):
     edit_weights(saved, lambda weights: weights.pop(next(iter(weights))))
     with pytest.raises(InputError, match="1 of 48 keys missing"):
@@ -255,8 +379,8 @@ def test_unexpected_key_is_refused(saved):
 
 
 def test_adapter_of_another_rank_is_refused(saved):
-    path = saved / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 8}))
+    (saved / "base.json").unlink()
+    edit_config(saved, r=8)
     with pytest.raises(InputError, match="has shape"):
         load_adapter(tiny_model(), saved)
 
@@ -280,8 +404,7 @@ def test_adapter_of_a_wider_base_is_refused_without_our_notes(saved):
 
 def test_adapter_for_another_kind_of_model_is_refused(saved):
     (saved / "base.json").unlink()
-    path = saved / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ["c_attn"]}))
+    edit_config(saved, target_modules=["c_attn"])
     with pytest.raises(InputError, match="another base"):
         load_adapter(tiny_model(), saved)
 

@@ -388,6 +388,8 @@ BROKEN = {
     "missing key": ([{"image_id": 1, "prompt": "crack"}], r"missing \['height'"),
     "contradiction": ([query([BIG], is_positive=False)], "is_positive is False with 1 objects"),
     "boxes missing": ([query([BIG], gt_boxes_xyxy=[])], "0 gt_boxes_xyxy for 1 objects"),
+    "a box of text": ([query([BIG], gt_boxes_xyxy=[["0", 0, 1, 1]])], "a box is"),
+    "no box": ([query([BIG], gt_boxes_xyxy=[7])], "a box is 7"),
     "nan box": ([query([BIG], gt_boxes_xyxy=[[0, 0, math.nan, 1]])], "a box is"),
 }
 

@@ -128,7 +128,7 @@ def test_a_fault_of_a_run_is_named_by_its_gate_and_taken_back(
     assert {key: after[key] for key in before} == before
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", sorted(LEARNED))
 def test_the_settings_of_a_fault_are_accepted(name):
     load_config(CONFIGS / "crack_detection_config.yaml", "tiny", FAULTS[name].settings)
 

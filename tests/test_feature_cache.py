@@ -5,6 +5,8 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_random import tiny_run_config
 
 from helpers.data.coco import read_split
@@ -164,14 +166,14 @@ def test_a_full_disk_is_refused_before_anything_is_computed(base, records, tmp_p
 def test_a_kill_leaves_whole_files_only(base, data_dir, records, tmp_path):
     script = (
         "import os, sys; sys.path.insert(0, 'tests')\n"
-        "from helpers import feature_cache as f; from helpers.model.sam3 import load_base\n"
+        "from helpers.model import cache as f; from helpers.model.sam3 import load_base\n"
         "from helpers.data.coco import read_split\n"
-        "written, save = [], f.save_file\n"
-        "def dying(tensors, path):\n"
+        "written, save = [], f.write_tensors\n"
+        "def dying(path, tensors, metadata):\n"
         "    if len(written) == 2:\n"
         "        path.write_bytes(b'half'); os.kill(os.getpid(), 9)\n"
-        "    written.append(path); save(tensors, path)\n"
-        "f.save_file = dying\n"
+        "    written.append(path); save(path, tensors, metadata)\n"
+        "f.write_tensors = dying\n"
         f"cache = f.BackboneCache({str(tmp_path)!r}, *load_base({str(base)!r}))\n"
         f"cache.fill(read_split({str(data_dir)!r}, 'train').records)\n"
     )
@@ -179,7 +181,9 @@ def test_a_kill_leaves_whole_files_only(base, data_dir, records, tmp_path):
     assert done.returncode == -9
     cache = BackboneCache(tmp_path, *load_base(base))
     assert len(cache.missing(records)) == len(records) - 2
+    assert list(cache.folder.glob(".partial-*"))
     cache.fill(records)
+    assert not list(cache.folder.glob(".partial-*"))
     for record in records:
         assert cache.states(record).isfinite().all()
 
@@ -208,13 +212,79 @@ def test_two_processes_may_fill_one_cache_at_once(base, data_dir, records, tmp_p
     assert not list(cache.folder.glob(".partial-*"))
 
 
-def test_a_damaged_file_is_named(base, records, tmp_path):
+def _flip(file):
+    content = bytearray(file.read_bytes())
+    content[-400] ^= 1
+    file.write_bytes(content)
+
+
+def _rewrite(change):
+    def damage(file):
+        with safe_open(file, framework="pt") as content:
+            tensor, metadata = content.get_tensor("backbone_states"), content.metadata()
+        save_file({"backbone_states": change(tensor)}, file, metadata=metadata)
+
+    return damage
+
+
+def _with_nan(tensor):
+    tensor[3, 5] = torch.nan
+    return tensor
+
+
+DAMAGES = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:100]),
+    "empty": lambda file: file.write_bytes(b""),
+    "gone": lambda file: file.unlink(),
+    "one bit": _flip,
+    "NaN": _rewrite(_with_nan),
+    "whole numbers": _rewrite(lambda tensor: tensor.to(torch.int64)),
+    "half precision": _rewrite(lambda tensor: tensor.to(torch.bfloat16)),
+    "turned": _rewrite(lambda tensor: tensor.T.contiguous()),
+    "swapped rows": _rewrite(lambda tensor: tensor.flip(0)),
+    "without checksum": lambda file: save_file(load_file(file), file),
+    "another tensor": lambda file: save_file({"x": torch.zeros(1)}, file),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named(base, records, tmp_path, damage):
     cache = BackboneCache(tmp_path, *load_base(base))
     cache.fill(records[:1])
-    file = next(cache.folder.glob("*.safetensors"))
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(InputError, match=r"cannot be read.*delete it"):
+    [file] = cache.folder.glob("*.safetensors")
+    cache.states(records[0])
+    DAMAGES[damage](file)
+    with pytest.raises(InputError, match=r"cannot be read.*delete it") as caught:
         cache.states(records[0])
+    assert caught.value.where == str(file)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(base, records, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    cache = BackboneCache(tmp_path / "file", *load_base(base))
+    with pytest.raises(InputError, match=r"cannot be written.*training\.feature_cache"):
+        cache.fill(records)
+    assert (tmp_path / "file").read_text() == ""
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", "features")
+
+    monkeypatch.setattr("helpers.files.tempfile.mkdtemp", refuse)
+    with pytest.raises(InputError, match=r"Permission denied.*training\.feature_cache"):
+        BackboneCache(tmp_path / "cache", *load_base(base)).fill(records)
+
+
+def test_a_backbone_that_gives_nan_blames_the_image_before_anything_is_kept(
+    base, records, tmp_path
+):
+    model, processor = load_base(base)
+    cache = BackboneCache(tmp_path, model, processor)
+    with torch.no_grad():
+        model.vision_encoder.backbone.layers[1].mlp.fc1.bias[3] = torch.nan
+    with pytest.raises(InputError, match="NaN or infinity") as caught:
+        cache.fill(records[:1])
+    assert caught.value.where == str(records[0].path)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_nothing_to_keep_is_refused(base, data_dir, tmp_path):

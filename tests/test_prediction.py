@@ -191,6 +191,18 @@ def test_empty_prompts_are_refused(predictor, photo, prompt):
         predictor.predict(photo, prompt)
 
 
+@pytest.mark.parametrize("prompt", ["cr\udcffack", "\ud800", "ein Ri\udcdf"])
+def test_bytes_that_are_no_text_are_refused_in_one_line(predictor, photo, prompt):
+    with pytest.raises(InputError, match="not UTF-8") as caught:
+        predictor.predict(photo, ["crack", prompt])
+    str(caught.value).encode("utf-8")
+
+
+@pytest.mark.parametrize("prompt", ["a $x^$ b", "$$", "a\nb", "\U0001f9f1", "\x1b[31m", "%s {}"])
+def test_odd_text_is_asked_as_it_is(predictor, photo, prompt):
+    assert [one.prompt for one in predictor.predict(photo, prompt)] == [prompt]
+
+
 def test_long_prompt_is_refused(predictor, photo):
     with pytest.raises(InputError, match="42 tokens"):
         predictor.predict(photo, " ".join(["crack"] * 40))

@@ -220,7 +220,7 @@ def test_no_object_is_refused_unless_wanted(config, data_dir, tmp_path):
         f"{name}_split": without_objects(read_split(data_dir, folder))
         for name, folder in (("train", "train"), ("val", "valid"))
     }
-    with pytest.raises(InputError, match="row 1 of the cause catalogue"):
+    with pytest.raises(InputError, match="no object of 6 images reaches the loss"):
         train(config, output_dir=tmp_path / "run", **empty)
     assert not (tmp_path / "run").exists()
     result = train(config, output_dir=tmp_path / "run", allow_empty=True, **empty)

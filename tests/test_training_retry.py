@@ -133,7 +133,7 @@ def test_dry_run_names_the_next_setting_where_memory_ends(config, monkeypatch):
     everything = {
         "training.gradient_checkpointing": True,
         "data.num_negatives": 0,
-        "model.resolution": 28,
+        "model.resolution": 32,
         "training.gradient_accumulation_steps": 1,
     }
     assert dry_run(config.replace(everything))["next"] == []

@@ -328,9 +328,8 @@ def push(args):
 
 def load_model(args):
     """Return what ``--adapter``, ``--config``, ``--base`` and ``--profile`` describe, on its device."""
-    import torch
-
     from helpers.config import load_config
+    from helpers.model.sam3 import best_device
     from helpers.train.run import is_bare_adapter, load_run
 
     folder = args.adapter
@@ -347,8 +346,7 @@ def load_model(args):
     else:
         run = load_run(folder, base=args.base)
         model, processor, name = run.model, run.processor, str(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Loaded(model.to(device), processor, run, name)
+    return Loaded(model.to(best_device()), processor, run, name)
 
 
 def _base(args, adapter=None):

@@ -339,6 +339,12 @@ class PromptCollator:
 
     def tokenize(self, prompts):
         """Turn B prompts into ``input_ids`` and ``attention_mask``, int64 (B, 32); none is cut."""
+        for prompt in prompts:
+            if any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise InputError(
+                    f"the prompt {prompt!r} is no text: it holds bytes that are not UTF-8",
+                    fix="type the prompt in a terminal or file that uses UTF-8",
+                )
         tokens = self.processor.tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS)
         for prompt, ids in zip(prompts, tokens["input_ids"], strict=True):
             if len(ids) > MAX_TOKENS:

@@ -1,11 +1,9 @@
 """From model outputs to detections: scores, boxes in pixels, masks at the size of the image.
 
-The score of a query is ``sigmoid(query logit) * sigmoid(presence logit)``. Both factors are kept,
-because "no detection" has another cause when presence is low than when the queries are.
-
-One rule holds wherever a score meets a threshold: a detection counts from the threshold on
-(`reaches`), as in Meta's cgF1 evaluator. SAM3's own post-processing asks for more than the
-threshold; the two differ only for a score that equals it.
+The score of a query is its probability times that of presence. Both are kept, because "no
+detection" has another cause when presence is low than when the queries are. A detection counts
+from the threshold on (`reaches`), as in Meta's cgF1 evaluator, in prediction and in evaluation.
+SAM3's own post-processing asks for more than the threshold.
 """
 
 from __future__ import annotations
@@ -25,35 +23,17 @@ PIXELS_AT_ONCE = 2**24
 
 @dataclass(frozen=True)
 class RawPrediction:
-    """Everything the model said about one prompt on one image, before any threshold.
-
-    Attributes
-    ----------
-    image, prompt : str
-        What was looked at and asked for.
-    height, width : int
-        Size of the upright image in pixels.
-    query_logits : numpy.ndarray
-        (Q,) float32, clamped to [-12, 12] by the model.
-    presence_logit : float
-        Clamped to [-10, 10] by the model.
-    boxes_xyxy : numpy.ndarray
-        (Q, 4) float32 in pixels, not clipped to the image.
-    mask_logits : numpy.ndarray
-        (Q, h, w) float32 on the model's grid.
-    semantic_logits : numpy.ndarray
-        (h, w) float32, the map of all pixels that belong to the prompt.
-    """
+    """Everything the model said about one prompt on one image, before any threshold."""
 
     image: str
     prompt: str
-    height: int
+    height: int  # of the upright image, in pixels
     width: int
-    query_logits: np.ndarray
-    presence_logit: float
-    boxes_xyxy: np.ndarray
-    mask_logits: np.ndarray
-    semantic_logits: np.ndarray
+    query_logits: np.ndarray  # (Q,) float32, clamped to [-12, 12] by the model
+    presence_logit: float  # clamped to [-10, 10] by the model
+    boxes_xyxy: np.ndarray  # (Q, 4) float32 in pixels, not clipped to the image
+    mask_logits: np.ndarray  # (Q, h, w) float32 on the model's grid
+    semantic_logits: np.ndarray  # (h, w) float32, all pixels that belong to the prompt
 
     @property
     def query_prob(self):
@@ -110,27 +90,10 @@ def raw_predictions(outputs, described):
 
 
 def detect(raw, score_threshold, mask_threshold=0.5, max_detections=None):
-    """Keep the queries that reach a threshold and give them masks at the size of the image.
+    """Keep the queries that reach a score and give them masks at the size of the image.
 
-    Parameters
-    ----------
-    raw : RawPrediction
-    score_threshold : float
-        In [0, 1]; a query is kept from this score on.
-    mask_threshold : float
-        In [0, 1]; a pixel belongs to the mask if its probability is greater.
-    max_detections : int, optional
-        Keep at most the best this many.
-
-    Returns
-    -------
-    list of dict
-        See `Prediction.detections`. There is no suppression of duplicates, as in SAM3 itself.
-
-    Raises
-    ------
-    InputError
-        For a threshold that is no probability.
+    Both thresholds are in [0, 1]: a query is kept from its own on, a pixel above its own. Returns a
+    list as `Prediction.detections`, at most `max_detections`; duplicates stay, as in SAM3 itself.
     """
     check_probability(score_threshold, "score_threshold")
     check_probability(mask_threshold, "mask_threshold")
@@ -164,49 +127,29 @@ def masks_at_image_size(mask_logits, height, width, mask_threshold):
 
 
 def output_table(raws):
-    """Describe raw outputs by the numbers that a zero detection is diagnosed with.
+    """Describe `RawPrediction`s by the numbers that a zero detection is diagnosed with.
 
-    Parameters
-    ----------
-    raws : sequence of RawPrediction
-        May be empty.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per prediction: ``image_id``, ``prompt``, ``logit_min``, ``logit_median``,
-        ``logit_max`` (over the queries), ``presence_prob``, ``max_query_prob``, ``max_score``,
-        ``semantic_mean`` and ``semantic_max`` (probabilities over the pixels of the semantic map).
+    A data frame with one row each: ``logit_*`` over the queries, the probabilities of presence and
+    of the best query, their product, and ``semantic_*`` over the pixels of the semantic map.
     """
-    rows = []
-    for raw in raws:
-        semantic_prob = 1 / (1 + np.exp(-raw.semantic_logits.astype(np.float64)))
-        rows.append(
-            {
-                "image_id": raw.image,
-                "prompt": raw.prompt,
-                "logit_min": float(raw.query_logits.min()),
-                "logit_median": float(np.median(raw.query_logits)),
-                "logit_max": float(raw.query_logits.max()),
-                "presence_prob": raw.presence_prob,
-                "max_query_prob": raw.max_query_prob,
-                "max_score": raw.max_score,
-                "semantic_mean": float(semantic_prob.mean()),
-                "semantic_max": float(semantic_prob.max()),
-            }
-        )
-    return pd.DataFrame(rows, columns=_COLUMNS)
+    rows = [{name: number(raw) for name, number in _COLUMNS.items()} for raw in raws]
+    return pd.DataFrame(rows, columns=list(_COLUMNS))
 
 
-_COLUMNS = (
-    "image_id",
-    "prompt",
-    "logit_min",
-    "logit_median",
-    "logit_max",
-    "presence_prob",
-    "max_query_prob",
-    "max_score",
-    "semantic_mean",
-    "semantic_max",
-)
+def _semantic_prob(raw):
+    """(h, w) float64 in [0, 1]."""
+    return 1 / (1 + np.exp(-raw.semantic_logits.astype(np.float64)))
+
+
+_COLUMNS = {
+    "image_id": lambda raw: raw.image,
+    "prompt": lambda raw: raw.prompt,
+    "logit_min": lambda raw: float(raw.query_logits.min()),
+    "logit_median": lambda raw: float(np.median(raw.query_logits)),
+    "logit_max": lambda raw: float(raw.query_logits.max()),
+    "presence_prob": lambda raw: raw.presence_prob,
+    "max_query_prob": lambda raw: raw.max_query_prob,
+    "max_score": lambda raw: raw.max_score,
+    "semantic_mean": lambda raw: float(_semantic_prob(raw).mean()),
+    "semantic_max": lambda raw: float(_semantic_prob(raw).max()),
+}

@@ -31,27 +31,20 @@ _IMAGE_EPSILON = 1e-6
 def coco_ap(queries, iou_type="segm"):
     """Compute COCO average precision with faster-coco-eval, equal to pycocotools' numbers.
 
-    Every prompt is a category and ``image_id`` the picture, so a detection of an absent prompt
-    costs precision only when that prompt is present on another picture (COCO leaves out
-    categories without an object).
+    Every prompt is a category, so a detection of an absent prompt costs precision only when that
+    prompt is present on another picture (COCO leaves out categories without an object).
 
     Parameters
     ----------
     queries : list of Query or of dict
         With all scores, not only those above a threshold. The 100 best detections of each count.
     iou_type : {"segm", "bbox"}
-        Masks or boxes. Boxes that a query does not give are those around its masks.
 
     Returns
     -------
     dict
         ``AP`` (mean over IoU 0.50:0.95), ``AP50``, ``AP75``, in [0, 1]. When no query has an
         object they are None and a fourth key, ``reason``, says so.
-
-    Raises
-    ------
-    InputError
-        For another `iou_type`, a prompt that occurs twice on one picture, and an invalid query.
     """
     return _average_precisions(as_query_list(queries), (iou_type,))[0]
 
@@ -117,20 +110,23 @@ def _numbered(values):
 
 
 def _annotations(ids, rles, boxes_xyxy, last_id):
-    """Describe masks and boxes as COCO does: RLE, x y w h in pixels, area in pixels."""
-    if not rles:
-        return []
-    boxes_xywh, areas = coco_mask.toBbox(rles).tolist(), coco_mask.area(rles).tolist()
-    for index, box_xyxy in enumerate(boxes_xyxy or ()):
-        if box_xyxy is not None:
-            x0, y0, x1, y1 = (float(value) for value in box_xyxy)
-            boxes_xywh[index] = [x0, y0, x1 - x0, y1 - y0]
+    """Describe masks and boxes as COCO does: RLE and x y w h in pixels."""
+    boxes_xyxy = [None] * len(rles) if boxes_xyxy is None else boxes_xyxy
+    common = {**ids, "area": 1.0}  # of the range "all", the only one that is evaluated
     return [
-        {**ids, "id": number, "segmentation": rle, "bbox": box, "area": area}
-        for number, (rle, box, area) in enumerate(
-            zip(rles, boxes_xywh, areas, strict=True), start=last_id + 1
+        {**common, "id": number, "segmentation": rle, "bbox": _box_xywh(rle, box_xyxy)}
+        for number, (rle, box_xyxy) in enumerate(
+            zip(rles, boxes_xyxy, strict=True), start=last_id + 1
         )
     ]
+
+
+def _box_xywh(rle, box_xyxy):
+    """Return a box as x y w h, by default that around the mask."""
+    if box_xyxy is None:
+        return coco_mask.toBbox(rle).tolist()
+    x0, y0, x1, y1 = map(float, box_xyxy)
+    return [x0, y0, x1 - x0, y1 - y0]
 
 
 def cgf1(queries, score_threshold=0.5):
@@ -139,7 +135,7 @@ def cgf1(queries, score_threshold=0.5):
     Parameters
     ----------
     queries : list of Query or of dict
-        Those that are not exhaustive are skipped.
+        Those that are not exhaustive are skipped; InputError if none is left.
     score_threshold : float
         In [0, 1]; detections below it are ignored.
 
@@ -154,11 +150,6 @@ def cgf1(queries, score_threshold=0.5):
         These are the native numbers also where they have no meaning: without an absent or
         without a present prompt IL_MCC and cgF1 are 0, and positive_macro_F1 is -1 when no query
         has both objects and detections. `evaluate_queries` refuses to report them then.
-
-    Raises
-    ------
-    InputError
-        When no query is exhaustive, and for an invalid query or threshold.
 
     Notes
     -----
@@ -255,54 +246,32 @@ def _f1(hits, num_pred, num_gt):
 
 
 def union_iou(queries, score_threshold):
-    """Compute the IoU of all detected pixels with all true pixels.
+    """Compute the IoU in [0, 1] of all detected pixels with all true ones; None without a true one.
 
-    Parameters
-    ----------
-    queries : list of Query or of dict
-        Per query the masks are united; intersections and unions are then summed over all queries,
-        so pixels found for an absent prompt are wrong.
-    score_threshold : float
-        In [0, 1].
-
-    Returns
-    -------
-    float or None
-        In [0, 1]; None when no object has a pixel.
+    Masks are united per query and summed over queries: pixels of an absent prompt are wrong.
     """
     check_probability(score_threshold, "score_threshold")
     true = detected = either = 0
     for query in as_query_list(queries):
-        rles = query.rles(score_threshold)
-        true += _united_area(query.gt)
-        detected += _united_area(rles)
-        either += _united_area(query.gt + rles)
+        unions = [coco_mask.merge(rles) for rles in (query.gt, query.rles(score_threshold)) if rles]
+        if query.gt:
+            true += int(coco_mask.area(unions[0]))
+        if len(unions) > query.is_positive:
+            detected += int(coco_mask.area(unions[-1]))
+        if unions:
+            either += int(coco_mask.area(coco_mask.merge(unions)))
     return (true + detected - either) / either if true else None
 
 
-def _united_area(rles):
-    """Count the pixels of the union of masks."""
-    return int(coco_mask.area(coco_mask.merge(rles))) if rles else 0
-
-
 def threshold_sweep(queries, thresholds, iou_threshold=0.5):
-    """Count detections and compute precision and recall over score thresholds.
-
-    Parameters
-    ----------
-    queries : list of Query or of dict
-        All count: detections of absent prompts are wrong.
-    thresholds : sequence of float
-        Score thresholds in [0, 1].
-    iou_threshold : float
-        Mask IoU in (0, 1] from which a matched pair is a hit.
+    """Count detections and compute precision and recall over score thresholds in [0, 1].
 
     Returns
     -------
     pandas.DataFrame
-        One row per threshold: ``threshold``, ``count`` (detections), ``precision`` (NaN without
-        a detection), ``recall`` (NaN without an object), ``f1`` = 2 hits / (detections +
-        objects) (NaN without either).
+        One row per threshold: ``threshold``, ``count`` (detections, those of absent prompts too),
+        ``precision`` (NaN without a detection), ``recall`` (NaN without an object), ``f1`` = 2 hits /
+        (detections + objects) (NaN without either). A hit is a pair from `iou_threshold` on.
     """
     queries = as_query_list(queries)
     check_probability(iou_threshold, "iou_threshold")
@@ -331,13 +300,7 @@ def threshold_sweep(queries, thresholds, iou_threshold=0.5):
 
 
 def evaluate_queries(queries, score_threshold):
-    """Compute the numbers that a report shows.
-
-    Parameters
-    ----------
-    queries : list of Query or of dict
-    score_threshold : float
-        In [0, 1], for everything but AP.
+    """Compute the numbers that a report shows; `score_threshold` is for everything but AP.
 
     Returns
     -------

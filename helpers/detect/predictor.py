@@ -27,28 +27,16 @@ _TAKEN_OVER = ("image", "prompt", "height", "width", *PROBABILITIES)
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was detected for one prompt on one image.
-
-    Attributes
-    ----------
-    image, prompt : str
-        What was looked at and asked for.
-    height, width : int
-        Size of the upright image in pixels.
-    presence_prob, max_query_prob, max_score : float
-        In [0, 1]; over all queries, whatever the threshold.
-    detections : list of dict
-        ``score``, ``box_xyxy`` (pixels, inside the image) and ``mask_rle`` (COCO compressed, at
-        the size of the image), best first.
-    """
+    """What was detected for one prompt on one image."""
 
     image: str
     prompt: str
-    height: int
+    height: int  # of the upright image, in pixels
     width: int
-    presence_prob: float
+    presence_prob: float  # in [0, 1], as the next two: over all queries, whatever the threshold
     max_query_prob: float
     max_score: float
+    # Best first: dicts of score, box_xyxy (pixels, inside the image) and mask_rle (image size).
     detections: list
 
     def to_dict(self):
@@ -58,14 +46,9 @@ class Prediction:
 
 
 class Predictor:
-    """Ask a model for prompts on images.
+    """Ask a `PromptedSam3`, with or without adapter, for prompts on images.
 
-    Parameters
-    ----------
-    model : helpers.model.sam3.PromptedSam3 or peft.PeftModel
-        Used in eval mode, on the device it is on.
-    processor : transformers.Sam3Processor
-        Set to the model's resolution, as `helpers.model.sam3.load_base` returns it.
+    The model is used in eval mode where it is; the processor is set to its resolution.
     """
 
     def __init__(self, model, processor):
@@ -74,26 +57,9 @@ class Predictor:
 
     @torch.no_grad()
     def raw(self, image, prompts, name=None):
-        """Run the model on one image; the vision encoder runs once for all prompts.
+        """Run the model on one image; the vision encoder runs once for all P prompts.
 
-        Parameters
-        ----------
-        image : os.PathLike or PIL.Image.Image
-            A file is turned upright by its EXIF orientation.
-        prompts : str or sequence of str
-            P prompts.
-        name : str, optional
-            Kept as ``image``; by default the path.
-
-        Returns
-        -------
-        list of RawPrediction
-            In the order of the prompts.
-
-        Raises
-        ------
-        InputError
-            If the image cannot be read, or a prompt is empty or longer than 32 tokens.
+        Returns P `RawPrediction`, whose ``image`` is `name`, by default the path. A file is turned upright.
         """
         prompts = check_prompts(prompts)
         if isinstance(image, str | os.PathLike):
@@ -134,7 +100,7 @@ class Predictor:
         Raises
         ------
         InputError
-            See `raw` and `detect`.
+            For an image, prompt or threshold that cannot be used.
         """
         if threshold is None:
             threshold = PROMPTLESS_THRESHOLD if prompts is None else 0.3
@@ -165,21 +131,9 @@ def check_prompts(prompts):
 
 
 def raw_outputs(model, processor, records, prompts):
-    """Ask a model the same prompts on many images.
+    """Ask a model the same prompts, or those of each ``image_id`` in a dict, on many records.
 
-    Parameters
-    ----------
-    model : helpers.model.sam3.PromptedSam3 or peft.PeftModel
-    processor : transformers.Sam3Processor
-    records : sequence of helpers.data.records.ImageRecord
-        I images.
-    prompts : sequence of str or dict of str to sequence of str
-        The prompts of every image, or a dict from ``image_id`` to the prompts of that image.
-
-    Returns
-    -------
-    list of helpers.detect.detections.RawPrediction
-        One per image and prompt; ``image`` is the ``image_id``. An image without prompts has none.
+    Returns one `RawPrediction` per image and prompt; its ``image`` is the ``image_id``.
     """
     predictor = Predictor(model, processor)
     raws = []
@@ -191,20 +145,9 @@ def raw_outputs(model, processor, records, prompts):
 
 
 def untrained_prompts(prompts, trained):
-    """Name the prompts that an adapter never saw, with the closest it did see.
+    """Map each prompt that an adapter never saw to the closest of those it saw in training, or None.
 
-    Parameters
-    ----------
-    prompts : sequence of str
-        What is about to be asked.
-    trained : sequence of str
-        What was asked in training, positive or negative.
-
-    Returns
-    -------
-    dict of str to (str or None)
-        Untrained prompt to the closest trained one. Case and spaces make no difference, as they
-        make none to the tokenizer; a plural does.
+    Case and spaces make no difference, as they make none to the tokenizer; a plural does.
     """
     known = {_plain(prompt): prompt for prompt in trained}
     closest = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -30,61 +30,39 @@ _REQUIRED = ("image_id", "prompt", "height", "width", "gt", "pred")
 class Query:
     """One prompt on one picture: the objects it asks for, and the detections.
 
-    Attributes
-    ----------
-    image_id : hashable
-        The picture.
-    prompt : str
-    height, width : int
-        Size of the picture in pixels.
-    gt : list of dict
-        Masks of the objects as COCO compressed RLE; empty where the prompt is absent.
-    pred : list of dict
-        ``rle``, ``score`` in [0, 1] and optionally ``box_xyxy`` in pixels of each detection.
-    exhaustive : bool
-        False if the picture may show objects that are not in `gt`; cgF1 skips such queries.
-    gt_boxes_xyxy : list, optional
-        Boxes of `gt` in pixels; by default those around the masks.
-    presence_prob, max_query_prob, max_score : float, optional
-        What the model said about the prompt, whatever the threshold.
-
-    Raises
-    ------
-    InputError
-        For a mask that is no compressed RLE of the picture's size, a score that is no probability,
-        a box that is not four finite numbers, and numbers of boxes and objects that differ.
+    Raises InputError for a mask that is no compressed RLE of the picture's size, a score that is no
+    probability, a box that is not four finite numbers, and numbers of boxes and objects that differ.
     """
 
     image_id: object
     prompt: str
-    height: int
+    height: int  # of the picture, in pixels
     width: int
-    gt: list
-    pred: list
-    exhaustive: bool = True
-    gt_boxes_xyxy: list | None = None
-    presence_prob: float | None = None
+    gt: list  # masks of the objects, COCO compressed RLE; empty where the prompt is absent
+    pred: list  # dicts of rle, score in [0, 1] and optionally box_xyxy in pixels
+    exhaustive: bool = True  # False if the picture may show more objects; cgF1 skips these
+    gt_boxes_xyxy: list | None = None  # in pixels; by default those around the masks
+    presence_prob: float | None = None  # this and the next two whatever the threshold
     max_query_prob: float | None = None
     max_score: float | None = None
 
     def __post_init__(self):
         """Refuse what a metric would silently make a wrong number of."""
         where = f"{self.prompt!r} on image {self.image_id!r}"
-        for rle in self.gt:
-            self._check_rle(rle, where)
+        size = [self.height, self.width]
+        for rle in (*self.gt, *(detection.get("rle") for detection in self.pred)):
+            _check_rle(rle, size, where)
         for detection in self.pred:
-            self._check_rle(detection.get("rle"), where)
             check_probability(detection.get("score"), "score", where)
-            if detection.get("box_xyxy") is not None:
-                _check_box(detection["box_xyxy"], where)
+        boxes_xyxy = [detection.get("box_xyxy") for detection in self.pred]
+        _check_boxes([box_xyxy for box_xyxy in boxes_xyxy if box_xyxy is not None], where)
         if self.max_score is not None:
             check_probability(self.max_score, "max_score", where)
         if self.gt_boxes_xyxy is not None:
             if len(self.gt_boxes_xyxy) != len(self.gt):
                 message = f"{len(self.gt_boxes_xyxy)} gt_boxes_xyxy for {len(self.gt)} objects"
                 raise InputError(message, where=where)
-            for box_xyxy in self.gt_boxes_xyxy:
-                _check_box(box_xyxy, where)
+            _check_boxes(self.gt_boxes_xyxy, where)
 
     @classmethod
     def from_dict(cls, mapping):
@@ -122,24 +100,34 @@ class Query:
         """``max_score``, else the best detection's score, else 0."""
         return max(self.scores, default=0.0) if self.max_score is None else self.max_score
 
-    def _check_rle(self, rle, where):
-        """Refuse a mask that is not a compressed RLE of the picture's size."""
-        if not isinstance(rle, Mapping) or not isinstance(rle.get("counts"), str | bytes):
-            raise InputError(
-                "a mask is not a COCO compressed RLE",
-                where=where,
-                fix="encode it with pycocotools.mask.encode",
-            )
-        size = [self.height, self.width]
-        if list(rle.get("size", ())) != size:
-            message = f"a mask has size {rle.get('size')}, the picture has {size} (height, width)"
-            raise InputError(message, where=where)
+
+def _check_rle(rle, size, where):
+    """Refuse a mask that is not a compressed RLE of the picture's size."""
+    if not isinstance(rle, dict) or not isinstance(rle.get("counts"), str | bytes):
+        raise InputError(
+            "a mask is not a COCO compressed RLE",
+            where=where,
+            fix="encode it with pycocotools.mask.encode",
+        )
+    if list(rle.get("size", ())) != size:
+        message = f"a mask has size {rle.get('size')}, the picture has {size} (height, width)"
+        raise InputError(message, where=where)
 
 
-def _check_box(box_xyxy, where):
-    """Refuse a box that is not four finite numbers."""
-    if np.shape(box_xyxy) != (4,) or not np.isfinite(box_xyxy).all():
-        raise InputError(f"a box is {box_xyxy!r}", where=where, fix="give x0, y0, x1, y1 in pixels")
+def _check_boxes(boxes_xyxy, where):
+    """Refuse boxes that are not four finite numbers each."""
+    for box_xyxy in boxes_xyxy:
+        if np.shape(box_xyxy) != (4,) or not all(map(_is_finite, box_xyxy)):
+            fix = "give x0, y0, x1, y1 in pixels"
+            raise InputError(f"a box is {box_xyxy!r}", where=where, fix=fix)
+
+
+def _is_finite(value):
+    """True for a finite number."""
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False
 
 
 def as_query_list(queries):
@@ -160,25 +148,10 @@ def as_query_list(queries):
 def evaluation_dataset(
     split, processor, model, *, prompt=None, absent_prompts=(), backbone_cache=None
 ):
-    """Build the questions of an evaluation: every category and every absent noun on every image.
+    """Build the questions of an evaluation: a `PromptDataset` with the same ones in every epoch.
 
-    Parameters
-    ----------
-    split : helpers.data.records.Split
-    processor : transformers.Sam3Processor
-    model : helpers.model.sam3.PromptedSam3 or peft.PeftModel
-        For its resolution and grid.
-    prompt : str, optional
-        Replaces every category name.
-    absent_prompts : sequence of str
-        Nouns asked wherever the picture is not known to show them.
-    backbone_cache : helpers.model.cache.BackboneCache, optional
-        See `helpers.data.dataset.PromptDataset`.
-
-    Returns
-    -------
-    helpers.data.dataset.PromptDataset
-        The same questions in every epoch.
+    Every category of the split, or `prompt` in their place, is asked on every image, and every absent
+    noun wherever the picture is not known to show it. The model gives resolution and grid.
     """
     base = base_of(model)
     num_nouns = len(split.categories if prompt is None else (prompt,)) + len(absent_prompts)
@@ -208,32 +181,10 @@ def predict_split(
     batch_size=4,
     num_workers=0,
 ):
-    """Ask a model about every image of a split.
+    """Ask a model about every image of a split: list of `Query`, one per image and prompt.
 
-    Parameters
-    ----------
-    model : helpers.model.sam3.PromptedSam3 or peft.PeftModel
-        Put into eval mode.
-    processor : transformers.Sam3Processor
-    split : helpers.data.records.Split
-    prompt, absent_prompts
-        See `evaluation_dataset`.
-    mask_threshold : float
-        In [0, 1].
-    batch_size : int
-        Images at once.
-    num_workers : int
-        Processes that load images.
-
-    Returns
-    -------
-    list of Query
-        One per image and prompt.
-
-    Raises
-    ------
-    InputError
-        If an image cannot be read or nothing can be asked.
+    The model is put into eval mode; see `evaluation_dataset` for the prompts. InputError if an image
+    cannot be read or nothing can be asked.
     """
     dataset = evaluation_dataset(
         split, processor, model, prompt=prompt, absent_prompts=absent_prompts
@@ -271,25 +222,10 @@ def queries_from_outputs(outputs, questions, dataset, mask_threshold):
 
 
 def as_queries(predictions, records):
-    """Set predictions beside the annotated objects of their images.
+    """Set predictions on the files of some records beside their objects: list of `Query`.
 
     Every annotated object counts as what the prompt asked for, whatever its category: the question
-    is how much of what was marked is an object at all.
-
-    Parameters
-    ----------
-    predictions : sequence of helpers.detect.predictor.Prediction
-        Made on the files of `records`.
-    records : sequence of helpers.data.records.ImageRecord
-
-    Returns
-    -------
-    list of Query
-
-    Raises
-    ------
-    InputError
-        For a prediction on an image that no record names.
+    is how much of what was marked is an object at all. InputError for a file without record.
     """
     by_path = {str(record.path): record for record in records}
     queries = []
@@ -326,24 +262,12 @@ def _query(answer, detections, record, objects):
 def prompt_scores(queries, score_threshold):
     """Summarise the highest score of every query, by prompt and by whether it is present.
 
-    Parameters
-    ----------
-    queries : list of Query
-        As `predict_split` returns them.
-    score_threshold : float
-        In [0, 1].
-
     Returns
     -------
     pandas.DataFrame
         Index ``prompt`` and ``shown`` ("present" or "absent"), present ones first. Columns
         ``images``; the means ``presence``, ``max query`` and ``max score``, all in [0, 1]; and
-        ``reached``, the share of the images whose highest score is at least the threshold.
-
-    Raises
-    ------
-    InputError
-        For a threshold that is no probability or queries that are none.
+        ``reached``, the share of the images whose highest score reaches the threshold.
     """
     check_probability(score_threshold, "score_threshold")
     table = pd.DataFrame(

@@ -1,12 +1,8 @@
-"""Look at photographs of several thousand pixels tile by tile, and join what the tiles show.
+"""Detect on photographs of several thousand pixels tile by tile, and join the pieces.
 
-Two pieces are one object if they agree where both tiles saw it, and if that is not a small part of them.
-
-`supervision.InferenceSlicer` is not used, because it compares whole masks. On the four cracks of
-`tests/test_tiling.py`, two of them across seams, it leaves 13 detections at its default (IoU 0.5,
-suppression) and 8 when merging by intersection over the smaller mask at 0.5. At 0.1 to 0.2 it finds
-the four, at 0.05 it joins the two that only cross: the threshold that serves depends on the overlap
-and on how the objects lie.
+Two pieces are one object if they agree where both tiles saw it, and if that is not a small part of
+them. `supervision.InferenceSlicer` compares whole masks: of the four cracks of
+`tests/test_tiling.py` it makes 13 detections.
 """
 
 from __future__ import annotations
@@ -23,44 +19,25 @@ from scipy.sparse.csgraph import connected_components
 
 from helpers.data.images import open_upright
 from helpers.data.masks import mask_to_rle, rle_box_xyxy
-from helpers.detect.predictor import Prediction, check_prompts
+from helpers.detect.predictor import PROBABILITIES, Prediction, check_prompts
 from helpers.errors import InputError
 
 AGREEMENT = 0.5
 """Pixels of the smaller piece, in the part that two tiles share, that the other must have too."""
 LEAST_COMMON = 0.5
-"""Pixels of the smaller piece that both must have, in its pixels times the overlap.
+"""Minimum shared pixels, as a fraction of the smaller piece's area times the overlap.
 
-A straight object across a seam has about as large a share of its pixels in what the tiles share as
-the overlap is. Much less is a mask that runs over into a neighbour's end, and would join the two. On
-photographs laid together from nine pictures each, five of drawn cracks and five of masonry, this
-lifts F1 at an IoU of 0.5 from 0.44 to 0.65 and from 0.11 to 0.24.
+Less is a mask that runs over into a neighbour's end, and would join the two: on ten photographs laid
+together from nine pictures each this lifts F1 from 0.44 to 0.65 (cracks) and 0.11 to 0.24 (masonry).
 """
 
 
 def tile_boxes(width, height, tile, overlap):
-    """Cover an image with square tiles.
+    """Cover an image with square tiles: list of ``(x0, y0, x1, y1)`` in pixels, row by row.
 
-    Parameters
-    ----------
-    width, height : int
-        Size of the image in pixels.
-    tile : int
-        Side of a tile in pixels.
-    overlap : float
-        Share of its side, in [0, 1), that a tile has in common with the next one at least.
-
-    Returns
-    -------
-    list of tuple of int
-        ``(x0, y0, x1, y1)`` row by row. The last tile of a row or column ends with the image and
-        overlaps more, rather than being narrower. A side of the image that is no longer than a
-        tile is taken whole.
-
-    Raises
-    ------
-    InputError
-        If the tile or the overlap is impossible.
+    `overlap`, in [0, 1), is the least share of its side that a tile has in common with the next one.
+    The last tile of a row or column ends with the image and overlaps more. A side of the image that is
+    no longer than a tile is taken whole. InputError for an impossible tile or overlap.
     """
     if type(tile) is not int or tile < 1:
         raise InputError(f"the tile is {tile!r} pixels", fix="give a whole number such as 1008")
@@ -94,34 +71,24 @@ class _Piece:
 def predict_tiled(
     predictor, image, prompts, *, tile=1008, overlap=0.2, threshold=0.3, mask_threshold=0.5
 ):
-    """Detect prompts on a large image, tile by tile.
+    """Detect prompts on a large image, tile by tile: list of `Prediction` of the whole image.
 
     Parameters
     ----------
     predictor : helpers.detect.predictor.Predictor
         Asked once per tile for all prompts.
-    image : os.PathLike or PIL.Image.Image
-    prompts : str or sequence of str
-        P prompts.
     tile : int
         Side of a tile in pixels; 1008 shows every pixel to the full model.
     overlap : float
         In (0, 1), see `tile_boxes`. Objects are joined by what two tiles share, so it cannot be 0.
-    threshold, mask_threshold : float
-        In [0, 1], see `helpers.detect.predictor.Predictor.predict`.
+    image, prompts, threshold, mask_threshold
+        See `helpers.detect.predictor.Predictor.predict`.
 
-    Returns
-    -------
-    list of helpers.detect.predictor.Prediction
-        P, in the order of the prompts. Boxes and masks are those of the whole image. An object
-        across seams is one detection: the union of its pieces, with the best score of them, and
-        the box around its mask. ``presence_prob``, ``max_query_prob`` and ``max_score`` are the
-        highest of any tile. Detections of one tile are never joined with each other directly.
-
-    Raises
-    ------
-    InputError
-        If the image cannot be read, or tile, overlap or prompts are impossible.
+    Notes
+    -----
+    An object across seams is one detection: the union of its pieces, their best score, and the box
+    around its mask. Probabilities are the highest of any tile. Detections of one tile are never joined
+    with each other directly.
     """
     prompts = check_prompts(prompts)
     if not overlap > 0:
@@ -131,17 +98,18 @@ def predict_tiled(
     width, height = image.size
     answers = {prompt: [] for prompt in prompts}
     for box in tile_boxes(width, height, tile, overlap):
-        for found in predictor.predict(image.crop(box), prompts, threshold, mask_threshold):
-            answers[found.prompt].append((box, found))
+        for answer in predictor.predict(image.crop(box), prompts, threshold, mask_threshold):
+            answers[answer.prompt].append((box, answer))
     return [
         Prediction(
             image=name,
             prompt=prompt,
             height=height,
             width=width,
-            presence_prob=max(found.presence_prob for _, found in answers[prompt]),
-            max_query_prob=max(found.max_query_prob for _, found in answers[prompt]),
-            max_score=max(found.max_score for _, found in answers[prompt]),
+            **{
+                name: max(getattr(answer, name) for _, answer in answers[prompt])
+                for name in PROBABILITIES
+            },
             detections=_join(_pieces(answers[prompt]), height, width, LEAST_COMMON * overlap),
         )
         for prompt in prompts
@@ -151,9 +119,9 @@ def predict_tiled(
 def _pieces(answers):
     """Decode the detections of all tiles of one prompt; those without a pixel are left out."""
     pieces = [
-        _Piece(coco_mask.decode(one["mask_rle"]).astype(bool), one["score"], box)
-        for box, found in answers
-        for one in found.detections
+        _Piece(coco_mask.decode(item["mask_rle"]).astype(bool), item["score"], box)
+        for box, answer in answers
+        for item in answer.detections
     ]
     return [piece for piece in pieces if piece.mask.any()]
 
@@ -176,7 +144,7 @@ def _join(pieces, height, width, least):
         score = max(piece.score for piece in members)
         box_xyxy = list(rle_box_xyxy(rle))
         detections.append({"score": score, "box_xyxy": box_xyxy, "mask_rle": rle})
-    return sorted(detections, key=lambda one: -one["score"])
+    return sorted(detections, key=lambda item: -item["score"])
 
 
 def _agreeing_pairs(pieces, least):

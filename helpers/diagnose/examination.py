@@ -10,15 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-
 from helpers.config import load_config
 from helpers.data.dataset import PromptCollator, PromptDataset, load_dataset
 from helpers.detect.predictor import Predictor
 from helpers.errors import InputError
 from helpers.files import read_json, resolve
-from helpers.model.lora import read_adapter_weights
-from helpers.model.sam3 import base_dtype, load_base
+from helpers.model.lora import WEIGHTS_FILE, check_tensors, read_adapter_weights
+from helpers.model.sam3 import base_dtype, best_device, load_base
 from helpers.train import run as run_folder
 
 OK, FAILED, NOT_CHECKED = "ok", "failed", "not checked"
@@ -158,8 +156,7 @@ class Examination:
     @cached_property
     def device(self):
         """Where run and base compute: the accelerator if there is one."""
-        is_there = torch.accelerator.is_available()
-        return torch.accelerator.current_accelerator() if is_there else torch.device("cpu")
+        return best_device()
 
     @cached_property
     def loaded(self):
@@ -172,8 +169,7 @@ class Examination:
     def adapter_weights(self):
         """The tensors of the adapter file by name; InputError if a number in it is not finite."""
         weights = read_adapter_weights(self.files.folder)
-        if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
-            raise InputError("the adapter holds NaN or infinite numbers", where=self.folder)
+        check_tensors(weights, self.files.folder / WEIGHTS_FILE)
         return weights
 
     @cached_property

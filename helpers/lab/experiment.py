@@ -16,12 +16,11 @@ from helpers.config import load_config
 from helpers.data.coco import read_split
 from helpers.detect.metrics import coco_ap, evaluate_queries
 from helpers.detect.queries import predict_split
-from helpers.environment import device
 from helpers.errors import InputError
 from helpers.files import CONFIGS, DATA, ROOT, WALL_CRACKS, read_json
 from helpers.lab.spoil import read_split_wrong_keys
 from helpers.model.lora import COMPONENTS
-from helpers.model.sam3 import load_base
+from helpers.model.sam3 import best_device, load_base
 from helpers.train.training import train
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -221,7 +220,7 @@ def run_cell(cell, profile, data_dir, folder):
 
 def judge(model, processor, config, data_dir):
     """Measure `RESPONSES` of one model, asking for the category names, whatever was trained."""
-    model.to(device()["device"])
+    model.to(best_device())
     settings = config.evaluation
     queries = predict_split(
         model,

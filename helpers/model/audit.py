@@ -1,11 +1,4 @@
-"""How low and how high the frozen scoring head lets a query logit go.
-
-The logit of a query is the scaled dot product of a projection of its decoder state and one of the
-prompt. The decoder state comes out of a layer norm, so it lies in an ellipsoid, and an affine
-function of it has a lowest and a highest value there. LoRA on vision, text or DETR moves the state
-within the ellipsoid; as long as the norm, the projections and the prompt are frozen, no training
-can leave it.
-"""
+"""What an adapter consists of, what it does to prompts, and what no adapter can do to a logit."""
 
 from __future__ import annotations
 
@@ -15,27 +8,20 @@ import pandas as pd
 import torch
 
 from helpers.model.lora import COMPONENTS, component_of, lora_layers
-from helpers.model.prompted import SCORE_LOGIT_CLAMP
+from helpers.model.prompted import SCORE_LOGIT_CLAMP, base_of
 
 
 def adapter_report(model):
-    """Count and measure the LoRA of every component.
-
-    Parameters
-    ----------
-    model : peft.PeftModel
-        On any device, ``meta`` included. Call it between the backward pass and the step, or give
-        gradients a chance to exist, for `grad_norm` to be known.
+    """Count and measure the LoRA of every component of a `peft.PeftModel`, also on ``meta``.
 
     Returns
     -------
     pandas.DataFrame
         One row per component and a row ``total``; index ``component``. Columns: ``modules``
         (adapted linear layers), ``parameters`` (of A and B), ``share`` (of all parameters of the
-        model, the adapter included, as PEFT counts), ``grad_norm`` (Euclidean, of A and B
-        together; NaN where no gradient exists), ``B_norm`` (Euclidean; NaN on ``meta``) and
-        ``B_nonzero`` (share of modules whose B is not all zero; NaN without modules). B starts at
-        zero, so a module with B zero after training does nothing.
+        model, the adapter included), ``grad_norm`` (Euclidean, of A and B together; NaN before a
+        backward pass), ``B_norm`` (Euclidean; NaN on ``meta``) and ``B_nonzero`` (share of modules
+        whose B is not all zero). B starts at zero: a module whose B stays zero does nothing.
     """
     layers = lora_layers(model)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -74,21 +60,8 @@ def _norm(tensors):
 
 @torch.no_grad()
 def prompt_embeddings(model, processor, prompts):
-    """Return what the text encoder hands to the rest of SAM3, one vector per prompt.
-
-    Parameters
-    ----------
-    model : peft.PeftModel or helpers.model.sam3.PromptedSam3
-    processor : transformers.Sam3Processor
-    prompts : sequence of str
-        P prompts.
-
-    Returns
-    -------
-    torch.Tensor
-        (P, d), the mean over the tokens of a prompt, padding left out, on the CPU.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """Return the text encoder's mean over the tokens of each of P prompts: (P, d) on the CPU."""
+    base = base_of(model)
     tokens = processor(text=list(prompts), return_tensors="pt").to(base.device)
     features = base.text_states(tokens["input_ids"], tokens["attention_mask"])
     mask = tokens["attention_mask"][..., None].to(features)
@@ -96,14 +69,7 @@ def prompt_embeddings(model, processor, prompts):
 
 
 def prompt_embedding_change(model, processor, prompts):
-    """Compare the embeddings of prompts with the adapter switched on and off.
-
-    Parameters
-    ----------
-    model : peft.PeftModel
-        In eval mode.
-    processor : transformers.Sam3Processor
-    prompts : sequence of str
+    """Compare the embeddings of prompts with the adapter of a `peft.PeftModel` on and off.
 
     Returns
     -------
@@ -132,14 +98,7 @@ def prompt_embedding_change(model, processor, prompts):
 
 @torch.no_grad()
 def query_logit_bounds(model, processor, prompts):
-    """Compute the range of logits that each prompt can get.
-
-    Parameters
-    ----------
-    model : helpers.model.sam3.PromptedSam3 or peft.PeftModel
-        With LoRA on the text encoder the bounds are those of its present state.
-    processor : transformers.Sam3Processor
-    prompts : sequence of str
+    """Compute the range of logits that the frozen scoring head lets each prompt get.
 
     Returns
     -------
@@ -150,11 +109,12 @@ def query_logit_bounds(model, processor, prompts):
 
     Notes
     -----
-    With the norm's output ``gamma * n + beta``, where ``n`` has mean 0 and a length below
-    ``sqrt(d)``, and the logit ``a . h + b``: the extremes are
+    The logit is affine in the decoder state. The state comes out of a layer norm, so it lies in an
+    ellipsoid, and LoRA moves it only within: with the output ``gamma * n + beta``, where ``n`` has
+    mean 0 and a length below ``sqrt(d)``, and the logit ``a . h + b``, the extremes are
     ``a . beta + b -/+ sqrt(d) |v - mean(v)|`` with ``v = a * gamma``.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     base.eval()
     norm = base.detr_decoder.output_layer_norm
     head = copy(base.dot_product_scoring)

@@ -1,8 +1,7 @@
-"""What frozen encoders say, computed once: image features on disk, text features in memory.
+"""Outputs of frozen encoders, computed once: image features on disk, text features in memory.
 
-An encoder without an adapter gives the same output for the same input in every epoch. Of the vision
-encoder the output of the backbone is kept, not the feature pyramid of the neck: at full size 10.6 MB
-per image in bfloat16 in place of 56 MB, and the neck is 4 % of the work.
+Of the vision encoder the output of the backbone is kept, not the feature pyramid of the neck: at
+full size 10.6 MB per image in bfloat16 in place of 56 MB, and the neck is 4 % of the work.
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import zlib
 from importlib.metadata import version
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -23,30 +22,21 @@ from helpers.data.dataset import PromptCollator
 from helpers.data.images import load_pixels
 from helpers.errors import InputError
 from helpers.files import file_digest, resolve, staged_folder, write_json
+from helpers.model.lora import write_tensors
 
 TENSOR = "backbone_states"
+CHECKSUM = "crc32"
 _DESCRIPTION = "cache.json"
 _PROMPTS_AT_ONCE = 32
 
 
 class BackboneCache:
-    """Outputs of a frozen vision backbone, one memory-mapped file per image.
+    """Outputs of a frozen vision backbone without adapter, one memory-mapped file per image.
 
-    The folder of the files is named by all that decides their content besides the image: the
-    weights of the backbone and their type, the preprocessing and the version of transformers. The
-    files are named by the content of the image. So nothing stale is ever read, runs share the
-    files, and each is there completely or not at all, whoever is killed or writes beside.
-
-    Parameters
-    ----------
-    folder : os.PathLike
-        Of all caches, see `helpers.files.resolve`.
-    model : helpers.model.prompted.PromptedSam3
-        Its backbone runs where and in the type in which it is. It must have no adapter.
-    processor : transformers.Sam3Processor
-        Set to the model's resolution.
-    pictures : dict of pathlib.Path to helpers.data.images.Picture
-        Files whose digest is known; others are read.
+    The folder is named by all that decides its content besides the image: the weights of the backbone
+    and their type, the preprocessing and the version of transformers. The files are named by the
+    content of the image and hold a checksum. So nothing stale or damaged is ever read, runs share the
+    files, and each is there completely or not at all. Of `pictures` the digest is known.
     """
 
     def __init__(self, folder, model, processor, pictures=None):
@@ -60,56 +50,26 @@ class BackboneCache:
 
     @property
     def bytes_per_image(self):
-        """int: size of one file without its header of less than 200 bytes."""
+        """Size of one file without its header of some 200 bytes."""
         return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     def missing(self, records):
-        """List the images that are not in the cache.
-
-        Parameters
-        ----------
-        records : sequence of helpers.data.records.ImageRecord
-
-        Returns
-        -------
-        list of helpers.data.records.ImageRecord
-            One per content; equal images are listed once.
-
-        Raises
-        ------
-        InputError
-            If an image cannot be read.
-        """
-        found = {}
+        """List the images that are not in the cache, one per content."""
+        missing = {}
         for record in records:
             file = self._file_of(record)
             if not file.is_file():
-                found.setdefault(file, record)
-        return list(found.values())
+                missing.setdefault(file, record)
+        return list(missing.values())
 
     @torch.no_grad()
     def fill(self, records, *, batch_size=1, num_workers=0, progress=False):
-        """Run the backbone on the images that are missing, and write what it says.
+        """Run the backbone on the images that are missing, and write its output.
 
-        Of several processes each takes its share; all return when all are done.
-
-        Parameters
-        ----------
-        records : sequence of helpers.data.records.ImageRecord
-        batch_size : int
-            Images at once.
-        num_workers : int
-            Processes that load images.
-        progress : bool
-            True for a bar on stderr.
-
-        Raises
-        ------
-        InputError
-            If an image cannot be used, or the disk has no room: then before anything is computed.
+        Of several processes each takes its share; all return when all are done. InputError for an image
+        that cannot be used, and before anything is computed for a folder or disk that cannot take it.
         """
         missing = self.missing(records)
-        self._check_room(len(missing))
         processes = PartialState()
         processes.wait_for_everyone()  # all have seen the same list
         own = missing[processes.process_index :: processes.num_processes]
@@ -120,42 +80,51 @@ class BackboneCache:
             collate_fn=_load,
             generator=torch.Generator(),  # the global one gives LoRA its A, filled or not
         )
-        with staged_folder(self.folder) as staging:
-            write_json(staging / _DESCRIPTION, self._description())
-        with tqdm(total=len(own), desc="features", unit="image", disable=not progress) as bar:
-            for batch, pixel_values in loader:
-                states = self.model.backbone_states(pixel_values.to(self.model.device))
-                with staged_folder(self.folder) as staging:
-                    for record, one in zip(batch, states.to(self.dtype).cpu(), strict=True):
-                        save_file({TENSOR: one.clone()}, staging / self._file_of(record).name)
-                bar.update(len(batch))
+        try:
+            self._check_room(len(missing))
+            with staged_folder(self.folder) as staging:
+                write_json(staging / _DESCRIPTION, self._description())
+            with tqdm(total=len(own), desc="features", unit="image", disable=not progress) as bar:
+                for batch, pixel_values in loader:
+                    self._write(
+                        batch, self.model.backbone_states(pixel_values.to(self.model.device))
+                    )
+                    bar.update(len(batch))
+        except OSError as error:
+            raise InputError(
+                f"cannot be written ({error.strerror or error})",
+                where=self.folder,
+                fix="name a folder that can be written in training.feature_cache, or set it to null",
+            ) from error
         processes.wait_for_everyone()
 
+    def _write(self, records, states):
+        """Write the states (I, N, C) of I images."""
+        with staged_folder(self.folder) as staging:
+            for record, tensor in zip(records, states.to(self.dtype).cpu(), strict=True):
+                if not tensor.isfinite().all():
+                    raise InputError(
+                        "the backbone gives NaN or infinity for this image",
+                        where=record.path,
+                        fix="check the image, or load the base in float32 (mixed_precision: no)",
+                    )
+                file = staging / self._file_of(record).name
+                write_tensors(file, {TENSOR: tensor.clone()}, {CHECKSUM: _checksum(tensor)})
+
     def states(self, record):
-        """Read the backbone's output for an image.
-
-        Parameters
-        ----------
-        record : helpers.data.records.ImageRecord
-            One that `fill` has seen.
-
-        Returns
-        -------
-        torch.Tensor
-            (N, C), memory-mapped.
-
-        Raises
-        ------
-        InputError
-            If the file is missing, damaged or of another shape.
-        """
+        """Read the backbone's output (N, C) for an image; InputError names a missing or damaged file."""
         file = self._file_of(record)
         try:
-            states = load_file(file)[TENSOR]
-        except (OSError, SafetensorError, KeyError) as error:
+            with safe_open(file, framework="pt") as content:
+                states = content.get_tensor(TENSOR)
+                checksum = (content.metadata() or {}).get(CHECKSUM)
+        except (OSError, SafetensorError) as error:
             raise self._damaged(file, error) from error
-        if tuple(states.shape) != self.shape:
-            raise self._damaged(file, f"its shape is {tuple(states.shape)}, not {self.shape}")
+        kind = (tuple(states.shape), states.dtype)
+        if kind != (self.shape, self.dtype):
+            raise self._damaged(file, f"it holds {kind}, not {(self.shape, self.dtype)}")
+        if checksum != _checksum(states):
+            raise self._damaged(file, "its numbers are not those that were written")
         return states
 
     def _file_of(self, record):
@@ -194,34 +163,21 @@ class BackboneCache:
         return InputError(f"cannot be read ({reason})", where=file, fix="delete it and train again")
 
 
+def _checksum(tensor):
+    """Return the CRC-32 of a tensor's bytes as text."""
+    return str(zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data))
+
+
 @torch.no_grad()
 def text_states(model, processor, prompts):
-    """Run a frozen text encoder on prompts.
-
-    Parameters
-    ----------
-    model : helpers.model.prompted.PromptedSam3
-        Without an adapter on the text encoder.
-    processor : transformers.Sam3Processor
-    prompts : sequence of str
-
-    Returns
-    -------
-    dict of str to torch.Tensor
-        (T, D) per prompt, on the CPU; about 33 kB each at full size.
-
-    Raises
-    ------
-    InputError
-        If a prompt is longer than 32 tokens.
-    """
-    prompts, found = list(dict.fromkeys(prompts)), {}
+    """Run a frozen text encoder on prompts: a dict of (T, D) on the CPU, about 33 kB each."""
+    prompts, states = list(dict.fromkeys(prompts)), {}
     tokenize = PromptCollator(processor).tokenize
     for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
         chunk = prompts[start : start + _PROMPTS_AT_ONCE]
-        tokens = {name: one.to(model.device) for name, one in tokenize(chunk).items()}
-        found |= dict(zip(chunk, model.text_states(**tokens).cpu(), strict=True))
-    return found
+        tokens = {name: tensor.to(model.device) for name, tensor in tokenize(chunk).items()}
+        states |= dict(zip(chunk, model.text_states(**tokens).cpu(), strict=True))
+    return states
 
 
 def _key(backbone, processor, resolution):
@@ -231,6 +187,7 @@ def _key(backbone, processor, resolution):
         "image_processor": processor.image_processor.to_dict(),
         "config": backbone.config.to_dict(),
         "transformers": version("transformers"),
+        "format": 2,  # with a checksum
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode("utf-8"))
     for name, tensor in sorted(backbone.state_dict().items()):

@@ -1,32 +1,30 @@
-"""LoRA on SAM3 through PEFT: where it sits, and saving and loading it without silent gaps.
-
-The seed's flags and names are translated into the modules of the Hugging Face model. What they
-translate to is checked twice: before PEFT runs, against the model, and after, against what PEFT
-adapted.
-"""
+"""LoRA on SAM3 through PEFT: where it sits, and saving and loading it without silent gaps."""
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from copy import deepcopy
 from pathlib import Path
 
+import torch
 from peft import (
     LoraConfig,
     PeftConfig,
-    PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from helpers.errors import InputError
-from helpers.files import read_json, staged_folder, write_json
-from helpers.model.sam3 import base_fingerprint
+from helpers.files import file_digest, read_json, staged_folder, write_json
+from helpers.model.prompted import base_of
+from helpers.model.sam3 import base_fingerprint, is_lfs_pointer
 
 COMPONENTS = {
     "vision_encoder": ("vision_encoder",),
@@ -43,58 +41,23 @@ COMPONENTS = {
 SPELLINGS = {"out_proj": ("out_proj", "o_proj"), "o_proj": ("out_proj", "o_proj")}
 """The output projection is ``out_proj`` in the text tower and ``o_proj`` elsewhere."""
 
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+BASE_FILE = "base.json"
+MAX_SCALE = 1e4
+"""Largest alpha / rank that is taken for a setting rather than for damage; the usual is 1 or 2."""
+
+_PLAIN_CLASS = {
+    "base_model_class": "Sam3Model",
+    "parent_library": "transformers.models.sam3.modeling_sam3",
+}
+_NAME_A_RUN = "name the folder of a finished run"
+_RESTORE = "restore the file or train again"
+
 
 def enabled_components(lora):
     """List the components whose flag is true, in the order of `COMPONENTS`."""
     return [name for name in COMPONENTS if getattr(lora, f"apply_to_{name}")]
-
-
-def target_modules(model, lora):
-    """Find the linear layers that a configuration adapts.
-
-    Parameters
-    ----------
-    model : transformers.Sam3Model
-        On any device, ``meta`` included.
-    lora : helpers.config.LoraSection
-        ``target_modules`` and the ``apply_to_*`` flags are read.
-
-    Returns
-    -------
-    dict of str to list of str
-        Full module names for each enabled component.
-
-    Raises
-    ------
-    InputError
-        If a name matches no linear layer in any enabled component, or an enabled component has
-        no layer of any of the names. A name need not occur in *every* enabled component: the mask
-        decoder has no ``fc1``.
-    """
-    found, used = {}, set()
-    for component in enabled_components(lora):
-        found[component] = []
-        for name, module in model.named_modules():
-            targets = _targets_of(name, lora.target_modules)
-            if targets and isinstance(module, nn.Linear) and component_of(name) == component:
-                found[component].append(name)
-                used.update(targets)
-    listed = ", ".join(found)
-    for target in lora.target_modules:
-        if target not in used:
-            raise InputError(
-                f"'{target}' matches no linear layer in {listed or 'any component'}",
-                where="lora.target_modules",
-                fix=_closest_fix(model, found, target),
-            )
-    for component, names in found.items():
-        if not names:
-            raise InputError(
-                f"none of {', '.join(lora.target_modules)} occurs in {component}",
-                where=f"lora.apply_to_{component}",
-                fix="add a name that occurs there to lora.target_modules, or set the flag to false",
-            )
-    return found
 
 
 def component_of(module_name):
@@ -106,23 +69,39 @@ def component_of(module_name):
     return None
 
 
-def lora_layers(model):
-    """List the adapted layers of a model.
+def target_modules(model, lora):
+    """Map each enabled component to the full names of the linear layers that get LoRA.
 
-    Parameters
-    ----------
-    model : peft.PeftModel or helpers.model.sam3.PromptedSam3
-
-    Returns
-    -------
-    list of tuple
-        ``(name, layer)``; the name is that of the module in the base, without PEFT's prefix.
-        Empty for a base without adapter.
+    InputError for a name that occurs in no enabled component, and for a component without any.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return [
-        (name, module) for name, module in base.named_modules() if isinstance(module, LoraLayer)
-    ]
+    names, used = {component: [] for component in enabled_components(lora)}, set()
+    for name, module in model.named_modules():
+        targets = _targets_of(name, lora.target_modules)
+        if targets and isinstance(module, nn.Linear) and component_of(name) in names:
+            names[component_of(name)].append(name)
+            used.update(targets)
+    for target in lora.target_modules:
+        if target not in used:
+            listed = ", ".join(names) or "any component"
+            raise InputError(
+                f"'{target}' matches no linear layer in {listed}",
+                where="lora.target_modules",
+                fix=_closest_fix(model, names, target),
+            )
+    for component, modules in names.items():
+        if not modules:
+            raise InputError(
+                f"none of {', '.join(lora.target_modules)} occurs in {component}",
+                where=f"lora.apply_to_{component}",
+                fix="add a name that occurs there to lora.target_modules, or set the flag to false",
+            )
+    return names
+
+
+def lora_layers(model):
+    """List the adapted layers as (name without PEFT's prefix, layer); empty without adapter."""
+    modules = base_of(model).named_modules()
+    return [(name, module) for name, module in modules if isinstance(module, LoraLayer)]
 
 
 def _targets_of(module_name, targets):
@@ -132,17 +111,7 @@ def _targets_of(module_name, targets):
 
 
 def target_pattern(lora):
-    """Write names and components as the one regular expression that PEFT matches in full.
-
-    Parameters
-    ----------
-    lora : helpers.config.LoraSection
-
-    Returns
-    -------
-    str
-        Matches exactly the names that `target_modules` lists.
-    """
+    """Write the names that `target_modules` lists as one regular expression for PEFT."""
     names = dict.fromkeys(
         spelling for name in lora.target_modules for spelling in SPELLINGS.get(name, (name,))
     )
@@ -153,36 +122,14 @@ def target_pattern(lora):
     return "|".join([rf"({inside})\.(.*\.)?({last})", *whole])
 
 
-def _closest_fix(model, found, target):
-    """Say which linear layers the enabled components do have, or where the name occurs."""
-    elsewhere = sorted(
-        {
-            component_of(name)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and _targets_of(name, [target])
-        }
-        - {None}
-    )
+def _closest_fix(model, components, target):
+    """Say where the name occurs, or which linear layers the enabled components have."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    elsewhere = {component_of(name) for name in linear if _targets_of(name, [target])} - {None}
     if elsewhere:
-        return f"enable {' or '.join(elsewhere)}, where it occurs, or remove the name"
-    known = sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and component_of(name) in found
-        }
-    )
-    return f"use names of the Hugging Face model: {', '.join(known)}"
-
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-BASE_FILE = "base.json"
-
-_PLAIN_CLASS = {
-    "base_model_class": "Sam3Model",
-    "parent_library": "transformers.models.sam3.modeling_sam3",
-}
+        return f"enable {' or '.join(sorted(elsewhere))}, where it occurs, or remove the name"
+    known = {name.rpartition(".")[2] for name in linear if component_of(name) in components}
+    return f"use names of the Hugging Face model: {', '.join(sorted(known))}"
 
 
 def add_lora(model, lora):
@@ -204,13 +151,7 @@ def add_lora(model, lora):
     Raises
     ------
     InputError
-        See `target_modules`; also when a model already carries an adapter.
-
-    Warns
-    -----
-    UserWarning
-        With the geometry encoder enabled: text prompts never pass through it, so its LoRA gets no
-        gradient and stays zero.
+        When a name or a component matches nothing, or the model already carries an adapter.
     """
     if lora_layers(model):
         raise InputError("the model already carries LoRA", fix="load the base again")
@@ -220,8 +161,7 @@ def add_lora(model, lora):
             "its LoRA gets no gradient and stays zero",
             stacklevel=2,
         )
-    targets = target_modules(model, lora)
-    expected = {name for names in targets.values() for name in names}
+    expected = {name for names in target_modules(model, lora).values() for name in names}
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -232,10 +172,9 @@ def add_lora(model, lora):
     peft_model = _wrap(model, config)
     adapted = {name for name, _ in lora_layers(peft_model)}
     if adapted != expected:
-        differing = sorted(adapted ^ expected)
         raise InputError(
             f"PEFT adapted {len(adapted)} modules, expected {len(expected)}; the first that "
-            f"differs is {differing[0]}",
+            f"differs is {min(adapted ^ expected)}",
             where="lora.target_modules",
             fix="name linear layers only",
         )
@@ -243,96 +182,86 @@ def add_lora(model, lora):
 
 
 def save_adapter(model, folder, base_name, revision=None):
-    """Write an adapter that plain PEFT can load on a plain `Sam3Model`.
+    """Write an adapter that plain PEFT can load on a plain `Sam3Model`, completely or not at all.
 
-    Parameters
-    ----------
-    model : peft.PeftModel
-        From `add_lora` or `load_adapter`.
-    folder : os.PathLike
-        Gets ``adapter_model.safetensors``, ``adapter_config.json`` and ``base.json``, each
-        complete or not at all.
-    base_name : str
-        Name of the base as the config has it.
-    revision : str, optional
-        Its revision.
+    ``base.json`` holds what tells damage later: fingerprint of the base, rank, alpha, and SHA-256.
     """
-    adapter = model.active_adapters[0]
-    config = deepcopy(model.peft_config[adapter])
+    config = deepcopy(model.peft_config[model.active_adapters[0]])
     config.inference_mode = True
     config.base_model_name_or_path = str(base_name)
     config.revision = revision
+    base = base_of(model)
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    base = model.get_base_model()
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with staged_folder(folder) as staging:
         # PEFT would note our subclass here, which a plain PeftModel.from_pretrained cannot import.
         config.save_pretrained(staging, auto_mapping_dict=_PLAIN_CLASS)
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
-            staging / WEIGHTS_FILE,
-            metadata={"format": "pt"},
-        )
-        identity = {"name": str(base_name), "revision": revision, "resolution": base.resolution}
-        write_json(staging / BASE_FILE, identity | {"fingerprint": base_fingerprint(base)})
+        write_tensors(staging / WEIGHTS_FILE, weights)
+        identity = {
+            "name": str(base_name),
+            "revision": revision,
+            "resolution": base.resolution,
+            "fingerprint": base_fingerprint(base),
+            "r": config.r,
+            "lora_alpha": config.lora_alpha,
+            "weights_sha256": file_digest(staging / WEIGHTS_FILE),
+        }
+        write_json(staging / BASE_FILE, identity)
 
 
-def load_adapter(model, folder, *, is_trainable=False):
-    """Put a saved adapter on its base, completely or not at all.
+def write_tensors(path, tensors, metadata=None):
+    """Write a safetensors file; InputError if the disk is full."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:
+        raise InputError(
+            f"cannot be written ({error})",
+            where=path,
+            fix="make room on the disk, or name another folder",
+        ) from error
 
-    Parameters
-    ----------
-    model : helpers.model.sam3.PromptedSam3
-        The base, without LoRA; changed in place.
-    folder : os.PathLike
-        Written by `save_adapter` or by PEFT.
-    is_trainable : bool
-        True to train it on.
 
-    Returns
-    -------
-    peft.PeftModel
-        In eval mode unless trainable.
+def load_adapter(model, folder, *, lora=None, is_trainable=False):
+    """Put a saved adapter on its base, completely or not at all; in eval mode unless trainable.
 
-    Raises
-    ------
-    InputError
-        If the folder holds no adapter, a file is damaged, or the adapter was made for another
-        base: keys missing or unexpected, shapes or ranks that differ, or equal shapes with other
-        weights.
+    InputError, by file, key and value, if the folder holds no adapter, a file is damaged (NaN, whole
+    numbers, other bytes than were saved, rank or alpha other than `lora` of the run says), or the
+    adapter was made for another base: keys, shapes or the base's weights differ.
     """
     folder = Path(folder)
-    weights, config = _read_adapter(folder)
-    base_file = folder / BASE_FILE
-    if base_file.is_file():
-        made_for = read_json(base_file, fix="save the adapter again")
-        if made_for.get("fingerprint") != base_fingerprint(model):
-            raise _another_base(folder, made_for.get("name"), "the weights of this base differ")
-    config.inference_mode = not is_trainable
-    config.base_model_name_or_path = None  # not where the base lies, but where the writer had it
+    if not folder.is_dir():
+        raise InputError("no such folder", where=folder, fix=_NAME_A_RUN)
+    path = folder / CONFIG_FILE
+    content = read_json(path, fix=_NAME_A_RUN)
+    weights = read_adapter_weights(folder)
+    saved = {}
+    if (folder / BASE_FILE).is_file():
+        saved = read_json(folder / BASE_FILE, fix="save the adapter again")
+    expected = saved if lora is None else {"r": lora.rank, "lora_alpha": lora.alpha}
+    _check_config(content, expected, path)
+    if saved and saved.get("fingerprint") != base_fingerprint(model):
+        raise _another_base(folder, "the weights of this base differ", saved.get("name"))
     try:
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = not is_trainable
+        config.base_model_name_or_path = (
+            None  # not where the base lies, but where the writer had it
+        )
         peft_model = _wrap(model, config)
-    except (ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise _another_base(folder, None, str(error).splitlines()[0][:200]) from error
+    except Exception as error:  # PEFT raises what its many settings happen to break
+        raise _another_base(path, str(error).splitlines()[0][:200]) from error
     load_adapter_weights(peft_model, weights, folder)
+    if saved.get("weights_sha256") not in (None, file_digest(folder / WEIGHTS_FILE)):
+        raise InputError(
+            "its bytes are not those that were saved",
+            where=folder / WEIGHTS_FILE,
+            fix=f"{_RESTORE}; if you changed it on purpose, remove weights_sha256 from {BASE_FILE}",
+        )
     return peft_model.train() if is_trainable else peft_model.eval()
 
 
-def load_adapter_weights(model, weights, where):
-    """Copy adapter tensors into a model that has LoRA, refusing any that do not fit.
-
-    Parameters
-    ----------
-    model : peft.PeftModel
-    weights : dict of str to torch.Tensor
-        As `read_adapter_weights` returns them.
-    where : os.PathLike
-        For the message.
-
-    Raises
-    ------
-    InputError
-        If a key is missing or unexpected, or a shape differs.
-    """
+def load_adapter_weights(model, weights, folder):
+    """Copy the tensors of a folder into a model with LoRA, refusing any that do not fit."""
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     problems = []
     if missing := sorted(set(expected) - set(weights)):
@@ -345,37 +274,43 @@ def load_adapter_weights(model, weights, where):
             problems.append(f"{name} has shape {shapes}")
             break
     if problems:
-        raise _another_base(where, None, "; ".join(problems))
+        raise _another_base(folder, "; ".join(problems))
+    check_tensors(weights, Path(folder) / WEIGHTS_FILE)
     set_peft_model_state_dict(model, weights)
 
 
+def check_tensors(tensors, path):
+    """Refuse tensors that hold NaN, infinity or whole numbers, naming file, key and value."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(f"{name} holds {kind} numbers", where=path, fix=_RESTORE)
+        broken = ~torch.isfinite(tensor)
+        if broken.any():
+            value, count = tensor[broken][0].item(), int(broken.sum())
+            raise InputError(
+                f"{name} holds {value} in {count} of {tensor.numel()} places",
+                where=path,
+                fix="the training diverged or the file is damaged: train again with a lower "
+                "training.learning_rate, or restore the file",
+            )
+
+
 def read_adapter_weights(folder):
-    """Read the tensors of a saved adapter.
-
-    Parameters
-    ----------
-    folder : os.PathLike
-        Holds ``adapter_model.safetensors``.
-
-    Returns
-    -------
-    dict of str to torch.Tensor
-        On the CPU.
-
-    Raises
-    ------
-    InputError
-        If the file is missing or damaged.
-    """
+    """Read the tensors of ``adapter_model.safetensors`` onto the CPU, whatever their values."""
     path = Path(folder) / WEIGHTS_FILE
     if not path.is_file():
+        raise InputError(f"holds no {WEIGHTS_FILE}", where=folder, fix=_NAME_A_RUN)
+    if is_lfs_pointer(path):
         raise InputError(
-            f"holds no {WEIGHTS_FILE}", where=folder, fix="name the folder of a finished run"
+            "is a Git LFS pointer, not the weights",
+            where=path,
+            fix="run 'git lfs pull' in the repository it came from",
         )
     try:
         return load_file(path)
     except Exception as error:  # safetensors raises a class of its own for damaged files
-        raise InputError(f"is damaged ({error})", where=path, fix="train again") from error
+        raise InputError(f"is damaged ({error})", where=path, fix=_RESTORE) from error
 
 
 def _wrap(model, config):
@@ -385,22 +320,38 @@ def _wrap(model, config):
         return get_peft_model(model, config)
 
 
-def _read_adapter(folder):
-    """Read weights and PEFT configuration of a folder."""
-    if not folder.is_dir():
-        raise InputError("no such folder", where=folder, fix="name the folder of a finished run")
-    fix = "name the folder of a finished run"
-    content = read_json(folder / CONFIG_FILE, fix=fix)
+def _check_config(content, expected, path):
+    """Refuse an adapter_config.json that is no LoRA, damaged, or not the one of the training."""
+
+    def refuse(key, reason):
+        message = f"{key} is {str(content.get(key))[:100]}, {reason}"
+        raise InputError(message, where=path, fix=_RESTORE)
+
     if content.get("peft_type") != "LORA":
-        raise InputError(
-            f"is an adapter of type {content.get('peft_type')!r}, expected 'LORA'",
-            where=folder / CONFIG_FILE,
-            fix=fix,
-        )
-    return read_adapter_weights(folder), PeftConfig.from_pretrained(str(folder))
+        message = f"is an adapter of type {content.get('peft_type')!r}, expected 'LORA'"
+        raise InputError(message, where=path, fix=_NAME_A_RUN)
+    rank, alpha = content.get("r"), content.get("lora_alpha")
+    if type(rank) is not int or rank < 1:
+        refuse("r", "not a whole number from 1")
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        refuse("lora_alpha", "not a finite number")
+    if not 0 < alpha <= MAX_SCALE * rank:
+        refuse("lora_alpha", f"not between 0 and {MAX_SCALE:g} times r")
+    for key in ("r", "lora_alpha"):
+        if expected.get(key) not in (None, content[key]):
+            refuse(key, f"but the adapter was trained with {expected[key]:g}")
+    targets = content.get("target_modules")
+    try:
+        re.compile(targets if isinstance(targets, str) else "|".join(map(re.escape, targets)))
+    except (re.error, TypeError) as error:
+        refuse("target_modules", f"neither names nor a pattern ({error})")
+    layers = content.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int | None) else layers
+    if not isinstance(layers, list) or not all(isinstance(n, int | None) for n in layers):
+        refuse("layers_to_transform", "not whole numbers")
 
 
-def _another_base(where, name, reason):
+def _another_base(where, reason, name=None):
     """Build the one error for an adapter that does not belong to the base."""
     made_for = f" (it was made for {name})" if name else ""
     return InputError(

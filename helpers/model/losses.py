@@ -3,10 +3,8 @@
 A row is one image with one prompt. Queries that a Hungarian matching gives to an object learn
 box, mask and score; all other queries of a row *with* objects learn a low score; a row *without*
 objects teaches only the presence token (variant ``native``). The variant ``early`` is the loss of
-the script that this workbook is about: there rows without objects push every score down.
-
-Left out on purpose: the one-to-many branch (see `helpers.matching`), and the factor sqrt(B) that
-Meta's published training configs put on the total.
+the failing script: there rows without objects push every score down. Left out on purpose: the
+one-to-many branch, and the factor sqrt(B) of Meta's published configs.
 """
 
 from __future__ import annotations
@@ -33,17 +31,7 @@ EPSILON = 1e-6
 
 
 class Divisors(NamedTuple):
-    """What the sums of the loss terms are divided by.
-
-    Attributes
-    ----------
-    boxes : float
-        Of the box and mask terms.
-    rows : float
-        Of the score terms, beside the number of queries.
-    masked_rows : float
-        Of the semantic terms.
-    """
+    """Divisors of the sums: `boxes` of box and mask terms, `rows` of scores, `masked_rows` of semantics."""
 
     boxes: float
     rows: float
@@ -51,38 +39,16 @@ class Divisors(NamedTuple):
 
 
 def target_counts(targets):
-    """Count what the loss terms are means over.
-
-    Parameters
-    ----------
-    targets : list of dict
-        See `helpers.model.losses.sam3_losses`.
-
-    Returns
-    -------
-    list of float
-        Objects, rows, and rows with at least one cell of a mask.
-    """
+    """Count objects, rows, and rows with at least one cell of a mask: list of float."""
     num_boxes = sum(len(target["boxes_cxcywh"]) for target in targets)
     num_masked = sum(bool(target["masks"].any()) for target in targets)
     return [float(num_boxes), float(len(targets)), float(num_masked)]
 
 
 def loss_divisors(counts, num_parts=1):
-    """Turn counts into divisors.
+    """Turn counts, summed over the `num_parts` batches of an optimiser step, into `Divisors`.
 
-    Parameters
-    ----------
-    counts : sequence of float
-        From `target_counts`, summed over all parts of an optimiser step.
-    num_parts : int
-        Batches whose losses are averaged: those that are accumulated, on all devices.
-
-    Returns
-    -------
-    Divisors
-        The mean of the parts' losses is then the loss of one batch with all rows, however objects
-        and rows are spread. No objects count as one object.
+    The mean of the parts' losses is then the loss of one batch with all rows. No object counts as one.
     """
     boxes, rows, masked_rows = counts
     divisors = max(boxes, 1.0), rows, masked_rows + EPSILON
@@ -90,26 +56,9 @@ def loss_divisors(counts, num_parts=1):
 
 
 def box_terms(pred_boxes_cxcywh, targets, matches, num_boxes):
-    """Compute L1 and GIoU of the matched boxes, and the IoU of each pair.
+    """Compute L1 and GIoU loss of the matched boxes, and the IoU (pairs,) of each, without gradient.
 
-    Parameters
-    ----------
-    pred_boxes_cxcywh : torch.Tensor
-        (B, Q, 4) in [0, 1].
-    targets : list of dict
-        See `helpers.model.losses.sam3_losses`.
-    matches : list of tuple of torch.Tensor
-        See `helpers.model.matching.hungarian_match`.
-    num_boxes : float
-        Denominator.
-
-    Returns
-    -------
-    terms : dict of str to torch.Tensor
-        ``loss_bbox``, the sum over pairs and coordinates of absolute difference, and ``loss_giou``,
-        the sum of 1 - GIoU, both divided by `num_boxes`.
-    ious : torch.Tensor
-        (pairs,) in [0, 1], without gradient, in the order of the rows.
+    Both are sums over the pairs, divided by `num_boxes`.
     """
     device = pred_boxes_cxcywh.device
     predicted = torch.cat([pred_boxes_cxcywh[b, q] for b, (q, _) in enumerate(matches)]).float()
@@ -127,31 +76,12 @@ def box_terms(pred_boxes_cxcywh, targets, matches, num_boxes):
 
 
 def score_terms(pred_logits, presence_logits, targets, matches, ious, variant, num_rows):
-    """Compute the loss of the query scores and of the presence token.
+    """Compute ``loss_ce`` of the query scores (B, Q) and ``presence_loss`` of the presence (B, 1).
 
-    Parameters
-    ----------
-    pred_logits : torch.Tensor
-        (B, Q).
-    presence_logits : torch.Tensor
-        (B, 1).
-    targets, matches : list
-        See `helpers.model.losses.sam3_losses`.
-    ious : torch.Tensor
-        (pairs,) IoU of the matched boxes, from `box_terms`.
-    variant : {"native", "early"}
-        ``native``: matched ``10 BCE(z, t)``, others ``p^2 BCE(z, 0)`` with p^2 differentiated;
-        rows without objects count as zeros in the mean over B * max(Q, 200). ``early``: matched
-        ``0.5 BCE(z, t)``, others ``BCE(z, 0)``, divided by B * Q + 1e-6, all rows alike, and no
-        presence loss. In both ``t = max(0.01, p^0.25 IoU^0.75)`` without gradient.
-    num_rows : float
-        Taken for B in the divisors.
-
-    Returns
-    -------
-    dict of str to torch.Tensor
-        ``loss_ce`` and ``presence_loss``; the latter is ``0.5 BCE`` averaged over all rows
-        (in ``early`` a constant 0). A row is present if an object has width and height.
+    ``native``: matched ``10 BCE(z, t)``, others ``p^2 BCE(z, 0)``; rows without objects count as zeros
+    in the mean over B * max(Q, 200); presence is ``0.5 BCE`` averaged over all rows. ``early``: matched
+    ``0.5 BCE(z, t)``, others ``BCE(z, 0)``, divided by B * Q + 1e-6, all rows alike, no presence loss.
+    In both ``t = max(0.01, p^0.25 IoU^0.75)`` without gradient, and `num_rows` is B.
     """
     logits = pred_logits.float()
     prob = logits.sigmoid()
@@ -184,21 +114,8 @@ def score_terms(pred_logits, presence_logits, targets, matches, ious, variant, n
 def mask_terms(pred_masks, targets, matches, num_boxes):
     """Compute focal and dice loss of the matched masks, at the size of the targets.
 
-    Parameters
-    ----------
-    pred_masks : torch.Tensor
-        (B, Q, h, w) logits; only matched ones are brought to the targets' size.
-    targets, matches : list
-        See `helpers.model.losses.sam3_losses`.
-    num_boxes : float
-        Denominator.
-
-    Returns
-    -------
-    dict of str to torch.Tensor
-        ``loss_mask``: focal loss (alpha 0.25, gamma 2) averaged over pixels; ``loss_dice``:
-        1 - (2 sum(p y) + 1) / (sum p + sum y + 1); both summed over the pairs whose mask is
-        valid and divided by `num_boxes`.
+    Focal loss is averaged over pixels, dice is 1 - (2 sum(p y) + 1) / (sum p + sum y + 1); both are
+    summed over the pairs whose mask is valid and divided by `num_boxes`.
     """
     nothing = pred_masks[:0].float().sum()
     loss_mask, loss_dice = [nothing], [nothing]
@@ -219,23 +136,7 @@ def mask_terms(pred_masks, targets, matches, num_boxes):
 
 
 def semantic_terms(semantic_logits, targets, num_rows=None):
-    """Compute focal and dice loss of the semantic map against the union of a row's masks.
-
-    Parameters
-    ----------
-    semantic_logits : torch.Tensor
-        (B, 1, h, w), brought to the size of each row's masks.
-    targets : list of dict
-        See `helpers.model.losses.sam3_losses`.
-    num_rows : float, optional
-        Divisor; by default the number of rows whose union is not empty, plus 1e-6.
-
-    Returns
-    -------
-    dict of str to torch.Tensor
-        ``loss_semantic_seg`` (alpha 0.6, gamma 2) and ``loss_semantic_dice``, summed over the
-        rows whose union is not empty and divided by `num_rows`; 0 without such a row.
-    """
+    """Compute focal and dice loss of the (B, 1, h, w) map against the unions of masks; empty ones skip."""
     nothing = semantic_logits[:0].float().sum()
     focal, dice = [nothing], [nothing]
     for row, target in enumerate(targets):
@@ -310,18 +211,15 @@ def sam3_losses(outputs, targets, variant="native", *, divisors=None):
         n may be 0; H, W may differ from h, w and between rows.
     variant : {"native", "early"}
         Meta's published setting, or that of the failing script.
-    divisors : helpers.model.losses.Divisors, optional
+    divisors : Divisors, optional
         By default those of this batch. A trainer passes those of a whole optimiser step.
 
     Returns
     -------
     dict of str to torch.Tensor
-        Scalars, float32: the unweighted terms ``loss_ce``, ``presence_loss``, ``loss_bbox``,
-        ``loss_giou``, ``loss_mask``, ``loss_dice``, ``loss_semantic_seg``,
-        ``loss_semantic_dice`` of the final layer; for ``native`` also ``aux0.loss_ce`` and so on
-        (ce, presence, bbox, giou of each earlier layer); and ``total``, `weighted_sum` of them
-        all with ``WEIGHTS[variant]``. ``total`` can always be differentiated, also when no row
-        has an object.
+        Float32 scalars: the unweighted terms of `WEIGHTS` of the final layer; for ``native`` also
+        ``aux0.loss_ce`` and so on (ce, presence, bbox, giou of each earlier layer); and ``total``,
+        which can always be differentiated, also when no row has an object.
 
     Raises
     ------
@@ -331,8 +229,7 @@ def sam3_losses(outputs, targets, variant="native", *, divisors=None):
 
     Notes
     -----
-    Forms and constants are those of facebookresearch/sam3 at 99d02f2,
-    ``sam3/train/loss/loss_fns.py``. Everything is computed in float32.
+    Source: facebookresearch/sam3 at 99d02f2, ``sam3/train/loss/loss_fns.py``.
     """
     _check(outputs, targets, variant)
     if divisors is None:
@@ -351,20 +248,7 @@ def sam3_losses(outputs, targets, variant="native", *, divisors=None):
 
 
 def weighted_sum(terms, weights):
-    """Add up loss terms, each times the weight of its name.
-
-    Parameters
-    ----------
-    terms : dict of str to torch.Tensor
-        Terms as `sam3_losses` returns them. ``aux0.loss_ce`` takes the weight of ``loss_ce``.
-    weights : dict of str to float
-        Weight by name; a term without a weight is left out.
-
-    Returns
-    -------
-    torch.Tensor
-        Scalar.
-    """
+    """Add up terms times the weight of their name; ``aux0.loss_ce`` takes that of ``loss_ce``."""
     weighted = [
         weights[name.rpartition(".")[2]] * value
         for name, value in terms.items()

@@ -1,10 +1,7 @@
 """One-to-one assignment of queries to objects, as SAM3 does it in training.
 
-For every row of the batch (one image with one prompt) each object gets the one query that is
-cheapest for it in a combined cost of classification, box distance and box overlap. These are the
-numbers of Meta's ``BinaryHungarianMatcherV2``. SAM3's second matcher, the one-to-many assignment
-(several queries per object, on duplicated queries), is left out: the Hugging Face model has no
-such branch.
+These are the numbers of Meta's ``BinaryHungarianMatcherV2``. SAM3's one-to-many assignment (several
+queries per object, on duplicated queries) is left out: the Hugging Face model has no such branch.
 """
 
 from __future__ import annotations
@@ -72,26 +69,10 @@ def hungarian_match(outputs, targets):
 
 
 def matching_cost(pred_logits, pred_boxes_cxcywh, target_boxes_cxcywh):
-    """Compute the cost of giving each query to each object of one row.
+    """Compute the cost of giving each of Q queries to each of n objects: (Q, n) float32.
 
-    Parameters
-    ----------
-    pred_logits : torch.Tensor
-        (Q,) logits.
-    pred_boxes_cxcywh : torch.Tensor
-        (Q, 4) boxes in [0, 1].
-    target_boxes_cxcywh : torch.Tensor
-        (n, 4) boxes in [0, 1].
-
-    Returns
-    -------
-    torch.Tensor
-        (Q, n) float32 costs; lower is better, may be negative.
-
-    Notes
-    -----
     Classification is the focal cost of DETR-like matchers, positive part minus negative part,
-    ``-a (1-p)^g log p + (1-a) p^g log(1-p)`` with a = 0.25 and g = 2.
+    ``-a (1-p)^g log p + (1-a) p^g log(1-p)`` with a = 0.25 and g = 2. Boxes are in [0, 1].
     """
     logits = pred_logits.float()
     predicted, target = pred_boxes_cxcywh.float(), target_boxes_cxcywh.float()

@@ -1,4 +1,4 @@
-"""Run a model on a collated batch, a bounded number of prompts at a time."""
+"""SAM3 with several prompts per image and all decoder layers, some prompts at a time."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from transformers.models.sam3.modeling_sam3 import (
 
 
 class Float32Positions(Sam3SinePositionEmbedding):
-    """The position codes of the feature maps, always computed in float32.
+    """The position codes of the feature maps, always in float32; all images share one.
 
-    The port computes them in the type of the map. In bfloat16 a code of the map of 72 x 72 cells is
-    then off by up to 0.034, where rounding the exact one would cost 0.002
-    (`tests/test_precision.py`). All images share one code, so one is kept.
+    The port computes them in the type of the map: in bfloat16 a code of 72 x 72 cells is off by up to
+    0.034, where rounding the exact one would cost 0.002 (`tests/test_precision.py`).
     """
 
     def forward(self, shape, device, dtype, mask=None):
@@ -33,19 +32,7 @@ class Float32Positions(Sam3SinePositionEmbedding):
 
 
 def embeds_of_states(vision_encoder, backbone_states):
-    """Run the neck on what the backbone said.
-
-    Parameters
-    ----------
-    vision_encoder : transformers.Sam3VisionModel
-    backbone_states : torch.Tensor
-        (I, N, C) for the N patches of square images, row by row.
-
-    Returns
-    -------
-    Sam3VisionEncoderOutput
-        As ``vision_encoder`` returns it for the images.
-    """
+    """Run the neck on backbone states (I, N, C) of square images: the output of the encoder."""
     num_images, num_patches, _ = backbone_states.shape
     side = round(num_patches**0.5)
     spatial = backbone_states.view(num_images, side, side, -1).permute(0, 3, 1, 2)
@@ -58,26 +45,9 @@ def embeds_of_states(vision_encoder, backbone_states):
 
 
 def repeat_vision_embeds(vision_embeds, image_index, num_prompts):
-    """Give every prompt the features of its image.
+    """Give each of B prompts the feature maps of its image.
 
-    Parameters
-    ----------
-    vision_embeds : Sam3VisionEncoderOutput
-        Features of I images.
-    image_index : torch.Tensor or None
-        (B,) int64 in [0, I). None pairs image i with prompt i, or one image with all prompts.
-    num_prompts : int
-        B.
-
-    Returns
-    -------
-    Sam3VisionEncoderOutput
-        With feature maps of B rows.
-
-    Raises
-    ------
-    ValueError
-        When the index does not fit the images and prompts.
+    `image_index` is (B,) int64 in [0, I); None pairs image i with prompt i, or one image with all.
     """
     features = vision_embeds.fpn_hidden_states
     num_images = len(features[0])
@@ -114,32 +84,21 @@ PRESENCE_LOGIT_CLAMP = 10.0
 class PromptedSam3Output(Sam3ImageSegmentationOutput):
     """`Sam3ImageSegmentationOutput` with the names that `helpers.model.losses.sam3_losses` reads.
 
-    Attributes
-    ----------
-    pred_boxes_cxcywh : torch.Tensor
-        (B, Q, 4) boxes of the last decoder layer, centre and size as fractions of the image.
-    semantic_logits : torch.Tensor
-        (B, 1, h, w), the same tensor as ``semantic_seg``.
-    aux : list of dict
-        ``pred_logits`` (B, Q), ``pred_boxes_cxcywh`` (B, Q, 4) and ``presence_logits`` (B, 1) of
-        every decoder layer but the last, first layer first.
+    ``aux`` holds ``pred_logits`` (B, Q), ``pred_boxes_cxcywh`` (B, Q, 4) and ``presence_logits``
+    (B, 1) of every decoder layer but the last, first layer first.
     """
 
-    pred_boxes_cxcywh: torch.Tensor | None = None
-    semantic_logits: torch.Tensor | None = None
+    pred_boxes_cxcywh: torch.Tensor | None = None  # (B, Q, 4) of the last layer, in [0, 1]
+    semantic_logits: torch.Tensor | None = None  # (B, 1, h, w), the same as semantic_seg
     aux: list | None = None
 
 
 class PromptedSam3(Sam3Model):
     """A `Sam3Model` that takes I images with B prompts and returns every decoder layer.
 
-    Parameters, modules and checkpoint keys are those of `Sam3Model`, so the weights of one load
-    into the other.
-
-    Loaded in bfloat16, the two encoders are kept in it, 96 % of the parameters of the full model,
-    and their matrix products and those of the rest run in it through autocast, which the model
-    switches on by itself. The rest stays in float32: a box in bfloat16 is rounded to 1/256 of the
-    image, 4 of 1008 pixels.
+    Parameters, modules and checkpoint keys are those of `Sam3Model`. Loaded in bfloat16, the two
+    encoders are kept in it, 96 % of the parameters of the full model, and matrix products run in it
+    through autocast. The rest stays in float32: a box in bfloat16 is rounded to 1/256 of the image.
     """
 
     _keep_in_fp32_modules_strict = (
@@ -175,46 +134,18 @@ class PromptedSam3(Sam3Model):
         return int(self.config.vision_config.image_size)
 
     def precision(self):
-        """Return the context in which the model computes: bfloat16 where the encoders are kept in it.
-
-        Returns
-        -------
-        contextlib.AbstractContextManager
-            Leaves an autocast that is on already as it is.
-        """
+        """Return the context of a pass: bfloat16 autocast where the encoders are kept in it."""
         if self.vision_encoder.dtype != torch.bfloat16:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def backbone_states(self, pixel_values):
-        """Run the vision backbone, the expensive part of a pass.
-
-        Parameters
-        ----------
-        pixel_values : torch.Tensor
-            (I, 3, S, S) images as the processor makes them.
-
-        Returns
-        -------
-        torch.Tensor
-            (I, N, C) for N patches, row by row. `forward` takes them in place of the images.
-        """
+        """Run the vision backbone on (I, 3, S, S) images: (I, N, C) for N patches, row by row."""
         with self.precision():
             return self.vision_encoder.backbone(pixel_values).last_hidden_state
 
     def text_states(self, input_ids, attention_mask):
-        """Run the text encoder and its projection.
-
-        Parameters
-        ----------
-        input_ids, attention_mask : torch.Tensor
-            (B, T) tokens of the prompts.
-
-        Returns
-        -------
-        torch.Tensor
-            (B, T, D). `forward` takes them in place of ``input_ids``.
-        """
+        """Run the text encoder and its projection on (B, T) tokens: (B, T, D)."""
         with self.precision():
             tokens = {"input_ids": input_ids, "attention_mask": attention_mask}
             return self.get_text_features(**tokens).pooler_output
@@ -234,19 +165,15 @@ class PromptedSam3(Sam3Model):
 
         Parameters
         ----------
-        pixel_values : torch.Tensor, optional
-            (I, 3, S, S) images as the processor makes them; or one of the next two.
-        vision_embeds : Sam3VisionEncoderOutput, optional
-            From the method of this name for the I images.
-        input_ids, attention_mask : torch.Tensor
-            (B, T) tokens of the prompts. The mask is required: without it the padding would be
-            read as part of the prompt and change every score.
+        pixel_values, vision_embeds, backbone_states : optional
+            One of: images (I, 3, S, S) as the processor makes them, the feature pyramids of I images,
+            or the output of their backbone (I, N, C).
+        input_ids, text_states : torch.Tensor, optional
+            One of: tokens (B, T) of the prompts, or their states (B, T, D).
+        attention_mask : torch.Tensor
+            (B, T). Required: without it the padding would be read as part of the prompt.
         image_index : torch.Tensor, optional
             (B,) int64, the image of each prompt. Without it I must equal B, or be 1.
-        backbone_states : torch.Tensor, optional
-            (I, N, C) from the method of this name; the neck is run on them.
-        text_states : torch.Tensor, optional
-            (B, T, D) from the method of this name, in place of `input_ids`.
         **kwargs
             Passed on to `Sam3Model.forward` (for example ``input_boxes``).
 
@@ -256,11 +183,6 @@ class PromptedSam3(Sam3Model):
             Rows are prompts. ``pred_masks`` (B, Q, h, w), ``pred_boxes`` (B, Q, 4) xyxy in [0, 1],
             ``pred_logits`` (B, Q), ``presence_logits`` (B, 1), ``semantic_logits`` (B, 1, h, w),
             and the fields of `PromptedSam3Output`.
-
-        Raises
-        ------
-        ValueError
-            Without `attention_mask`, or with images and prompts that cannot be paired.
         """
         if attention_mask is None:
             raise ValueError(
@@ -286,23 +208,7 @@ class PromptedSam3(Sam3Model):
         )
 
     def vision_embeds(self, pixel_values=None, backbone_states=None):
-        """Return the feature pyramids of I images or of their backbone states.
-
-        Parameters
-        ----------
-        pixel_values, backbone_states : torch.Tensor, optional
-            One of the two, see `forward`.
-
-        Returns
-        -------
-        Sam3VisionEncoderOutput
-            `forward` takes it in place of the images.
-
-        Raises
-        ------
-        ValueError
-            Without either.
-        """
+        """Return the feature pyramids of I images, or of their backbone states."""
         with self.precision():
             if backbone_states is not None:
                 return embeds_of_states(self.vision_encoder, backbone_states)
@@ -314,9 +220,7 @@ class PromptedSam3(Sam3Model):
     def _capture_decoder(self):
         """Collect what the decoder and its heads return inside `Sam3Model.forward`.
 
-        Capturing rather than computing again keeps the dropout of the scoring head the same for
-        the last layer and the others. The box head is called once per layer inside the decoder
-        and then once for all layers; the last call is kept.
+        Computing again would draw another dropout. The last call of the box head is that of all layers.
         """
         captured = {}
         modules = {
@@ -338,18 +242,7 @@ class PromptedSam3(Sam3Model):
 
 
 def loss_inputs(outputs):
-    """Pick what `helpers.model.losses.sam3_losses` reads out of the outputs, in float32.
-
-    Parameters
-    ----------
-    outputs : PromptedSam3Output
-
-    Returns
-    -------
-    dict
-        ``pred_logits``, ``pred_boxes_cxcywh``, ``presence_logits``, ``pred_masks``,
-        ``semantic_logits`` and ``aux``.
-    """
+    """Pick what `sam3_losses` reads out of the outputs, in float32: a dict of tensors and ``aux``."""
     names = ("pred_logits", "pred_boxes_cxcywh", "presence_logits")
     final, *aux = [
         {name: layer[name].float() for name in names} for layer in (outputs, *outputs["aux"])
@@ -363,11 +256,6 @@ def checkpoint_activations(model):
 
     The library checkpoints the layers of the two encoders. Those of the DETR are as large, once
     per prompt.
-
-    Parameters
-    ----------
-    model : PromptedSam3
-        Trades time for memory from now on.
     """
     if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
         model.activation_checkpointing_enable(
@@ -422,24 +310,10 @@ def model_inputs(batch, device):
 
 
 def outputs_by_rows(model, batch, device, autocast=nullcontext):
-    """Run a batch in parts; the vision encoder runs once per image all the same.
+    """Run a batch of `PromptCollator` in parts of at most `ROWS_AT_ONCE` of its B rows.
 
-    Parameters
-    ----------
-    model : helpers.model.sam3.PromptedSam3 or peft.PeftModel
-    batch : dict
-        From `helpers.data.dataset.PromptCollator`, B rows.
-    device : torch.device
-        Where the model is.
-    autocast : callable
-        Returns the context in which the model runs.
-
-    Yields
-    ------
-    rows : slice
-        Which of the B rows.
-    outputs : helpers.model.sam3.PromptedSam3Output
-        Of at most `ROWS_AT_ONCE` rows.
+    Yields slices of the rows and their `PromptedSam3Output`. The vision encoder runs once per
+    image all the same; `autocast` returns the context in which the model runs.
     """
     inputs = model_inputs(batch, device)
     num_rows = len(inputs["attention_mask"])

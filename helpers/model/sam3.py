@@ -6,36 +6,20 @@ import hashlib
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import Sam3Config, Sam3Processor
 
 from helpers.errors import InputError
 from helpers.files import ROOT, resolve
-from helpers.model.prompted import PromptedSam3
+from helpers.model.prompted import PromptedSam3, base_of
 
 _MODEL_TYPES = ("sam3", "sam3_video")
 _NUM_FINGERPRINT_TENSORS = 12
+_LFS_HEADER = b"version https://git-lfs"
 
 
 def base_config(name_or_path, revision=None):
-    """Read the configuration of a SAM3 base, without its weights.
-
-    Parameters
-    ----------
-    name_or_path : str or pathlib.Path
-        See `load_base`.
-    revision : str, optional
-        Branch, tag or commit on the hub.
-
-    Returns
-    -------
-    transformers.Sam3Config
-        ``image_size`` is the base's own resolution.
-
-    Raises
-    ------
-    InputError
-        When the folder is missing or holds no SAM3, or when the hub refuses access.
-    """
+    """Read a base's `Sam3Config` without its weights; ``image_size`` is its own resolution."""
     options = {} if revision is None else {"revision": revision}
     config = _load_part(_locate(name_or_path), Sam3Config, options)
     if config.model_type not in _MODEL_TYPES:
@@ -48,56 +32,34 @@ def base_config(name_or_path, revision=None):
 
 
 def newest_revision(name_or_path):
-    """Return the commit that a name on the hub stands for at this moment.
-
-    Parameters
-    ----------
-    name_or_path : str or pathlib.Path
-        See `load_base`.
-
-    Returns
-    -------
-    str or None
-        None for a folder.
-
-    Raises
-    ------
-    InputError
-        See `base_config`.
-    """
+    """Return the commit that a name on the hub stands for at this moment; None for a folder."""
     return getattr(base_config(name_or_path), "_commit_hash", None)
 
 
 def base_dtype(mixed_precision):
-    """Return the type in which a frozen base is kept.
+    """Return the type in which a frozen base is kept: bfloat16 for ``bf16``, else float32.
 
-    Parameters
-    ----------
-    mixed_precision : {"bf16", "fp16", "no"}
-        ``training.mixed_precision`` of a config.
-
-    Returns
-    -------
-    torch.dtype
-        bfloat16 for ``bf16``. float32 otherwise: the range of float16 is too small for weights and
-        activations that were trained in bfloat16, so ``fp16`` uses it in single operations only.
+    The range of float16 is too small for activations of a base that was trained in bfloat16.
     """
     return torch.bfloat16 if mixed_precision == "bf16" else torch.float32
 
 
+def best_device():
+    """Return the device that training takes, CUDA, MPS, XPU or the CPU: accelerate's choice."""
+    return PartialState().device
+
+
 def load_base(name_or_path, revision=None, dtype=None, resolution=None):
-    """Load a SAM3 base and its processor, in eval mode.
+    """Load a SAM3 base and its processor, in eval mode, completely or not at all.
 
     Parameters
     ----------
     name_or_path : str or pathlib.Path
-        A folder, absolute, or relative to the working directory or the repository; or a name on
-        the Hugging Face hub such as ``facebook/sam3``.
+        A folder, see `helpers.files.resolve`, or a name on the hub such as ``facebook/sam3``.
     revision : str, optional
         Branch, tag or commit on the hub.
     dtype : torch.dtype, optional
-        Type of the weights, float32 by default; bfloat16 is that of the two encoders only, see
-        `helpers.model.prompted.PromptedSam3`.
+        Type of the weights, float32 by default; bfloat16 is that of the two encoders only.
     resolution : int, optional
         Side of the square input in pixels, the base's own by default; a multiple of its patch.
 
@@ -110,8 +72,7 @@ def load_base(name_or_path, revision=None, dtype=None, resolution=None):
     Raises
     ------
     InputError
-        When the folder is missing or holds no SAM3, when the hub refuses access, or when a weight
-        is missing, unexpected or of another shape: a base is loaded completely or not at all.
+        When the folder holds no SAM3, the hub refuses access, or a weight does not fit.
     """
     source = _locate(name_or_path)
     options = {} if revision is None else {"revision": revision}
@@ -131,23 +92,10 @@ def load_base(name_or_path, revision=None, dtype=None, resolution=None):
 
 
 def base_fingerprint(model):
-    """Return 16 hex digits that tell two bases of equal shape apart.
-
-    The names and shapes of all tensors and the bfloat16 values of a dozen of them go in; an
-    adapter's own tensors do not, so the fingerprint is the same before and after `add_lora`.
-
-    Parameters
-    ----------
-    model : PromptedSam3 or peft.PeftModel
-
-    Returns
-    -------
-    str
-    """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """Hash names, shapes and some bfloat16 values of a base, with or without adapter: 16 hex digits."""
     tensors = {
         name.replace(".base_layer.", "."): tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in base_of(model).state_dict().items()
         if ".lora_" not in name
     }
     names = sorted(tensors)
@@ -156,6 +104,12 @@ def base_fingerprint(model):
         values = tensors[name].detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def is_lfs_pointer(path):
+    """Return True for the text that git leaves in place of a file that Git LFS keeps."""
+    with Path(path).open("rb") as file:
+        return file.read(len(_LFS_HEADER)) == _LFS_HEADER
 
 
 def _locate(name_or_path):
@@ -187,6 +141,13 @@ def _load_part(source, cls, options):
         return cls.from_pretrained(source, **options)
     except Exception as error:  # damaged files raise classes of five libraries
         if Path(source).is_dir():
+            for path in sorted(Path(source).glob("*.safetensors")):
+                if is_lfs_pointer(path):
+                    raise InputError(
+                        "is a Git LFS pointer, not the weights",
+                        where=path,
+                        fix="run 'git lfs pull' in the repository it came from",
+                    ) from error
             raise InputError(
                 f"cannot load {cls.__name__}: {_first_line(error)}",
                 where=source,

@@ -212,7 +212,11 @@ def load_run(folder, base=None, dtype=None):
         dtype=dtype or base_dtype(files.config.training.mixed_precision),
         resolution=settings.resolution,
     )
-    return RunResult(**vars(files), model=load_adapter(model, files.folder), processor=processor)
+    return RunResult(
+        **vars(files),
+        model=load_adapter(model, files.folder, lora=files.config.lora),
+        processor=processor,
+    )
 
 
 def is_bare_adapter(folder):

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Sam3Model
 
 from helpers.data.coco import read_split
-from helpers.detect.detections import masks_at_image_size
+from helpers.detect.detections import masks_at_image_size, reaches
 from helpers.detect.predictor import GENERIC_PROMPT, Predictor
 from helpers.errors import InputError, printable
 from helpers.files import WALL_CRACKS, read_json, resolve, staged_folder, write_json, write_text
@@ -488,7 +488,7 @@ def compare(expected, actual, score_threshold, mask_threshold, margin=0.0):
         for name in ("query_logits", "presence_logit", "mask_logits"):
             logits.append(float(np.abs(getattr(first, name) - getattr(second, name)).max()))
         scores.append(float(np.abs(first.scores - second.scores).max()))
-        detected, detected_too = (raw.scores > score_threshold for raw in (first, second))
+        detected, detected_too = (reaches(raw.scores, score_threshold) for raw in (first, second))
         far = np.abs(first.scores - score_threshold) > margin
         num_changed += int(((detected != detected_too) & far).sum())
         num_detections += int(detected.sum())

@@ -376,7 +376,7 @@ class Failing(TrainerCallback):
 )
 def test_full_memory_says_what_to_change(config, tmp_path, error):
     with pytest.raises(
-        InputError, match=r"out of memory at step 1.*checkpointing.*batch_size.*helpers plan"
+        InputError, match=r"out of memory at step 1.*checkpointing.*batch_size.*train --dry-run"
     ):
         train(config, output_dir=tmp_path / "run", callbacks=[Failing(error)])
 

@@ -616,7 +616,7 @@ def test_resuming_from_a_run_of_another_base_is_refused(capfd, run, base, config
         ("lora.target_modules=[qkv]", "qkv"),
         (f"model.resolution={RESOLUTION + 1}", "resolution"),
         ("model.name=data/no_such_base", "no such folder"),
-        ("data.train_split=training", "training"),
+        ("data.train_split=holdout", "holdout"),
     ],
 )
 def test_train_refuses_bad_settings_and_writes_nothing(capfd, config_file, tmp_path, setting, part):

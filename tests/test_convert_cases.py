@@ -514,7 +514,7 @@ def test_the_folder_of_labelme_images_may_be_another(tmp_path, folder):
     )
 
 
-@pytest.mark.parametrize("stated", ["..\\images\\a.png", "C:\\photos\\a.png", "/home/x/a.png"])
+@pytest.mark.parametrize("stated", ["..\\images\\a.png", "C:\\photos\\a.png", "/srv/x/a.png"])
 def test_an_image_that_moved_beside_its_file_is_told(tmp_path, stated):
     write_image(tmp_path / "src" / "a.png")
     write(tmp_path / "src" / "a.json", labelme(stated, polygon()))

@@ -150,8 +150,9 @@ def test_regularisation_limits(tmp_path, walls, settings, causes):
 
 
 def write_log(run, rates):
-    rows = [f"{step},{rate}" for step, rate in enumerate(rates, start=1)]
-    (run / CURVES_FILE).write_text("\n".join(["step,learning_rate", *rows]) + "\n")
+    rows = [f"{step},{step / 4},1.0,1.0,{rate}" for step, rate in enumerate(rates, start=1)]
+    header = "step,epoch,loss,eval_loss,learning_rate"
+    (run / CURVES_FILE).write_text("\n".join([header, *rows]) + "\n")
 
 
 def log_causes(run, tiny_sam3):

@@ -43,9 +43,20 @@ def records(tmp_path):
         {"step": 4, "epoch": 2.0, "eval_loss": 1.0, "eval_cgF1": 0.1},
     ]
     pd.DataFrame(log).to_csv(tmp_path / "curves.csv", index=False)
-    (tmp_path / "prompts.json").write_text("{}")
+    prompts = {"prompts": {"crack": 3}, "negatives": {}, "negatives_per_image": 0}
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     (tmp_path / "adapter_report.csv").write_text(REPORT.format(vision=MOVED, text=MOVED))
-    metrics = {"steps": 4, "epochs": 2.0, "best_step": 2, "valid": {}}
+    metrics = {
+        "steps": 4,
+        "epochs": 2.0,
+        "best_step": 2,
+        "selected_by": "cgF1",
+        "valid": {},
+        "train_loss": {"first": total, "last": total},
+        "valid_loss": {"first": 3.0, "last": 1.0},
+        "objects": {"train": 3},
+        "notes": [],
+    }
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     return tmp_path
 

@@ -376,7 +376,7 @@ class Failing(TrainerCallback):
 )
 def test_full_memory_says_what_to_change(config, tmp_path, error):
     with pytest.raises(
-        InputError, match=r"out of memory at step 1.*checkpointing.*batch_size.*helpers plan"
+        InputError, match=r"out of memory at step 1.*checkpointing.*batch_size.*train --dry-run"
     ):
         train(config, output_dir=tmp_path / "run", callbacks=[Failing(error)])
 
@@ -450,7 +450,7 @@ def test_the_commit_of_a_base_on_the_hub_is_recorded_and_kept(
         training.train(config, output_dir=tmp_path / "run", callbacks=[stopping])
     assert {revision for name, revision in asked if name == "PromptedSam3"} == {commit}
     asked.clear()
-    monkeypatch.setattr(training, "newest_revision", lambda name: "another")
+    monkeypatch.setattr(sam3, "newest_revision", lambda name: "another")
     result = training.train(config, output_dir=tmp_path / "run", resume=True)
     assert {revision for name, revision in asked if name == "PromptedSam3"} == {commit}
     assert result.config.model.revision == commit

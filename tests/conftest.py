@@ -29,6 +29,7 @@ class NotebooksApart(LoadFileScheduling):
         return nodeid if nodeid.startswith(NOTEBOOK_TESTS) else super()._split_scope(nodeid)
 
 
+@pytest.hookimpl(optionalhook=True)  # unknown with `-p no:xdist`
 def pytest_xdist_make_scheduler(config, log):
     return NotebooksApart(config, log)
 

@@ -201,30 +201,6 @@ def test_the_table_of_the_readme_is_that_of_the_experiment():
     assert table == rows
 
 
-def package_lines():
-    """Return the number of files, lines and lines of docstrings of the package."""
-    files = sorted((ROOT / "helpers").rglob("*.py"))
-    lines = docstrings = 0
-    for path in files:
-        source = path.read_text(encoding="utf-8")
-        lines += len(source.splitlines())
-        for node in ast.walk(ast.parse(source)):
-            kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-            if isinstance(node, kinds) and ast.get_docstring(node) is not None:
-                docstrings += node.body[0].end_lineno - node.body[0].lineno + 1
-    return len(files), lines, docstrings
-
-
-def test_the_package_stays_small(capsys):
-    files, lines, docstrings = package_lines()
-    share = docstrings / lines
-    with capsys.disabled():
-        print(f"\nhelpers: {lines} lines in {files} files, {share:.1%} of them docstrings")
-    assert lines <= 14_000
-    assert files <= 75
-    assert share <= 0.2
-
-
 def imports_of(path):
     if path.suffix == ".ipynb":
         cells = nbformat.read(path, as_version=4).cells

@@ -1,9 +1,8 @@
 """Stop a training run as soon as a known fault shows, before GPU hours are spent on it.
 
 Each guard has a key in the config section ``guards`` and watches what the loss really sees. The
-numbers of all batches of an optimiser step are looked at once, before the step changes a weight,
-and summed over the processes first: all of them stop together, at the same step. Nothing is
-computed that training does not compute anyway, and no random number is drawn.
+numbers of all batches of an optimiser step are summed over the processes and looked at once, before
+the step changes a weight: all processes stop at the same step. No random number is drawn.
 """
 
 from __future__ import annotations
@@ -52,13 +51,13 @@ class GuardStop(InputError):
 class Guards(TrainerCallback):
     """Watch a training run and raise `GuardStop` before an optimiser step, in all processes.
 
-    `helpers.train.trainer.Sam3Trainer` shows every batch (`are_finite`, `observe`). `queries` is
-    the training data as `count_objects` counts it: how often objects and absent prompts are to be
-    expected. `allow_empty` switches `OFF_IF_EMPTY` off.
+    The trainer shows every batch (`are_finite`, `observe`). `queries` is the training data as
+    `count_objects` counts it: how often objects and absent prompts are to be expected. Each method
+    named after a key returns a cause and a sentence where its guard has to stop the run, else None.
     """
 
     def __init__(self, config, queries, *, allow_empty=False):
-        self.variant = config.loss.variant
+        self.weights = losses.WEIGHTS[config.loss.variant]
         off = OFF_IF_EMPTY if allow_empty else ()
         active = [key for key, on in config.guards if on and key not in off]
         self.active = sorted(active, key=lambda key: key != "not_finite")  # the others compare
@@ -68,8 +67,7 @@ class Guards(TrainerCallback):
             "absent": _images_until_seen((by_image.min() == 0).mean(), len(by_image)),
         }
         self._batches = []
-        self._window = deque(maxlen=WINDOW)
-        self._with_objects = deque(maxlen=WINDOW)
+        self._window, self._with_objects = deque(maxlen=WINDOW), deque(maxlen=WINDOW)
         self._seen = {"images": 0, "objects": 0, "absent": 0}
         self._learned_steps = self._overflows = 0
         self._first_share = None
@@ -84,7 +82,7 @@ class Guards(TrainerCallback):
         return bool(torch.stack(sums).isfinite().all())
 
     def observe(self, inputs, total, terms, share_at_clamp):
-        """Take note of a batch: weighted loss, unweighted terms and share of logits at their clamps.
+        """Note the weighted loss of a batch, its unweighted terms and its share of clamped logits.
 
         Nothing is judged and nothing waits for the GPU here.
         """
@@ -98,16 +96,16 @@ class Guards(TrainerCallback):
             "masks": torch.stack([target["mask_valid"].sum() for target in targets]).sum(),
             "total": total,
             "share_at_clamp": share_at_clamp,
-            "box_terms": _sum_of(terms, "loss_bbox", "loss_giou"),
-            "mask_terms": _sum_of(terms, "loss_mask", "loss_dice"),
+            # Of the last layer; a batch that could not be matched has none.
+            "box_terms": terms.get("loss_bbox", 0) + terms.get("loss_giou", 0),
+            "mask_terms": terms.get("loss_mask", 0) + terms.get("loss_dice", 0),
         }
+        numbers |= dict.fromkeys(self.weights, 0.0)
         # A batch without objects has a single term: that is no dominance.
-        weights = losses.WEIGHTS[self.variant]
-        numbers |= dict.fromkeys(weights, 0.0)
         for name, value in terms.items() if numbers["objects"] else ():
             term = name.rpartition(".")[2]
-            if term in weights:
-                numbers[term] = numbers[term] + weights[term] * value.detach()
+            if term in self.weights:
+                numbers[term] = numbers[term] + self.weights[term] * value.detach()
         image_ids = sorted({query["image_id"] for query in inputs["queries"]})
         values = [torch.as_tensor(value, device=total.device) for value in numbers.values()]
         self._batches.append((image_ids, torch.stack([v.detach().float() for v in values])))
@@ -132,27 +130,25 @@ class Guards(TrainerCallback):
         sums = reduce(sums, "sum").tolist()
         step = dict(zip([*self._names, "overflow", "bad_losses"], sums, strict=True))
         step["number"] = state.global_step
-        step["bad_images"] = self._images_of(image_ids, bad_loss.tolist(), step)
         self._remember(step, optimizer)
         for key in self.active:
-            if stop := getattr(self, f"_{key}")(step, args, model):
-                raise stop
-
-    def _images_of(self, image_ids, bad_loss, step):
-        """Name the images whose loss is not finite, or all where only the gradient is."""
-        if not (step["bad_losses"] or step["overflow"]):
-            return []
-        batches = zip(image_ids, bad_loss, strict=True)
-        chosen = [ids for ids, is_bad in batches if is_bad or not step["bad_losses"]]
-        return sorted({name for ids in gather_object(chosen) for name in ids})
+            if fault := getattr(self, f"_{key}")(step, args, model):
+                where, fix = f"guards.{key}", None
+                if key == "not_finite":
+                    where = ", ".join(_images_of(image_ids, bad_loss.tolist(), step))
+                    fix = (
+                        "look at these images with 'python -m helpers check', or lower "
+                        "training.learning_rate; with fp16 try bf16"
+                    )
+                raise GuardStop(*fault, where=where, fix=fix)
 
     def _remember(self, step, optimizer):
         """Keep what the guards need of this step."""
         self._is_first_epoch = step["number"] < self._first_steps
         for name in self._seen:
             self._seen[name] += step[name]
-        share = step["share_at_clamp"] / step["batches"]
-        self._first_share = share if self._first_share is None else self._first_share
+        if self._first_share is None:
+            self._first_share = step["share_at_clamp"] / step["batches"]
         self._window.append(step)
         if step["objects"]:
             self._with_objects.append(step)
@@ -170,91 +166,64 @@ class Guards(TrainerCallback):
 
     def _no_objects(self, step, args, model):
         if self._never_seen("objects"):
-            text = f"no object in the first {self._seen['images']:.0f} images"
-            return _stop("no_objects", "no_objects", text)
-        return None
+            return "no_objects", f"no object in the first {self._seen['images']:.0f} images"
 
     def _box_and_mask_terms(self, step, args, model):
-        for cause, things, terms in (
-            ("no_objects", "objects", "box_terms"),
-            ("masks_lost", "masks", "mask_terms"),
+        for cause, things, term in (
+            ("no_objects", "objects", "box"),
+            ("masks_lost", "masks", "mask"),
         ):
-            if step[things] and step[terms] == 0:
-                text = (
+            if step[things] and step[f"{term}_terms"] == 0:
+                return cause, (
                     f"{step[things]:.0f} {things} arrived at step {step['number']}, but the "
-                    f"{terms[:-6]} terms of the loss are 0"
+                    f"{term} terms of the loss are 0"
                 )
-                return _stop("box_and_mask_terms", cause, text)
-        return None
 
     def _vanishing_loss(self, step, args, model):
-        if not self._is_first_epoch or len(self._window) < WINDOW:
-            return None
         mean = self._mean("total")
         objects = sum(step["objects"] for step in self._window)
-        if mean < VANISHING_LOSS and (objects or self._never_seen("objects")):
-            text = f"the loss averages {mean:.1e} over the last {WINDOW} steps of the first epoch"
-            cause = "loss_weights" if objects else "no_objects"
-            return _stop("vanishing_loss", cause, f"{text}, with {objects:.0f} objects in them")
-        return None
+        is_judged = self._is_first_epoch and len(self._window) == WINDOW
+        if is_judged and mean < VANISHING_LOSS and (objects or self._never_seen("objects")):
+            return "loss_weights" if objects else "no_objects", (
+                f"the loss averages {mean:.1e} over the last {WINDOW} steps of the first epoch, "
+                f"with {objects:.0f} objects in them"
+            )
 
     def _adapter_at_zero(self, step, args, model):
-        if self._learned_steps == ADAPTER_STEPS:
-            idle = _components_at_zero(model)
-            if idle:
-                text = f"B of LoRA is still zero in {', '.join(idle)} after {step['number']} steps"
-                return _stop("adapter_at_zero", "adapter_at_zero", text)
+        if self._learned_steps == ADAPTER_STEPS and (idle := _components_at_zero(model)):
+            text = f"B of LoRA is still zero in {', '.join(idle)} after {step['number']} steps"
+            return "adapter_at_zero", text
         self._learned_steps += self._learns_now
-        return None
 
     def _not_finite(self, step, args, model):
-        allowed = SKIPPED_STEPS if args.fp16 else 0
-        number = step["number"]
         if step["bad_losses"]:
-            text = f"the loss is nan or inf at step {number}"
-        elif self._overflows > allowed:
-            text = f"the gradient is nan or inf at step {number}, the loss is not"
-        else:
-            return None
-        fix = (
-            "look at these images with 'python -m helpers check', or lower "
-            "training.learning_rate; with fp16 try bf16"
-        )
-        return GuardStop("not_finite", text, where=", ".join(step["bad_images"]), fix=fix)
+            return "not_finite", f"the loss is nan or inf at step {step['number']}"
+        if self._overflows > (SKIPPED_STEPS if args.fp16 else 0):
+            text = f"the gradient is nan or inf at step {step['number']}, the loss is not"
+            return "not_finite", text
 
     def _at_clamp(self, step, args, model):
         share = self._mean("share_at_clamp")
         limit = max(SHARE_AT_CLAMP, self._first_share + CLAMP_RISE)
         if len(self._window) == WINDOW and share > limit:
-            text = (
+            return "at_clamp", (
                 f"{share:.0%} of the logits stand at the model's clamps at step {step['number']}, "
                 f"{self._first_share:.0%} did at first"
             )
-            return _stop("at_clamp", "at_clamp", text)
-        return None
 
     def _only_positive_prompts(self, step, args, model):
         if self._is_first_epoch and self._never_seen("absent"):
             text = f"no absent prompt was asked of the first {self._seen['images']:.0f} images"
-            return _stop("only_positive_prompts", "only_positive_prompts", text)
-        return None
+            return "only_positive_prompts", text
 
     def _dominant_term(self, step, args, model):
-        if not self._is_first_epoch or len(self._with_objects) < WINDOW:
-            return None
-        names = losses.WEIGHTS[self.variant]
-        sums = {name: sum(step[name] for step in self._with_objects) for name in names}
+        sums = {name: sum(step[name] for step in self._with_objects) for name in self.weights}
         name, value = max(sums.items(), key=lambda item: item[1])
         share = value / (sum(sums.values()) or math.inf)
-        if share > DOMINANT_SHARE:
+        is_judged = self._is_first_epoch and len(self._with_objects) == WINDOW
+        if is_judged and share > DOMINANT_SHARE:
             text = f"{name} is {share:.1%} of the weighted loss over {WINDOW} steps with objects"
-            return _stop("dominant_term", "loss_weights", text)
-        return None
-
-
-def _stop(key, cause, text):
-    """Build the error of a guard; ``where`` is the key that turns it off."""
-    return GuardStop(cause, text, where=f"guards.{key}")
+            return "loss_weights", text
 
 
 def _images_until_seen(share, num_images):
@@ -264,9 +233,11 @@ def _images_until_seen(share, num_images):
     return min(num_images, math.ceil(math.log(CHANCE) / math.log(1 - share)))
 
 
-def _sum_of(terms, *names):
-    """Add up terms of the last layer; what is missing counts as zero."""
-    return sum(terms[name].detach() for name in names if name in terms)
+def _images_of(image_ids, bad_loss, step):
+    """Name the images of all processes whose loss is not finite, or all where only the gradient is."""
+    batches = zip(image_ids, bad_loss, strict=True)
+    chosen = [ids for ids, is_bad in batches if is_bad or not step["bad_losses"]]
+    return sorted({name for ids in gather_object(chosen) for name in ids})
 
 
 def _components_at_zero(model):

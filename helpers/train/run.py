@@ -39,7 +39,6 @@ _OWN_FILES = (
     STOPPED_FILE,
 )
 RUN_FILES = (*_OWN_FILES, CARD_FILE, WEIGHTS_FILE, CONFIG_FILE, BASE_FILE)
-_PREFIX = "eval_"
 _WIDE_AT_CLAMP = 0.5
 _TRAIN_AGAIN = "restore the file, or train again with --overwrite"
 _TRAIN_FIRST = "name the folder of a finished run, or train one with 'python -m helpers train'"
@@ -107,32 +106,16 @@ class _Stopped(_File):
 
 @dataclass
 class RunFiles:
-    """What a finished run wrote, without its model.
-
-    Attributes
-    ----------
-    folder : pathlib.Path
-        Holds adapter, ``config.yaml``, ``prompts.json``, ``metrics.json``, ``curves.csv``,
-        ``adapter_report.csv``, ``environment.json``, the card ``README.md`` and ``checkpoints/``.
-    config : helpers.config.Config
-        Resolved.
-    prompts : dict
-        ``prompts``: trained prompt to the number of images that show it; ``negatives``: absent
-        prompt to the number of images it may be asked on; ``negatives_per_image``.
-    metrics : dict
-        See `run_metrics`; also ``objects``, ``data_fingerprint``, ``trained_parameters``, ``notes``.
-    history : list of dict
-        The log, as ``trainer.state.log_history``.
-    adapter : pandas.DataFrame
-        `helpers.model.audit.adapter_report` at the end; ``grad_norm`` is that of the first step.
-    """
+    """What a finished run wrote, without its model."""
 
     folder: Path
     config: Config
+    # prompts: trained prompt to number of images that show it; negatives: absent prompt to number of
+    # images it may be asked on; negatives_per_image.
     prompts: dict
-    metrics: dict
-    history: list
-    adapter: pd.DataFrame
+    metrics: dict  # of `run_metrics`
+    history: list  # ``trainer.state.log_history``
+    adapter: pd.DataFrame  # `adapter_report` of the end; grad_norm is that of the first step
 
 
 @dataclass
@@ -149,16 +132,12 @@ def read_run(folder):
     Parameters
     ----------
     folder : os.PathLike
-        Run folder.
+        Run folder; InputError if it holds no run, an unfinished one or a damaged one.
 
     Returns
     -------
     RunFiles
-
-    Raises
-    ------
-    InputError
-        If the folder is missing, or holds no run, an unfinished one or a damaged one.
+        With ``folder``, ``config``, ``prompts``, ``metrics``, ``history`` and ``adapter``.
     """
     folder = resolve(folder)
     if not folder.is_dir():
@@ -167,12 +146,8 @@ def read_run(folder):
         raise _unfinished(folder)
     metrics = read_run_file(folder / METRICS_FILE, Metrics)
     history = read_history(folder)
-    if history[-1]["step"] != metrics["steps"]:
-        raise InputError(
-            f"ends at step {history[-1]['step']}, the run took {metrics['steps']}",
-            where=folder / CURVES_FILE,
-            fix=_TRAIN_AGAIN,
-        )
+    if (last := history[-1]["step"]) != metrics["steps"]:
+        raise _damaged(folder / CURVES_FILE, f"ends at step {last}, not {metrics['steps']}")
     return RunFiles(
         folder=folder,
         config=load_config(folder / RUN_CONFIG),
@@ -189,20 +164,16 @@ def load_run(folder, base=None, dtype=None):
     Parameters
     ----------
     folder : os.PathLike
-        Run folder.
+        Run folder, as for `read_run`.
     base : str, optional
-        Another place of the base than the config names.
+        Another place of the base than the config names; it must be the same base.
     dtype : torch.dtype, optional
         Type of the base's weights; by default the one it was trained with.
 
     Returns
     -------
     RunResult
-
-    Raises
-    ------
-    InputError
-        See `read_run`; also if the base is not the one the run was trained on.
+        As of `read_run`, with ``model`` and ``processor``.
     """
     files = read_run(folder)
     settings = files.config.model
@@ -212,11 +183,8 @@ def load_run(folder, base=None, dtype=None):
         dtype=dtype or base_dtype(files.config.training.mixed_precision),
         resolution=settings.resolution,
     )
-    return RunResult(
-        **vars(files),
-        model=load_adapter(model, files.folder, lora=files.config.lora),
-        processor=processor,
-    )
+    model = load_adapter(model, files.folder, lora=files.config.lora)
+    return RunResult(**vars(files), model=model, processor=processor)
 
 
 def is_bare_adapter(folder):
@@ -225,20 +193,24 @@ def is_bare_adapter(folder):
     return (folder / CONFIG_FILE).is_file() and not holds_run
 
 
+def _damaged(path, message):
+    """Build the error for a file of a run that cannot be used."""
+    return InputError(message, where=path, fix=_TRAIN_AGAIN)
+
+
 def _unfinished(folder):
     """Build the error for a folder without metrics: stopped, interrupted, damaged or no run."""
     if (folder / STOPPED_FILE).is_file():
         stopped = read_run_file(folder / STOPPED_FILE, _Stopped)
         message = f"the run was stopped: {stopped['message']}"
         return InputError(message, where=folder, fix=stopped.get("fix") or _TRAIN_AGAIN)
-    if (folder / RUN_CONFIG).is_file():
-        if (folder / WEIGHTS_FILE).is_file():
-            message = f"holds an adapter and no {METRICS_FILE}, which is written last"
-        else:
-            message = "the run was interrupted and has no adapter yet"
-        fix = "continue it with 'python -m helpers train ... --resume'"
-        return InputError(message, where=folder, fix=fix)
-    return InputError(f"holds no {METRICS_FILE}", where=folder, fix=_TRAIN_FIRST)
+    if not (folder / RUN_CONFIG).is_file():
+        return InputError(f"holds no {METRICS_FILE}", where=folder, fix=_TRAIN_FIRST)
+    message = "the run was interrupted and has no adapter yet"
+    if (folder / WEIGHTS_FILE).is_file():
+        message = f"holds an adapter and no {METRICS_FILE}, which is written last"
+    fix = "continue it with 'python -m helpers train ... --resume'"
+    return InputError(message, where=folder, fix=fix)
 
 
 def read_run_file(path, schema):
@@ -249,90 +221,62 @@ def read_run_file(path, schema):
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part)[:100] for part in problem["loc"])
-        if problem["type"] == "missing":
-            message = f"the key '{key}' is missing"
-        else:
-            message = f"'{key}' is {str(problem['input'])[:100]!r}: {problem['msg']}"
-        raise InputError(message, where=path, fix=_TRAIN_AGAIN) from error
+        value = "" if problem["type"] == "missing" else f" is {str(problem['input'])[:100]!r}"
+        raise _damaged(path, f"'{key}'{value}: {problem['msg']}") from error
     return content
 
 
 def read_history(folder):
-    """Read ``curves.csv`` back into a log.
-
-    Parameters
-    ----------
-    folder : os.PathLike
-        Run folder.
-
-    Returns
-    -------
-    list of dict
-        One dict per entry, without the names it did not log.
-
-    Raises
-    ------
-    InputError
-        If the file is missing, cut off, or holds anything but numbers.
-    """
+    """Read ``curves.csv`` back into a log: one dict per entry, without what it did not log."""
     path = Path(folder) / CURVES_FILE
     table = _read_table(path, ("step", "epoch", "loss", "eval_loss"))
-    steps = table["step"]
-    if steps.isna().any() or (steps % 1 != 0).any() or table["epoch"].isna().any():
-        raise InputError("a row has no whole step or no epoch", where=path, fix=_TRAIN_AGAIN)
+    if (table["step"] % 1 != 0).any() or table["epoch"].isna().any():
+        raise _damaged(path, "a row has no whole step or no epoch")
     if table["loss"].isna().all() or table["eval_loss"].isna().all():
-        raise InputError("holds no loss", where=path, fix=_TRAIN_AGAIN)
-    table = table.astype({"step": int})
-    return [
-        {name: value for name, value in row.items() if not pd.isna(value)}
-        for row in table.to_dict(orient="records")
-    ]
+        raise _damaged(path, "holds no loss")
+    rows = table.astype({"step": int}).to_dict(orient="records")
+    return [{name: value for name, value in row.items() if not pd.isna(value)} for row in rows]
 
 
 def _read_audit(path):
     """Return the adapter report of a run, index ``component``."""
-    columns = ("modules", "parameters", "share", "grad_norm", "B_norm", "B_nonzero")
-    table = _read_table(path, columns, names="component")
+    columns = ("component", "modules", "parameters", "share", "grad_norm", "B_norm", "B_nonzero")
+    table = _read_table(path, columns).set_index("component")
     if "total" not in table.index or table.index.has_duplicates:
-        raise InputError("has no row 'total', or one twice", where=path, fix=_TRAIN_AGAIN)
+        raise _damaged(path, "has no row 'total', or one twice")
     if table[["modules", "parameters", "share"]].isna().any(axis=None):
-        raise InputError("a number is missing", where=path, fix=_TRAIN_AGAIN)
+        raise _damaged(path, "a number is missing")
     return table
 
 
-def _read_table(path, columns, names=None):
-    """Return a CSV file of a run, complete, with these columns of numbers, and one of names."""
+def _read_table(path, columns):
+    """Return a complete CSV file of a run with these columns, all but ``component`` of numbers."""
     try:
-        text = path.read_text(encoding="utf-8")
+        is_complete = path.read_text(encoding="utf-8").endswith("\n")
         table = pd.read_csv(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read ({error})", where=path, fix=_TRAIN_AGAIN) from error
-    missing = [name for name in (*columns, names or "step") if name not in table]
-    if names in table:
-        table = table.set_index(names)
-    texts = [str(name) for name in table if table[name].dtype.kind not in "if"]
-    problem = None
-    if missing:
-        problem = f"the column '{missing[0]}' is missing"
-    elif not text.endswith("\n") or table.empty:
-        problem = "is cut off"
-    elif texts:
-        problem = f"the column '{texts[0]}' holds what is no number"
-    if problem:
-        raise InputError(problem, where=path, fix=_TRAIN_AGAIN)
+        raise _damaged(path, f"cannot be read ({error})") from error
+    for name in columns:
+        if name not in table:
+            raise _damaged(path, f"the column '{name}' is missing")
+    if not is_complete or table.empty:
+        raise _damaged(path, "is cut off")
+    for name in table.columns.drop("component", errors="ignore"):
+        if table[name].dtype.kind not in "if":
+            raise _damaged(path, f"the column '{name}' holds what is no number")
     return table
 
 
 def last_checkpoint(folder):
     """Return the newest complete checkpoint of a run, or None; its last file is trainer_state.json."""
-    numbered = [
-        (int(number), path)
+    paths = [
+        path
         for path in (folder / CHECKPOINTS).glob("checkpoint-*")
-        if (number := path.name.rpartition("-")[2]).isdigit()
+        if path.name.rpartition("-")[2].isdigit()
     ]
-    for _, path in sorted(numbered, reverse=True):
+    for path in sorted(paths, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         try:
-            read_json(path / "trainer_state.json", fix="")
+            read_json(path / "trainer_state.json")
         except InputError:
             continue
         return path
@@ -356,23 +300,18 @@ def state_of(folder, config, *, resume, overwrite):
         raise InputError("is a file, not a folder", where=folder, fix="choose another output")
     if resume:
         if not (folder / RUN_CONFIG).is_file():
-            raise InputError(
-                "holds no run to resume", where=folder, fix="start it without --resume"
-            )
-        refuse_other_config(folder, config)
+            fix = "start it without --resume"
+            raise InputError("holds no run to resume", where=folder, fix=fix)
+        _refuse_other_config(folder, config)
         return "finished" if (folder / METRICS_FILE).is_file() else "interrupted"
-    entries = [] if not folder.exists() else [path.name for path in folder.iterdir()]
-    if not {*RUN_FILES, CHECKPOINTS}.intersection(entries):
-        if any(not name.startswith(".") for name in entries):
-            raise InputError(
-                "is not empty and holds no run", where=folder, fix="choose another output"
-            )
-    elif not overwrite:
-        raise InputError(
-            "already holds a run",
-            where=folder,
-            fix="choose another output, continue it with --resume, or replace it with --overwrite",
-        )
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if names & {*RUN_FILES, CHECKPOINTS}:
+        if not overwrite:
+            fix = "choose another output, continue it with --resume, or replace it with --overwrite"
+            raise InputError("already holds a run", where=folder, fix=fix)
+    elif any(not name.startswith(".") for name in names):
+        fix = "choose another output"
+        raise InputError("is not empty and holds no run", where=folder, fix=fix)
     return "new"
 
 
@@ -392,36 +331,30 @@ def clear_partial_files(folder):
             path.unlink(missing_ok=True)
 
 
-def refuse_other_config(folder, config):
+def _refuse_other_config(folder, config):
     """Raise InputError if a run is to be resumed with other settings.
 
-    Batch size, accumulation and the number of processes may change if the images of a step stay the
-    same in number: checkpoints are written between epochs, and the gradient does not depend on how
-    a step is spread.
+    How the images of a step are spread over batches, accumulation and processes may change, for the
+    gradient does not depend on it.
     """
     before = load_config(folder / RUN_CONFIG)
     started = read_run_file(folder / VERSIONS_FILE, Versions).get("num_processes", 1)
-    images_per_step = [
-        one.training.batch_size * one.training.gradient_accumulation_steps * processes
-        for one, processes in ((before, started), (config, num_processes()))
-    ]
     old, new = before.model_dump(exclude=_MAY_CHANGE), config.model_dump(exclude=_MAY_CHANGE)
     if new["model"]["revision"] is None:  # the run has written down which it took
         new["model"]["revision"] = old["model"]["revision"]
     if not old["lora"]["apply_to_mask_decoder"]:  # left out where no object has a mask
         new["lora"]["apply_to_mask_decoder"] = False
-    differing = [
-        f"{section}.{key} was {old[section][key]!r} and is {value!r}"
+    pairs = [
+        (f"{section}.{key}", old[section][key], value)
         for section, keys in new.items()
         for key, value in keys.items()
-        if old[section][key] != value
     ]
-    if images_per_step[0] != images_per_step[1]:
-        differing.append(
-            "batch_size x gradient_accumulation_steps x processes was {} and is {}".format(
-                *images_per_step
-            )
-        )
+    sizes = [
+        one.training.batch_size * one.training.gradient_accumulation_steps * processes
+        for one, processes in ((before, started), (config, num_processes()))
+    ]
+    pairs.append(("batch_size x gradient_accumulation_steps x processes", *sizes))
+    differing = [f"{name} was {old!r} and is {new!r}" for name, old, new in pairs if old != new]
     if differing:
         raise InputError(
             f"the run to resume had another configuration: {'; '.join(differing)}",
@@ -436,10 +369,8 @@ def trained_prompts(dataset):
     for record in dataset.records:
         prompts = present_prompts(record, dataset.split.categories, dataset.prompt)
         present.update(prompts.keys())
-        nouns = dataset.own_names
-        if dataset.num_negatives:
-            nouns = (*nouns, *dataset.negative_prompts)
         if dataset.num_negatives or not record.objects:
+            nouns = dataset.nouns if dataset.num_negatives else dataset.own_names
             absent.update(set(absent_candidates(record, nouns)) - set(prompts))
     return {
         "prompts": dict(sorted(present.items())),
@@ -461,24 +392,20 @@ def trained_parameters(optimizer, model):
 def run_metrics(state, config, best_step):
     """Gather the numbers of a run from its `TrainerState`; `best_step` is None for the last one.
 
-    ``steps`` and ``epochs`` done; ``best_step``; ``selected_by``; ``valid``, the metrics of the
-    kept state on the validation split; ``train_loss`` and ``valid_loss``: ``first``, ``last``.
+    ``valid`` are the metrics of the kept state; `helpers.train.training` adds the rest.
     """
-    evaluations = [entry for entry in state.log_history if f"{_PREFIX}loss" in entry]
+    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
     best = (entry for entry in evaluations if entry["step"] == best_step)
-    valid = next(best, evaluations[-1])
+    kept = next(best, evaluations[-1])
+    names = [name.removeprefix("eval_") for name in kept if name.startswith("eval_")]
     return {
         "steps": state.global_step,
         "epochs": round(state.epoch, 6),
         "best_step": best_step,
         "selected_by": config.evaluation.metric_for_best,
-        "valid": {
-            name.removeprefix(_PREFIX): value
-            for name, value in valid.items()
-            if name.startswith(_PREFIX)
-        },
+        "valid": {name: kept[f"eval_{name}"] for name in names},
         "train_loss": _first_and_last(state.log_history, "loss"),
-        "valid_loss": _first_and_last(state.log_history, f"{_PREFIX}loss"),
+        "valid_loss": _first_and_last(state.log_history, "eval_loss"),
     }
 
 

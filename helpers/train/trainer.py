@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from helpers.detect.metrics import evaluate_queries
 from helpers.detect.queries import queries_from_outputs
 from helpers.errors import InputError
 from helpers.files import write_text
-from helpers.model.audit import adapter_report
 from helpers.model.lora import load_adapter_weights, read_adapter_weights, save_adapter
 from helpers.model.losses import loss_divisors, sam3_losses, target_counts
 from helpers.model.prompted import (
@@ -30,85 +27,8 @@ from helpers.model.prompted import (
 )
 
 CURVES_FILE = "curves.csv"
-
-
-class SetEpoch(TrainerCallback):
-    """Tell the training data which epoch it is, so that a resumed run draws the same prompts."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        """Pass the number of the epoch on."""
-        self.dataset.set_epoch(int(state.epoch or 0))
-
-
-class FirstStepAudit(TrainerCallback):
-    """Keep the adapter report of the first step, the only moment all its gradients are seen."""
-
-    def __init__(self):
-        self.report = None
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        """Measure once, after clipping and before the step."""
-        if self.report is None:
-            self.report = adapter_report(model)
-
-
-class CurvesFile(TrainerCallback):
-    """Write the log to ``curves.csv`` after every validation, one row per entry."""
-
-    def __init__(self, folder):
-        self.path = Path(folder) / CURVES_FILE
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        """Write what was logged so far."""
-        self.write(state)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """Write everything."""
-        self.write(state)
-
-    def write(self, state):
-        """Replace the file, if anything was logged; its columns have one order, resumed or not."""
-        if state.is_world_process_zero and state.log_history:
-            table = pd.DataFrame(state.log_history)
-            first = [name for name in ("step", "epoch", "loss", "eval_loss") if name in table]
-            names = [*first, *sorted(set(table) - set(first))]
-            write_text(self.path, table[names].to_csv(index=False))
-
-
-class ProgressBar(TrainerCallback):
-    """A progress bar on stderr with the loss; stdout stays free."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Open the bar where the run stands."""
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="train",
-            unit="step",
-            file=sys.stderr,
-            disable=not state.is_world_process_zero,
-        )
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Advance by one optimiser step."""
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Show the latest training loss."""
-        if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """Close the bar."""
-        self.bar.close()
-
-
 CHECKPOINTS = "checkpoints"
-SELECTION = "selection"
-"""Name under which the trainer sees the metric that chooses the checkpoint."""
+SELECTION = "selection"  # the trainer's name of the metric that chooses the checkpoint
 _AT_CLAMP = 0.999
 
 
@@ -116,21 +36,16 @@ class _OneGpuArguments(TrainingArguments):
     """Arguments of a process that uses one GPU; torchrun starts one process for each."""
 
     @property
-    def n_gpu(self):
-        """int: torch's DataParallel, which several would mean, cannot split targets."""
+    def n_gpu(self):  # several would mean torch's DataParallel, which cannot split targets
         return min(super().n_gpu, 1)
 
 
 def training_arguments(config, folder, **changes):
-    """Translate a config into `transformers.TrainingArguments`, with multipliers and `changes`.
-
-    Checkpoints go below the run folder. An InputError says that this machine cannot compute in the
-    wanted precision.
-    """
+    """Translate a config, with its multipliers and `changes`, for a run in a folder."""
     training = config.training
-    if training.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise _no_precision("fp16", "it needs a GPU")
     try:
+        if training.mixed_precision == "fp16" and not torch.cuda.is_available():
+            raise ValueError("it needs a GPU")
         settings = {
             "output_dir": str(folder / CHECKPOINTS),
             "per_device_train_batch_size": training.batch_size,
@@ -158,36 +73,25 @@ def training_arguments(config, folder, **changes):
             "save_strategy": "epoch",
             "save_total_limit": training.save_total_limit + 1,
             "metric_for_best_model": SELECTION,
-            "greater_is_better": True,
             "remove_unused_columns": False,
             "report_to": "none",
             "disable_tqdm": True,
         }
         return _OneGpuArguments(**settings | changes)
     except ValueError as error:
-        raise _no_precision(training.mixed_precision, str(error).splitlines()[0]) from error
-
-
-def _no_precision(name, reason):
-    """Build the error for a precision that this machine cannot compute in."""
-    return InputError(
-        f"'{name}' cannot be used here: {reason}",
-        where="training.mixed_precision",
-        fix="set training.mixed_precision=no",
-    )
+        raise InputError(
+            f"'{training.mixed_precision}' cannot be used here: {str(error).splitlines()[0]}",
+            where="training.mixed_precision",
+            fix="set training.mixed_precision=no",
+        ) from error
 
 
 class Sam3Trainer(Trainer):
-    """A `transformers.Trainer` for prompted images.
-
-    Schedule, accumulation, clipping, precision, checkpoints, resuming and logging are the
-    library's. Ours are the loss with all its terms in the log, and a validation in eval mode with
-    detection metrics. `Guards` see every batch and may stop the run before an optimiser step.
+    """A `transformers.Trainer` for prompted images, with all terms of the loss in its log.
 
     The checkpoint is chosen by ``evaluation.metric_for_best``, whose lowest value, 0, is what a
-    detector that finds nothing gets. The validation loss would not do: on images without objects,
-    or with objects that were never read, the emptiest detector has the lowest loss. A value of 0
-    or without meaning chooses nothing; the last state is kept then.
+    detector that finds nothing gets. By its validation loss, the emptiest detector would win where
+    no objects were read. A value of 0 or without meaning chooses nothing; the last state is kept.
     """
 
     def __init__(self, config, *, guards=None, **options):
@@ -202,25 +106,19 @@ class Sam3Trainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Collect the batches of an optimiser step, and count what all of them hold together.
 
-        The library averages the losses of accumulated batches, and the gradients of devices. Means
-        over the objects and rows of each batch would weigh an object or a prompt by how many others
-        happen to be in its batch.
+        Means over each batch, which the library averages, would weigh an object or a prompt by how
+        many others happen to be in its batch.
         """
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         targets = [target for batch in samples for target in batch["targets"]]
         counts = torch.tensor(target_counts(targets), device=self.args.device)
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts, "sum")
+        counts = self.accelerator.reduce(counts, "sum")
         num_parts = len(samples) * self.accelerator.num_processes
         self._divisors = loss_divisors(counts.tolist(), max(num_parts, 1))
         return samples, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Compute the weighted loss of one batch and remember its terms for the log.
-
-        `num_items_in_batch` is unused: the losses are means, which the library divides by the
-        accumulation steps.
-        """
+        """Compute the weighted loss of one batch and remember its terms for the log."""
         outputs = model(**model_inputs(inputs, self.args.device))
         if self.guards is None or self.guards.are_finite(outputs, inputs["targets"]):
             terms = self._terms(outputs, inputs["targets"], self._divisors)
@@ -241,11 +139,7 @@ class Sam3Trainer(Trainer):
         return sam3_losses(loss_inputs(outputs), targets, variant, divisors=divisors)
 
     def log(self, logs, start_time=None):
-        """Add the means of the loss terms since the last log to an entry of the training loss.
-
-        On several devices a loss term is that of all rows together; the statistics of the outputs
-        are the mean of what each device saw.
-        """
+        """Add to a training loss the means of its terms since the last log, over all devices."""
         if "loss" in logs and self._num_batches:
             sums = torch.stack([torch.as_tensor(value) for value in self._sums.values()])
             means = self.accelerator.reduce(sums / self._num_batches, "mean").tolist()
@@ -255,9 +149,8 @@ class Sam3Trainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Judge the current state on the validation split, in eval mode.
+        """Judge the current state on the validation split, all of it in every process.
 
-        Every process judges the whole split, so that all of them choose the same checkpoint.
         Returns the loss and the metrics of `evaluate_queries` that have a value, with prefix, and
         ``<prefix>_selection``.
         """
@@ -288,9 +181,19 @@ class Sam3Trainer(Trainer):
         numbers = {"loss": loss_sum / len(dataset)} | numbers
         logs = {f"{metric_key_prefix}_{name}": float(value) for name, value in numbers.items()}
         self.log(logs)
+        self.write_curves()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         chosen_by = metrics[settings.metric_for_best]
         return logs | {f"{metric_key_prefix}_{SELECTION}": chosen_by or math.nan}
+
+    def write_curves(self):
+        """Replace ``curves.csv`` by the log so far; its columns have one order, resumed or not."""
+        if self.state.is_world_process_zero and self.state.log_history:
+            table = pd.DataFrame(self.state.log_history)
+            first = [name for name in ("step", "epoch", "loss", "eval_loss") if name in table]
+            names = [*first, *sorted(set(table) - set(first))]
+            path = Path(self.args.output_dir).parent / CURVES_FILE
+            write_text(path, table[names].to_csv(index=False))
 
     def _save(self, output_dir=None, state_dict=None):
         """Write the adapter of a checkpoint so that plain PEFT can read it."""
@@ -308,9 +211,9 @@ class Sam3Trainer(Trainer):
 def output_statistics(outputs):
     """Return scalar tensors over all queries of a batch that describe a step beside its loss.
 
-    ``train_softplus_mean`` is the mean of ``log(1 + exp(logit))``, which a loss without objects
-    pushes down. ``train_share_at_clamp`` is the share of query and presence logits at the model's
-    clamps, where their gradient is zero: a state with most of them there cannot be trained on.
+    ``train_softplus_mean``, of ``log(1 + exp(logit))``, is what a loss without objects pushes down.
+    ``train_share_at_clamp`` is the share of query and presence logits at the model's clamps, where
+    their gradient is zero: a state with most of them there cannot be trained on.
     """
     logits, presence = outputs["pred_logits"].float(), outputs["presence_logits"].float()
     clamped = torch.cat(

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import sys
 import tempfile
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
 from safetensors import SafetensorError
-from transformers import TrainerCallback, set_seed
+from transformers import ProgressCallback, TrainerCallback, set_seed
 
 from helpers.config import load_config
 from helpers.data.dataset import PromptDataset, count_objects, load_dataset
@@ -27,11 +27,10 @@ from helpers.model.audit import adapter_report
 from helpers.model.lora import add_lora, load_adapter_weights, read_adapter_weights, save_adapter
 from helpers.model.prompted import checkpoint_activations
 from helpers.train import run as run_folder
-from helpers.train import trainer as training_loop
-from helpers.train.data import TrainingData, training_data
-from helpers.train.guards import Guards, GuardStop
+from helpers.train.data import training_data
+from helpers.train.guards import Guards
 from helpers.train.share import model_card
-from helpers.train.trainer import Sam3Trainer, training_arguments
+from helpers.train.trainer import CHECKPOINTS, Sam3Trainer, training_arguments
 
 _MIN_SHARE_OF_RESOLUTION = 0.5
 _WRITE_FAILED = ("inline_container", "PytorchStreamWriter", "file write failed")
@@ -41,14 +40,41 @@ class OutOfMemory(InputError):
     """The memory of the GPU or the machine does not hold a training step."""
 
 
-@dataclass(frozen=True)
-class _Ingredients:
-    """What a run needs, built before anything is written."""
+class _FirstStep(TrainerCallback):
+    """Tells the data the epoch, which draws the prompts, and keeps the report of the first step.
 
-    config: object
-    model: torch.nn.Module
-    processor: object
-    data: TrainingData
+    Only there, after clipping, are all gradients of the adapter seen.
+    """
+
+    def __init__(self, dataset):
+        self.dataset, self.report = dataset, None
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.dataset.set_epoch(int(state.epoch or 0))
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.report is None:
+            self.report = adapter_report(model)
+
+
+class _Progress(ProgressCallback):
+    """The library's progress bar on stderr with the loss; stdout stays free."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_description(f"train, loss {logs['loss']:.3f}")
+
+
+class _Clock(TrainerCallback):
+    """Measures the last step, until the device has done its work."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self._start
 
 
 def train(
@@ -71,8 +97,8 @@ def train(
     output_dir : os.PathLike, optional
         Run folder; by default ``output.output_dir`` of the config.
     resume : bool
-        True to continue an interrupted run from its last complete checkpoint, which gives the
-        losses an uninterrupted run would have given. A finished run is returned as it is.
+        True to continue an interrupted run from its last complete checkpoint, with the losses of
+        an uninterrupted run. A finished run is returned as it is.
     overwrite : bool
         True to replace a run that is in the folder.
     train_split, val_split : helpers.data.records.Split, optional
@@ -82,118 +108,99 @@ def train(
         For example `helpers.show.panels.LivePlotCallback`.
     allow_empty : bool
         True to train although no object reaches the loss: it teaches to detect nothing. Switches
-        off the guards that would stop this, see `helpers.train.guards.OFF_IF_EMPTY`.
+        off the guards `helpers.train.guards.OFF_IF_EMPTY`, which would stop this.
     progress : bool, optional
         Progress bar on stderr; by default if stderr is a terminal.
 
     Returns
     -------
     helpers.train.run.RunResult
-        With the kept checkpoint loaded: the one with the best ``evaluation.metric_for_best`` on
-        the validation split, or the last if that metric never rose above 0. Its config leaves the
-        mask decoder out if no object of the training split has a mask.
+        With the checkpoint of the best ``evaluation.metric_for_best`` on the validation split, or
+        the last if that metric never rose above 0. Its config leaves the mask decoder out if no
+        object of the training split has a mask.
 
     Raises
     ------
     InputError
         If base, data or settings cannot be used, or no object would reach the loss: nothing is
-        written then. A `helpers.train.guards.GuardStop` if a guard of the config finds a fault, an
-        `OutOfMemory` if memory runs out: ``stopped.json`` then holds ``cause`` (a key of
-        `helpers.causes.CAUSES`, or null), ``message``, ``where``, ``fix`` and ``step``.
+        written then. A `helpers.train.guards.GuardStop` if a guard finds a fault, an `OutOfMemory`
+        if memory runs out: ``stopped.json`` then says why.
     """
     folder = resolve(output_dir or config.output.output_dir)
     state = run_folder.state_of(folder, config, resume=resume, overwrite=overwrite)
     if state == "finished":
         return run_folder.load_run(folder)
-    config = _with_revision(config, folder if state == "interrupted" else None)
-    parts = _prepare(config, train_split, val_split, allow_empty)
-    arguments = training_arguments(parts.config, folder)  # decides about the device, too
+    if config.model.revision is None:  # which commit a base on the hub is, so that it loads again
+        if state == "interrupted":
+            revision = load_config(folder / run_folder.RUN_CONFIG).model.revision
+        else:
+            revision = sam3.newest_revision(config.model.name)
+        config = config.replace({"model.revision": revision})
+    config, model, data = _prepare(config, train_split, val_split, allow_empty)
+    arguments = training_arguments(config, folder)  # decides about the device, too
     processes = PartialState()
     processes.wait_for_everyone()  # all have looked at the folder before one writes to it
     if state == "interrupted":
-        _refuse_other_data(folder, parts)
+        _refuse_other_data(folder, config, data)
     elif processes.is_main_process:
-        _write_start(folder, parts)
+        _write_start(folder, config, data)
     if processes.is_main_process:
         run_folder.clear_partial_files(folder)
         (folder / run_folder.STOPPED_FILE).unlink(missing_ok=True)
-    audit = training_loop.FirstStepAudit()
-    own = [training_loop.SetEpoch(parts.data.train), audit, training_loop.CurvesFile(folder)]
+    first_step = _FirstStep(data.train)
+    own = [first_step]
     if sys.stderr.isatty() if progress is None else progress:
-        own.append(training_loop.ProgressBar())
-    trainer = _trainer(parts, arguments, [*own, *callbacks], allow_empty)
+        own.append(_Progress())
+    trainer = _trainer(config, model, data, arguments, [*own, *callbacks], allow_empty)
     checkpoint = run_folder.last_checkpoint(folder) if state == "interrupted" else None
     try:
         with _readable_errors(trainer):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer.write_curves()
             processes.wait_for_everyone()  # the last checkpoint is written
-            result = _result(trainer, folder, parts, audit)
+            result = _result(trainer, folder, data, first_step.report)
             if processes.is_main_process:
                 _write_result(result)
     except InputError as error:
         if processes.is_main_process:
             with suppress(OSError):  # on a full disk the error itself is what counts
-                own[2].write(trainer.state)
-                _write_stop(folder, error, trainer.state.global_step)
+                trainer.write_curves()
+                names = ("cause", "message", "where", "fix")
+                reason = {name: getattr(error, name, None) for name in names}
+                reason["step"] = trainer.state.global_step
+                write_json(folder / run_folder.STOPPED_FILE, reason)
         raise
     return result
 
 
-def _with_revision(config, resumed_folder):
-    """Write down which commit a base on the hub is, so that the run can be loaded with the same."""
-    if config.model.revision is not None:
-        return config
-    if resumed_folder is None:
-        revision = sam3.newest_revision(config.model.name)
-    else:
-        revision = load_config(resumed_folder / run_folder.RUN_CONFIG).model.revision
-    return config.replace({"model.revision": revision})
-
-
-def _prepare(config, train_split=None, val_split=None, allow_empty=False):
-    """Load base and data, make sure that objects arrive, and put LoRA on."""
+def _prepare(config, train_split, val_split, allow_empty):
+    """Load base and data, make sure that objects arrive, and put LoRA on: config, model, data."""
     set_seed(config.training.seed)
     base, dtype = config.model, sam3.base_dtype(config.training.mixed_precision)
     model, processor = sam3.load_base(base.name, base.revision, dtype, base.resolution)
-    data = training_data(
-        config,
-        model,
-        processor,
-        train_split=train_split,
-        val_split=val_split,
-        allow_empty=allow_empty,
-    )
-    config = _without_idle_mask_decoder(config, data)
+    splits = {"train_split": train_split, "val_split": val_split}
+    data = training_data(config, model, processor, **splits, allow_empty=allow_empty)
+    counts = data.counts["train"]
+    has_no_mask = counts["num_objects"].any() and not counts["num_masks"].any()
+    if config.lora.apply_to_mask_decoder and has_no_mask:  # it would have no gradient
+        text = "no object of the training split has a mask, so the mask decoder has nothing to learn from"
+        others = [key for key, on in config.lora if key.startswith("apply_to_") and on]
+        if others == ["apply_to_mask_decoder"]:
+            raise InputError(text, where="lora", fix="adapt another component, or add masks")
+        print(f"note: {text} and is left out", file=sys.stderr)
+        config = config.replace({"lora.apply_to_mask_decoder": False})
     peft_model = add_lora(model, config.lora)
     if config.training.gradient_checkpointing:
         checkpoint_activations(model)
-    return _Ingredients(config, peft_model, processor, data)
+    return config, peft_model, data
 
 
-def _without_idle_mask_decoder(config, data):
-    """Leave the mask decoder out if objects arrive and none has a mask: it would have no gradient."""
-    counts = data.counts["train"]
-    if not config.lora.apply_to_mask_decoder or not counts["num_objects"].any():
-        return config
-    if counts["num_masks"].any():
-        return config
-    text = (
-        "no object of the training split has a mask, so the mask decoder has nothing to learn from"
-    )
-    others = [key for key, on in config.lora if key.startswith("apply_to_") and on]
-    if others == ["apply_to_mask_decoder"]:
-        raise InputError(text, where="lora", fix="adapt another component, or add masks")
-    print(f"note: {text} and is left out", file=sys.stderr)
-    return config.replace({"lora.apply_to_mask_decoder": False})
-
-
-def _trainer(parts, arguments, callbacks, allow_empty):
+def _trainer(config, model, data, arguments, callbacks, allow_empty):
     """Build the trainer of a run."""
-    data = parts.data
     return Sam3Trainer(
-        parts.config,
-        guards=Guards(parts.config, data.counts["train"], allow_empty=allow_empty),
-        model=parts.model,
+        config,
+        guards=Guards(config, data.counts["train"], allow_empty=allow_empty),
+        model=model,
         args=arguments,
         train_dataset=data.train,
         eval_dataset=data.valid,
@@ -202,7 +209,7 @@ def _trainer(parts, arguments, callbacks, allow_empty):
     )
 
 
-def _write_start(folder, parts):
+def _write_start(folder, config, data):
     """Write what is known before training, in place of an earlier run."""
     folder.mkdir(parents=True, exist_ok=True)
     run_folder.clear_run(folder)
@@ -210,31 +217,24 @@ def _write_start(folder, parts):
         "packages": {name: version(name) for name in SUBJECT_PACKAGES},
         "machine": device(),
         "num_processes": run_folder.num_processes(),
-        "data_fingerprint": parts.data.fingerprint,
+        "data_fingerprint": data.fingerprint,
     }
     write_json(folder / run_folder.VERSIONS_FILE, versions)
-    write_json(folder / run_folder.PROMPTS_FILE, run_folder.trained_prompts(parts.data.train))
-    write_text(folder / run_folder.RUN_CONFIG, parts.config.to_yaml())
+    write_json(folder / run_folder.PROMPTS_FILE, run_folder.trained_prompts(data.train))
+    write_text(folder / run_folder.RUN_CONFIG, config.to_yaml())
 
 
-def _refuse_other_data(folder, parts):
+def _refuse_other_data(folder, config, data):
     """Raise InputError if an interrupted run was trained on other images or other components."""
     versions = run_folder.read_run_file(folder / run_folder.VERSIONS_FILE, run_folder.Versions)
     before = versions.get("data_fingerprint")  # runs of older releases have none
     lora = load_config(folder / run_folder.RUN_CONFIG).lora
-    if before not in (None, parts.data.fingerprint) or lora != parts.config.lora:
+    if before not in (None, data.fingerprint) or lora != config.lora:
         raise InputError(
             "the run to resume had other training data, or adapted other components",
             where=folder,
             fix="resume with the dataset it was started with, or start a new run",
         )
-
-
-def _write_stop(folder, error, step):
-    """Write why training stopped."""
-    cause = error.cause if isinstance(error, GuardStop) else None
-    reason = {"message": error.message, "where": error.where, "fix": error.fix}
-    write_json(folder / run_folder.STOPPED_FILE, {"cause": cause, **reason, "step": step})
 
 
 @contextmanager
@@ -245,7 +245,8 @@ def _readable_errors(trainer):
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         where, step = trainer.args.output_dir, trainer.state.global_step
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        if _is_out_of_memory(error):
+        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if out_of_memory or "allocate memory" in str(error):
             raise OutOfMemory(
                 f"out of memory at step {step}: {reason}",
                 where=where,
@@ -264,32 +265,27 @@ def _readable_errors(trainer):
         raise
 
 
-def _is_out_of_memory(error):
-    """Return whether an error says that the GPU's or the machine's memory is full."""
-    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return out_of_memory or "allocate memory" in str(error)
-
-
-def _result(trainer, folder, parts, audit):
+def _result(trainer, folder, data, first_report):
     """Load the chosen checkpoint and gather the numbers of the run."""
-    state, config, model, data = trainer.state, parts.config, parts.model, parts.data
-    best = folder / training_loop.CHECKPOINTS / f"checkpoint-{state.best_global_step}"
+    state, config, model = trainer.state, trainer.config, trainer.model
+    best = folder / CHECKPOINTS / f"checkpoint-{state.best_global_step}"
     best_step = state.best_global_step if state.best_global_step and best.is_dir() else None
     report = adapter_report(model)  # of the last state: did every module move?
-    if audit.report is not None:
-        report["grad_norm"] = audit.report["grad_norm"]
+    if first_report is not None:
+        report["grad_norm"] = first_report["grad_norm"]
     if best_step is not None:
         load_adapter_weights(model, read_adapter_weights(best), best)
-    objects = {name: int(counts["num_objects"].sum()) for name, counts in data.counts.items()}
-    metrics = run_folder.run_metrics(state, config, best_step) | {"objects": objects}
-    metrics["data_fingerprint"] = data.fingerprint
-    metrics["trained_parameters"] = run_folder.trained_parameters(trainer.optimizer, model)
-    metrics["notes"] = run_folder.run_notes(state, config, best_step, report)
+    metrics = run_folder.run_metrics(state, config, best_step) | {
+        "objects": {name: int(counts["num_objects"].sum()) for name, counts in data.counts.items()},
+        "data_fingerprint": data.fingerprint,
+        "trained_parameters": run_folder.trained_parameters(trainer.optimizer, model),
+        "notes": run_folder.run_notes(state, config, best_step, report),
+    }
     return run_folder.RunResult(
         folder=folder,
         config=config,
         model=model.eval(),
-        processor=parts.processor,
+        processor=data.collator.processor,
         prompts=run_folder.trained_prompts(data.train),
         metrics=metrics,
         history=state.log_history,
@@ -312,11 +308,10 @@ def train_within_memory(
 ):
     """Train; if memory runs out before the first checkpoint, start again with a smaller step.
 
-    First activations are checkpointed, then the batch gets smaller and accumulation longer, so that
-    an optimiser step sees the same number of images. `on_retry` is called with a sentence before
-    each new attempt; the rest is as for `train`. The config of the result is the one that fitted.
-    Memory still runs out, as an `OutOfMemory`, if nothing smaller is left, if a checkpoint would be
-    lost, or with several processes, of which the others would wait for ever.
+    See `smaller_step`; `on_retry` is called with a sentence before each new attempt, the rest is as
+    for `train`, and the config of the result is the one that fitted. An `OutOfMemory` remains if
+    nothing smaller is left, if a checkpoint would be lost, or with several processes, of which the
+    others would wait for ever.
     """
     while True:
         try:
@@ -330,17 +325,10 @@ def train_within_memory(
             if changes is None or run_folder.num_processes() > 1 or has_checkpoint:
                 raise
             message = error.message
-        _free_memory()  # the failed attempt's model; its frames are gone only now
+        clear_device_cache(garbage_collection=True)  # the frames of the failed attempt are gone now
         if on_retry is not None:
-            on_retry(f"{message}; trying again with {' '.join(set_arguments(changes))}")
+            on_retry(f"{message}; trying again with {' '.join(_set_arguments(changes))}")
         config, resume, overwrite = config.replace(changes), False, True
-
-
-def _free_memory():
-    """Give back what nothing refers to any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def dry_run(config):
@@ -356,18 +344,11 @@ def dry_run(config):
     -------
     dict
         ``fits``; ``device``; ``images``, ``prompts`` and ``objects`` of the batch;
-        ``peak_memory_bytes`` and ``peak_memory_of``, which says what was measured;
-        ``seconds_per_step``, an optimiser step with its accumulation; ``steps_per_epoch``;
-        ``seconds_per_epoch``, if all batches were as full, without the validation; ``next``, the
-        settings that need less memory, as arguments of ``--set``; empty if it fits or nothing is
-        left. What was not measured is None.
-
-    Raises
-    ------
-    InputError
-        If base, data or settings cannot be used. Nothing is written to the run folder.
+        ``peak_memory_bytes`` of ``peak_memory_of``; ``seconds_per_step``, with its accumulation;
+        ``steps_per_epoch``; ``seconds_per_epoch``, if all batches were as full, without validation;
+        ``next``, the settings to try, as arguments of ``--set``. What was not measured is None.
     """
-    training = config.training
+    training, on_gpu = config.training, torch.cuda.is_available()
     dataset = load_dataset(config)
     splits = [dataset.split(name) for name in (config.data.train_split, config.data.val_split)]
     counts = count_objects(PromptDataset.from_config(config, splits[0]))
@@ -379,66 +360,45 @@ def dry_run(config):
     steps = math.ceil(len(records) / (images_per_step * run_folder.num_processes()))
     result = {
         "fits": True,
-        "device": device()["name"] if torch.cuda.is_available() else device()["device"],
+        "device": device()["name" if on_gpu else "device"],
         "images": len(fullest),
         "prompts": int(fullest["size"].sum()),
         "objects": int(fullest["sum"].sum()),
         "peak_memory_bytes": None,
-        "peak_memory_of": "the GPU" if torch.cuda.is_available() else "this process, resident",
+        "peak_memory_of": "the GPU" if on_gpu else "this process, resident",
         "seconds_per_step": None,
         "steps_per_epoch": steps,
         "seconds_per_epoch": None,
         "next": [],
     }
+    clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
         one_batch = {"training.gradient_accumulation_steps": 1}
         one_batch["data.prompts_by_category"] = {}  # the splits have their nouns already
         if training.feature_cache is not None:
             one_batch["training.feature_cache"] = str(Path(folder) / "features")
-        clock = _Clock()
+        valid = replace(splits[1], records=batch.records[:1])
         try:
-            parts = _prepare(
-                config.replace(one_batch),
-                batch,
-                replace(splits[1], records=batch.records[:1]),
-                True,
-            )
+            parts = _prepare(config.replace(one_batch), batch, valid, allow_empty=True)
             no_files = {"eval_strategy": "no", "save_strategy": "no", "max_steps": 2}
-            arguments = training_arguments(parts.config, Path(folder), **no_files)
-            trainer = _trainer(parts, arguments, [clock], allow_empty=True)
+            arguments = training_arguments(parts[0], Path(folder), **no_files)
+            trainer = _trainer(*parts, arguments, [clock], allow_empty=True)
             with _readable_errors(trainer):
                 trainer.train()
         except OutOfMemory:
-            rungs = (changes for _, changes in ladder(config) if changes)
-            return result | {"fits": False, "next": set_arguments(next(rungs, {}))}
+            return result | {"fits": False, "next": _set_arguments(_next_setting(config))}
     seconds = clock.seconds * training.gradient_accumulation_steps
     return result | {
-        "peak_memory_bytes": _peak_memory(),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else _peak_memory(),
         "seconds_per_step": seconds,
         "seconds_per_epoch": seconds * steps,
     }
 
 
-class _Clock(TrainerCallback):
-    """Measure the last step."""
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        """Start the clock."""
-        self._start = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Stop the clock when the device has done its work."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds = time.perf_counter() - self._start
-
-
 def _peak_memory():
-    """Return the peak in bytes: allocated on the GPU, else resident in this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    """Return the peak of this process in bytes, or None on Windows, which does not tell."""
     try:
-        import resource  # not on Windows
+        import resource
     except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -468,48 +428,36 @@ def dry_run_text(result):
 
 
 def smaller_step(config):
-    """Return the next change that needs less memory and leaves what is learned as it is, or None."""
-    for _, changes in ladder(config):
-        if not all(name.startswith("training.") for name in changes):
-            return None  # each setting is on top of the one before
-        if changes:
-            return changes
-    return None
+    """Return the next change that needs less memory and leaves what is learned as it is, or None.
 
-
-def ladder(config):
-    """Yield a name and settings that need less and less memory, each on top of the one before.
-
-    Each sees the same number of images per optimiser step. Checkpointing changes no number, and a
-    smaller batch with more accumulation only what dropout draws; fewer absent prompts and a lower
-    resolution change what is learned. The settings are ``section.key`` to value, at first empty.
+    Each sees the same images per optimiser step: first activations are checkpointed, which changes
+    no number, then the batch gets smaller and accumulation longer, which changes what dropout draws.
     """
-    training, changes = config.training, {}
-    yield "as it is", {}
+    training = config.training
     if not training.gradient_checkpointing:
-        changes["training.gradient_checkpointing"] = True
-        yield "checkpointing", dict(changes)
+        return {"training.gradient_checkpointing": True}
     images = training.batch_size * training.gradient_accumulation_steps
     for size in range(training.batch_size - 1, 0, -1):
         if images % size == 0:
-            changes["training.batch_size"] = size
-            changes["training.gradient_accumulation_steps"] = images // size
-            yield f"{size} x {images // size} images", dict(changes)
-    negatives = config.data.num_negatives
-    while negatives > 1:
-        negatives //= 2
-        changes["data.num_negatives"] = negatives
-        yield f"{negatives} negatives", dict(changes)
+            accumulation = "training.gradient_accumulation_steps"
+            return {"training.batch_size": size, accumulation: images // size}
+    return None
+
+
+def _next_setting(config):
+    """Return a `smaller_step`, or else fewer absent prompts, or else a lower resolution, if any."""
+    if changes := smaller_step(config):
+        return changes
+    if config.data.num_negatives > 1:
+        return {"data.num_negatives": config.data.num_negatives // 2}
     backbone = sam3.base_config(config.model.name, config.model.revision)
     backbone = backbone.vision_config.backbone_config
     window = backbone.patch_size * backbone.window_size  # a rest of a window would be padded
-    largest = (config.model.resolution - 1) // window
-    smallest = -(-config.model.resolution * _MIN_SHARE_OF_RESOLUTION // window)
-    for multiple in range(largest, int(smallest) - 1, -1):
-        changes["model.resolution"] = multiple * window
-        yield f"{multiple * window} px", dict(changes)
+    lower = (config.model.resolution - 1) // window * window
+    is_enough = lower >= _MIN_SHARE_OF_RESOLUTION * config.model.resolution
+    return {"model.resolution": lower} if is_enough else {}
 
 
-def set_arguments(changes):
+def _set_arguments(changes):
     """Write ``section.key`` to value as texts such as "training.batch_size=1" for ``--set``."""
     return [f"{name}={str(value).lower()}" for name, value in changes.items()]

@@ -9,6 +9,7 @@ import re
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,28 +41,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_IMAGES = 4
 NUM_PROMPTS = 6
 _TEMPLATE = Path(__file__).with_name("card.md")
-_SAM_LICENSE = {
-    "license": "other",
-    "license_name": "sam-license",
-    "license_link": "https://huggingface.co/facebook/sam3/blob/main/LICENSE",
-}
-_MEANING = {
-    "AP": "average precision of the masks, mean over IoU 0.5 to 0.95",
-    "AP50": "average precision of the masks, one counts as right at an IoU of 0.5",
-    "AP75": "the same at an IoU of 0.75",
-    "box_AP": "average precision of the boxes, mean over IoU 0.5 to 0.95",
-    "cgF1": "SAM3's own metric, pmF1 x IL_MCC",
-    "pmF1": "F1 of the masks on images that show the object, mean over IoU 0.5 to 0.95",
-    "IL_MCC": "does it say yes and no rightly, image by image; -1 to 1",
-    "union_iou": "IoU of all detected pixels with all true pixels",
-    "max_score_present": "mean of the highest score where the object is in the image",
-    "max_score_present_share_above": "share of those images with a score above the threshold",
-    "max_score_absent": "mean of the highest score where the prompt is absent",
-    "max_score_absent_share_above": "share of those questions with a score above the threshold",
-    "num_present": "images x prompts where the object is there",
-    "num_absent": "images x prompts where it is not",
-    "score_threshold": "the threshold that counts here",
-}
 _MERGED_FILES = (
     MERGE_FILE,
     CARD_FILE,
@@ -75,7 +54,6 @@ _MERGED_FILES = (
     "vocab.json",
     "merges.txt",
 )
-_ALSO = ("LICENSE*",)
 _MISSING = {
     "base_model": "the base is a folder of this machine, and no name on the Hub",
     "library_name": "the Hub cannot show how to load the model",
@@ -88,45 +66,25 @@ def model_card(run, own_resolution, merge=None):
     """Write the model card of a run, or of the full model it was merged into.
 
     Every number is from the `RunFiles`. The code sets the resolution of the run if it differs from
-    `own_resolution`, that of the published base; `merge` is the document of `merge`. A base in a
-    local folder is not named in the metadata, since the Hub could not find it.
+    `own_resolution`, that of the published base; `merge` is the document of `merge`.
     """
-    config, metrics, prompts = run.config, run.metrics, run.prompts
-    name, revision = config.model.name, config.model.revision
-    versions = read_run_file(run.folder / VERSIONS_FILE, Versions).get("packages", {})
-    layers = run.adapter[run.adapter["modules"] > 0].drop(index="total", errors="ignore")
-    valid = {key: metrics["valid"].get(key) for key in _MEANING}
-    prompt = next(iter([*prompts["prompts"], *prompts["negatives"]]), "object")
+    name = run.config.model.name
+    adapted = run.adapter[run.adapter["modules"] > 0].drop(index="total", errors="ignore")
     card = ModelCard.from_template(
-        _metadata(name, merge),
-        template_str=_TEMPLATE.read_text(encoding="utf-8"),
+        ModelCardData(),  # the template has its own block of metadata
+        template_path=str(_TEMPLATE),
+        config=run.config,
+        metrics=run.metrics,
+        prompts=run.prompts,
         merge=merge,
-        names=", ".join(_quoted(word) for word in prompts["prompts"]),
-        base_text=_in_code(name) + (f" at revision {_in_code(revision)}" if revision else ""),
-        base_code=_literal(name),
-        source="name" if merge else f"base, revision={_literal(revision)}" if revision else "base",
-        prompt_code=_literal(prompt),
-        resolution=config.model.resolution,
-        resize=config.model.resolution != own_resolution and not merge,  # merged: its own
-        threshold=f"{config.evaluation.score_threshold:g}",
-        mask_threshold=f"{config.evaluation.mask_threshold:g}",
-        counts=", ".join(f"{_quoted(word)} on {n}" for word, n in prompts["prompts"].items()),
-        negatives=", ".join(_quoted(word) for word in prompts["negatives"]),
-        negatives_per_image=prompts["negatives_per_image"],
-        metrics=metrics,
-        lora=config.lora,
+        own_resolution=own_resolution,
         total=run.adapter.loc["total"],
-        places=", ".join(
-            f"{key.replace('_', ' ')} {n:.0f}" for key, n in layers["modules"].items()
-        ),
-        learning_rate=config.effective_learning_rate,
-        variant=config.loss.variant,
-        seed=config.training.seed,
-        versions=", ".join(f"{key} {value}" for key, value in versions.items()),
-        fingerprint=config.fingerprint(),
-        rows=[(k, f"{v:.4g}", _MEANING[k]) for k, v in valid.items() if v is not None],
+        modules=adapted["modules"].to_dict(),
+        versions=read_run_file(run.folder / VERSIONS_FILE, Versions).get("packages", {}),
         on_hub=is_on_hub(name),
-        is_sam3=name.startswith("facebook/sam3"),
+        quoted=_quoted,
+        in_code=_in_code,
+        literal=_literal,
     )
     return str(card)
 
@@ -158,46 +116,16 @@ def _is_machine_path(text):
     return is_absolute or text.startswith(("~", "file:"))
 
 
-def _metadata(base_name, merge):
-    """Return the metadata block; a licence is named only where it is known."""
-    known = _SAM_LICENSE if base_name.startswith("facebook/sam3") else {"license": "unknown"}
-    on_hub = {"base_model": base_name} if is_on_hub(base_name) else {}
-    if on_hub and merge:
-        on_hub["base_model_relation"] = "finetune"
-    return ModelCardData(
-        library_name="transformers" if merge else "peft",
-        pipeline_tag="image-segmentation",
-        tags=["sam3", "image-segmentation", "open-vocabulary", *([] if merge else ["lora"])],
-        **known,
-        **on_hub,
-    )
-
-
 @dataclass(frozen=True)
 class PushPlan:
-    """What would be uploaded.
-
-    Attributes
-    ----------
-    folder : pathlib.Path
-    repo : str
-        ``name`` or ``owner/name`` on the Hub.
-    files : dict of str to int
-        File name to its size in bytes. Only files that this package writes, and a licence.
-    left_out : list of str
-        What else is in the folder, links among it; a folder's name ends in ``/``.
-    missing : list of str
-        What a reader would look for in the card and not find.
-    machine_paths : list of str
-        File and path, where a file names a folder of this machine.
-    """
+    """What would be uploaded."""
 
     folder: Path
-    repo: str
-    files: dict
-    left_out: list
-    missing: list
-    machine_paths: list
+    repo: str  # ``name`` or ``owner/name`` on the Hub
+    files: dict  # name to size in bytes: only what this package writes, and a licence
+    left_out: list  # what else is in the folder, links among it; a folder's name ends in ``/``
+    missing: list  # what a reader would look for in the card and not find
+    machine_paths: list  # file and path, where a file names a folder of this machine
 
     def to_json(self):
         """Return the plan as plain values."""
@@ -210,41 +138,35 @@ def plan_push(folder, repo):
     Parameters
     ----------
     folder : os.PathLike
-        A finished run, or a folder written by `merge`.
+        A finished run, or a folder written by `merge`; InputError if it is damaged.
     repo : str
         ``name`` or ``owner/name`` on the Hub.
 
     Returns
     -------
     PushPlan
-
-    Raises
-    ------
-    InputError
-        If the name cannot be one on the Hub, or the folder is unfinished or damaged.
+        With ``folder``, ``repo``, ``files``, ``left_out``, ``missing`` and ``machine_paths``.
     """
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise InputError(str(error).strip(), where="--repo", fix="give owner/name") from error
     folder = resolve(folder)
-    if (folder / MERGE_FILE).is_file():
-        patterns, paths = _MERGED_FILES, _check_merged(folder)
-    else:
-        patterns, paths = RUN_FILES, _check_run(folder)
-    present = sorted(folder.iterdir())
-    files = [
-        path
-        for path in present
-        if path.is_file()
-        and not path.is_symlink()
-        and any(fnmatch(path.name, pattern) for pattern in (*patterns, *_ALSO))
-    ]
+    is_merged = (folder / MERGE_FILE).is_file()
+    paths = _check_merged(folder) if is_merged else _check_run(folder)
+    patterns = (*(_MERGED_FILES if is_merged else RUN_FILES), "LICENSE*")
+    files, left_out = {}, []
+    for path in sorted(folder.iterdir()):
+        is_own = any(fnmatch(path.name, pattern) for pattern in patterns)
+        if is_own and path.is_file() and not path.is_symlink():
+            files[path.name] = path.stat().st_size
+        else:
+            left_out.append(f"{path.name}{'/' if path.is_dir() else ''}")
     return PushPlan(
         folder=folder,
         repo=repo,
-        files={path.name: path.stat().st_size for path in files},
-        left_out=[f"{p.name}{'/' if p.is_dir() else ''}" for p in present if p not in files],
+        files=files,
+        left_out=left_out,
         missing=_missing_from_card(folder),
         machine_paths=[f"{name}: {path}" for name, path in paths if _is_machine_path(path)],
     )
@@ -259,10 +181,9 @@ def _check_run(folder):
     for path in (folder / name for name in RUN_FILES):
         if path.is_symlink():
             raise InputError("is a link, which is not sent", where=path, fix="put the file there")
-    texts = [config.model.name, config.data.data_dir, config.output.output_dir]
-    texts.append(config.training.feature_cache or "")
-    base = [(name, config.model.name) for name in (CONFIG_FILE, BASE_FILE)]
-    return [*((RUN_CONFIG, text) for text in texts), *base]
+    base, cache = config.model.name, config.training.feature_cache or ""
+    texts = [base, config.data.data_dir, config.output.output_dir, cache]
+    return [*((RUN_CONFIG, text) for text in texts), (CONFIG_FILE, base), (BASE_FILE, base)]
 
 
 def _check_merged(folder):
@@ -274,19 +195,17 @@ def _check_merged(folder):
     for path in weights:
         try:
             with safe_open(path, framework="pt") as file:
-                empty = not file.keys()
+                if not file.keys():
+                    raise OSError("it holds no weights")
         except (OSError, SafetensorError) as error:
             raise InputError(f"is damaged ({error})", where=path, fix="merge again") from error
-        if empty:
-            raise InputError("holds no weights", where=path, fix="merge again")
     return [(MERGE_FILE, str(document.get("base", "")))]
 
 
 def push(plan):
     """Upload what a `PushPlan` lists and return the address of the repository.
 
-    A new repository is private; an existing one stays as it is, and files of the same name in it
-    are replaced. An InputError says that the Hub cannot be reached or refuses.
+    A new repository is private; in an existing one files of the same name are replaced.
     """
     api = HfApi()
     try:
@@ -327,18 +246,13 @@ def _missing_from_card(folder):
     return [f"{name}: {reason}" for name, reason in _MISSING.items() if not values[name]]
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """How far two models may be apart and still count as the same.
-
-    Largest differences of a logit and of a score, the distance from the threshold within which one
-    model alone may detect a query, and the smallest IoU of two masks of the same query.
-    """
+class Tolerance(NamedTuple):
+    """How far two models may be apart and still count as the same."""
 
     logit: float
     score: float
-    margin: float
-    mask_iou: float
+    margin: float  # distance from the threshold within which one model alone may detect a query
+    mask_iou: float  # smallest of two masks of the same query
 
 
 # For a merge in float32, the same sums in another order: no score may cross the threshold. Seen are
@@ -350,18 +264,14 @@ CAST = Tolerance(logit=float("inf"), score=0.05, margin=0.05, mask_iou=0.9)
 
 @dataclass(frozen=True)
 class Comparison:
-    """What differs between two models on the same questions, images times prompts.
-
-    Detections are those of the first model; differences are over all queries, detected or not;
-    changed are queries that one model detects outside the margin; the IoU is over what both detect.
-    """
+    """What differs between two models on the same questions, images times prompts."""
 
     num_questions: int
-    num_detections: int
-    max_logit_difference: float
+    num_detections: int  # of the first model
+    max_logit_difference: float  # over all queries, detected or not
     max_score_difference: float
-    num_changed: int
-    min_mask_iou: float
+    num_changed: int  # queries that one model alone detects outside the margin
+    min_mask_iou: float  # over what both detect
 
     def within(self, tolerance):
         """Return whether the two models count as the same; NaN never does."""
@@ -401,15 +311,11 @@ def merge(folder, output, dtype=None, base=None):
     Returns
     -------
     dict
-        Also in ``merge.json``: ``base``, ``revision``, ``resolution``, ``dtype``, ``prompts``,
-        ``score_threshold``, ``mask_threshold``, ``config`` and ``data_fingerprint`` of the run,
-        ``images`` (where the compared images are from), ``num_images``, ``merged`` and
-        ``written``, two `Comparison` with base and adapter as dicts, and ``same``.
+        Also in ``merge.json``: what was merged, the two `Comparison` ``merged`` and ``written``
+        with base and adapter, and ``same``.
 
     Raises
     ------
-    InputError
-        If the output holds files, the type is unknown, or the run cannot be loaded.
     MergeDiffers
         If a comparison is not within its tolerance, `EXACT` or, for a cast, `CAST`.
     """
@@ -484,21 +390,23 @@ def compare(expected, actual, score_threshold, mask_threshold, margin=0.0):
     A query of the first whose score is within `margin` of the threshold may be detected or not.
     """
     logits, scores, ious, num_changed, num_detections = [0.0], [0.0], [1.0], 0, 0
-    for first, second in zip(expected, actual, strict=True):
+    for pair in zip(expected, actual, strict=True):
         for name in ("query_logits", "presence_logit", "mask_logits"):
-            logits.append(float(np.abs(getattr(first, name) - getattr(second, name)).max()))
-        scores.append(float(np.abs(first.scores - second.scores).max()))
-        detected, detected_too = (reaches(raw.scores, score_threshold) for raw in (first, second))
-        far = np.abs(first.scores - score_threshold) > margin
-        num_changed += int(((detected != detected_too) & far).sum())
-        num_detections += int(detected.sum())
-        for query in np.flatnonzero(detected & detected_too):
-            mask, mask_too = (
+            first, second = (getattr(raw, name) for raw in pair)
+            logits.append(np.abs(first - second).max())
+        first, second = (raw.scores for raw in pair)
+        scores.append(np.abs(first - second).max())
+        far = np.abs(first - score_threshold) > margin
+        first, second = (reaches(raw.scores, score_threshold) for raw in pair)
+        num_changed += int(((first != second) & far).sum())
+        num_detections += int(first.sum())
+        for query in np.flatnonzero(first & second):
+            mask, other = (
                 masks_at_image_size(raw.mask_logits[[query]], raw.height, raw.width, mask_threshold)
-                for raw in (first, second)
+                for raw in pair
             )
-            union = (mask | mask_too).sum()
-            ious.append(float((mask & mask_too).sum() / union) if union else 1.0)
+            union = (mask | other).sum()
+            ious.append((mask & other).sum() / union if union else 1.0)
     return Comparison(
         num_questions=len(expected),
         num_detections=num_detections,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -21,8 +21,7 @@ from helpers.errors import InputError
 from helpers.model.cache import BackboneCache, text_states
 
 
-@dataclass(frozen=True)
-class TrainingData:
+class TrainingData(NamedTuple):
     """What the loop reads: both datasets, their collator, `count_objects` and `data_fingerprint`."""
 
     train: PromptDataset
@@ -36,8 +35,7 @@ def training_data(config, model, processor, *, train_split=None, val_split=None,
     """Read and check the data of a run, and make sure that objects arrive, unless `allow_empty`.
 
     `model` has no adapter yet; with ``training.feature_cache`` it is moved to the accelerator.
-    Splits that are not in memory are read from ``data.data_dir``, which is checked first. An
-    InputError says that data or feature cache cannot be used, or that no object reaches the loss.
+    Splits that are not in memory are read from ``data.data_dir``, which is checked first.
     """
     data, dataset, pictures = config.data, None, {}
     if train_split is None or val_split is None:
@@ -51,19 +49,22 @@ def training_data(config, model, processor, *, train_split=None, val_split=None,
     ]
     cache = _filled_cache(config, model, processor, splits, pictures)
     train = PromptDataset.from_config(config, splits[0], model, processor, backbone_cache=cache)
-    valid = PromptDataset.for_evaluation(
-        splits[1],
-        model,
-        processor,
-        prompt=data.prompt,
-        absent_prompts=config.evaluation.absent_prompts,
-        backbone_cache=cache,
-    )
-    collator = PromptCollator(processor)
-    counts = _counts({"train": train, "valid": valid}, allow_empty)
+    asked = {"prompt": data.prompt, "absent_prompts": config.evaluation.absent_prompts}
+    valid = PromptDataset.for_evaluation(splits[1], model, processor, **asked, backbone_cache=cache)
+    counts = {"train": count_objects(train), "valid": count_objects(valid)}
+    for _ in counts:  # the draw of a loader that starts: seeds give the runs that they always gave
+        torch.empty((), dtype=torch.int64).random_()
+    if not counts["train"]["num_objects"].any() and not allow_empty:
+        raise InputError(
+            f"no object of {len(splits[0].records)} images reaches the loss "
+            "(cause no_objects in data/causes.csv); training would teach to detect nothing",
+            where=splits[0].root,
+            fix="run 'python -m helpers check' on the dataset, or pass allow_empty=True on purpose",
+        )
+    states = None
     if config.training.feature_cache is not None and not config.lora.apply_to_text_encoder:
         states = text_states(model, processor, (*train.nouns, *valid.nouns))
-        collator = PromptCollator(processor, states)
+    collator = PromptCollator(processor, states)
     return TrainingData(train, valid, collator, counts, data_fingerprint(splits[0], pictures))
 
 
@@ -85,31 +86,8 @@ def _filled_cache(config, model, processor, splits, pictures):
     records = [record for split in splits for record in split.records]
     missing = len(cache.missing(records))
     if missing and PartialState().is_main_process:
-        size = missing * cache.bytes_per_image
-        print(
-            f"feature cache: {missing} images, {size / 1e6:,.0f} MB in {cache.folder}",
-            file=sys.stderr,
-        )
-    cache.fill(
-        records,
-        batch_size=config.training.batch_size,
-        num_workers=config.training.num_workers,
-        progress=sys.stderr.isatty(),
-    )
+        size = f"{missing * cache.bytes_per_image / 1e6:,.0f} MB"
+        print(f"feature cache: {missing} images, {size} in {cache.folder}", file=sys.stderr)
+    loading = {"batch_size": config.training.batch_size, "num_workers": config.training.num_workers}
+    cache.fill(records, **loading, progress=sys.stderr.isatty())
     return cache
-
-
-def _counts(datasets, allow_empty):
-    """Count the objects that reach the loss in each dataset; refuse a training set without any."""
-    counts = {name: count_objects(dataset) for name, dataset in datasets.items()}
-    for _ in counts:  # the draw of a loader that starts: seeds give the runs that they always gave
-        torch.empty((), dtype=torch.int64).random_()
-    if not counts["train"]["num_objects"].any() and not allow_empty:
-        split = datasets["train"].split
-        raise InputError(
-            f"no object of {len(split.records)} images reaches the loss "
-            "(cause no_objects in data/causes.csv); training would teach to detect nothing",
-            where=split.root,
-            fix="run 'python -m helpers check' on the dataset, or pass allow_empty=True on purpose",
-        )
-    return counts

@@ -38,8 +38,7 @@ def checklist(run, words=None):
         From `helpers.train.run.read_run`, or the result of a training.
     words : mapping of str to float, optional
         Prompt to the share, in [0, 1], of the images that show an object on which its best score
-        reaches the score threshold. Without it only the trained prompts are known, from the
-        validation split.
+        reaches the score threshold; by default only what the validation split tells.
 
     Returns
     -------
@@ -47,17 +46,28 @@ def checklist(run, words=None):
         ``item``, ``expected`` (what the document says), ``measured`` (text) and ``passed``: True,
         False, or None where the document's number cannot be compared.
     """
-    return [
-        _modules_row(run.adapter),
-        _share_row(float(run.adapter.loc["total", "share"])),
-        *_loss_rows(run),
-        _trend_row("loss", list(epoch_means(run.history, "loss").values())),
-        _trend_row("valid loss", list(epoch_means(run.history, "eval_loss").values())),
-        _completed_row(run),
-        _final_row(run),
-        _confidence_row(run),
-        _prompts_row(run, words),
-    ]
+    losses, total = epoch_means(run.history, "loss"), run.adapter.loc["total"]
+    moved, share = total["B_nonzero"], float(total["share"])
+    epochs, wanted = run.metrics["epochs"], run.config.effective_num_epochs
+    found = {
+        "modules": (f"{total['modules']:.0f} modules, {moved:.0%} moved", moved == 1),
+        "trainable": (f"{share:.2%}", 0.02 <= round(share, 3) <= 0.03),
+        "epoch 1": _loss(run, [1], 0.0, 1.0),
+        "epoch 5": _loss(run, [5], 0.0, 0.5),
+        "epoch 10": _loss(run, [epoch for epoch in losses if epoch >= 10], 0.1, 0.3),
+        "loss": _trend(list(losses.values())),
+        "valid loss": _trend(list(epoch_means(run.history, "eval_loss").values())),
+        "completed": (f"{epochs:g} of {wanted} epochs", epochs >= wanted),
+        "final loss": _loss(run, [max(losses)], 0.0, 0.5),
+        "confidence": _confidence(run.metrics["valid"].get("max_score_present")),
+        "prompts": _prompts(run, words),
+    }
+    rows = []
+    for name, (measured, passed) in found.items():
+        item, expected = ITEMS[name]
+        passed = None if passed is None else bool(passed)
+        rows.append({"item": item, "expected": expected, "measured": measured, "passed": passed})
+    return rows
 
 
 def checklist_frame(run, words=None):
@@ -74,16 +84,9 @@ def checklist_frame(run, words=None):
         Index ``item``; columns ``document says``, ``measured``, ``verdict``: "yes", "no" or
         "not checkable".
     """
-    rows = [
-        {
-            "item": row["item"],
-            "document says": row["expected"],
-            "measured": row["measured"],
-            "verdict": VERDICTS[row["passed"]],
-        }
-        for row in checklist(run, words)
-    ]
-    return pd.DataFrame(rows).set_index("item")
+    table = pd.DataFrame(checklist(run, words)).set_index("item")
+    table["passed"] = [VERDICTS[passed] for passed in table["passed"]]
+    return table.rename(columns={"expected": "document says", "passed": "verdict"})
 
 
 def epoch_means(history, name):
@@ -111,8 +114,8 @@ def epoch_means(history, name):
 def least_early_loss(history):
     """Bound from below, by epoch from 1, what the document's loss would have shown for a run.
 
-    The box and mask terms are the same in both; only their weights differ. The document's loss is
-    their sum under its weights plus a classification term that cannot be negative.
+    It is the box and mask terms, which are the same in both, under the document's weights, plus a
+    classification term that cannot be negative.
     """
     weighted = [
         {"epoch": entry["epoch"], "bound": sum(w * entry[n] for n, w in _COUNTED_BY_BOTH.items())}
@@ -122,104 +125,51 @@ def least_early_loss(history):
     return epoch_means(weighted, "bound")
 
 
-def _row(name, measured, passed):
-    """Build one line."""
-    item, expected = ITEMS[name]
-    passed = None if passed is None else bool(passed)
-    return {"item": item, "expected": expected, "measured": measured, "passed": passed}
-
-
-def _modules_row(adapter):
-    """Build the line about where LoRA sits: modules there, and all of them moved."""
-    modules, moved = adapter.loc["total", "modules"], adapter.loc["total", "B_nonzero"]
-    return _row("modules", f"{modules:.0f} modules, {moved:.0%} moved", modules and moved == 1)
-
-
-def _share_row(share):
-    """Build the line about the share of parameters that learn."""
-    return _row("trainable", f"{share:.2%}", 0.02 <= round(share, 3) <= 0.03)
-
-
-def _loss_rows(run):
-    """Build the lines about the loss in certain epochs."""
-    losses = epoch_means(run.history, "loss")
-    bounds = least_early_loss(run.history)
-    early = run.config.loss.variant == "early"
-    late = [epoch for epoch in losses if epoch >= 10]
-    chosen = {"epoch 1": ([1], 0.0, 1.0), "epoch 5": ([5], 0.0, 0.5), "epoch 10": (late, 0.1, 0.3)}
-    rows = []
-    for name, (epochs, low, high) in chosen.items():
-        if not epochs or not set(epochs) <= set(losses):
-            rows.append(_row(name, f"the run has {max(losses)} epochs", None))
-            continue
-        loss, bound = (_mean_of(values, epochs) for values in (losses, bounds))
-        rows.append(_loss_row(name, loss, bound, low, high, early))
-    return rows
-
-
-def _final_row(run):
-    """Build the line about the training loss of the last epoch."""
+def _loss(run, epochs, low, high):
+    """Compare the mean loss of epochs (``early``), or refute it by its bound, or leave it open."""
     losses, bounds = epoch_means(run.history, "loss"), least_early_loss(run.history)
-    last = max(losses)
-    early = run.config.loss.variant == "early"
-    return _loss_row("final loss", losses[last], bounds.get(last), 0.0, 0.5, early)
-
-
-def _loss_row(name, loss, bound, low, high, early):
-    """Compare a loss directly (``early``), or refute it by its bound, or leave it open."""
-    if early:
-        return _row(name, f"{loss:.3g}", low <= loss <= high)
-    if bound is None:
-        return _row(name, f"{loss:.3g} native", None)
+    if not epochs or not set(epochs) <= set(losses):
+        return f"the run has {max(losses)} epochs", None
+    loss = sum(losses[epoch] for epoch in epochs) / len(epochs)
+    if run.config.loss.variant == "early":
+        return f"{loss:.3g}", low <= loss <= high
+    if not set(epochs) <= set(bounds):
+        return f"{loss:.3g} native", None
+    bound = sum(bounds[epoch] for epoch in epochs) / len(epochs)
     measured = f"{loss:.3g} native; at least {bound:.2g} with the document's weights"
-    return _row(name, measured, False if bound > high else None)
+    return measured, False if bound > high else None
 
 
-def _mean_of(by_epoch, epochs):
-    """Average over some epochs; None if one was not logged."""
-    values = [by_epoch.get(epoch) for epoch in epochs]
-    return None if None in values else sum(values) / len(values)
-
-
-def _trend_row(name, values):
-    """Build a line about a loss that should fall from the first to the last epoch."""
+def _trend(values):
+    """Say whether a loss fell from the first to the last epoch."""
     if len(values) < 2:
-        return _row(name, "one epoch has no trend", None)
-    lowest = min(range(len(values)), key=values.__getitem__)
-    measured = (
+        return "one epoch has no trend", None
+    return (
         f"{values[0]:.3g} in epoch 1, {values[-1]:.3g} in epoch {len(values)}, "
-        f"lowest in epoch {lowest + 1}"
-    )
-    return _row(name, measured, values[-1] < values[0])
+        f"lowest in epoch {values.index(min(values)) + 1}"
+    ), values[-1] < values[0]
 
 
-def _completed_row(run):
-    """Build the line about the number of epochs."""
-    epochs, wanted = run.metrics["epochs"], run.config.effective_num_epochs
-    return _row("completed", f"{epochs:g} of {wanted} epochs", epochs >= wanted)
-
-
-def _confidence_row(run):
-    """Build the line about the best score on validation images that show an object."""
-    best = run.metrics["valid"].get("max_score_present")
+def _confidence(best):
+    """Judge the best score on validation images that show an object."""
     if best is None:
-        return _row("confidence", "the validation split shows no object", None)
-    return _row("confidence", f"best score {best:.3f} on average, validation split", best > 0.3)
+        return "the validation split shows no object", None
+    return f"best score {best:.3f} on average, validation split", best > 0.3
 
 
-def _prompts_row(run, words):
-    """Build the line about prompts: from measured words, or from the validation split."""
+def _prompts(run, words):
+    """Judge the prompts: measured words, or the trained ones on the validation split."""
     threshold = run.config.evaluation.score_threshold
-    if words is None:
-        share = run.metrics["valid"].get("max_score_present_share_above")
-        trained = ", ".join(run.prompts["prompts"]) or "no prompt"
-        if share is None:
-            return _row("prompts", f"trained on {trained}; the validation split shows none", None)
-        measured = f"{trained}: reaches {threshold:g} on {share:.0%}; other words not asked"
-        return _row("prompts", measured, False if share < WORKS_FROM else None)
-    listed = ", ".join(f"{word} {share:.0%}" for word, share in words.items())
-    measured = f"images where the best score reaches {threshold:g}: {listed}"
-    return _row("prompts", measured, all(share >= WORKS_FROM for share in words.values()))
+    if words is not None:
+        listed = ", ".join(f"{word} {share:.0%}" for word, share in words.items())
+        measured = f"images where the best score reaches {threshold:g}: {listed}"
+        return measured, all(share >= WORKS_FROM for share in words.values())
+    share = run.metrics["valid"].get("max_score_present_share_above")
+    trained = ", ".join(run.prompts["prompts"]) or "no prompt"
+    if share is None:
+        return f"trained on {trained}; the validation split shows none", None
+    measured = f"{trained}: reaches {threshold:g} on {share:.0%}; other words not asked"
+    return measured, False if share < WORKS_FROM else None
 
 
 def report(run):

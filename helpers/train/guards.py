@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from helpers.causes import CAUSES
 from helpers.errors import InputError
 from helpers.model import losses
-from helpers.model.lora import component_of, lora_layers
+from helpers.model.audit import adapter_report
 
 # Optimiser steps over which a guard averages what a single step may show by chance.
 WINDOW = 5
@@ -190,9 +190,12 @@ class Guards(TrainerCallback):
             )
 
     def _adapter_at_zero(self, step, args, model):
-        if self._learned_steps == ADAPTER_STEPS and (idle := _components_at_zero(model)):
-            text = f"B of LoRA is still zero in {', '.join(idle)} after {step['number']} steps"
-            return "adapter_at_zero", text
+        if self._learned_steps == ADAPTER_STEPS:
+            report = adapter_report(model).drop(index=["total", _UNUSED_COMPONENT])
+            idle = ", ".join(report.index[report["B_nonzero"] == 0])
+            if idle:
+                text = f"B of LoRA is still zero in {idle} after {step['number']} steps"
+                return "adapter_at_zero", text
         self._learned_steps += self._learns_now
 
     def _not_finite(self, step, args, model):
@@ -238,13 +241,3 @@ def _images_of(image_ids, bad_loss, step):
     batches = zip(image_ids, bad_loss, strict=True)
     chosen = [ids for ids, is_bad in batches if is_bad or not step["bad_losses"]]
     return sorted({name for ids in gather_object(chosen) for name in ids})
-
-
-def _components_at_zero(model):
-    """List the components of which no B has moved."""
-    moved = {}
-    for name, layer in lora_layers(model):
-        component = component_of(name)
-        has_moved = any(bool(b.weight.detach().any()) for b in layer.lora_B.values())
-        moved[component] = moved.get(component, False) or has_moved
-    return [name for name, has in moved.items() if not has and name != _UNUSED_COMPONENT]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from peft import PeftModel
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from transformers import Sam3Processor
 
 from helpers.config import Config, load_config
@@ -23,7 +24,6 @@ from helpers.train.trainer import CHECKPOINTS, CURVES_FILE
 
 RUN_CONFIG = "config.yaml"
 PROMPTS_FILE = "prompts.json"
-MERGE_FILE = "merge.json"
 METRICS_FILE = "metrics.json"  # written last: a folder that has it holds a finished run
 AUDIT_FILE = "adapter_report.csv"
 VERSIONS_FILE = "environment.json"
@@ -57,51 +57,37 @@ _MAY_CHANGE = {
 }
 
 
-class _File(BaseModel):
-    """What a file of a run must hold; more is allowed, so that later versions can add to it."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-
-class _FirstAndLast(_File):
+class _FirstAndLast(BaseModel, strict=True, allow_inf_nan=False):
     first: float | None
     last: float | None
 
 
-class Metrics(_File):
-    """What `read_run` relies on in ``metrics.json``."""
-
-    steps: int
-    epochs: float
-    best_step: int | None
-    selected_by: str
-    valid: dict[str, float | None]
-    train_loss: _FirstAndLast
-    valid_loss: _FirstAndLast
-    objects: dict[str, int]
-    notes: list[str]
-    data_fingerprint: str | None = None
-
-
-class Prompts(_File):
-    """What `read_run` relies on in ``prompts.json``."""
-
-    prompts: dict[str, int]
-    negatives: dict[str, int]
-    negatives_per_image: int
-
-
-class Versions(_File):
-    """What a resumed run and the model card rely on in ``environment.json``."""
-
-    packages: dict[str, str] = {}
-    num_processes: int = 1
-    data_fingerprint: str | None = None
-
-
-class _Stopped(_File):
-    message: str
-    fix: str | None = None
+# What is relied on in a file; with a default where older releases did not write it.
+_KEYS = {
+    METRICS_FILE: {
+        "steps": int,
+        "epochs": float,
+        "best_step": int | None,
+        "selected_by": str,
+        "valid": dict[str, float | None],
+        "train_loss": _FirstAndLast,
+        "valid_loss": _FirstAndLast,
+        "objects": dict[str, int],
+        "notes": list[str],
+        "data_fingerprint": (str | None, None),
+    },
+    PROMPTS_FILE: {
+        "prompts": dict[str, int],
+        "negatives": dict[str, int],
+        "negatives_per_image": int,
+    },
+    VERSIONS_FILE: {
+        "packages": (dict[str, str], {}),
+        "num_processes": (int, 1),
+        "data_fingerprint": (str | None, None),
+    },
+    STOPPED_FILE: {"message": str, "fix": (str | None, None)},
+}
 
 
 @dataclass
@@ -144,14 +130,14 @@ def read_run(folder):
         raise InputError("no such folder", where=folder, fix=_TRAIN_FIRST)
     if not (folder / METRICS_FILE).is_file():
         raise _unfinished(folder)
-    metrics = read_run_file(folder / METRICS_FILE, Metrics)
+    metrics = read_run_file(folder / METRICS_FILE)
     history = read_history(folder)
     if (last := history[-1]["step"]) != metrics["steps"]:
         raise _damaged(folder / CURVES_FILE, f"ends at step {last}, not {metrics['steps']}")
     return RunFiles(
         folder=folder,
         config=load_config(folder / RUN_CONFIG),
-        prompts=read_run_file(folder / PROMPTS_FILE, Prompts),
+        prompts=read_run_file(folder / PROMPTS_FILE),
         metrics=metrics,
         history=history,
         adapter=_read_audit(folder / AUDIT_FILE),
@@ -201,7 +187,7 @@ def _damaged(path, message):
 def _unfinished(folder):
     """Build the error for a folder without metrics: stopped, interrupted, damaged or no run."""
     if (folder / STOPPED_FILE).is_file():
-        stopped = read_run_file(folder / STOPPED_FILE, _Stopped)
+        stopped = read_run_file(folder / STOPPED_FILE)
         message = f"the run was stopped: {stopped['message']}"
         return InputError(message, where=folder, fix=stopped.get("fix") or _TRAIN_AGAIN)
     if not (folder / RUN_CONFIG).is_file():
@@ -213,11 +199,14 @@ def _unfinished(folder):
     return InputError(message, where=folder, fix=fix)
 
 
-def read_run_file(path, schema):
-    """Return the content of a JSON file of a run, which must fit a class like `Metrics`."""
+def read_run_file(path):
+    """Return the content of a JSON file of a run, checked; more keys than needed are allowed."""
     content = read_json(path, fix=_TRAIN_AGAIN)
+    kinds = _KEYS[path.name].items()
+    fields = {key: kind if isinstance(kind, tuple) else (kind, ...) for key, kind in kinds}
+    strict = ConfigDict(strict=True, allow_inf_nan=False)
     try:
-        schema.model_validate(content)
+        create_model(path.name, __config__=strict, **fields).model_validate(content)
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part)[:100] for part in problem["loc"])
@@ -269,18 +258,11 @@ def _read_table(path, columns):
 
 def last_checkpoint(folder):
     """Return the newest complete checkpoint of a run, or None; its last file is trainer_state.json."""
-    paths = [
-        path
-        for path in (folder / CHECKPOINTS).glob("checkpoint-*")
-        if path.name.rpartition("-")[2].isdigit()
-    ]
-    for path in sorted(paths, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        try:
-            read_json(path / "trainer_state.json")
-        except InputError:
-            continue
-        return path
-    return None
+    by_step = {}
+    for path in (folder / CHECKPOINTS).glob("checkpoint-*/trainer_state.json"):
+        with suppress(InputError):  # half written
+            by_step[read_json(path).get("global_step", 0)] = path.parent
+    return by_step[max(by_step)] if by_step else None
 
 
 def num_processes():
@@ -291,40 +273,33 @@ def num_processes():
 def state_of(folder, config, *, resume, overwrite):
     """Decide before anything is written whether a run is "new", "interrupted" or "finished".
 
-    An InputError says that the folder holds something else, or a run and neither `resume` nor
-    `overwrite`, that there is nothing to resume, or that the run had another configuration.
+    An InputError says why the folder cannot be written, or that nothing fits there to be resumed.
     """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    holds_run = not names.isdisjoint({*RUN_FILES, CHECKPOINTS})
+    problem = None
     if resume and overwrite:
-        raise InputError("resume and overwrite exclude each other", fix="choose one")
-    if folder.exists() and not folder.is_dir():
-        raise InputError("is a file, not a folder", where=folder, fix="choose another output")
-    if resume:
-        if not (folder / RUN_CONFIG).is_file():
-            fix = "start it without --resume"
-            raise InputError("holds no run to resume", where=folder, fix=fix)
-        _refuse_other_config(folder, config)
-        return "finished" if (folder / METRICS_FILE).is_file() else "interrupted"
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if names & {*RUN_FILES, CHECKPOINTS}:
-        if not overwrite:
-            fix = "choose another output, continue it with --resume, or replace it with --overwrite"
-            raise InputError("already holds a run", where=folder, fix=fix)
-    elif any(not name.startswith(".") for name in names):
-        fix = "choose another output"
-        raise InputError("is not empty and holds no run", where=folder, fix=fix)
-    return "new"
+        problem = "resume and overwrite exclude each other", "choose one"
+    elif folder.exists() and not folder.is_dir():
+        problem = "is a file, not a folder", "choose another output"
+    elif resume and not (folder / RUN_CONFIG).is_file():
+        problem = "holds no run to resume", "start it without --resume"
+    elif holds_run and not resume and not overwrite:
+        fix = "choose another output, continue it with --resume, or replace it with --overwrite"
+        problem = "already holds a run", fix
+    elif not holds_run and any(not name.startswith(".") for name in names):
+        problem = "is not empty and holds no run", "choose another output"
+    if problem:
+        raise InputError(problem[0], where=folder, fix=problem[1])
+    if not resume:
+        return "new"
+    _refuse_other_config(folder, config)
+    return "finished" if METRICS_FILE in names else "interrupted"
 
 
-def clear_run(folder):
-    """Remove the files of a run from its folder, and nothing else."""
-    for name in RUN_FILES:
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-
-
-def clear_partial_files(folder):
-    """Remove what a killed run left half-written in its folder."""
-    for path in folder.glob(".partial-*"):
+def remove(folder, patterns):
+    """Remove what is named like that in a run folder, and nothing else."""
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -338,7 +313,7 @@ def _refuse_other_config(folder, config):
     gradient does not depend on it.
     """
     before = load_config(folder / RUN_CONFIG)
-    started = read_run_file(folder / VERSIONS_FILE, Versions).get("num_processes", 1)
+    started = read_run_file(folder / VERSIONS_FILE).get("num_processes", 1)
     old, new = before.model_dump(exclude=_MAY_CHANGE), config.model_dump(exclude=_MAY_CHANGE)
     if new["model"]["revision"] is None:  # the run has written down which it took
         new["model"]["revision"] = old["model"]["revision"]

@@ -25,18 +25,10 @@ from helpers.errors import InputError, printable
 from helpers.files import WALL_CRACKS, read_json, resolve, staged_folder, write_json, write_text
 from helpers.model.lora import BASE_FILE, CONFIG_FILE, read_adapter_weights
 from helpers.model.sam3 import base_config, load_base
-from helpers.train.run import (
-    CARD_FILE,
-    MERGE_FILE,
-    RUN_CONFIG,
-    RUN_FILES,
-    VERSIONS_FILE,
-    Versions,
-    load_run,
-    read_run,
-    read_run_file,
-)
+from helpers.train import run as run_folder
+from helpers.train.run import CARD_FILE, RUN_CONFIG, RUN_FILES
 
+MERGE_FILE = "merge.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_IMAGES = 4
 NUM_PROMPTS = 6
@@ -80,7 +72,9 @@ def model_card(run, own_resolution, merge=None):
         own_resolution=own_resolution,
         total=run.adapter.loc["total"],
         modules=adapted["modules"].to_dict(),
-        versions=read_run_file(run.folder / VERSIONS_FILE, Versions).get("packages", {}),
+        versions=run_folder.read_run_file(run.folder / run_folder.VERSIONS_FILE).get(
+            "packages", {}
+        ),
         on_hub=is_on_hub(name),
         quoted=_quoted,
         in_code=_in_code,
@@ -174,7 +168,7 @@ def plan_push(folder, repo):
 
 def _check_run(folder):
     """Refuse a run that is unfinished or damaged; return the files and texts that may be paths."""
-    config = read_run(folder).config
+    config = run_folder.read_run(folder).config
     read_adapter_weights(folder)
     for name in (CONFIG_FILE, BASE_FILE):
         read_json(folder / name, fix="train again")
@@ -324,7 +318,7 @@ def merge(folder, output, dtype=None, base=None):
         raise InputError("is not an empty folder", where=output, fix="choose another --output")
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"there is no type {dtype!r} here", fix=f"use one of {', '.join(DTYPES)}")
-    run = load_run(folder, base=base, dtype=torch.float32)
+    run = run_folder.load_run(folder, base=base, dtype=torch.float32)
     settings = run.config.model
     if dtype is None:
         own = base_config(base or settings.name, None if base else settings.revision).dtype

@@ -96,11 +96,9 @@ def train(
     config : helpers.config.Config
     output_dir : os.PathLike, optional
         Run folder; by default ``output.output_dir`` of the config.
-    resume : bool
-        True to continue an interrupted run from its last complete checkpoint, with the losses of
-        an uninterrupted run. A finished run is returned as it is.
-    overwrite : bool
-        True to replace a run that is in the folder.
+    resume, overwrite : bool
+        True to continue an interrupted run from its last complete checkpoint, with the losses of an
+        uninterrupted one (a finished run is returned as it is); or to replace a run in the folder.
     train_split, val_split : helpers.data.records.Split, optional
         Data in memory, for example a doctored split. By default both are read from
         ``data.data_dir``, and the dataset is checked first.
@@ -122,9 +120,8 @@ def train(
     Raises
     ------
     InputError
-        If base, data or settings cannot be used, or no object would reach the loss: nothing is
-        written then. A `helpers.train.guards.GuardStop` if a guard finds a fault, an `OutOfMemory`
-        if memory runs out: ``stopped.json`` then says why.
+        Before anything is written, or a `GuardStop` of a guard or an `OutOfMemory`, which
+        ``stopped.json`` explains.
     """
     folder = resolve(output_dir or config.output.output_dir)
     state = run_folder.state_of(folder, config, resume=resume, overwrite=overwrite)
@@ -145,8 +142,7 @@ def train(
     elif processes.is_main_process:
         _write_start(folder, config, data)
     if processes.is_main_process:
-        run_folder.clear_partial_files(folder)
-        (folder / run_folder.STOPPED_FILE).unlink(missing_ok=True)
+        run_folder.remove(folder, (".partial-*", run_folder.STOPPED_FILE))
     first_step = _FirstStep(data.train)
     own = [first_step]
     if sys.stderr.isatty() if progress is None else progress:
@@ -183,7 +179,8 @@ def _prepare(config, train_split, val_split, allow_empty):
     counts = data.counts["train"]
     has_no_mask = counts["num_objects"].any() and not counts["num_masks"].any()
     if config.lora.apply_to_mask_decoder and has_no_mask:  # it would have no gradient
-        text = "no object of the training split has a mask, so the mask decoder has nothing to learn from"
+        text = "no object of the training split has a mask, so the mask decoder has nothing to "
+        text += "learn from"
         others = [key for key, on in config.lora if key.startswith("apply_to_") and on]
         if others == ["apply_to_mask_decoder"]:
             raise InputError(text, where="lora", fix="adapt another component, or add masks")
@@ -212,7 +209,7 @@ def _trainer(config, model, data, arguments, callbacks, allow_empty):
 def _write_start(folder, config, data):
     """Write what is known before training, in place of an earlier run."""
     folder.mkdir(parents=True, exist_ok=True)
-    run_folder.clear_run(folder)
+    run_folder.remove(folder, (*run_folder.RUN_FILES, CHECKPOINTS))
     versions = {
         "packages": {name: version(name) for name in SUBJECT_PACKAGES},
         "machine": device(),
@@ -226,7 +223,7 @@ def _write_start(folder, config, data):
 
 def _refuse_other_data(folder, config, data):
     """Raise InputError if an interrupted run was trained on other images or other components."""
-    versions = run_folder.read_run_file(folder / run_folder.VERSIONS_FILE, run_folder.Versions)
+    versions = run_folder.read_run_file(folder / run_folder.VERSIONS_FILE)
     before = versions.get("data_fingerprint")  # runs of older releases have none
     lora = load_config(folder / run_folder.RUN_CONFIG).lora
     if before not in (None, data.fingerprint) or lora != config.lora:
@@ -254,9 +251,8 @@ def _readable_errors(trainer):
                 "raise gradient_accumulation_steps) or data.num_negatives, or lower "
                 "model.resolution; 'python -m helpers train --dry-run' tries a single step",
             ) from error
-        if isinstance(error, OSError | SafetensorError) or any(
-            part in reason for part in _WRITE_FAILED
-        ):
+        failed_to_write = any(part in reason for part in _WRITE_FAILED)
+        if failed_to_write or isinstance(error, OSError | SafetensorError):
             raise InputError(
                 f"a file could not be written or read at step {step} ({reason})",
                 where=getattr(error, "filename", None) or where,
@@ -271,8 +267,7 @@ def _result(trainer, folder, data, first_report):
     best = folder / CHECKPOINTS / f"checkpoint-{state.best_global_step}"
     best_step = state.best_global_step if state.best_global_step and best.is_dir() else None
     report = adapter_report(model)  # of the last state: did every module move?
-    if first_report is not None:
-        report["grad_norm"] = first_report["grad_norm"]
+    report["grad_norm"] = report["grad_norm"] if first_report is None else first_report["grad_norm"]
     if best_step is not None:
         load_adapter_weights(model, read_adapter_weights(best), best)
     metrics = run_folder.run_metrics(state, config, best_step) | {
@@ -281,46 +276,34 @@ def _result(trainer, folder, data, first_report):
         "trained_parameters": run_folder.trained_parameters(trainer.optimizer, model),
         "notes": run_folder.run_notes(state, config, best_step, report),
     }
-    return run_folder.RunResult(
-        folder=folder,
-        config=config,
-        model=model.eval(),
-        processor=data.collator.processor,
-        prompts=run_folder.trained_prompts(data.train),
-        metrics=metrics,
-        history=state.log_history,
-        adapter=report,
-    )
+    prompts = run_folder.trained_prompts(data.train)
+    files = (folder, config, prompts, metrics, state.log_history, report)
+    return run_folder.RunResult(*files, model.eval(), data.collator.processor)
 
 
 def _write_result(result):
     """Write adapter, report, card and metrics; the metrics come last and mark the run as finished."""
-    base = result.config.model
+    base, folder = result.config.model, result.folder
     own_resolution = sam3.base_config(base.name, base.revision).image_size
-    save_adapter(result.model, result.folder, base.name, base.revision)
-    write_text(result.folder / run_folder.AUDIT_FILE, result.adapter.to_csv())
-    write_text(result.folder / run_folder.CARD_FILE, model_card(result, own_resolution))
-    write_json(result.folder / run_folder.METRICS_FILE, result.metrics)
+    save_adapter(result.model, folder, base.name, base.revision)
+    write_text(folder / run_folder.AUDIT_FILE, result.adapter.to_csv())
+    write_text(folder / run_folder.CARD_FILE, model_card(result, own_resolution))
+    write_json(folder / run_folder.METRICS_FILE, result.metrics)
 
 
-def train_within_memory(
-    config, *, on_retry=None, output_dir=None, resume=False, overwrite=False, **options
-):
-    """Train; if memory runs out before the first checkpoint, start again with a smaller step.
+def train_within_memory(config, *, on_retry=None, **options):
+    """Train; if memory runs out before the first checkpoint, start again with a `smaller_step`.
 
-    See `smaller_step`; `on_retry` is called with a sentence before each new attempt, the rest is as
-    for `train`, and the config of the result is the one that fitted. An `OutOfMemory` remains if
-    nothing smaller is left, if a checkpoint would be lost, or with several processes, of which the
-    others would wait for ever.
+    `on_retry` is called with a sentence before each new attempt; `options` are those of `train`. An
+    `OutOfMemory` remains if nothing smaller is left, if a checkpoint would be lost, or with several
+    processes, of which the others would wait for ever.
     """
     while True:
         try:
-            return train(
-                config, output_dir=output_dir, resume=resume, overwrite=overwrite, **options
-            )
+            return train(config, **options)
         except OutOfMemory as error:
             changes = smaller_step(config)
-            folder = resolve(output_dir or config.output.output_dir)
+            folder = resolve(options.get("output_dir") or config.output.output_dir)
             has_checkpoint = run_folder.last_checkpoint(folder) is not None
             if changes is None or run_folder.num_processes() > 1 or has_checkpoint:
                 raise
@@ -328,7 +311,8 @@ def train_within_memory(
         clear_device_cache(garbage_collection=True)  # the frames of the failed attempt are gone now
         if on_retry is not None:
             on_retry(f"{message}; trying again with {' '.join(_set_arguments(changes))}")
-        config, resume, overwrite = config.replace(changes), False, True
+        config = config.replace(changes)
+        options |= {"resume": False, "overwrite": True}
 
 
 def dry_run(config):
@@ -359,7 +343,7 @@ def dry_run(config):
     images_per_step = training.batch_size * training.gradient_accumulation_steps
     steps = math.ceil(len(records) / (images_per_step * run_folder.num_processes()))
     result = {
-        "fits": True,
+        "fits": False,
         "device": device()["name" if on_gpu else "device"],
         "images": len(fullest),
         "prompts": int(fullest["size"].sum()),
@@ -386,9 +370,10 @@ def dry_run(config):
             with _readable_errors(trainer):
                 trainer.train()
         except OutOfMemory:
-            return result | {"fits": False, "next": _set_arguments(_next_setting(config))}
+            return result | {"next": _set_arguments(_next_setting(config))}
     seconds = clock.seconds * training.gradient_accumulation_steps
     return result | {
+        "fits": True,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else _peak_memory(),
         "seconds_per_step": seconds,
         "seconds_per_epoch": seconds * steps,
@@ -407,24 +392,20 @@ def _peak_memory():
 
 def dry_run_text(result):
     """Write the result of `dry_run` for people."""
-    lines = [
-        f"fullest batch: {result['images']} images, {result['prompts']} prompts, "
-        f"{result['objects']} objects, on {result['device']}"
-    ]
+    lines = ["fullest batch: {images} images, {prompts} prompts, {objects} objects, on {device}"]
     if result["fits"]:
         if result["peak_memory_bytes"] is not None:
             peak = result["peak_memory_bytes"] / 2**30
-            lines.append(f"peak memory of {result['peak_memory_of']}: {peak:.2f} GiB")
+            lines.append(f"peak memory of {{peak_memory_of}}: {peak:.2f} GiB")
         lines.append(
-            f"{result['seconds_per_step']:.3g} s per step; {result['steps_per_epoch']} steps, at "
-            f"most {result['seconds_per_epoch']:.3g} s, per epoch, without validation"
+            "{seconds_per_step:.3g} s per step; {steps_per_epoch} steps, at most "
+            "{seconds_per_epoch:.3g} s, per epoch, without validation"
         )
-    elif result["next"]:
-        options = " ".join(f"--set {setting}" for setting in result["next"])
-        lines.append(f"out of memory; the next setting to try: {options}")
     else:
-        lines.append("out of memory, and no smaller setting is left")
-    return "\n".join(lines)
+        options = " ".join(f"--set {setting}" for setting in result["next"])
+        options = f"the next setting to try: {options}" if options else "no smaller setting is left"
+        lines.append(f"out of memory; {options}")
+    return "\n".join(lines).format(**result)
 
 
 def smaller_step(config):

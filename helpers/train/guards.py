@@ -52,15 +52,13 @@ class Guards(TrainerCallback):
     """Watch a training run and raise `GuardStop` before an optimiser step, in all processes.
 
     The trainer shows every batch (`are_finite`, `observe`). `queries` is the training data as
-    `count_objects` counts it: how often objects and absent prompts are to be expected. Each method
-    named after a key returns a cause and a sentence where its guard has to stop the run, else None.
+    `count_objects` counts it: how often objects and absent prompts are to be expected.
     """
 
     def __init__(self, config, queries, *, allow_empty=False):
         self.weights = losses.WEIGHTS[config.loss.variant]
         off = OFF_IF_EMPTY if allow_empty else ()
-        active = [key for key, on in config.guards if on and key not in off]
-        self.active = sorted(active, key=lambda key: key != "not_finite")  # the others compare
+        self.active = {key for key, on in config.guards if on and key not in off}
         by_image = queries.groupby("image_id")["num_objects"]
         self._images_until = {
             "objects": _images_until_seen((by_image.sum() > 0).mean(), len(by_image)),
@@ -131,8 +129,8 @@ class Guards(TrainerCallback):
         step = dict(zip([*self._names, "overflow", "bad_losses"], sums, strict=True))
         step["number"] = state.global_step
         self._remember(step, optimizer)
-        for key in self.active:
-            if fault := getattr(self, f"_{key}")(step, args, model):
+        for key, cause, text in self._faults(step, args, model):
+            if key in self.active:
                 where, fix = f"guards.{key}", None
                 if key == "not_finite":
                     where = ", ".join(_images_of(image_ids, bad_loss.tolist(), step))
@@ -140,7 +138,7 @@ class Guards(TrainerCallback):
                         "look at these images with 'python -m helpers check', or lower "
                         "training.learning_rate; with fp16 try bf16"
                     )
-                raise GuardStop(*fault, where=where, fix=fix)
+                raise GuardStop(cause, text, where=where, fix=fix)
 
     def _remember(self, step, optimizer):
         """Keep what the guards need of this step."""
@@ -164,69 +162,49 @@ class Guards(TrainerCallback):
         """Return whether so many images came by without it that this is no chance."""
         return not self._seen[name] and self._seen["images"] >= self._images_until[name]
 
-    def _no_objects(self, step, args, model):
+    def _faults(self, step, args, model):
+        """Yield guard, cause and sentence of each fault that shows after this step."""
+        number, window = step["number"], self._window
+        if step["bad_losses"]:
+            yield "not_finite", "not_finite", f"the loss is nan or inf at step {number}"
+        elif self._overflows > (SKIPPED_STEPS if args.fp16 else 0):
+            text = f"the gradient is nan or inf at step {number}, the loss is not"
+            yield "not_finite", "not_finite", text
         if self._never_seen("objects"):
-            return "no_objects", f"no object in the first {self._seen['images']:.0f} images"
-
-    def _box_and_mask_terms(self, step, args, model):
-        for cause, things, term in (
-            ("no_objects", "objects", "box"),
-            ("masks_lost", "masks", "mask"),
-        ):
-            if step[things] and step[f"{term}_terms"] == 0:
-                return cause, (
-                    f"{step[things]:.0f} {things} arrived at step {step['number']}, but the "
-                    f"{term} terms of the loss are 0"
-                )
-
-    def _vanishing_loss(self, step, args, model):
-        mean = self._mean("total")
-        objects = sum(step["objects"] for step in self._window)
-        is_judged = self._is_first_epoch and len(self._window) == WINDOW
+            text = f"no object in the first {self._seen['images']:.0f} images"
+            yield "no_objects", "no_objects", text
+        for name, things in (("box", "objects"), ("mask", "masks")):
+            if step[things] and step[f"{name}_terms"] == 0:
+                cause = "no_objects" if name == "box" else "masks_lost"
+                text = f"{step[things]:.0f} {things} arrived at step {number}"
+                yield "box_and_mask_terms", cause, f"{text}, but the {name} terms of the loss are 0"
+        mean, objects = self._mean("total"), sum(step["objects"] for step in window)
+        is_judged = self._is_first_epoch and len(window) == WINDOW
         if is_judged and mean < VANISHING_LOSS and (objects or self._never_seen("objects")):
-            return "loss_weights" if objects else "no_objects", (
-                f"the loss averages {mean:.1e} over the last {WINDOW} steps of the first epoch, "
-                f"with {objects:.0f} objects in them"
-            )
-
-    def _adapter_at_zero(self, step, args, model):
+            text = f"the loss averages {mean:.1e} over the last {WINDOW} steps of the first epoch"
+            cause = "loss_weights" if objects else "no_objects"
+            yield "vanishing_loss", cause, f"{text}, with {objects:.0f} objects in them"
         if self._learned_steps == ADAPTER_STEPS:
             report = adapter_report(model).drop(index=["total", _UNUSED_COMPONENT])
             idle = ", ".join(report.index[report["B_nonzero"] == 0])
             if idle:
-                text = f"B of LoRA is still zero in {idle} after {step['number']} steps"
-                return "adapter_at_zero", text
+                text = f"B of LoRA is still zero in {idle} after {number} steps"
+                yield "adapter_at_zero", "adapter_at_zero", text
         self._learned_steps += self._learns_now
-
-    def _not_finite(self, step, args, model):
-        if step["bad_losses"]:
-            return "not_finite", f"the loss is nan or inf at step {step['number']}"
-        if self._overflows > (SKIPPED_STEPS if args.fp16 else 0):
-            text = f"the gradient is nan or inf at step {step['number']}, the loss is not"
-            return "not_finite", text
-
-    def _at_clamp(self, step, args, model):
-        share = self._mean("share_at_clamp")
-        limit = max(SHARE_AT_CLAMP, self._first_share + CLAMP_RISE)
-        if len(self._window) == WINDOW and share > limit:
-            return "at_clamp", (
-                f"{share:.0%} of the logits stand at the model's clamps at step {step['number']}, "
-                f"{self._first_share:.0%} did at first"
-            )
-
-    def _only_positive_prompts(self, step, args, model):
+        share, first = self._mean("share_at_clamp"), self._first_share
+        if len(window) == WINDOW and share > max(SHARE_AT_CLAMP, first + CLAMP_RISE):
+            text = f"{share:.0%} of the logits stand at the model's clamps at step {number}"
+            yield "at_clamp", "at_clamp", f"{text}, {first:.0%} did at first"
         if self._is_first_epoch and self._never_seen("absent"):
             text = f"no absent prompt was asked of the first {self._seen['images']:.0f} images"
-            return "only_positive_prompts", text
-
-    def _dominant_term(self, step, args, model):
+            yield "only_positive_prompts", "only_positive_prompts", text
         sums = {name: sum(step[name] for step in self._with_objects) for name in self.weights}
         name, value = max(sums.items(), key=lambda item: item[1])
         share = value / (sum(sums.values()) or math.inf)
         is_judged = self._is_first_epoch and len(self._with_objects) == WINDOW
         if is_judged and share > DOMINANT_SHARE:
             text = f"{name} is {share:.1%} of the weighted loss over {WINDOW} steps with objects"
-            return "loss_weights", text
+            yield "dominant_term", "loss_weights", text
 
 
 def _images_until_seen(share, num_images):

@@ -41,10 +41,6 @@ _MERGED_FILES = (
     "model.safetensors.index.json",
     "*processor_config.json",
     "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
 )
 _MISSING = {
     "base_model": "the base is a folder of this machine, and no name on the Hub",
@@ -61,6 +57,7 @@ def model_card(run, own_resolution, merge=None):
     `own_resolution`, that of the published base; `merge` is the document of `merge`.
     """
     name = run.config.model.name
+    versions = run_folder.read_run_file(run.folder / run_folder.VERSIONS_FILE)
     adapted = run.adapter[run.adapter["modules"] > 0].drop(index="total", errors="ignore")
     card = ModelCard.from_template(
         ModelCardData(),  # the template has its own block of metadata
@@ -72,9 +69,7 @@ def model_card(run, own_resolution, merge=None):
         own_resolution=own_resolution,
         total=run.adapter.loc["total"],
         modules=adapted["modules"].to_dict(),
-        versions=run_folder.read_run_file(run.folder / run_folder.VERSIONS_FILE).get(
-            "packages", {}
-        ),
+        versions=versions.get("packages", {}),
         on_hub=is_on_hub(name),
         quoted=_quoted,
         in_code=_in_code,

@@ -46,8 +46,10 @@ def training_arguments(config, folder, **changes):
     try:
         if training.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise ValueError("it needs a GPU")
-        # accumulation, weight decay, Adam, clipping, seed and logging have the library's names
-        same = {name: value for name, value in training if hasattr(TrainingArguments, name)}
+        # Accumulation, weight decay, Adam, clipping, seed and logging have the library's names;
+        # checkpointing has too, but is done by `checkpoint_activations`.
+        shared = set(TrainingArguments.__dataclass_fields__) - {"gradient_checkpointing"}
+        same = {name: value for name, value in training if name in shared}
         settings = same | {
             "output_dir": str(folder / CHECKPOINTS),
             "per_device_train_batch_size": training.batch_size,
@@ -55,7 +57,6 @@ def training_arguments(config, folder, **changes):
             "learning_rate": config.effective_learning_rate,
             "warmup_steps": config.effective_warmup_steps,
             "lr_scheduler_type": training.lr_scheduler,
-            "gradient_checkpointing": False,  # of ours, see `checkpoint_activations`
             "use_cpu": not torch.accelerator.is_available(),
             "bf16": training.mixed_precision == "bf16",
             "fp16": training.mixed_precision == "fp16",

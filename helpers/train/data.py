@@ -9,13 +9,8 @@ import torch
 from accelerate import PartialState
 
 from helpers.checks.dataset import check_dataset
-from helpers.data.dataset import (
-    PromptCollator,
-    PromptDataset,
-    count_objects,
-    data_fingerprint,
-    load_dataset,
-)
+from helpers.data import PromptCollator, PromptDataset, count_objects, load_dataset
+from helpers.data.dataset import data_fingerprint
 from helpers.data.records import rename_categories
 from helpers.errors import InputError
 from helpers.model.cache import BackboneCache, text_states
@@ -32,11 +27,7 @@ class TrainingData(NamedTuple):
 
 
 def training_data(config, model, processor, *, train_split=None, val_split=None, allow_empty=False):
-    """Read and check the data of a run, and make sure that objects arrive, unless `allow_empty`.
-
-    `model` has no adapter yet; with ``training.feature_cache`` it is moved to the accelerator.
-    Splits that are not in memory are read from ``data.data_dir``, which is checked first.
-    """
+    """Read and check the data of a run, and make sure that objects arrive, unless `allow_empty`."""
     data, dataset, pictures = config.data, None, {}
     if train_split is None or val_split is None:
         dataset = load_dataset(config)

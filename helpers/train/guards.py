@@ -49,16 +49,13 @@ class GuardStop(InputError):
 
 
 class Guards(TrainerCallback):
-    """Watch a training run and raise `GuardStop` before an optimiser step, in all processes.
-
-    The trainer shows every batch (`are_finite`, `observe`). `queries` is the training data as
-    `count_objects` counts it: how often objects and absent prompts are to be expected.
-    """
+    """Watch a training run and raise `GuardStop` before an optimiser step, in all processes."""
 
     def __init__(self, config, queries, *, allow_empty=False):
         self.weights = losses.WEIGHTS[config.loss.variant]
         off = OFF_IF_EMPTY if allow_empty else ()
         self.active = {key for key, on in config.guards if on and key not in off}
+        # as `count_objects` counts the training data: how often a thing is to be expected
         by_image = queries.groupby("image_id")["num_objects"]
         self._images_until = {
             "objects": _images_until_seen((by_image.sum() > 0).mean(), len(by_image)),
@@ -80,10 +77,7 @@ class Guards(TrainerCallback):
         return bool(torch.stack(sums).isfinite().all())
 
     def observe(self, inputs, total, terms, share_at_clamp):
-        """Note the weighted loss of a batch, its unweighted terms and its share of clamped logits.
-
-        Nothing is judged and nothing waits for the GPU here.
-        """
+        """Note a batch, its weighted loss and unweighted terms, without waiting for the GPU."""
         targets = inputs["targets"]
         counts = [len(target["boxes_cxcywh"]) for target in targets]
         numbers = {

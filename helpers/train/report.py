@@ -112,11 +112,8 @@ def epoch_means(history, name):
 
 
 def least_early_loss(history):
-    """Bound from below, by epoch from 1, what the document's loss would have shown for a run.
-
-    It is the box and mask terms, which are the same in both, under the document's weights, plus a
-    classification term that cannot be negative.
-    """
+    """Bound from below, by epoch from 1, what the document's loss would have shown for a run."""
+    # Box and mask terms are the same in both; a classification term cannot be negative.
     weighted = [
         {"epoch": entry["epoch"], "bound": sum(w * entry[n] for n, w in _COUNTED_BY_BOTH.items())}
         for entry in history

@@ -29,16 +29,6 @@ AUDIT_FILE = "adapter_report.csv"
 VERSIONS_FILE = "environment.json"
 CARD_FILE = "README.md"
 STOPPED_FILE = "stopped.json"  # why training stopped on its own; gone when the run goes on
-_OWN_FILES = (
-    METRICS_FILE,
-    RUN_CONFIG,
-    PROMPTS_FILE,
-    CURVES_FILE,
-    AUDIT_FILE,
-    VERSIONS_FILE,
-    STOPPED_FILE,
-)
-RUN_FILES = (*_OWN_FILES, CARD_FILE, WEIGHTS_FILE, CONFIG_FILE, BASE_FILE)
 _WIDE_AT_CLAMP = 0.5
 _TRAIN_AGAIN = "restore the file, or train again with --overwrite"
 _TRAIN_FIRST = "name the folder of a finished run, or train one with 'python -m helpers train'"
@@ -88,6 +78,8 @@ _KEYS = {
     },
     STOPPED_FILE: {"message": str, "fix": (str | None, None)},
 }
+_OWN_FILES = (*_KEYS, RUN_CONFIG, CURVES_FILE, AUDIT_FILE)
+RUN_FILES = (*_OWN_FILES, CARD_FILE, WEIGHTS_FILE, CONFIG_FILE, BASE_FILE)
 
 
 @dataclass
@@ -271,10 +263,7 @@ def num_processes():
 
 
 def state_of(folder, config, *, resume, overwrite):
-    """Decide before anything is written whether a run is "new", "interrupted" or "finished".
-
-    An InputError says why the folder cannot be written, or that nothing fits there to be resumed.
-    """
+    """Say before anything is written if a run is "new", "interrupted" or "finished", or refuse it."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     holds_run = not names.isdisjoint({*RUN_FILES, CHECKPOINTS})
     problem = None
@@ -307,11 +296,7 @@ def remove(folder, patterns):
 
 
 def _refuse_other_config(folder, config):
-    """Raise InputError if a run is to be resumed with other settings.
-
-    How the images of a step are spread over batches, accumulation and processes may change, for the
-    gradient does not depend on it.
-    """
+    """Raise InputError if a run is to be resumed with other settings."""
     before = load_config(folder / RUN_CONFIG)
     started = read_run_file(folder / VERSIONS_FILE).get("num_processes", 1)
     old, new = before.model_dump(exclude=_MAY_CHANGE), config.model_dump(exclude=_MAY_CHANGE)
@@ -319,17 +304,16 @@ def _refuse_other_config(folder, config):
         new["model"]["revision"] = old["model"]["revision"]
     if not old["lora"]["apply_to_mask_decoder"]:  # left out where no object has a mask
         new["lora"]["apply_to_mask_decoder"] = False
-    pairs = [
-        (f"{section}.{key}", old[section][key], value)
+    for values, run, processes in ((old, before, started), (new, config, num_processes())):
+        # The gradient does not depend on how the images of a step are spread.
+        size = run.training.batch_size * run.training.gradient_accumulation_steps * processes
+        values["training"]["batch_size x gradient_accumulation_steps x processes"] = size
+    differing = [
+        f"{section}.{key} was {old[section][key]!r} and is {value!r}"
         for section, keys in new.items()
         for key, value in keys.items()
+        if old[section][key] != value
     ]
-    sizes = [
-        one.training.batch_size * one.training.gradient_accumulation_steps * processes
-        for one, processes in ((before, started), (config, num_processes()))
-    ]
-    pairs.append(("batch_size x gradient_accumulation_steps x processes", *sizes))
-    differing = [f"{name} was {old!r} and is {new!r}" for name, old, new in pairs if old != new]
     if differing:
         raise InputError(
             f"the run to resume had another configuration: {'; '.join(differing)}",
@@ -365,10 +349,7 @@ def trained_parameters(optimizer, model):
 
 
 def run_metrics(state, config, best_step):
-    """Gather the numbers of a run from its `TrainerState`; `best_step` is None for the last one.
-
-    ``valid`` are the metrics of the kept state; `helpers.train.training` adds the rest.
-    """
+    """Gather the numbers of a run from its `TrainerState`; `best_step` is None for the last one."""
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
     best = (entry for entry in evaluations if entry["step"] == best_step)
     kept = next(best, evaluations[-1])

@@ -51,11 +51,7 @@ _MISSING = {
 
 
 def model_card(run, own_resolution, merge=None):
-    """Write the model card of a run, or of the full model it was merged into.
-
-    Every number is from the `RunFiles`. The code sets the resolution of the run if it differs from
-    `own_resolution`, that of the published base; `merge` is the document of `merge`.
-    """
+    """Write the card of a run, or of `merge`; the base itself has the resolution `own_resolution`."""
     name = run.config.model.name
     versions = run_folder.read_run_file(run.folder / run_folder.VERSIONS_FILE)
     adapted = run.adapter[run.adapter["modules"] > 0].drop(index="total", errors="ignore")
@@ -192,10 +188,7 @@ def _check_merged(folder):
 
 
 def push(plan):
-    """Upload what a `PushPlan` lists and return the address of the repository.
-
-    A new repository is private; in an existing one files of the same name are replaced.
-    """
+    """Upload what a `PushPlan` lists; return the address of the repository, private if it is new."""
     api = HfApi()
     try:
         url = api.create_repo(plan.repo, repo_type="model", private=True, exist_ok=True)
@@ -301,12 +294,8 @@ def merge(folder, output, dtype=None, base=None):
     -------
     dict
         Also in ``merge.json``: what was merged, the two `Comparison` ``merged`` and ``written``
-        with base and adapter, and ``same``.
-
-    Raises
-    ------
-    MergeDiffers
-        If a comparison is not within its tolerance, `EXACT` or, for a cast, `CAST`.
+        with base and adapter, and ``same``. If that is not so, within `EXACT` or for a cast
+        `CAST`, a `MergeDiffers` is raised instead.
     """
     output = resolve(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -374,10 +363,7 @@ def _merge_into(staging, run, dtype):
 
 
 def compare(expected, actual, score_threshold, mask_threshold, margin=0.0):
-    """Compare two sequences of `RawPrediction` for the same questions, in the same order.
-
-    A query of the first whose score is within `margin` of the threshold may be detected or not.
-    """
+    """Compare two sequences of `RawPrediction` for the same questions, see `Comparison`."""
     logits, scores, ious, num_changed, num_detections = [0.0], [0.0], [1.0], 0, 0
     for pair in zip(expected, actual, strict=True):
         for name in ("query_logits", "presence_logit", "mask_logits"):

@@ -16,15 +16,9 @@ from helpers.detect.metrics import evaluate_queries
 from helpers.detect.queries import queries_from_outputs
 from helpers.errors import InputError
 from helpers.files import write_text
+from helpers.model import prompted
 from helpers.model.lora import load_adapter_weights, read_adapter_weights, save_adapter
 from helpers.model.losses import loss_divisors, sam3_losses, target_counts
-from helpers.model.prompted import (
-    PRESENCE_LOGIT_CLAMP,
-    SCORE_LOGIT_CLAMP,
-    loss_inputs,
-    model_inputs,
-    outputs_by_rows,
-)
 
 CURVES_FILE = "curves.csv"
 CHECKPOINTS = "checkpoints"
@@ -83,12 +77,7 @@ def training_arguments(config, folder, **changes):
 
 
 class Sam3Trainer(Trainer):
-    """A `transformers.Trainer` for prompted images, with all terms of the loss in its log.
-
-    The checkpoint is chosen by ``evaluation.metric_for_best``, whose lowest value, 0, is what a
-    detector that finds nothing gets. By its validation loss, the emptiest detector would win where
-    no objects were read. A value of 0 or without meaning chooses nothing; the last state is kept.
-    """
+    """A `transformers.Trainer` for prompted images, with all terms of the loss in its log."""
 
     def __init__(self, config, *, guards=None, **options):
         super().__init__(**options)
@@ -100,11 +89,8 @@ class Sam3Trainer(Trainer):
         self._divisors = None
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Collect the batches of an optimiser step, and count what all of them hold together.
-
-        Means over each batch, which the library averages, would weigh an object or a prompt by how
-        many others happen to be in its batch.
-        """
+        """Collect the batches of an optimiser step, and count what all of them hold together."""
+        # Means over each batch would weigh an object or a prompt by how many others are in it.
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         targets = [target for batch in samples for target in batch["targets"]]
         counts = torch.tensor(target_counts(targets), device=self.args.device)
@@ -115,7 +101,7 @@ class Sam3Trainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the weighted loss of one batch and remember its terms for the log."""
-        outputs = model(**model_inputs(inputs, self.args.device))
+        outputs = model(**prompted.model_inputs(inputs, self.args.device))
         if self.guards is None or self.guards.are_finite(outputs, inputs["targets"]):
             terms = self._terms(outputs, inputs["targets"], self._divisors)
         else:  # cannot be matched; the guard stops all processes before the step
@@ -129,10 +115,9 @@ class Sam3Trainer(Trainer):
         self._num_batches += 1
         return (total, outputs) if return_outputs else total
 
-    def _terms(self, outputs, targets, divisors=None):
-        """Return the loss terms of a batch, computed in float32."""
+    def _terms(self, outputs, targets, divisors):
         variant = self.config.loss.variant
-        return sam3_losses(loss_inputs(outputs), targets, variant, divisors=divisors)
+        return sam3_losses(prompted.loss_inputs(outputs), targets, variant, divisors=divisors)
 
     def log(self, logs, start_time=None):
         """Add to a training loss the means of its terms since the last log, over all devices."""
@@ -145,11 +130,7 @@ class Sam3Trainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Judge the current state on the validation split, all of it in every process.
-
-        Returns the loss and the metrics of `evaluate_queries` that have a value, with prefix, and
-        ``<prefix>_selection``.
-        """
+        """Judge the state on the validation split, all of it in every process; return the log."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         loader = DataLoader(
             dataset,
@@ -164,7 +145,7 @@ class Sam3Trainer(Trainer):
         for batch in loader:
             targets, asked = batch["targets"], batch["queries"]
             divisors = loss_divisors(target_counts(targets))
-            for rows, outputs in outputs_by_rows(
+            for rows, outputs in prompted.outputs_by_rows(
                 model, batch, self.args.device, self.accelerator.autocast
             ):
                 loss = self._terms(outputs, targets[rows], divisors)["total"]
@@ -179,6 +160,8 @@ class Sam3Trainer(Trainer):
         self.log(logs)
         self.write_curves()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        # 0 is what a detector that finds nothing gets; the validation loss would prefer the emptiest
+        # one where no objects were read. Without a value nothing is chosen, and the last state kept.
         chosen_by = metrics[settings.metric_for_best]
         return logs | {f"{metric_key_prefix}_{SELECTION}": chosen_by or math.nan}
 
@@ -205,23 +188,20 @@ class Sam3Trainer(Trainer):
 
 @torch.no_grad()
 def output_statistics(outputs):
-    """Return scalar tensors over all queries of a batch that describe a step beside its loss.
-
-    ``train_softplus_mean``, of ``log(1 + exp(logit))``, is what a loss without objects pushes down.
-    ``train_share_at_clamp`` is the share of query and presence logits at the model's clamps, where
-    their gradient is zero: a state with most of them there cannot be trained on.
-    """
+    """Return scalar tensors over all queries of a batch that describe a step beside its loss."""
     logits, presence = outputs["pred_logits"].float(), outputs["presence_logits"].float()
     clamped = torch.cat(
         [
-            (logits.abs() >= _AT_CLAMP * SCORE_LOGIT_CLAMP).flatten(),
-            (presence.abs() >= _AT_CLAMP * PRESENCE_LOGIT_CLAMP).flatten(),
+            (logits.abs() >= _AT_CLAMP * prompted.SCORE_LOGIT_CLAMP).flatten(),
+            (presence.abs() >= _AT_CLAMP * prompted.PRESENCE_LOGIT_CLAMP).flatten(),
         ]
     )
     return {
         "train_query_logit_mean": logits.mean(),
         "train_query_logit_max": logits.max(),
+        # what a loss without objects pushes down
         "train_softplus_mean": torch.nn.functional.softplus(logits).mean(),
         "train_presence_prob": presence.sigmoid().mean(),
+        # where the gradient is zero: with most logits there a state cannot be trained on
         "train_share_at_clamp": clamped.float().mean(),
     }

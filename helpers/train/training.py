@@ -41,10 +41,7 @@ class OutOfMemory(InputError):
 
 
 class _FirstStep(TrainerCallback):
-    """Tells the data the epoch, which draws the prompts, and keeps the report of the first step.
-
-    Only there, after clipping, are all gradients of the adapter seen.
-    """
+    """Tells the data the epoch, and keeps the report of the first step, which has all gradients."""
 
     def __init__(self, dataset):
         self.dataset, self.report = dataset, None
@@ -193,7 +190,6 @@ def _prepare(config, train_split, val_split, allow_empty):
 
 
 def _trainer(config, model, data, arguments, callbacks, allow_empty):
-    """Build the trainer of a run."""
     return Sam3Trainer(
         config,
         guards=Guards(config, data.counts["train"], allow_empty=allow_empty),
@@ -292,21 +288,16 @@ def _write_result(result):
 
 
 def train_within_memory(config, *, on_retry=None, **options):
-    """Train; if memory runs out before the first checkpoint, start again with a `smaller_step`.
-
-    `on_retry` is called with a sentence before each new attempt; `options` are those of `train`. An
-    `OutOfMemory` remains if nothing smaller is left, if a checkpoint would be lost, or with several
-    processes, of which the others would wait for ever.
-    """
+    """Train, with a `smaller_step` again and again while memory runs out; see `train`."""
     while True:
         try:
             return train(config, **options)
         except OutOfMemory as error:
             changes = smaller_step(config)
             folder = resolve(options.get("output_dir") or config.output.output_dir)
-            has_checkpoint = run_folder.last_checkpoint(folder) is not None
-            if changes is None or run_folder.num_processes() > 1 or has_checkpoint:
-                raise
+            has_checkpoint = run_folder.last_checkpoint(folder) is not None  # would be lost
+            if changes is None or has_checkpoint or run_folder.num_processes() > 1:
+                raise  # other processes would wait for ever
             message = error.message
         clear_device_cache(garbage_collection=True)  # the frames of the failed attempt are gone now
         if on_retry is not None:
@@ -409,11 +400,7 @@ def dry_run_text(result):
 
 
 def smaller_step(config):
-    """Return the next change that needs less memory and leaves what is learned as it is, or None.
-
-    Each sees the same images per optimiser step: first activations are checkpointed, which changes
-    no number, then the batch gets smaller and accumulation longer, which changes what dropout draws.
-    """
+    """Return the next settings that need less memory and see the same images per step, or None."""
     training = config.training
     if not training.gradient_checkpointing:
         return {"training.gradient_checkpointing": True}

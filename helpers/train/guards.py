@@ -122,20 +122,6 @@ class Guards(TrainerCallback):
         sums = reduce(sums, "sum").tolist()
         step = dict(zip([*self._names, "overflow", "bad_losses"], sums, strict=True))
         step["number"] = state.global_step
-        self._remember(step, optimizer)
-        for key, cause, text in self._faults(step, args, model):
-            if key in self.active:
-                where, fix = f"guards.{key}", None
-                if key == "not_finite":
-                    where = ", ".join(_images_of(image_ids, bad_loss.tolist(), step))
-                    fix = (
-                        "look at these images with 'python -m helpers check', or lower "
-                        "training.learning_rate; with fp16 try bf16"
-                    )
-                raise GuardStop(cause, text, where=where, fix=fix)
-
-    def _remember(self, step, optimizer):
-        """Keep what the guards need of this step."""
         self._is_first_epoch = step["number"] < self._first_steps
         for name in self._seen:
             self._seen[name] += step[name]
@@ -147,6 +133,16 @@ class Guards(TrainerCallback):
         self._overflows = self._overflows + 1 if step["overflow"] else 0
         learns = optimizer.param_groups[0]["lr"] > 0 and not step["overflow"]
         self._learns_now = bool(step["objects"] and learns)
+        for key, cause, text in self._faults(step, args, model):
+            if key in self.active:
+                where, fix = f"guards.{key}", None
+                if key == "not_finite":
+                    where = ", ".join(_images_of(image_ids, bad_loss.tolist(), step))
+                    fix = (
+                        "look at these images with 'python -m helpers check', or lower "
+                        "training.learning_rate; with fp16 try bf16"
+                    )
+                raise GuardStop(cause, text, where=where, fix=fix)
 
     def _mean(self, name):
         """Average a number over the batches of the window."""

@@ -126,14 +126,8 @@ def read_run(folder):
     history = read_history(folder)
     if (last := history[-1]["step"]) != metrics["steps"]:
         raise _damaged(folder / CURVES_FILE, f"ends at step {last}, not {metrics['steps']}")
-    return RunFiles(
-        folder=folder,
-        config=load_config(folder / RUN_CONFIG),
-        prompts=read_run_file(folder / PROMPTS_FILE),
-        metrics=metrics,
-        history=history,
-        adapter=_read_audit(folder / AUDIT_FILE),
-    )
+    prompts, adapter = read_run_file(folder / PROMPTS_FILE), _read_audit(folder / AUDIT_FILE)
+    return RunFiles(folder, load_config(folder / RUN_CONFIG), prompts, metrics, history, adapter)
 
 
 def load_run(folder, base=None, dtype=None):

@@ -147,14 +147,8 @@ def plan_push(folder, repo):
             files[path.name] = path.stat().st_size
         else:
             left_out.append(f"{path.name}{'/' if path.is_dir() else ''}")
-    return PushPlan(
-        folder=folder,
-        repo=repo,
-        files=files,
-        left_out=left_out,
-        missing=_missing_from_card(folder),
-        machine_paths=[f"{name}: {path}" for name, path in paths if _is_machine_path(path)],
-    )
+    named = [f"{name}: {path}" for name, path in paths if _is_machine_path(path)]
+    return PushPlan(folder, repo, files, left_out, _missing_from_card(folder), named)
 
 
 def _check_run(folder):
@@ -382,14 +376,8 @@ def compare(expected, actual, score_threshold, mask_threshold, margin=0.0):
             )
             union = (mask | other).sum()
             ious.append((mask & other).sum() / union if union else 1.0)
-    return Comparison(
-        num_questions=len(expected),
-        num_detections=num_detections,
-        max_logit_difference=float(np.max(logits)),
-        max_score_difference=float(np.max(scores)),
-        num_changed=num_changed,
-        min_mask_iou=float(np.min(ious)),
-    )
+    largest = [float(np.max(values)) for values in (logits, scores)]
+    return Comparison(len(expected), num_detections, *largest, num_changed, float(np.min(ious)))
 
 
 def _sample_images(config):

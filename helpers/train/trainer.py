@@ -26,14 +26,6 @@ SELECTION = "selection"  # the trainer's name of the metric that chooses the che
 _AT_CLAMP = 0.999
 
 
-class _OneGpuArguments(TrainingArguments):
-    """Arguments of a process that uses one GPU; torchrun starts one process for each."""
-
-    @property
-    def n_gpu(self):  # several would mean torch's DataParallel, which cannot split targets
-        return min(super().n_gpu, 1)
-
-
 def training_arguments(config, folder, **changes):
     """Translate a config, with its multipliers and `changes`, for a run in a folder."""
     training = config.training
@@ -67,13 +59,17 @@ def training_arguments(config, folder, **changes):
             "report_to": "none",
             "disable_tqdm": True,
         }
-        return _OneGpuArguments(**settings | changes)
+        arguments = TrainingArguments(**settings | changes)
     except ValueError as error:
         raise InputError(
             f"'{training.mixed_precision}' cannot be used here: {str(error).splitlines()[0]}",
             where="training.mixed_precision",
             fix="set training.mixed_precision=no",
         ) from error
+    # Several would mean torch's DataParallel, which cannot split targets; torchrun starts a process
+    # for each GPU.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 class Sam3Trainer(Trainer):

@@ -151,9 +151,7 @@ def train(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             trainer.write_curves()
             processes.wait_for_everyone()  # the last checkpoint is written
-            result = _result(trainer, folder, data, first_step.report)
-            if processes.is_main_process:
-                _write_result(result)
+            return _finish(trainer, folder, data, first_step.report)
     except InputError as error:
         if processes.is_main_process:
             with suppress(OSError):  # on a full disk the error itself is what counts
@@ -163,7 +161,6 @@ def train(
                 reason["step"] = trainer.state.global_step
                 write_json(folder / run_folder.STOPPED_FILE, reason)
         raise
-    return result
 
 
 def _prepare(config, train_split, val_split, allow_empty):
@@ -257,8 +254,8 @@ def _readable_errors(trainer):
         raise
 
 
-def _result(trainer, folder, data, first_report):
-    """Load the chosen checkpoint and gather the numbers of the run."""
+def _finish(trainer, folder, data, first_report):
+    """Load the chosen checkpoint, gather the numbers of the run, and write all that is left."""
     state, config, model = trainer.state, trainer.config, trainer.model
     best = folder / CHECKPOINTS / f"checkpoint-{state.best_global_step}"
     best_step = state.best_global_step if state.best_global_step and best.is_dir() else None
@@ -274,17 +271,15 @@ def _result(trainer, folder, data, first_report):
     }
     prompts = run_folder.trained_prompts(data.train)
     files = (folder, config, prompts, metrics, state.log_history, report)
-    return run_folder.RunResult(*files, model.eval(), data.collator.processor)
-
-
-def _write_result(result):
-    """Write adapter, report, card and metrics; the metrics come last and mark the run as finished."""
-    base, folder = result.config.model, result.folder
-    own_resolution = sam3.base_config(base.name, base.revision).image_size
-    save_adapter(result.model, folder, base.name, base.revision)
-    write_text(folder / run_folder.AUDIT_FILE, result.adapter.to_csv())
-    write_text(folder / run_folder.CARD_FILE, model_card(result, own_resolution))
-    write_json(folder / run_folder.METRICS_FILE, result.metrics)
+    result = run_folder.RunResult(*files, model.eval(), data.collator.processor)
+    if PartialState().is_main_process:
+        base = config.model
+        own_resolution = sam3.base_config(base.name, base.revision).image_size
+        save_adapter(model, folder, base.name, base.revision)
+        write_text(folder / run_folder.AUDIT_FILE, report.to_csv())
+        write_text(folder / run_folder.CARD_FILE, model_card(result, own_resolution))
+        write_json(folder / run_folder.METRICS_FILE, metrics)  # last: it marks the run as finished
+    return result
 
 
 def train_within_memory(config, *, on_retry=None, **options):
@@ -308,8 +303,6 @@ def train_within_memory(config, *, on_retry=None, **options):
 
 def dry_run(config):
     """Take a training step on the fullest batch of a dataset, on the device at hand.
-
-    Of two steps the second is measured: the first also allocates the optimiser's state.
 
     Parameters
     ----------
@@ -348,13 +341,13 @@ def dry_run(config):
     }
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
-        one_batch = {"training.gradient_accumulation_steps": 1}
+        cache = training.feature_cache and str(Path(folder) / "features")
+        one_batch = {"training.gradient_accumulation_steps": 1, "training.feature_cache": cache}
         one_batch["data.prompts_by_category"] = {}  # the splits have their nouns already
-        if training.feature_cache is not None:
-            one_batch["training.feature_cache"] = str(Path(folder) / "features")
         valid = replace(splits[1], records=batch.records[:1])
         try:
             parts = _prepare(config.replace(one_batch), batch, valid, allow_empty=True)
+            # The second step is measured: the first also allocates the optimiser's state.
             no_files = {"eval_strategy": "no", "save_strategy": "no", "max_steps": 2}
             arguments = training_arguments(parts[0], Path(folder), **no_files)
             trainer = _trainer(*parts, arguments, [clock], allow_empty=True)

@@ -312,7 +312,7 @@ def push(args):
 
     plan = plan_push(args.adapter, args.repo)
     url = upload(plan) if args.yes else None
-    document = plan.to_json() | {"url": url}
+    document = vars(plan) | {"url": url}
     total = sum(plan.files.values())
     lines = [f"{plan.folder} -> {plan.repo}: {len(plan.files)} files, {total / 1e6:.1f} MB"]
     lines += [f"  {size:>13,}  {name}" for name, size in plan.files.items()]

@@ -37,7 +37,6 @@ SKIPPED_STEPS = 20
 CHANCE = 1e-6
 # Guards that training on purpose without objects (``allow_empty``) would set off.
 OFF_IF_EMPTY = ("no_objects", "vanishing_loss", "at_clamp")
-_UNUSED_COMPONENT = "geometry_encoder"  # text prompts give it no gradient
 
 
 class GuardStop(InputError):
@@ -137,7 +136,10 @@ class Guards(TrainerCallback):
             if key in self.active:
                 where, fix = f"guards.{key}", None
                 if key == "not_finite":
-                    where = ", ".join(_images_of(image_ids, bad_loss.tolist(), step))
+                    batches = zip(image_ids, bad_loss.tolist(), strict=True)
+                    chosen = [ids for ids, is_bad in batches if is_bad or not step["bad_losses"]]
+                    names = {name for ids in gather_object(chosen) for name in ids}
+                    where = ", ".join(sorted(names))
                     fix = (
                         "look at these images with 'python -m helpers check', or lower "
                         "training.learning_rate; with fp16 try bf16"
@@ -175,7 +177,8 @@ class Guards(TrainerCallback):
             cause = "loss_weights" if objects else "no_objects"
             yield "vanishing_loss", cause, f"{text}, with {objects:.0f} objects in them"
         if self._learned_steps == ADAPTER_STEPS:
-            report = adapter_report(model).drop(index=["total", _UNUSED_COMPONENT])
+            # text prompts give the geometry encoder no gradient
+            report = adapter_report(model).drop(index=["total", "geometry_encoder"])
             idle = ", ".join(report.index[report["B_nonzero"] == 0])
             if idle:
                 text = f"B of LoRA is still zero in {idle} after {number} steps"
@@ -202,10 +205,3 @@ def _images_until_seen(share, num_images):
     if share in (0, 1):
         return int(share)
     return min(num_images, math.ceil(math.log(CHANCE) / math.log(1 - share)))
-
-
-def _images_of(image_ids, bad_loss, step):
-    """Name the images of all processes whose loss is not finite, or all where only the gradient is."""
-    batches = zip(image_ids, bad_loss, strict=True)
-    chosen = [ids for ids, is_bad in batches if is_bad or not step["bad_losses"]]
-    return sorted({name for ids in gather_object(chosen) for name in ids})

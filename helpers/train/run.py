@@ -52,31 +52,31 @@ class _FirstAndLast(BaseModel, strict=True, allow_inf_nan=False):
     last: float | None
 
 
-# What is relied on in a file; with a default where older releases did not write it.
+# What is relied on in a file: type and default, or ... for what every release wrote.
 _KEYS = {
     METRICS_FILE: {
-        "steps": int,
-        "epochs": float,
-        "best_step": int | None,
-        "selected_by": str,
-        "valid": dict[str, float | None],
-        "train_loss": _FirstAndLast,
-        "valid_loss": _FirstAndLast,
-        "objects": dict[str, int],
-        "notes": list[str],
+        "steps": (int, ...),
+        "epochs": (float, ...),
+        "best_step": (int | None, ...),
+        "selected_by": (str, ...),
+        "valid": (dict[str, float | None], ...),
+        "train_loss": (_FirstAndLast, ...),
+        "valid_loss": (_FirstAndLast, ...),
+        "objects": (dict[str, int], ...),
+        "notes": (list[str], ...),
         "data_fingerprint": (str | None, None),
     },
     PROMPTS_FILE: {
-        "prompts": dict[str, int],
-        "negatives": dict[str, int],
-        "negatives_per_image": int,
+        "prompts": (dict[str, int], ...),
+        "negatives": (dict[str, int], ...),
+        "negatives_per_image": (int, ...),
     },
     VERSIONS_FILE: {
         "packages": (dict[str, str], {}),
         "num_processes": (int, 1),
         "data_fingerprint": (str | None, None),
     },
-    STOPPED_FILE: {"message": str, "fix": (str | None, None)},
+    STOPPED_FILE: {"message": (str, ...), "fix": (str | None, None)},
 }
 _OWN_FILES = (*_KEYS, RUN_CONFIG, CURVES_FILE, AUDIT_FILE)
 RUN_FILES = (*_OWN_FILES, CARD_FILE, WEIGHTS_FILE, CONFIG_FILE, BASE_FILE)
@@ -166,7 +166,6 @@ def is_bare_adapter(folder):
 
 
 def _damaged(path, message):
-    """Build the error for a file of a run that cannot be used."""
     return InputError(message, where=path, fix=_TRAIN_AGAIN)
 
 
@@ -188,11 +187,9 @@ def _unfinished(folder):
 def read_run_file(path):
     """Return the content of a JSON file of a run, checked; more keys than needed are allowed."""
     content = read_json(path, fix=_TRAIN_AGAIN)
-    kinds = _KEYS[path.name].items()
-    fields = {key: kind if isinstance(kind, tuple) else (kind, ...) for key, kind in kinds}
     strict = ConfigDict(strict=True, allow_inf_nan=False)
     try:
-        create_model(path.name, __config__=strict, **fields).model_validate(content)
+        create_model(path.name, __config__=strict, **_KEYS[path.name]).model_validate(content)
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part)[:100] for part in problem["loc"])
@@ -347,13 +344,12 @@ def run_metrics(state, config, best_step):
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
     best = (entry for entry in evaluations if entry["step"] == best_step)
     kept = next(best, evaluations[-1])
-    names = [name.removeprefix("eval_") for name in kept if name.startswith("eval_")]
     return {
         "steps": state.global_step,
         "epochs": round(state.epoch, 6),
         "best_step": best_step,
         "selected_by": config.evaluation.metric_for_best,
-        "valid": {name: kept[f"eval_{name}"] for name in names},
+        "valid": {name[5:]: value for name, value in kept.items() if name.startswith("eval_")},
         "train_loss": _first_and_last(state.log_history, "loss"),
         "valid_loss": _first_and_last(state.log_history, "eval_loss"),
     }
@@ -384,6 +380,5 @@ def run_notes(state, config, best_step, report):
 
 
 def _first_and_last(log_history, name):
-    """Return the first and the last logged value of a name."""
     values = [entry[name] for entry in log_history if name in entry]
     return {"first": values[0], "last": values[-1]}

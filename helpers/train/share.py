@@ -32,7 +32,6 @@ MERGE_FILE = "merge.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_IMAGES = 4
 NUM_PROMPTS = 6
-_TEMPLATE = Path(__file__).with_name("card.md")
 _MERGED_FILES = (
     MERGE_FILE,
     CARD_FILE,
@@ -57,7 +56,7 @@ def model_card(run, own_resolution, merge=None):
     adapted = run.adapter[run.adapter["modules"] > 0].drop(index="total", errors="ignore")
     card = ModelCard.from_template(
         ModelCardData(),  # the template has its own block of metadata
-        template_path=str(_TEMPLATE),
+        template_path=str(Path(__file__).with_name("card.md")),
         config=run.config,
         metrics=run.metrics,
         prompts=run.prompts,
@@ -81,7 +80,6 @@ def _quoted(word):
 
 
 def _in_code(text):
-    """Put a name in backticks."""
     return f"`{printable(text).replace('`', '')}`"
 
 
@@ -105,16 +103,12 @@ def _is_machine_path(text):
 class PushPlan:
     """What would be uploaded."""
 
-    folder: Path
+    folder: str
     repo: str  # ``name`` or ``owner/name`` on the Hub
     files: dict  # name to size in bytes: only what this package writes, and a licence
     left_out: list  # what else is in the folder, links among it; a folder's name ends in ``/``
     missing: list  # what a reader would look for in the card and not find
     machine_paths: list  # file and path, where a file names a folder of this machine
-
-    def to_json(self):
-        """Return the plan as plain values."""
-        return asdict(self) | {"folder": str(self.folder)}
 
 
 def plan_push(folder, repo):
@@ -148,7 +142,7 @@ def plan_push(folder, repo):
         else:
             left_out.append(f"{path.name}{'/' if path.is_dir() else ''}")
     named = [f"{name}: {path}" for name, path in paths if _is_machine_path(path)]
-    return PushPlan(folder, repo, files, left_out, _missing_from_card(folder), named)
+    return PushPlan(str(folder), repo, files, left_out, _missing_from_card(folder), named)
 
 
 def _check_run(folder):
@@ -167,7 +161,6 @@ def _check_run(folder):
 
 def _check_merged(folder):
     """Refuse a merged model without complete weights; return the files and texts with paths."""
-    document = read_json(folder / MERGE_FILE, fix="merge again")
     weights = [path for path in folder.glob("model*.safetensors") if not path.is_symlink()]
     if not weights:
         raise InputError("holds no model.safetensors", where=folder, fix="merge again")
@@ -178,7 +171,8 @@ def _check_merged(folder):
                     raise OSError("it holds no weights")
         except (OSError, SafetensorError) as error:
             raise InputError(f"is damaged ({error})", where=path, fix="merge again") from error
-    return [(MERGE_FILE, str(document.get("base", "")))]
+    base = read_json(folder / MERGE_FILE, fix="merge again").get("base", "")
+    return [(MERGE_FILE, str(base))]
 
 
 def push(plan):
@@ -189,7 +183,7 @@ def push(plan):
         api.upload_folder(
             repo_id=url.repo_id,
             repo_type="model",
-            folder_path=plan.folder,
+            folder_path=Path(plan.folder),
             allow_patterns=list(plan.files),
             commit_message="Upload from the SAM3 LoRA workbook",
         )
@@ -216,10 +210,8 @@ def _missing_from_card(folder):
             where=path,
             fix="mend the lines between the two '---'",
         ) from error
-    values = {name: data.get(name) for name in _MISSING}
-    if values["license"] == "unknown":
-        values["license"] = None
-    return [f"{name}: {reason}" for name, reason in _MISSING.items() if not values[name]]
+    missing = [name for name in _MISSING if data.get(name) in (None, "", [], "unknown")]
+    return [f"{name}: {_MISSING[name]}" for name in missing]
 
 
 class Tolerance(NamedTuple):
@@ -294,7 +286,7 @@ def merge(folder, output, dtype=None, base=None):
     output = resolve(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError("is not an empty folder", where=output, fix="choose another --output")
-    if dtype is not None and dtype not in DTYPES:
+    if dtype not in (None, *DTYPES):
         raise InputError(f"there is no type {dtype!r} here", fix=f"use one of {', '.join(DTYPES)}")
     run = run_folder.load_run(folder, base=base, dtype=torch.float32)
     settings = run.config.model

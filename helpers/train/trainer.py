@@ -66,8 +66,7 @@ def training_arguments(config, folder, **changes):
             where="training.mixed_precision",
             fix="set training.mixed_precision=no",
         ) from error
-    # Several would mean torch's DataParallel, which cannot split targets; torchrun starts a process
-    # for each GPU.
+    # Several would mean torch's DataParallel, which cannot split targets.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
@@ -141,9 +140,8 @@ class Sam3Trainer(Trainer):
         for batch in loader:
             targets, asked = batch["targets"], batch["queries"]
             divisors = loss_divisors(target_counts(targets))
-            for rows, outputs in prompted.outputs_by_rows(
-                model, batch, self.args.device, self.accelerator.autocast
-            ):
+            device, autocast = self.args.device, self.accelerator.autocast
+            for rows, outputs in prompted.outputs_by_rows(model, batch, device, autocast):
                 loss = self._terms(outputs, targets[rows], divisors)["total"]
                 loss_sum += loss.item() * (int(batch["image_index"][-1]) + 1)
                 queries += queries_from_outputs(
@@ -186,12 +184,9 @@ class Sam3Trainer(Trainer):
 def output_statistics(outputs):
     """Return scalar tensors over all queries of a batch that describe a step beside its loss."""
     logits, presence = outputs["pred_logits"].float(), outputs["presence_logits"].float()
-    clamped = torch.cat(
-        [
-            (logits.abs() >= _AT_CLAMP * prompted.SCORE_LOGIT_CLAMP).flatten(),
-            (presence.abs() >= _AT_CLAMP * prompted.PRESENCE_LOGIT_CLAMP).flatten(),
-        ]
-    )
+    clamped_logits = logits.abs() >= _AT_CLAMP * prompted.SCORE_LOGIT_CLAMP
+    clamped_presence = presence.abs() >= _AT_CLAMP * prompted.PRESENCE_LOGIT_CLAMP
+    clamped = torch.cat([clamped_logits.flatten(), clamped_presence.flatten()])
     return {
         "train_query_logit_mean": logits.mean(),
         "train_query_logit_max": logits.max(),

@@ -32,7 +32,6 @@ from helpers.train.guards import Guards
 from helpers.train.share import model_card
 from helpers.train.trainer import CHECKPOINTS, Sam3Trainer, training_arguments
 
-_MIN_SHARE_OF_RESOLUTION = 0.5
 _WRITE_FAILED = ("inline_container", "PytorchStreamWriter", "file write failed")
 
 
@@ -88,6 +87,8 @@ def train(
 ):
     """Fine-tune a base with LoRA and write everything a user of the result needs.
 
+    What stops it after the first step, as a `GuardStop` or an `OutOfMemory`, is in ``stopped.json``.
+
     Parameters
     ----------
     config : helpers.config.Config
@@ -113,12 +114,6 @@ def train(
         With the checkpoint of the best ``evaluation.metric_for_best`` on the validation split, or
         the last if that metric never rose above 0. Its config leaves the mask decoder out if no
         object of the training split has a mask.
-
-    Raises
-    ------
-    InputError
-        Before anything is written, or a `GuardStop` of a guard or an `OutOfMemory`, which
-        ``stopped.json`` explains.
     """
     folder = resolve(output_dir or config.output.output_dir)
     state = run_folder.state_of(folder, config, resume=resume, overwrite=overwrite)
@@ -235,8 +230,8 @@ def _readable_errors(trainer):
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         where, step = trainer.args.output_dir, trainer.state.global_step
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if out_of_memory or "allocate memory" in str(error):
+        memory_errors = (torch.OutOfMemoryError, MemoryError)
+        if isinstance(error, memory_errors) or "allocate memory" in str(error):
             raise OutOfMemory(
                 f"out of memory at step {step}: {reason}",
                 where=where,
@@ -415,10 +410,9 @@ def _next_setting(config):
     backbone = backbone.vision_config.backbone_config
     window = backbone.patch_size * backbone.window_size  # a rest of a window would be padded
     lower = (config.model.resolution - 1) // window * window
-    is_enough = lower >= _MIN_SHARE_OF_RESOLUTION * config.model.resolution
-    return {"model.resolution": lower} if is_enough else {}
+    return {"model.resolution": lower} if 2 * lower >= config.model.resolution else {}
 
 
 def _set_arguments(changes):
-    """Write ``section.key`` to value as texts such as "training.batch_size=1" for ``--set``."""
+    """Write settings as texts such as "training.batch_size=1" for ``--set``."""
     return [f"{name}={str(value).lower()}" for name, value in changes.items()]

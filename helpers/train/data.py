@@ -17,7 +17,7 @@ from helpers.model.cache import BackboneCache, text_states
 
 
 class TrainingData(NamedTuple):
-    """What the loop reads: both datasets, their collator, `count_objects` and `data_fingerprint`."""
+    """What the loop reads, with `count_objects` of both datasets and `data_fingerprint`."""
 
     train: PromptDataset
     valid: PromptDataset

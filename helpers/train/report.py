@@ -201,9 +201,8 @@ def report_text(content):
                 f"{row['parameters']:>12,.0f} parameters {row['share']:>7.2%}  "
                 f"moved {row['B_nonzero']:.0%}"
             )
-    lines.append("validation")
-    lines += [f"  {name:<32}{value:>10.4f}" for name, value in metrics["valid"].items()]
-    lines.append("checklist of the document")
+    numbers = [f"  {name:<32}{value:>10.4f}" for name, value in metrics["valid"].items()]
+    lines += ["validation", *numbers, "checklist of the document"]
     for row in content["checklist"]:
         verdict, expected = VERDICTS[row["passed"]], row["expected"]
         lines.append(f"  {verdict:<15}{row['item']}: {row['measured']} (expected {expected})")

@@ -64,18 +64,13 @@ _KEYS = {
         "valid_loss": (_FirstAndLast, ...),
         "objects": (dict[str, int], ...),
         "notes": (list[str], ...),
-        "data_fingerprint": (str | None, None),
     },
     PROMPTS_FILE: {
         "prompts": (dict[str, int], ...),
         "negatives": (dict[str, int], ...),
         "negatives_per_image": (int, ...),
     },
-    VERSIONS_FILE: {
-        "packages": (dict[str, str], {}),
-        "num_processes": (int, 1),
-        "data_fingerprint": (str | None, None),
-    },
+    VERSIONS_FILE: {"packages": (dict[str, str], {}), "num_processes": (int, 1)},
     STOPPED_FILE: {"message": (str, ...), "fix": (str | None, None)},
 }
 _OWN_FILES = (*_KEYS, RUN_CONFIG, CURVES_FILE, AUDIT_FILE)
@@ -88,9 +83,7 @@ class RunFiles:
 
     folder: Path
     config: Config
-    # prompts: trained prompt to number of images that show it; negatives: absent prompt to number of
-    # images it may be asked on; negatives_per_image.
-    prompts: dict
+    prompts: dict  # prompts and negatives, each to its number of images, and negatives_per_image
     metrics: dict  # of `run_metrics`
     history: list  # ``trainer.state.log_history``
     adapter: pd.DataFrame  # `adapter_report` of the end; grad_norm is that of the first step
@@ -149,12 +142,9 @@ def load_run(folder, base=None, dtype=None):
     """
     files = read_run(folder)
     settings = files.config.model
-    model, processor = load_base(
-        base or settings.name,
-        revision=None if base else settings.revision,
-        dtype=dtype or base_dtype(files.config.training.mixed_precision),
-        resolution=settings.resolution,
-    )
+    revision = None if base else settings.revision
+    dtype = dtype or base_dtype(files.config.training.mixed_precision)
+    model, processor = load_base(base or settings.name, revision, dtype, settings.resolution)
     model = load_adapter(model, files.folder, lora=files.config.lora)
     return RunResult(**vars(files), model=model, processor=processor)
 
@@ -240,7 +230,7 @@ def _read_table(path, columns):
 
 
 def last_checkpoint(folder):
-    """Return the newest complete checkpoint of a run, or None; its last file is trainer_state.json."""
+    """Return the newest checkpoint that is complete up to trainer_state.json, or None."""
     by_step = {}
     for path in (folder / CHECKPOINTS).glob("checkpoint-*/trainer_state.json"):
         with suppress(InputError):  # half written
@@ -254,7 +244,7 @@ def num_processes():
 
 
 def state_of(folder, config, *, resume, overwrite):
-    """Say before anything is written if a run is "new", "interrupted" or "finished", or refuse it."""
+    """Say before anything is written if a run is new, interrupted or finished, or refuse it."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     holds_run = not names.isdisjoint({*RUN_FILES, CHECKPOINTS})
     problem = None

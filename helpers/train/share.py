@@ -50,7 +50,7 @@ _MISSING = {
 
 
 def model_card(run, own_resolution, merge=None):
-    """Write the card of a run, or of `merge`; the base itself has the resolution `own_resolution`."""
+    """Write the card of a run, or of its `merge`; `own_resolution` is that of the base itself."""
     name = run.config.model.name
     versions = run_folder.read_run_file(run.folder / run_folder.VERSIONS_FILE)
     adapted = run.adapter[run.adapter["modules"] > 0].drop(index="total", errors="ignore")
@@ -84,7 +84,7 @@ def _in_code(text):
 
 
 def _literal(text):
-    """Write a text as a string of Python and JSON that cannot end the block of code it stands in."""
+    """Write a text as a string of Python and JSON that cannot end the block of code around it."""
     return json.dumps(text).replace("`", "\\u0060").replace("<", "\\u003c")
 
 
@@ -176,7 +176,7 @@ def _check_merged(folder):
 
 
 def push(plan):
-    """Upload what a `PushPlan` lists; return the address of the repository, private if it is new."""
+    """Upload what a `PushPlan` lists to a repository, private if new, and return its address."""
     api = HfApi()
     try:
         url = api.create_repo(plan.repo, repo_type="model", private=True, exist_ok=True)

@@ -154,8 +154,8 @@ class Sam3Trainer(Trainer):
         self.log(logs)
         self.write_curves()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
-        # 0 is what a detector that finds nothing gets; the validation loss would prefer the emptiest
-        # one where no objects were read. Without a value nothing is chosen, and the last state kept.
+        # 0 is what a detector that finds nothing gets, while the loss would prefer it where no
+        # objects were read. Without a value nothing is chosen, and the last state is kept.
         chosen_by = metrics[settings.metric_for_best]
         return logs | {f"{metric_key_prefix}_{SELECTION}": chosen_by or math.nan}
 
@@ -175,7 +175,6 @@ class Sam3Trainer(Trainer):
             save_adapter(self.model, output_dir or self.args.output_dir, base.name, base.revision)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Load the adapter of a checkpoint, refusing one that does not fit."""
         weights = read_adapter_weights(resume_from_checkpoint)
         load_adapter_weights(model or self.model, weights, resume_from_checkpoint)
 

@@ -87,7 +87,7 @@ def train(
 ):
     """Fine-tune a base with LoRA and write everything a user of the result needs.
 
-    What stops it after the first step, as a `GuardStop` or an `OutOfMemory`, is in ``stopped.json``.
+    What stops it on the way, as a `GuardStop` or an `OutOfMemory`, is in ``stopped.json``.
 
     Parameters
     ----------
@@ -211,8 +211,7 @@ def _write_start(folder, config, data):
 
 def _refuse_other_data(folder, config, data):
     """Raise InputError if an interrupted run was trained on other images or other components."""
-    versions = run_folder.read_run_file(folder / run_folder.VERSIONS_FILE)
-    before = versions.get("data_fingerprint")  # runs of older releases have none
+    before = run_folder.read_run_file(folder / run_folder.VERSIONS_FILE).get("data_fingerprint")
     lora = load_config(folder / run_folder.RUN_CONFIG).lora
     if before not in (None, data.fingerprint) or lora != config.lora:
         raise InputError(

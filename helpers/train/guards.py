@@ -40,7 +40,7 @@ OFF_IF_EMPTY = ("no_objects", "vanishing_loss", "at_clamp")
 
 
 class GuardStop(InputError):
-    """A guard stopped the run; `cause` is a key of `helpers.causes.CAUSES`, with its own fix."""
+    """A guard stopped the run; `cause` is a key of `helpers.causes.CAUSES`, which has the fix."""
 
     def __init__(self, cause, message, *, where=None, fix=None):
         super().__init__(message, where=where, fix=fix or CAUSES[cause].fix)

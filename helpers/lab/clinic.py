@@ -1,6 +1,6 @@
 """The clinic: runs that are broken in a way you do not know, to be diagnosed and mended.
 
-A case is a fault of `helpers.lab.faults`, drawn by its number. It stays in the code of this process
+A case, drawn by its number, is a fault of `helpers.lab.faults`. It stays in the code of this process
 until it is treated, the next patient comes, or the clinic is closed.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import weakref
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean as mean
@@ -31,9 +31,7 @@ SCORE_THRESHOLD = 0.3
 LEAST_IOU = 0.5
 MARGIN = 0.1  # share of the images or prompts that may be judged otherwise than by the healthy run
 LEAST_AP50_SHARE = 0.75  # part of the healthy run's AP50 that a cured one has to reach
-EPOCHS = "scale.num_epochs=0.06"
-"""Three epochs on the embedded base for the healthy run, the patients that train and their cure:
-they are compared with one another, so none may be shorter."""
+EPOCHS = "scale.num_epochs=0.06"  # for all runs, which are compared: three on the embedded base
 WARDS = {
     "01": ("crowd", "images turned", "orientation ignored", "masks swallowed"),
     "02": ("wrong keys", "empty", "emptied by a transform"),
@@ -46,8 +44,7 @@ WARDS = {
     "04": ("no absent prompts", "score weight zero", "presence at its clamp"),
     "05": ("finest level dropped", "loader without effect", "decoder zeroed"),
 }
-"""Lesson to the faults of `FAULTS` that a patient of it may have: those that show in the vital signs
-after a short training."""
+"""Lesson to the `FAULTS` of its patients: those that show in the signs after a short training."""
 WARDS["06"] = tuple(name for ward in WARDS.values() for name in ward)
 WARDS["07"] = ("images turned", "crowd", "empty", "trained as object")
 HEALTHY_FOLDER, RECIPE_FILE, PATIENT_FOLDER = "healthy", "recipe.json", "patient"
@@ -57,29 +54,17 @@ _OPEN_CLINICS = weakref.WeakSet()
 
 @dataclass(frozen=True)
 class VitalSigns:
-    """What is detected on the validation split, as shares of its images or absent prompts.
+    """What is detected on the validation split, as shares of its images or absent prompts."""
 
-    Attributes
-    ----------
-    found, outlined : float
-        Share of the images with an object on which it is detected, and with an IoU of at least 0.5.
-    false_alarms : float
-        Share of the absent prompts that are detected.
-    AP50 : float
-        What the evaluation says; 0 where it has no meaning.
-    presence, best_query : float
-        The two factors of the score, as means over the images with an object; they are not judged.
-    remark : str
-        What was raised instead of an answer; empty if nothing was.
-    """
-
-    found: float = 0.0
-    outlined: float = 0.0
-    false_alarms: float = 0.0
-    AP50: float = 0.0
-    presence: float = 0.0
+    found: float = 0.0  # images with an object on which it is detected
+    outlined: float = 0.0  # the same, with an IoU of at least 0.5
+    false_alarms: float = 0.0  # absent prompts that are detected
+    AP50: float = 0.0  # of the evaluation; 0 where it has no meaning
+    presence: float = (
+        0.0  # this and the next: factors of the score, means over images with an object
+    )
     best_query: float = 0.0
-    remark: str = ""
+    remark: str = ""  # what was raised instead of an answer
 
 
 @dataclass(frozen=True)
@@ -92,19 +77,19 @@ class CureReport:
 
     @property
     def cured(self):
-        """bool: True if the patient detects what the healthy run detects, within the margins."""
+        """True if the patient detects what the healthy run detects, within the margins."""
         return not deviations(self.now, self.healthy)
 
     @property
     def table(self):
-        """`pandas.DataFrame`: one row per measurement, one column per sign."""
+        """One row per measurement, one column per sign."""
         return signs_table(
             {"healthy run": self.healthy, "on admission": self.admission, "now": self.now}
         )
 
     @property
     def sentence(self):
-        """str: whether detections came back, with the numbers that say so."""
+        """Whether detections came back, with the numbers that say so."""
         if worse := deviations(self.now, self.healthy):
             return f"Still ill: {'; '.join(worse.values())}."
         changes = [
@@ -123,15 +108,12 @@ def signs_table(signs):
 
 def deviations(signs, healthy):
     """Map each sign that is worse than the healthy run's, beyond its margin, to what is wrong."""
-    worse = {}
-    for name, limit in {
-        "found": healthy.found - MARGIN,
-        "outlined": healthy.outlined - MARGIN,
-        "AP50": healthy.AP50 * LEAST_AP50_SHARE,
-    }.items():
+    least = {"found": healthy.found - MARGIN, "outlined": healthy.outlined - MARGIN}
+    least |= {"AP50": healthy.AP50 * LEAST_AP50_SHARE}
+    most, worse = healthy.false_alarms + MARGIN, {}
+    for name, limit in least.items():
         if getattr(signs, name) < limit:
             worse[name] = f"{name} is {getattr(signs, name):.2f}, at least {limit:.2f} is healthy"
-    most = healthy.false_alarms + MARGIN
     if signs.false_alarms > most:
         text = f"false_alarms is {signs.false_alarms:.2f}, at most {most:.2f} is healthy"
         worse["false_alarms"] = text
@@ -169,29 +151,18 @@ def signs_of(answers):
 
 
 class Patient:
-    """A run with one fault.
-
-    Attributes
-    ----------
-    folder : pathlib.Path
-        The run folder; another one after a cure that had to train again.
-    signs : VitalSigns
-        What was detected on admission.
-    treatments : list of str
-        What was tried, in order.
-    """
+    """A run with one fault: its folder, its signs on admission, and the treatments tried so far."""
 
     def __init__(self, clinic, fault, case_folder, run_folder):
         self._clinic, self._fault, self._case_folder = clinic, fault, case_folder
-        self._guess = None
-        self._is_planted = True
-        self.folder = run_folder
+        self._guess, self._is_planted = None, True
+        self.folder = run_folder  # another one after a cure that had to train again
         self.signs = clinic.measure(run_folder)
         self.treatments = []
 
     @property
     def guess(self):
-        """str: the cause you suspect, a key of `helpers.causes.CAUSES`; None before you say so."""
+        """The cause you suspect, a key of `helpers.causes.CAUSES`; None before you say so."""
         return self._guess
 
     @guess.setter
@@ -204,7 +175,7 @@ class Patient:
         return diagnose(self.folder)
 
     def treat(self, cause):
-        """Put right what a cause, a key of `helpers.causes.CAUSES`, says is wrong.
+        """Put right what a cause says is wrong.
 
         If it is the cause, the fault is taken back and the run is made again as far as the fault reached
         into it. If it is not, what is put right was right before, and nothing changes.
@@ -226,11 +197,11 @@ class Patient:
         right = "as guessed" if self.guess == fault.cause else f"the guess was {self.guess}"
         return (
             f"{fault.cause}, {right}.\n"
-            f"What was done: {fault.what}\nWhat you see: {fault.symptom}\nCure: {fault.cure}"
+            f"What was done: {fault.what}\nWhat you see: {fault.symptom}\n"
+            f"Cure: {CAUSES[fault.cause].fix}"
         )
 
     def _require_guess(self, what):
-        """Refuse what would give the answer away too early."""
         if self.guess is None:
             raise InputError(
                 f"{what} comes after your guess",
@@ -239,7 +210,7 @@ class Patient:
             )
 
 
-class Clinic:
+class Clinic(AbstractContextManager):
     """Where patients are admitted: one healthy run for comparison, and one bed.
 
     The healthy run is made once for a folder and is used by all exercises. A clinic is also a
@@ -270,17 +241,17 @@ class Clinic:
             "settings": [EPOCHS, f"training.seed={seed}", *settings],
         }
         self.healthy = self.folder / HEALTHY_FOLDER / RUN_FOLDER
-        self._make_healthy_run()
+        recipe = self.healthy.parent / RECIPE_FILE
+        is_finished = recipe.is_file() and (self.healthy / METRICS_FILE).is_file()
+        if not is_finished or read_json(recipe, "remove the folder") != self._recipe:
+            self.make(HEALTHY, self.healthy.parent)
+            write_json(recipe, self._recipe)
         config = load_config(self.healthy / RUN_CONFIG)
         self._truth = load_dataset(config, data_dir).split(config.data.val_split)
         if not self._truth.num_objects:
             fix = "use another dataset"
             raise InputError("no image shows an object", where=self._truth.root, fix=fix)
         self.signs = self.measure(self.healthy)
-
-    def __enter__(self):
-        """Return the clinic itself."""
-        return self
 
     def __exit__(self, *error):
         """Close the clinic."""
@@ -293,10 +264,9 @@ class Clinic:
     discharge = close
 
     def admit(self, ward, case):
-        """Draw a fault, plant it, and take the signs of the run; the patient before is discharged.
+        """Draw a fault of a ward of `WARDS`, plant it, and return the `Patient`.
 
-        ``ward`` is a key of `WARDS`; the same ``case``, a whole number from 0, draws the same fault.
-        Returns the `Patient`.
+        The same ``case``, a whole number from 0, draws the same fault. The patient before is discharged.
         """
         if ward not in WARDS:
             raise InputError(f"no ward {ward!r}", where="clinic", fix=f"choose from {list(WARDS)}")
@@ -311,7 +281,7 @@ class Clinic:
         return Patient(self, fault, folder, run)
 
     def suspects(self, ward):
-        """Return the causes that a patient of a ward may have: list of str, in their order."""
+        """Return the causes that a patient of a ward may have, in their order."""
         possible = {FAULTS[name].cause for name in WARDS[ward]}
         return [code for code in CAUSES if code in possible]
 
@@ -331,17 +301,8 @@ class Clinic:
     def _planted(self, fault, folder):
         """Plant a fault in a run of this clinic's recipe, as long as the others."""
         settings = tuple(text for text in fault.settings if ".num_epochs=" not in text)
-        if settings != fault.settings:
-            fault = replace(fault, settings=settings)
+        fault = replace(fault, settings=settings)
         return planted(fault, folder, healthy=self.healthy, **self._recipe)
-
-    def _make_healthy_run(self):
-        """Train the healthy run, unless it was trained with this recipe before."""
-        recipe = self.healthy.parent / RECIPE_FILE
-        is_finished = recipe.is_file() and (self.healthy / METRICS_FILE).is_file()
-        if not is_finished or read_json(recipe, "remove the folder") != self._recipe:
-            self.make(HEALTHY, self.healthy.parent)
-            write_json(recipe, self._recipe)
 
 
 def check_cause(code, name):

@@ -1,13 +1,10 @@
-"""Faults in the files of a dataset, broken copies for lesson 01, and the failing script's reader.
-
-No other room uses them: the lab plants them on purpose, to see whether checks and diagnosis name them.
-"""
+"""Faults in the files of a dataset, broken copies for lesson 01, and the failing script's reader."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
+from itertools import count
 from pathlib import Path, PurePosixPath
 
 import cv2
@@ -15,12 +12,12 @@ import numpy as np
 from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 
-from helpers.data.coco import COCO_FILE, read_split
+from helpers.data.coco import entries_of, image_record, read_split
 from helpers.data.images import IMAGE_SUFFIXES, open_upright
 from helpers.data.masks import mask_to_rle, rle_box_xyxy, segmentation_to_rle
 from helpers.data.records import ObjectAnnotation
 from helpers.errors import InputError
-from helpers.files import write_json
+from helpers.files import read_json, write_json
 
 NUM_IMAGES = 8
 JPEG_QUALITY = 95
@@ -34,7 +31,7 @@ def in_every_file(change, splits=("train", "valid", "test")):
     def spoil(folder):
         for split in splits:
             for path in sorted((Path(folder) / split).rglob("*.json")):
-                content = json.loads(path.read_text(encoding="utf-8"))
+                content = read_json(path)
                 change(content)
                 write_json(path, content)
 
@@ -64,6 +61,10 @@ def in_every_mask(change):
     return in_every_object(change_mask)
 
 
+def _image_files(folder):
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
 def in_every_image(change):
     """Make a ``spoil_data`` that saves each upright picture as ``change(picture)``; annotations stay."""
 
@@ -72,10 +73,6 @@ def in_every_image(change):
             change(open_upright(path)).save(path, quality=JPEG_QUALITY)
 
     return spoil
-
-
-def _image_files(folder):
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _corners(entry, image):
@@ -232,7 +229,7 @@ def write_copy(split, folder, num_images=NUM_IMAGES):
     Parameters
     ----------
     split : helpers.data.records.Split
-        InputError if none of its images has an object, or one cannot be read.
+        Some of its images must have an object.
     folder : os.PathLike
         Replaced if it exists.
     num_images : int
@@ -245,16 +242,15 @@ def write_copy(split, folder, num_images=NUM_IMAGES):
     """
     records = [record for record in split.records if record.objects][:num_images]
     if not records:
-        raise InputError(
-            "no image has an object", where=split.root, fix="choose a split with annotations"
-        )
+        fix = "choose a split with annotations"
+        raise InputError("no image has an object", where=split.root, fix=fix)
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("images", "annotations"):
         (folder / "train" / name).mkdir(parents=True)
     ids = {entry.name: entry.category_id for entry in split.category_table}
     categories = [{"id": number, "name": name} for name, number in ids.items()]
-    num_objects = 0
+    object_ids = count(1)
     for number, record in enumerate(records, start=1):
         stem = PurePosixPath(record.image_id).with_suffix("").as_posix().replace("/", "_")
         picture = open_upright(record.path)
@@ -262,28 +258,19 @@ def write_copy(split, folder, num_images=NUM_IMAGES):
         image = {"id": number, "file_name": f"images/{stem}.jpg"}
         image |= {"width": record.width, "height": record.height}
         image |= {"contents": sorted(record.contents)}
-        entries = [_annotation_entry(item, ids[item.category]) for item in record.objects]
-        for entry in entries:
-            num_objects += 1
-            entry |= {"id": num_objects, "image_id": number}
+        entries = []
+        for item in record.objects:
+            x0, y0, x1, y1 = item.box_xyxy
+            entry = {"id": next(object_ids), "image_id": number, "bbox": [x0, y0, x1 - x0, y1 - y0]}
+            entry |= {"category_id": ids[item.category], "iscrowd": int(item.is_crowd)}
+            entries.append(entry if item.rle is None else entry | {"segmentation": dict(item.rle)})
         content = {"images": [image], "categories": categories, "annotations": entries}
         write_json(folder / "train" / "annotations" / f"{stem}.json", content)
     return folder
 
 
-def _annotation_entry(item, category_id):
-    """Return the COCO entry of an object, its mask as compressed run lengths."""
-    x0, y0, x1, y1 = item.box_xyxy
-    entry = {"category_id": category_id, "bbox": [x0, y0, x1 - x0, y1 - y0]}
-    entry |= {"iscrowd": int(item.is_crowd)}
-    return entry if item.rle is None else entry | {"segmentation": dict(item.rle)}
-
-
 def write_broken_copy(split, folder, name, num_images=NUM_IMAGES):
-    """Write a copy as `write_copy` does and plant a fault of `SPOIL_DATA` in it.
-
-    Returns the folder; raises InputError if there is no fault of that name.
-    """
+    """Write a copy as `write_copy` does, plant a fault of `SPOIL_DATA` in it, and return the folder."""
     if name not in SPOIL_DATA:
         raise InputError(f"there is no fault {name!r}", fix=f"use one of {', '.join(SPOIL_DATA)}")
     folder = write_copy(split, folder, num_images)
@@ -322,31 +309,16 @@ def read_split_wrong_keys(data_dir, split):
     right = read_split(data_dir, split)
     if (right.root / "annotations").is_dir():
         right = read_split(data_dir, split, layout="per_image")
-        folder = right.root / "annotations"
-        contents = {
-            record.image_id: _load(folder / f"{record.path.stem}.json") for record in right.records
-        }
-    else:
-        entries = _load(right.root / COCO_FILE)["images"]
-        contents = {_image_id(entry["file_name"]): entry for entry in entries}
-    records = [
-        replace(record, objects=_objects(contents[record.image_id], record, right.categories))
-        for record in right.records
-    ]
+    objects = {}
+    for path, entry, _, _ in entries_of(right.root, right.layout):
+        content = entry if right.layout == "coco" else read_json(path)
+        record = image_record(path, entry, [], {}, right.root)
+        objects[record.image_id] = _wrong_objects(content, record, right.categories)
+    records = (replace(record, objects=objects[record.image_id]) for record in right.records)
     return replace(right, records=tuple(records))
 
 
-def _image_id(file_name):
-    """Bring a file name to the form of `helpers.data.records.ImageRecord.image_id`."""
-    return PurePosixPath(file_name.replace("\\", "/")).as_posix().removeprefix("images/")
-
-
-def _load(path):
-    """Parse a file that `read_split` has read before, so that it is known to be sound."""
-    return json.loads(path.read_text(encoding="utf-8-sig"))
-
-
-def _objects(content, record, categories):
+def _wrong_objects(content, record, categories):
     """Look the objects of an image up under the wrong keys; the script knew a single category."""
     boxes, masks = content.get(WRONG_BOX_KEY, []), content.get(WRONG_MASK_KEY, [])
     return tuple(

@@ -59,8 +59,7 @@ DATA_GATES, PROMPT_GATES = [], []
 
 
 @gate(DATA_GATES, "annotation files", "every split can be read, and the reader finds every object")
-def annotation_files(examination):
-    """Read the annotation files as the pipeline does, and count their objects without it."""
+def _annotation_files(examination):
     texts, evidence = [], []
     for name in SPLITS:
         try:
@@ -78,8 +77,7 @@ def annotation_files(examination):
 
 
 @gate(DATA_GATES, "annotations", "no error of boxes, masks and crowd flags")
-def annotations_alone(examination):
-    """Ask the checks of annotations that need no image."""
+def _annotations_alone(examination):
     model = examination.base[0]
     num_queries = model.config.detr_decoder_config.num_queries
     findings, evidence = [], []
@@ -91,8 +89,7 @@ def annotations_alone(examination):
 
 
 @gate(DATA_GATES, "image files", "every image opens and has the stated shape")
-def image_files(examination):
-    """Open every image and compare it with what is stated about it."""
+def _image_files(examination):
     findings, evidence = [], []
     for split in map(examination.split, SPLITS):
         faults = check_images(split, examination.dataset.look(split))
@@ -133,8 +130,7 @@ def _texts(findings):
     "annotations on pixels",
     "marked pixels stand out most on the images as they are",
 )
-def annotations_on_pixels(examination):
-    """Compare the contrast of annotated masks on the images as they are and turned."""
+def _annotations_on_pixels(examination):
     records = [record for record in examination.split("train").records if record.objects]
     per_turn = contrast_per_turn(records[:: max(1, len(records) // 32)])
     medians = {
@@ -157,8 +153,7 @@ def annotations_on_pixels(examination):
     "images without objects",
     f"at most {MAX_EMPTY_SHARE:.0%} of the training images",
 )
-def empty_images(examination):
-    """Count the training images without objects."""
+def _empty_images(examination):
     records = examination.split("train").records
     empty = sum(not record.objects for record in records)
     text = f"{empty} of {len(records)} training images have no object"
@@ -220,8 +215,7 @@ def _compared_with_record(examination, kept):
 
 
 @gate(DATA_GATES, "masks after the loader", "as many as the files hold")
-def masks_after_loader(examination):
-    """Count the objects that keep a mask, and those that have one in the files."""
+def _masks_after_loader(examination):
     queries = [query for query in examination.train_queries if len(query[2]["boxes_cxcywh"])]
     if not queries:
         raise InputError("no object reaches the loss", where=examination.data_dir)
@@ -274,8 +268,7 @@ def _used_categories(split):
 
 
 @gate(PROMPT_GATES, "absent prompts", "each image is asked for other words too")
-def absent_prompts_asked(examination):
-    """Count the absent prompts of an epoch."""
+def _absent_prompts_asked(examination):
     queries = [query for _, query, _ in examination.train_queries]
     absent = [query["prompt"] for query in queries if not query["is_positive"]]
     own = set(examination.train_dataset.own_names)
@@ -307,8 +300,7 @@ def trained_and_asked(examination):
     "absent prompts in pictures",
     f"the base sees at most {MAX_PRESENT_SHARE:.0%} of them",
 )
-def absent_prompts_in_pictures(examination):
-    """Ask the base for the absent prompts of the training."""
+def _absent_prompts_in_pictures(examination):
     by_image = {}
     for record, query, _ in examination.train_queries:
         if not query["is_positive"]:

@@ -6,11 +6,11 @@ No gate here asks the trained model.
 from __future__ import annotations
 
 import math
-from numbers import Real
+from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
+from pydantic import BaseModel
 from torch import nn
 from transformers import get_scheduler
 
@@ -38,7 +38,10 @@ from helpers.train.run import (
     RUN_CONFIG,
     STOPPED_FILE,
     VERSIONS_FILE,
+    Prompts,
+    Versions,
     last_checkpoint,
+    read_run_file,
 )
 from helpers.train.trainer import CURVES_FILE
 
@@ -46,26 +49,30 @@ EARLY_FILES = (RUN_CONFIG, PROMPTS_FILE, VERSIONS_FILE)
 """Written before the first step; curves.csv follows with the first log."""
 LATE_FILES = (WEIGHTS_FILE, CONFIG_FILE, BASE_FILE, AUDIT_FILE, CARD_FILE)
 """Written after the last step, and then metrics.json."""
-KEYS = {
-    METRICS_FILE: {
-        "steps": int,
-        "epochs": Real,
-        "best_step": int | None,
-        "valid": dict,
-        "train_loss": dict,
-        "valid_loss": dict,
-        "objects": dict,
-    },
-    PROMPTS_FILE: {"prompts": dict, "negatives": dict, "negatives_per_image": int},
-    VERSIONS_FILE: {"packages": dict},
-    CONFIG_FILE: {"peft_type": str, "r": int, "lora_alpha": Real, "target_modules": str | list},
-    BASE_FILE: {"name": str, "fingerprint": str},
+
+
+class _AdapterConfig(BaseModel, strict=True):
+    """What `helpers.model.lora.load_adapter` needs of ``adapter_config.json``."""
+
+    peft_type: str
+    r: int
+    lora_alpha: float
+    target_modules: str | list
+
+
+class _Base(BaseModel, strict=True):
+    """What it needs of ``base.json``."""
+
+    name: str
+    fingerprint: str
+
+
+SCHEMAS = {
+    PROMPTS_FILE: Prompts,
+    VERSIONS_FILE: Versions,
+    CONFIG_FILE: _AdapterConfig,
+    BASE_FILE: _Base,
 }
-COLUMNS = {
-    CURVES_FILE: ["step", "loss", "learning_rate"],
-    AUDIT_FILE: ["modules", "parameters", "grad_norm", "B_norm", "B_nonzero"],
-}
-"""Columns of numbers."""
 MAX_DROPOUT = 0.2
 FEW_IMAGES, MAX_EPOCHS = 100, 50
 RATE_TOLERANCE = 1e-3  # relative to the peak; healthy: below 1e-9
@@ -79,8 +86,7 @@ FILE_GATES, CONFIG_GATES, RUN_GATES = [], [], []
 
 
 @gate(FILE_GATES, "files of the run", "all there, complete, without NaN")
-def run_files(examination):
-    """Read every file that the run should hold; name what is missing, cut or of another type."""
+def _run_files(examination):
     folder, is_finished = examination.folder, examination.is_finished
     names = (*EARLY_FILES, *((CURVES_FILE, *LATE_FILES, METRICS_FILE) if is_finished else ()))
     problems = {}
@@ -95,71 +101,41 @@ def run_files(examination):
             f"is missing, although it is written after {saved[0]}: it was lost, or the run was "
             "interrupted while it saved"
         )
-    if is_finished and not problems.keys() & {CURVES_FILE, METRICS_FILE}:
-        last = int(pd.read_csv(folder / CURVES_FILE)["step"].max())
-        steps = read_json(folder / METRICS_FILE, fix="")["steps"]
-        if last != steps:
-            problems[CURVES_FILE] = f"ends at step {last}, {METRICS_FILE} counts {steps} steps"
+    if is_finished and not problems:
+        try:
+            _ = examination.files
+        except InputError as error:
+            problems[Path(error.where).name] = error.message
     evidence = [
         # Nothing that the model does depends on the card.
         Evidence("damaged_run", 0.7 if name == CARD_FILE else 1.0, f"{name} {problem}")
         for name, problem in problems.items()
     ]
     if WEIGHTS_FILE in saved and WEIGHTS_FILE not in problems:
-        evidence += _not_finite(read_adapter_weights(folder))
+        weights = read_adapter_weights(folder)
+        broken = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
+        text = f"NaN or infinite numbers in {len(broken)} of {len(weights)} tensors"
+        text = f"{WEIGHTS_FILE} holds {text}, for example {broken[:1]}"
+        evidence += evidence_if(broken, "not_finite", 1.0, text)
     return "; ".join([f"{len(names)} files read", *(one.text for one in evidence)]), evidence
 
 
 def _read_run_file(path):
-    """Read one file of a run as its kind asks; raise InputError if that is impossible."""
+    """Refuse a file of a run that is missing, cut off, or lacks what a training writes."""
     if not path.is_file():
         raise InputError("is missing")
-    if not path.stat().st_size:
-        raise InputError("is empty")
     if path.name == WEIGHTS_FILE:
         tensors = read_adapter_weights(path.parent)
         if not tensors or not all(tensor.is_floating_point() for tensor in tensors.values()):
             raise InputError("holds other tensors than a training writes, or none")
-        return
-    if path.name != CONFIG_FILE and not path.read_bytes().endswith(b"\n"):
-        raise InputError("ends in the middle of a line, so its end is missing")
-    if path.name in KEYS:
-        content = read_json(path, fix="")
-        for key, expected in KEYS[path.name].items():
-            if key not in content:
-                raise InputError(f"lacks the key {key}")
-            if not isinstance(content[key], expected):
-                raise InputError(f"has {content[key]!r:.40} as {key}")
-    elif path.name in COLUMNS:
-        _check_table(path)
+    elif path.name != CONFIG_FILE and not path.read_bytes().endswith(b"\n"):
+        raise InputError("is empty or ends in the middle of a line, so its end is missing")
+    elif path.name in SCHEMAS:
+        read_run_file(path, SCHEMAS[path.name])
     elif path.name == RUN_CONFIG:
         missing = load_config(path).model_dump().keys() - read_yaml(path).keys()
         if missing:
             raise InputError(f"lacks {', '.join(sorted(missing))}")
-
-
-def _check_table(path):
-    """Refuse a table that lacks a column or a row, or holds text among numbers."""
-    try:
-        table = pd.read_csv(path)
-        numbers = table[COLUMNS[path.name]].apply(pd.to_numeric)
-    except KeyError as error:
-        raise InputError(f"lacks a column ({error.args[0]})") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"cannot be read ({error})") from error
-    if numbers.empty:
-        raise InputError("has no row")
-    if path.name == AUDIT_FILE and "total" not in list(table.get("component", [])):
-        raise InputError("lacks the row total")
-
-
-def _not_finite(weights):
-    """Return evidence if adapter tensors hold NaN or infinite numbers."""
-    broken = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
-    text = (
-        f"{WEIGHTS_FILE} holds NaN or infinite numbers in {len(broken)} of {len(weights)} tensors"
-    )
-    return evidence_if(broken, "not_finite", 1.0, f"{text}, for example {broken[:1]}")
 
 
 @gate(
@@ -191,14 +167,17 @@ def settings_in_log(examination):
     }
     if not logged:
         raise InputError("no learning rate was logged", where=examination.folder)
-    images, processes = len(examination.train_dataset), examination.num_processes
+    versions = read_json(examination.folder / VERSIONS_FILE, fix="train again with --overwrite")
+    images, processes = len(examination.train_dataset), versions.get("num_processes", 1)
     steps = int(schedule_frame({"run": config}, images, processes).loc["run", "steps"])
-    expected = _expected_rates(config, steps)
+    peak, warmup = config.effective_learning_rate, config.effective_warmup_steps
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
+    scheduler = get_scheduler(config.training.lr_scheduler, optimizer, warmup, steps)
+    expected = [peak * scheduler.lr_lambdas[0](step) for step in range(steps)]
     off = [
         step
         for step, rate in logged.items()
-        if step > steps
-        or abs(rate - expected[step - 1]) > RATE_TOLERANCE * config.effective_learning_rate
+        if step > steps or abs(rate - expected[step - 1]) > RATE_TOLERANCE * peak
     ]
     last = max(entry["step"] for entry in history)
     text = (
@@ -208,18 +187,6 @@ def settings_in_log(examination):
     )
     is_fault = bool(off) or (examination.is_finished and last != steps)
     return text, evidence_if(is_fault, "dead_config_keys", 0.95, text)
-
-
-def _expected_rates(config, steps):
-    """Return the learning rate that is logged after each step of a schedule."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.effective_learning_rate)
-    scheduler = get_scheduler(
-        config.training.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.effective_warmup_steps,
-        num_training_steps=steps,
-    )
-    return [config.effective_learning_rate * scheduler.lr_lambdas[0](step) for step in range(steps)]
 
 
 @gate(RUN_GATES, "the run", "finished")
@@ -250,8 +217,7 @@ def is_finished(examination):
 
 
 @gate(RUN_GATES, "places of LoRA", "every enabled component has LoRA, no other")
-def lora_places(examination):
-    """Count the adapted modules of each component in the file; compare with the flags."""
+def _lora_places(examination):
     lora, (base, _) = examination.config.lora, examination.base
     names = {name for target in lora.target_modules for name in SPELLINGS.get(target, (target,))}
     linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
@@ -282,8 +248,7 @@ def lora_places(examination):
 
 
 @gate(RUN_GATES, "learning", "gradients arrive and no B stays zero")
-def learning(examination):
-    """Read from the run's report whether gradients arrived and B left zero."""
+def _learning(examination):
     report = examination.files.adapter
     idle, texts = [], []
     for component, row in report.drop(index="total").iterrows():
@@ -308,8 +273,7 @@ def learning(examination):
 
 
 @gate(RUN_GATES, "trained parameters", "those of LoRA and no others")
-def trained_weights(examination):
-    """Compare the number of trained parameters with that of LoRA."""
+def _trained_weights(examination):
     counts = examination.files.metrics.get("trained_parameters")
     if counts is None:
         raise InputError(
@@ -324,8 +288,7 @@ def trained_weights(examination):
 
 
 @gate(RUN_GATES, "kept checkpoint", "the best one by the metric of the config")
-def kept_checkpoint(examination):
-    """Compare the kept state with the best one in the log, by the metric of the config."""
+def _kept_checkpoint(examination):
     metrics, name = examination.files.metrics, examination.config.evaluation.metric_for_best
     values = {
         int(entry["step"]): entry.get(f"eval_{name}", math.nan)
@@ -341,8 +304,7 @@ def kept_checkpoint(examination):
 
 
 @gate(RUN_GATES, "logged loss", "the published weights, and no term dominates")
-def logged_loss(examination):
-    """Add the logged terms up with the published weights; compare with the logged loss."""
+def _logged_loss(examination):
     weights = WEIGHTS[examination.config.loss.variant]
     entries = [entry for entry in examination.history if "loss" in entry]
     if not entries:

@@ -49,6 +49,15 @@ def in_every_object(change):
     return in_every_file(change_all)
 
 
+def in_every_box(change):
+    """Make a ``spoil_data`` of ``change(x, y, width, height, image's width, height)``, the new box."""
+
+    def change_box(entry, image):
+        entry["bbox"] = list(change(*entry["bbox"], image["width"], image["height"]))
+
+    return in_every_object(change_box)
+
+
 def in_every_mask(change):
     """Make a ``spoil_data`` that turns each mask, (height, width) uint8, into ``change(mask)``."""
 
@@ -75,44 +84,15 @@ def in_every_image(change):
     return spoil
 
 
-def _corners(entry, image):
-    x, y, width, height = entry["bbox"]
-    entry["bbox"] = [x, y, x + width, y + height]
-
-
-def _fractions(entry, image):
-    """Write a box as YOLO does: centre and size, as parts of the image."""
-    x, y, width, height = entry["bbox"]
-    across, down = image["width"], image["height"]
-    entry["bbox"] = [
-        (x + width / 2) / across,
-        (y + height / 2) / down,
-        width / across,
-        height / down,
-    ]
-
-
-def _thin(entry, image):
-    entry["bbox"][2] = 0.2
-
-
-def _number_from_zero(entry, image):
-    entry["category_id"] -= 1
-
-
-def _mirror_box(entry, image):
-    x, _, width, _ = entry["bbox"]
-    entry["bbox"][0] = image["width"] - x - width
+def _fractions(x, y, w, h, across, down):
+    """Return a box as YOLO writes it: centre and size, as parts of the image."""
+    return (x + w / 2) / across, (y + h / 2) / down, w / across, h / down
 
 
 def _mirror(folder):
     """Flip boxes and masks left-right and leave the images as they are."""
-    in_every_object(_mirror_box)(folder)
+    in_every_box(lambda x, y, w, h, across, _: (across - x - w, y, w, h))(folder)
     in_every_mask(lambda mask: mask[:, ::-1])(folder)
-
-
-def _rename_key(content):
-    content["objects"] = content.pop("annotations")
 
 
 def _remove_half(content):
@@ -198,11 +178,11 @@ def _cut_image_off(folder):
 
 
 SPOIL_DATA = {
-    "key": in_every_file(_rename_key),
+    "key": in_every_file(lambda content: content.update(objects=content.pop("annotations"))),
     "empty": in_every_file(lambda content: content.update(annotations=[])),
     "crowd": in_every_object(lambda entry, image: entry.update(iscrowd=1)),
-    "corners": in_every_object(_corners),
-    "fractions": in_every_object(_fractions),
+    "corners": in_every_box(lambda x, y, w, h, *_: (x, y, x + w, y + h)),
+    "fractions": in_every_box(_fractions),
     "transposed": in_every_mask(lambda mask: mask.T),
     "half size": in_every_mask(lambda mask: mask[::2, ::2]),
     "object": in_every_file(_call_all_object),
@@ -212,9 +192,11 @@ SPOIL_DATA = {
     "mirrored": _mirror,
     "images turned": in_every_image(lambda image: image.transpose(Image.Transpose.ROTATE_90)),
     "orientation ignored": _ignore_orientation,
-    "thin boxes": in_every_object(_thin),
+    "thin boxes": in_every_box(lambda x, y, w, h, *_: (x, y, 0.2, h)),
     "images renamed": _rename_images,
-    "ids from zero": in_every_object(_number_from_zero),
+    "ids from zero": in_every_object(
+        lambda entry, _: entry.update(category_id=entry["category_id"] - 1)
+    ),
     "half the labels": in_every_file(_remove_half),
     "seen from afar": _shrink_all,
     "hardly any object": _leave_most_out,
@@ -284,27 +266,19 @@ WRONG_BOX_KEY, WRONG_MASK_KEY = "bboxes", "masks"
 def read_split_wrong_keys(data_dir, split):
     """Read a split as the failing script did: objects under JSON keys that nobody writes.
 
-    Every annotation file is opened, and a missing key passes for an empty list. The objects are
-    the only difference to `helpers.data.coco.read_split`, whose errors it raises too.
+    Every annotation file is opened, and a missing key passes for an empty list; there is no error and
+    no warning. The dataset class of Sompote/SAM3_LoRA did so until commit d1a8518.
 
     Parameters
     ----------
-    data_dir : str or os.PathLike
-        A folder with one folder per split.
-    split : str
-        Name of the split. Its per-image files are read if there are any, else its one COCO file.
+    data_dir, split : os.PathLike, str
+        See `helpers.data.coco.read_split`; per-image files are preferred to the one of the split.
 
     Returns
     -------
     helpers.data.records.Split
-        Its records have the objects of ``bboxes`` ([x, y, width, height] in pixels) and ``masks``
-        (COCO segmentations), in pairs: none at all for a dataset that keeps to COCO's keys.
-
-    Notes
-    -----
-    The dataset class of Sompote/SAM3_LoRA did so until commit d1a8518. There is no error and no
-    warning. With the loss ``early`` the training loss falls towards zero and the highest score of
-    every prompt is 0.000; with the loss ``native`` the presence logit falls.
+        As right as that of `helpers.data.coco.read_split`, but with the objects of ``bboxes``
+        ([x, y, width, height] in pixels) and ``masks`` (COCO segmentations), in pairs: none.
     """
     right = read_split(data_dir, split)
     if (right.root / "annotations").is_dir():

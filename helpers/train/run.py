@@ -169,7 +169,7 @@ def read_run(folder):
     history = read_history(folder)
     if history[-1]["step"] != metrics["steps"]:
         raise InputError(
-            f"ends at step {history[-1]['step']}, the run took {metrics['steps']}",
+            f"ends at step {history[-1]['step']}, {METRICS_FILE} counts {metrics['steps']}",
             where=folder / CURVES_FILE,
             fix=_TRAIN_AGAIN,
         )

@@ -7,6 +7,7 @@ from peft import get_peft_model_state_dict
 from PIL import Image
 from transformers import Sam3Model
 
+from helpers.data.coco import read_split
 from helpers.data.dataset import PromptCollator
 from helpers.data.images import open_upright
 from helpers.detect.metrics import evaluate_queries
@@ -32,11 +33,8 @@ BASE_GATES, CHECKPOINT_GATES = [], []
 def base_knows_its_concepts(examination):
     """Ask the embedded base for what it knows, on bundled pictures that show it."""
     if resolve(examination.config.model.name) != TINY_BASE:
-        raise Inapplicable(
-            "no picture with a known answer is bundled for this base",
-            where=examination.config.model.name,
-            fix="ask it for something that is plainly in one of your pictures",
-        )
+        fix = "ask it for something that is plainly in one of your pictures"
+        raise Inapplicable("no picture with a known answer is bundled for this base", fix=fix)
     predictor, count, total = examination.predictor(adapted=False), 0, 0
     for path, nouns in _known_pictures():
         raws = predictor.raw(path, nouns)
@@ -48,13 +46,8 @@ def base_knows_its_concepts(examination):
 
 def _known_pictures():
     """List (path, words): bundled pictures and what the embedded base knows in them."""
-    folder = WALL_CRACKS / "test"
-    content = read_json(folder / "_annotations.coco.json", fix="restore the folder data")
-    pictures = [
-        (folder / entry["file_name"], sorted(entry["contents"]))
-        for entry in content["images"]
-        if entry["contents"]
-    ]
+    records = read_split(WALL_CRACKS, "test").records
+    pictures = [(record.path, sorted(record.contents)) for record in records if record.contents]
     return pictures[:KNOWN_PICTURES]
 
 

@@ -64,15 +64,10 @@ def _present(examination):
     return present
 
 
-def _answers(examination, words, *, adapted=True):
-    """Ask words of the run or the base: dict of (image_id, word) to `RawPrediction`."""
-    return examination.raws(list(words), adapted=adapted, records=examination.few)
-
-
 def _of_present(examination, *, adapted=True):
     present = _present(examination)
     words = dict.fromkeys(word for _, word, _ in present)
-    answers = _answers(examination, words, adapted=adapted)
+    answers = examination.raws(words, adapted=adapted)
     return [answers[record.image_id, word] for record, word, _ in present]
 
 
@@ -83,12 +78,10 @@ def _mean(answers, name):
 @gate(BEHAVIOUR_GATES, "run beside base", "the run scores the words in the picture higher")
 def run_beside_base(examination):
     """Compare the two factors of the score of present words with those of the base."""
-    texts = []
+    texts, factors = [], ("max_score", "presence_prob", "max_query_prob")
     for name, adapted in (("run", True), ("base", False)):
         answers = _of_present(examination, adapted=adapted)
-        score, presence, query = (
-            _mean(answers, factor) for factor in ("max_score", "presence_prob", "max_query_prob")
-        )
+        score, presence, query = (_mean(answers, factor) for factor in factors)
         low = "presence" if presence < query else "query"
         texts.append(
             f"{name}: best score {score:.3f}, presence {presence:.3f}, best query {query:.3f} "
@@ -104,7 +97,7 @@ def presence_at_clamp(examination):
     present, absent = [], []
     for adapted in (True, False):
         present.append(_share_at_clamp(_of_present(examination, adapted=adapted)))
-        answers = _answers(examination, words, adapted=adapted)
+        answers = examination.raws(words, adapted=adapted)
         absent.append(_share_at_clamp(answers.values()))
     (share, base_share), (others, base_others) = present, absent
     text = (
@@ -125,13 +118,13 @@ def _share_at_clamp(answers):
 def words_told_apart(examination):
     """Compare the best scores of present, absent and foreign words."""
     words = _absent_words(examination)
-    answers = _answers(examination, words)
+    answers = examination.raws(words)
     absent = [
         answers[record.image_id, word]
         for record in examination.few
         for word in absent_candidates(record, words)
     ]
-    foreign = _mean(list(_answers(examination, OUT_OF_DOMAIN).values()), "max_score")
+    foreign = _mean(list(examination.raws(OUT_OF_DOMAIN).values()), "max_score")
     present, score = _mean(_of_present(examination), "max_score"), _mean(absent, "max_score")
     presence = _mean(absent, "presence_prob")
     text = (
@@ -180,7 +173,7 @@ def words_on_same_image(examination):
     trained = examination.trained_words
     records = [record for record in examination.few if record.objects]
     words = list(dict.fromkeys((*examination.words, *trained)))
-    answers = _answers(examination, words)
+    answers = examination.raws(words)
     means, texts = {}, []
     for word in words:
         means[word] = _mean([answers[record.image_id, word] for record in records], "max_score")
@@ -313,15 +306,15 @@ def _mean_cosine(model, processor, own, others):
 
 @gate(BEHAVIOUR_GATES, "known words", "some are still found")
 def _known_words(examination):
-    config, records = examination.config, examination.few
-    contents = {word for record in records for word in record.contents}
-    words = dict.fromkeys((*sorted(contents), *config.evaluation.absent_prompts))
+    contents = {word for record in examination.few for word in record.contents}
+    absent = examination.config.evaluation.absent_prompts
+    words = dict.fromkeys((*sorted(contents), *absent))
     words = [word for word in words if word not in examination.trained_words]
-    before = examination.raws(words, adapted=False, records=records)
+    before = examination.raws(words, adapted=False)
     known = [key for key, raw in before.items() if raw.max_score > SURE]
     if len(known) < LEAST_KNOWN:
         raise Inapplicable(f"the base finds {len(known)} of {len(words)} other words on the images")
-    now = examination.raws(words, records=records)
+    now = examination.raws(words)
     kept = sum(now[key].max_score > FOUND for key in known)
     text = f"of {len(known)} answers that the base gives to other words, the run keeps {kept}"
     is_fault = kept < FORGOTTEN * len(known) and size_of_update(examination)[1]

@@ -234,9 +234,10 @@ class Examination:
             raise InputError("no prompt was trained with objects", where=self.folder)
         return words
 
-    def raws(self, prompts, *, records, adapted=True):
-        """Ask run or base on some images: dict of (image_id, prompt) to `RawPrediction`, kept."""
+    def raws(self, prompts, *, adapted=True, records=None):
+        """Ask run or base on images (`few`): dict of (image_id, prompt) to `RawPrediction`, kept."""
         answers = self._answers[adapted]
+        records = self.few if records is None else records
         for record in records:
             missing = [prompt for prompt in prompts if (record.path, prompt) not in answers]
             if missing:

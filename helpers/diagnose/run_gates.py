@@ -1,14 +1,10 @@
-"""Gates on what a run wrote down: its files, its settings, where LoRA sits, what learned.
-
-No gate here asks the trained model.
-"""
+"""Gates on what a run wrote down: its files, its settings, where LoRA sits, what learned."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import torch
 from pydantic import BaseModel
 from torch import nn
@@ -45,15 +41,13 @@ from helpers.train.run import (
 )
 from helpers.train.trainer import CURVES_FILE
 
-EARLY_FILES = (RUN_CONFIG, PROMPTS_FILE, VERSIONS_FILE)
-"""Written before the first step; curves.csv follows with the first log."""
+EARLY_FILES = (RUN_CONFIG, PROMPTS_FILE, VERSIONS_FILE)  # written before the first step
 LATE_FILES = (WEIGHTS_FILE, CONFIG_FILE, BASE_FILE, AUDIT_FILE, CARD_FILE)
 """Written after the last step, and then metrics.json."""
 
 
+# What `helpers.model.lora.load_adapter` needs of adapter_config.json and of base.json.
 class _AdapterConfig(BaseModel, strict=True):
-    """What `helpers.model.lora.load_adapter` needs of ``adapter_config.json``."""
-
     peft_type: str
     r: int
     lora_alpha: float
@@ -61,27 +55,18 @@ class _AdapterConfig(BaseModel, strict=True):
 
 
 class _Base(BaseModel, strict=True):
-    """What it needs of ``base.json``."""
-
     name: str
     fingerprint: str
 
 
-SCHEMAS = {
-    PROMPTS_FILE: Prompts,
-    VERSIONS_FILE: Versions,
-    CONFIG_FILE: _AdapterConfig,
-    BASE_FILE: _Base,
-}
+SCHEMAS = {PROMPTS_FILE: Prompts, VERSIONS_FILE: Versions}
+SCHEMAS |= {CONFIG_FILE: _AdapterConfig, BASE_FILE: _Base}
 MAX_DROPOUT = 0.2
 FEW_IMAGES, MAX_EPOCHS = 100, 50
 RATE_TOLERANCE = 1e-3  # relative to the peak; healthy: below 1e-9
-IDLE_COMPONENT = "geometry_encoder"
-"""A text prompt never passes through it; `helpers.model.lora.add_lora` warns of that."""
-LOSS_TOLERANCE = 0.02
-"""Relative, logged loss against the weighted sum of the logged terms; measured: 4e-8."""
-DOMINANT = 0.95
-"""Share of one term in the total, in half of the steps with objects; measured: at most 0.38."""
+IDLE_COMPONENT = "geometry_encoder"  # a text prompt never passes through it
+LOSS_TOLERANCE = 0.02  # relative, logged loss against the sum of its terms; measured: 4e-8
+DOMINANT = 0.95  # share of one term, in half of the steps with objects; measured: at most 0.38
 FILE_GATES, CONFIG_GATES, RUN_GATES = [], [], []
 
 
@@ -97,10 +82,8 @@ def _run_files(examination):
             problems[name] = error.message
     saved = [name for name in LATE_FILES if (folder / name).is_file()]
     if saved and not is_finished:
-        problems[METRICS_FILE] = (
-            f"is missing, although it is written after {saved[0]}: it was lost, or the run was "
-            "interrupted while it saved"
-        )
+        problem = f"is missing, although it is written after {saved[0]}"
+        problems[METRICS_FILE] = f"{problem}: lost, or the run was interrupted while it saved"
     if is_finished and not problems:
         try:
             _ = examination.files
@@ -162,9 +145,7 @@ def settings_in_log(examination):
     config, history = examination.config, examination.history
     if not examination.is_own_data:
         raise Inapplicable("asked about another dataset than was trained on", where="data_dir")
-    logged = {
-        entry["step"]: entry["learning_rate"] for entry in history if "learning_rate" in entry
-    }
+    logged = {one["step"]: one["learning_rate"] for one in history if "learning_rate" in one}
     if not logged:
         raise InputError("no learning rate was logged", where=examination.folder)
     versions = read_json(examination.folder / VERSIONS_FILE, fix="train again with --overwrite")
@@ -202,12 +183,9 @@ def is_finished(examination):
         if record["cause"] not in CAUSES:  # such as a full memory
             raise InputError(text, where=record["where"], fix=record["fix"])
         return text, [Evidence(record["cause"], 1.0, text)]
-    checkpoint = last_checkpoint(folder)
-    reach = (
-        "it has no checkpoint, so it ended before or in the first validation"
-        if checkpoint is None
-        else f"its last complete checkpoint is {checkpoint.name}"
-    )
+    reach = "it has no checkpoint, so it ended before or in the first validation"
+    if checkpoint := last_checkpoint(folder):
+        reach = f"its last complete checkpoint is {checkpoint.name}"
     raise InputError(
         f"the run was interrupted, its last files are not there; {reach}",
         where=folder,
@@ -228,11 +206,8 @@ def _lora_places(examination):
         if ".lora_B" in key
     }
     if unknown := modules - set(linear):
-        raise InputError(
-            f"{len(unknown)} keys of the adapter file name no linear layer of the base",
-            where=examination.folder / WEIGHTS_FILE,
-            fix=CAUSES["adapter_keys"].fix,
-        )
+        where, fix = examination.folder / WEIGHTS_FILE, CAUSES["adapter_keys"].fix
+        raise InputError(f"{len(unknown)} keys name no linear layer", where=where, fix=fix)
     adapted = [component_of(name) for name in modules]
     counts, evidence = [], []
     for component in COMPONENTS:
@@ -276,11 +251,8 @@ def _learning(examination):
 def _trained_weights(examination):
     counts = examination.files.metrics.get("trained_parameters")
     if counts is None:
-        raise InputError(
-            "the run did not record how many parameters it trained",
-            where=examination.folder / METRICS_FILE,
-            fix="train again",
-        )
+        where = examination.folder / METRICS_FILE
+        raise InputError("holds no number of trained parameters", where=where, fix="train again")
     beside = counts["all"] - counts["lora"]
     text = f"the optimiser trained {counts['all']:,} parameters, {counts['lora']:,} of LoRA"
     reason = f"{text}: {beside:,} of the base were changed and are not in the adapter file"
@@ -290,43 +262,33 @@ def _trained_weights(examination):
 @gate(RUN_GATES, "kept checkpoint", "the best one by the metric of the config")
 def _kept_checkpoint(examination):
     metrics, name = examination.files.metrics, examination.config.evaluation.metric_for_best
-    values = {
-        int(entry["step"]): entry.get(f"eval_{name}", math.nan)
-        for entry in examination.files.history
-        if "eval_loss" in entry
-    }
-    ranked = {step: 0.0 if math.isnan(value) else value for step, value in values.items()}
+    validations = [entry for entry in examination.files.history if "eval_loss" in entry]
+    values = {entry["step"]: entry.get(f"eval_{name}", 0.0) for entry in validations}
     kept = metrics["best_step"] or max(values)
-    best = max(ranked, key=lambda step: (ranked[step], -step))
-    text = f"kept step {kept} with {name} {values.get(kept, math.nan):.3f}; best in the log: step "
+    best = max(values, key=lambda step: (values[step], -step))
+    text = f"kept step {kept} with {name} {values.get(kept, 0.0):.3f}; best in the log: step "
     text += f"{best} with {values[best]:.3f}"
-    return text, evidence_if(ranked.get(kept, 0.0) < ranked[best], "wrong_checkpoint", 1.0, text)
+    return text, evidence_if(values.get(kept, 0.0) < values[best], "wrong_checkpoint", 1.0, text)
 
 
 @gate(RUN_GATES, "logged loss", "the published weights, and no term dominates")
 def _logged_loss(examination):
     weights = WEIGHTS[examination.config.loss.variant]
-    entries = [entry for entry in examination.history if "loss" in entry]
-    if not entries:
+    log = pd.DataFrame([entry for entry in examination.history if "loss" in entry])
+    if log.empty:
         raise InputError("the run logged no loss", where=examination.folder)
-    gaps, shares = [], []
-    for entry in entries:
-        terms = {
-            name: weights[name.rpartition(".")[2]] * value
-            for name, value in entry.items()
-            if name.rpartition(".")[2] in weights
-        }
-        total = sum(terms.values())
-        gaps.append(abs(entry["loss"] - total) / max(total, 1e-9))
-        if entry["loss_bbox"] > 0:
-            largest = max(terms, key=terms.get)
-            shares.append((terms[largest] / total, largest))
-    gap = float(np.median(gaps))
+    leaves = {name: name.rpartition(".")[2] for name in log}
+    names = [name for name, leaf in leaves.items() if leaf in weights]
+    terms = log[names].fillna(0) * [weights[leaves[name]] for name in names]
+    total = terms.sum(axis=1)
+    gap = float(((log["loss"] - total).abs() / total.clip(lower=1e-9)).median())
     text = f"logged loss against the weighted sum of its terms: {gap:.1g} apart"
     reason = f"{text}: the training did not weigh the terms as published"
     evidence = evidence_if(gap > LOSS_TOLERANCE, "loss_weights", 1.0, reason)
-    if shares:
-        share, name = sorted(shares)[len(shares) // 2]
+    shares = (terms.max(axis=1) / total)[log["loss_bbox"] > 0].sort_values()
+    if len(shares):
+        row = shares.index[len(shares) // 2]
+        share, name = shares[row], terms.loc[row].idxmax()
         text += f"; largest share of one term, median: {share:.0%} ({name})"
         reason = f"{name} makes up {share:.1%} of the loss in half of the steps"
         evidence += evidence_if(share > DOMINANT, "loss_weights", 0.7, reason, is_direct=False)

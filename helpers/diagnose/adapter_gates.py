@@ -83,8 +83,7 @@ def _largest_gap(tensors, others, names):
 
 
 @gate(CHECKPOINT_GATES, "base of the run", "the one that was trained on")
-def base_is_the_same(examination):
-    """Compare the base in memory with the fingerprint of the one that was trained on."""
+def _base_is_the_same(examination):
     recorded = read_json(examination.folder / BASE_FILE, fix="train again")["fingerprint"]
     now = base_fingerprint(examination.base[0])
     text = f"fingerprint of the base: {now}, of the base the adapter was saved from: {recorded}"
@@ -109,15 +108,14 @@ def _keys_fit(examination):
         _ = examination.loaded
     except InputError as error:
         is_config = str(error.where).endswith(CONFIG_FILE)
-        if base_is_the_same(examination)[1] or is_config:
+        if _base_is_the_same(examination)[1] or is_config:
             raise  # other gates name that
         return text, [Evidence("adapter_keys", 0.9, f"the adapter cannot be loaded: {error}")]
     return text, []
 
 
 @gate(CHECKPOINT_GATES, "weights in memory", "equal to the file")
-def weights_are_in_memory(examination):
-    """Compare every tensor of the adapter file with the model after loading."""
+def _weights_are_in_memory(examination):
     weights = examination.adapter_weights
     memory = get_peft_model_state_dict(examination.loaded.model, save_embedding_layers=False)
     differing = [
@@ -159,7 +157,7 @@ def _saved_as_trained(examination):
 @torch.no_grad()
 def _adapter_has_an_effect(examination):
     run, words = examination.loaded, examination.words
-    if any(one.cause == "weights_not_loaded" for one in weights_are_in_memory(examination)[1]):
+    if any(one.cause == "weights_not_loaded" for one in _weights_are_in_memory(examination)[1]):
         raise InputError("the saved weights are not in the model, so it cannot show their effect")
     picture = open_upright(examination.sample[0].path)
     batch = {

@@ -38,13 +38,10 @@ MIN_SEEN = 0.1  # best score where the object is annotated, below which the mode
 MAX_UPDATE = 0.6
 """Median norm of the update over that of the weights it is added to. Healthy runs of the embedded
 base: 0.13 to 0.27, no single module above 0.38."""
-SURE, FORGOTTEN, LEAST_KNOWN = 0.5, 0.2, 4
-"""Share of the base's sure answers that are left. Healthy runs of the embedded base keep none of its
-ten words either, so this speaks only beside an update above `MAX_UPDATE`."""
+SURE, FORGOTTEN, LEAST_KNOWN = 0.5, 0.2, 4  # share of the base's sure answers that are left
 COSINE_RISE = 0.1
-"""Rise of the mean cosine between trained words and all others over that of the base. Healthy runs
-fall or stay, at text updates of 0.2 of the weights; distorted runs rise by 0.05 to 0.32, at updates
-of 8 or more, so there any rise counts. That absent words draw near each other is no fault."""
+"""Rise of the mean cosine between trained words and others over that of the base. Healthy runs fall
+or stay, at text updates of 0.2 of the weights; distorted ones rise by 0.05 to 0.32, at 8 or more."""
 LEAST_BEST, LOST_SHARE, LEAST_POINTS = 0.1, 0.5, 4
 """A validation metric that was this high, lost this share again, over so many validations. The
 noisiest healthy run (potholes) never rose above 0.06."""
@@ -317,6 +314,7 @@ def _known_words(examination):
     now = examination.raws(words)
     kept = sum(now[key].max_score > FOUND for key in known)
     text = f"of {len(known)} answers that the base gives to other words, the run keeps {kept}"
+    # Healthy runs of the embedded base forget as much, so this speaks only beside large updates.
     is_fault = kept < FORGOTTEN * len(known) and size_of_update(examination)[1]
     return text, evidence_if(is_fault, "overtrained", 0.8, text, is_direct=False)
 

@@ -39,9 +39,8 @@ TURNED_BY = 2.0  # times the contrast of the upright images; healthy turns have 
 MIN_TURNED_CONTRAST = 0.25  # standard deviations of the rim; healthy turns reach 0.08 to 0.21
 MIN_IMAGES = 4  # of fewer, nothing is said
 IN_PICTURE = 0.9
-"""Score from which the base is believed that a word is in the picture. Of words that are in it, the
-embedded base gives 62 % such a score; of its words that are not, 0.0 % on walls, and 1.1 % on
-photographs, which it never saw. From 0.3 on these would be 100 %, 14 % and up to 24 %."""
+"""Score from which the base is believed that a word is in the picture: it gives it to 62 % of those
+that are, and of the others to 0.0 % on walls and 1.1 % on photographs, which it never saw."""
 MAX_PRESENT_SHARE, MAX_PRESENT = 0.02, 2
 """Of the absent prompts, as a share and as a number, that the base may see in the pictures.
 Healthy: 0 of 192 (walls), 2 of 189 (masonry), 0 of 162 (potholes)."""
@@ -153,8 +152,8 @@ def objects_after_loader(examination):
         shown = {item.category for item in record.objects if not item.is_crowd}
         if shown:
             shown.add(examination.config.data.prompt)  # what every object is asked by, if set
-        denied[query["prompt"]] += query["prompt"] in shown and not len(target["boxes_cxcywh"])
-    denied = +denied
+        if query["prompt"] in shown and not len(target["boxes_cxcywh"]):
+            denied[query["prompt"]] += 1
     if denied:
         words = ", ".join(f"'{prompt}' on {count} images" for prompt, count in denied.items())
         text = f"{text}; annotated, yet asked without objects: {words}"

@@ -14,18 +14,14 @@ from helpers.diagnose.adapter_gates import BASE_GATES, CHECKPOINT_GATES
 from helpers.diagnose.answer_gates import BEHAVIOUR_GATES
 from helpers.diagnose.data_gates import DATA_GATES, PROMPT_GATES
 from helpers.diagnose.examination import (
-    CRASHED,
     FAILED,
-    NOT_APPLICABLE,
-    NOT_CHECKED,
-    OK,
+    LEAST_CONFIDENCE,
     UNDECIDED,
     Examination,
     GateResult,
-    Inapplicable,
+    pass_gate,
 )
 from helpers.diagnose.run_gates import CONFIG_GATES, FILE_GATES, RUN_GATES
-from helpers.errors import InputError
 from helpers.files import progress_bar
 
 GATES = (
@@ -39,7 +35,6 @@ GATES = (
     *BEHAVIOUR_GATES,
 )
 """In the order in which they are asked, from cheap to costly."""
-LEAST_CONFIDENCE = 0.5  # evidence below is shown with its gate but names no cause
 OBSERVED = 0.8  # confidence from which a cause counts as observed, if its evidence is direct
 EXPLAINED = 0.5  # factor on a behaviour that an earlier, observed cause may explain
 _VERDICTS = {
@@ -109,20 +104,10 @@ class Diagnosis:
 
 
 def diagnose(folder, *, data_dir=None, image=None, prompt=None, progress=False):
-    """Examine a run and name the causes of what is wrong with it.
+    """Examine a run and name the causes of what is wrong with it, in a `Diagnosis`.
 
-    Parameters
-    ----------
-    folder : os.PathLike
-        Run folder; an interrupted run is examined as far as it goes.
-    data_dir, image, prompt : optional
-        See `Examination`.
-    progress : bool
-        Show the gate at work on stderr.
-
-    Returns
-    -------
-    Diagnosis
+    An interrupted run is examined as far as it goes. For ``data_dir``, ``image`` and ``prompt`` see
+    `Examination`; ``progress`` shows the gate at work on stderr.
     """
     examination = Examination(folder, data_dir, image, prompt)
     results = []
@@ -132,21 +117,6 @@ def diagnose(folder, *, data_dir=None, image=None, prompt=None, progress=False):
             results.append(pass_gate(gate, examination))
             bar.update()
     return Diagnosis(rank(results), tuple(results))
-
-
-def pass_gate(gate, examination):
-    """Ask one gate and return a `GateResult`; whatever the gate raises is a result too."""
-    try:
-        measured, evidence = gate.examine(examination)
-    except Inapplicable as error:
-        return GateResult(gate.name, NOT_APPLICABLE, str(error), gate.expected)
-    except InputError as error:
-        return GateResult(gate.name, NOT_CHECKED, str(error), gate.expected)
-    except Exception as error:  # a pipeline that raises here is part of what is examined
-        text = f"raised {type(error).__name__}: {' '.join(str(error).split())}"
-        return GateResult(gate.name, CRASHED, text, gate.expected)
-    status = FAILED if any(item.confidence >= LEAST_CONFIDENCE for item in evidence) else OK
-    return GateResult(gate.name, status, measured, gate.expected, tuple(evidence))
 
 
 def rank(results):

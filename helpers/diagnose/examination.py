@@ -18,6 +18,7 @@ from helpers.train import run as run_folder
 OK, FAILED, NOT_CHECKED = "ok", "failed", "not checked"
 NOT_APPLICABLE, CRASHED = "not applicable", "crashed"
 UNDECIDED = (NOT_CHECKED, CRASHED)  # nobody knows whether the run is healthy
+LEAST_CONFIDENCE = 0.5  # evidence below is shown with its gate but names no cause
 SAMPLE = 12  # images with objects, and as many without, that the costly gates look at
 FEW_WITH, FEW_WITHOUT = 6, 2  # of these, how many are asked for many words
 TRAIN_SAMPLE = 256  # training images that pass through the loader, about
@@ -44,11 +45,9 @@ def evidence_if(is_fault, cause, confidence, text, is_direct=True):
 
 @dataclass(frozen=True)
 class Gate:
-    """One question, asked by a function of an `Examination`.
+    """One question, a function of an `Examination` that returns a text and a list of `Evidence`.
 
-    The function returns a text with the numbers and a list of `Evidence`. It raises `Inapplicable`
-    if it does not apply to this run, and `InputError` if something that it needs cannot be read:
-    then the run cannot be called healthy.
+    It raises `Inapplicable` if it does not apply, and `InputError` if what it needs cannot be read.
     """
 
     name: str
@@ -81,19 +80,27 @@ class GateResult:
         return {key: value for key, value in vars(self).items() if key != "evidence"}
 
 
+def pass_gate(gate, examination):
+    """Ask one gate and return a `GateResult`; whatever the gate raises is a result too."""
+    try:
+        measured, evidence = gate.examine(examination)
+    except Inapplicable as error:
+        return GateResult(gate.name, NOT_APPLICABLE, str(error), gate.expected)
+    except InputError as error:
+        return GateResult(gate.name, NOT_CHECKED, str(error), gate.expected)
+    except Exception as error:  # a pipeline that raises here is part of what is examined
+        text = f"raised {type(error).__name__}: {' '.join(str(error).split())}"
+        return GateResult(gate.name, CRASHED, text, gate.expected)
+    status = FAILED if any(item.confidence >= LEAST_CONFIDENCE for item in evidence) else OK
+    return GateResult(gate.name, status, measured, gate.expected, tuple(evidence))
+
+
 class Examination:
     """A run, its data and its models, each read once and only if a gate asks for it.
 
-    Parameters
-    ----------
-    folder : os.PathLike
-        Run folder; of an interrupted run at least ``config.yaml``.
-    data_dir : os.PathLike, optional
-        Dataset in place of that of the config.
-    image : os.PathLike, optional
-        A picture of which one wants to know why nothing is found in it.
-    prompt : str, optional
-        The word that is asked; by default the names of the categories.
+    ``folder`` is a run folder, of an interrupted run with at least ``config.yaml``. ``data_dir`` stands
+    in for the dataset of the config. ``image`` is a picture of which one wants to know why nothing is
+    found in it, ``prompt`` the word that is asked, by default the names of the categories.
     """
 
     def __init__(self, folder, data_dir=None, image=None, prompt=None):

@@ -26,24 +26,12 @@ from helpers.model.lora import (
 )
 from helpers.model.losses import WEIGHTS
 from helpers.show.charts import schedule_frame
-from helpers.train.run import (
-    AUDIT_FILE,
-    CARD_FILE,
-    METRICS_FILE,
-    PROMPTS_FILE,
-    RUN_CONFIG,
-    STOPPED_FILE,
-    VERSIONS_FILE,
-    Prompts,
-    Versions,
-    last_checkpoint,
-    read_run_file,
-)
+from helpers.train import run as run_folder
 from helpers.train.trainer import CURVES_FILE
 
-EARLY_FILES = (RUN_CONFIG, PROMPTS_FILE, VERSIONS_FILE)  # written before the first step
-LATE_FILES = (WEIGHTS_FILE, CONFIG_FILE, BASE_FILE, AUDIT_FILE, CARD_FILE)
-"""Written after the last step, and then metrics.json."""
+# Written before the first step, and after the last one; metrics.json follows.
+EARLY_FILES = (run_folder.RUN_CONFIG, run_folder.PROMPTS_FILE, run_folder.VERSIONS_FILE)
+LATE_FILES = (WEIGHTS_FILE, CONFIG_FILE, BASE_FILE, run_folder.AUDIT_FILE, run_folder.CARD_FILE)
 
 
 # What `helpers.model.lora.load_adapter` needs of adapter_config.json and of base.json.
@@ -59,7 +47,10 @@ class _Base(BaseModel, strict=True):
     fingerprint: str
 
 
-SCHEMAS = {PROMPTS_FILE: Prompts, VERSIONS_FILE: Versions}
+SCHEMAS = {
+    run_folder.PROMPTS_FILE: run_folder.Prompts,
+    run_folder.VERSIONS_FILE: run_folder.Versions,
+}
 SCHEMAS |= {CONFIG_FILE: _AdapterConfig, BASE_FILE: _Base}
 MAX_DROPOUT = 0.2
 FEW_IMAGES, MAX_EPOCHS = 100, 50
@@ -73,7 +64,10 @@ FILE_GATES, CONFIG_GATES, RUN_GATES = [], [], []
 @gate(FILE_GATES, "files of the run", "all there, complete, without NaN")
 def _run_files(examination):
     folder, is_finished = examination.folder, examination.is_finished
-    names = (*EARLY_FILES, *((CURVES_FILE, *LATE_FILES, METRICS_FILE) if is_finished else ()))
+    names = (
+        *EARLY_FILES,
+        *((CURVES_FILE, *LATE_FILES, run_folder.METRICS_FILE) if is_finished else ()),
+    )
     problems = {}
     for name in names:
         try:
@@ -83,7 +77,9 @@ def _run_files(examination):
     saved = [name for name in LATE_FILES if (folder / name).is_file()]
     if saved and not is_finished:
         problem = f"is missing, although it is written after {saved[0]}"
-        problems[METRICS_FILE] = f"{problem}: lost, or the run was interrupted while it saved"
+        problems[run_folder.METRICS_FILE] = (
+            f"{problem}: lost, or the run was interrupted while it saved"
+        )
     if is_finished and not problems:
         try:
             _ = examination.files
@@ -91,7 +87,7 @@ def _run_files(examination):
             problems[Path(error.where).name] = error.message
     evidence = [
         # Nothing that the model does depends on the card.
-        Evidence("damaged_run", 0.7 if name == CARD_FILE else 1.0, f"{name} {problem}")
+        Evidence("damaged_run", 0.7 if name == run_folder.CARD_FILE else 1.0, f"{name} {problem}")
         for name, problem in problems.items()
     ]
     if WEIGHTS_FILE in saved and WEIGHTS_FILE not in problems:
@@ -114,8 +110,8 @@ def _read_run_file(path):
     elif path.name != CONFIG_FILE and not path.read_bytes().endswith(b"\n"):
         raise InputError("is empty or ends in the middle of a line, so its end is missing")
     elif path.name in SCHEMAS:
-        read_run_file(path, SCHEMAS[path.name])
-    elif path.name == RUN_CONFIG:
+        run_folder.read_run_file(path, SCHEMAS[path.name])
+    elif path.name == run_folder.RUN_CONFIG:
         missing = load_config(path).model_dump().keys() - read_yaml(path).keys()
         if missing:
             raise InputError(f"lacks {', '.join(sorted(missing))}")
@@ -148,7 +144,9 @@ def settings_in_log(examination):
     logged = {one["step"]: one["learning_rate"] for one in history if "learning_rate" in one}
     if not logged:
         raise InputError("no learning rate was logged", where=examination.folder)
-    versions = read_json(examination.folder / VERSIONS_FILE, fix="train again with --overwrite")
+    versions = read_json(
+        examination.folder / run_folder.VERSIONS_FILE, fix="train again with --overwrite"
+    )
     images, processes = len(examination.train_dataset), versions.get("num_processes", 1)
     steps = int(schedule_frame({"run": config}, images, processes).loc["run", "steps"])
     peak, warmup = config.effective_learning_rate, config.effective_warmup_steps
@@ -171,20 +169,19 @@ def settings_in_log(examination):
 
 
 @gate(RUN_GATES, "the run", "finished")
-def is_finished(examination):
-    """Read whether the run finished, and if not, what stopped it."""
+def _is_finished(examination):
     folder = examination.folder
     if examination.is_finished:
         metrics = examination.files.metrics
         return f"finished: {metrics['steps']} steps, {metrics['epochs']:g} epochs", []
-    if (folder / STOPPED_FILE).is_file():
-        record = read_json(folder / STOPPED_FILE, fix="train again with --overwrite")
+    if (folder / run_folder.STOPPED_FILE).is_file():
+        record = read_json(folder / run_folder.STOPPED_FILE, fix="train again with --overwrite")
         text = f"the training was stopped: {record['message']}"
         if record["cause"] not in CAUSES:  # such as a full memory
             raise InputError(text, where=record["where"], fix=record["fix"])
         return text, [Evidence(record["cause"], 1.0, text)]
     reach = "it has no checkpoint, so it ended before or in the first validation"
-    if checkpoint := last_checkpoint(folder):
+    if checkpoint := run_folder.last_checkpoint(folder):
         reach = f"its last complete checkpoint is {checkpoint.name}"
     raise InputError(
         f"the run was interrupted, its last files are not there; {reach}",
@@ -251,7 +248,7 @@ def _learning(examination):
 def _trained_weights(examination):
     counts = examination.files.metrics.get("trained_parameters")
     if counts is None:
-        where = examination.folder / METRICS_FILE
+        where = examination.folder / run_folder.METRICS_FILE
         raise InputError("holds no number of trained parameters", where=where, fix="train again")
     beside = counts["all"] - counts["lora"]
     text = f"the optimiser trained {counts['all']:,} parameters, {counts['lora']:,} of LoRA"

@@ -60,10 +60,8 @@ class VitalSigns:
     outlined: float = 0.0  # the same, with an IoU of at least 0.5
     false_alarms: float = 0.0  # absent prompts that are detected
     AP50: float = 0.0  # of the evaluation; 0 where it has no meaning
-    presence: float = (
-        0.0  # this and the next: factors of the score, means over images with an object
-    )
-    best_query: float = 0.0
+    presence: float = 0.0  # factor of the score, mean over the images with an object
+    best_query: float = 0.0  # the other factor
     remark: str = ""  # what was raised instead of an answer
 
 
@@ -83,9 +81,8 @@ class CureReport:
     @property
     def table(self):
         """One row per measurement, one column per sign."""
-        return signs_table(
-            {"healthy run": self.healthy, "on admission": self.admission, "now": self.now}
-        )
+        signs = {"healthy run": self.healthy, "on admission": self.admission, "now": self.now}
+        return signs_table(signs)
 
     @property
     def sentence(self):
@@ -153,11 +150,11 @@ def signs_of(answers):
 class Patient:
     """A run with one fault: its folder, its signs on admission, and the treatments tried so far."""
 
-    def __init__(self, clinic, fault, case_folder, run_folder):
+    def __init__(self, clinic, fault, case_folder, run_folder, signs):
         self._clinic, self._fault, self._case_folder = clinic, fault, case_folder
         self._guess, self._is_planted = None, True
         self.folder = run_folder  # another one after a cure that had to train again
-        self.signs = clinic.measure(run_folder)
+        self.signs = signs
         self.treatments = []
 
     @property
@@ -216,16 +213,8 @@ class Clinic(AbstractContextManager):
     The healthy run is made once for a folder and is used by all exercises. A clinic is also a
     context manager; leaving it, deleting it, or opening another takes its fault out of the code.
 
-    Parameters
-    ----------
-    folder, data_dir : os.PathLike
-        For the healthy run and the patients; the dataset.
-    profile : str
-        Overlay of the config.
-    seed : int
-        Of every training.
-    settings : sequence of str
-        Further config overrides.
+    Runs go to ``folder``; ``data_dir`` is the dataset, ``profile`` and ``settings`` are overlay and
+    overrides of the config, ``seed`` is that of every training.
     """
 
     def __init__(self, folder, *, data_dir=WALL_CRACKS, profile="tiny", seed=42, settings=()):
@@ -251,7 +240,7 @@ class Clinic(AbstractContextManager):
         if not self._truth.num_objects:
             fix = "use another dataset"
             raise InputError("no image shows an object", where=self._truth.root, fix=fix)
-        self.signs = self.measure(self.healthy)
+        self.signs = take_signs(self.healthy, self._truth)
 
     def __exit__(self, *error):
         """Close the clinic."""
@@ -278,20 +267,16 @@ class Clinic(AbstractContextManager):
         self.discharge()
         folder = self.folder / f"{PATIENT_FOLDER}_{ward}_{case}"
         run = self._bed.enter_context(self._planted(fault, folder))
-        return Patient(self, fault, folder, run)
+        return Patient(self, fault, folder, run, take_signs(run, self._truth))
 
     def suspects(self, ward):
         """Return the causes that a patient of a ward may have, in their order."""
         possible = {FAULTS[name].cause for name in WARDS[ward]}
         return [code for code in CAUSES if code in possible]
 
-    def measure(self, folder):
-        """Take the `VitalSigns` of the run in a folder."""
-        return take_signs(folder, self._truth)
-
     def check_cure(self, patient):
         """Say whether detections came back, in a `CureReport`: it measures and compares no name."""
-        return CureReport(self.signs, patient.signs, self.measure(patient.folder))
+        return CureReport(self.signs, patient.signs, take_signs(patient.folder, self._truth))
 
     def make(self, fault, folder):
         """Make a run with the recipe of the clinic and return its folder."""

@@ -18,7 +18,7 @@ from helpers.errors import InputError
 from helpers.files import CONFIGS, DATA, ROOT, WALL_CRACKS, read_json
 from helpers.lab.spoil import read_split_wrong_keys
 from helpers.model.lora import COMPONENTS
-from helpers.model.sam3 import best_device, load_base
+from helpers.model.sam3 import best_device
 from helpers.train.training import train
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -95,6 +95,10 @@ class Cell:
         return load_config(path, profile, [*settings, *BATCH, *self.overrides])
 
 
+def _flag(part, is_on):
+    return f"lora.apply_to_{part}={str(is_on).lower()}"
+
+
 def causes_design(seeds):
     """Cross the four suspects: objects read, training prompt, text LoRA, absent prompts."""
     cells = []
@@ -115,7 +119,8 @@ def components_design(seeds):
     choices |= {f"all but {part}": tuple(p for p in PARTS if p != part) for part in PARTS}
     cells = []
     for seed, equal, (choice, parts) in product(seeds, ("rank", "size"), choices.items()):
-        rank = EQUAL_RANK if equal == "rank" else rank_of_equal_size(parts)
+        nearest = round(EQUAL_PARAMETERS / sum(PARAMETERS_AT_RANK_1[part] for part in parts))
+        rank = EQUAL_RANK if equal == "rank" else min(max(1, nearest), FULL_RANK)
         names = ["q_proj", "k_proj", "v_proj", "out_proj"]
         if parts != ("mask_decoder",):  # its only feed-forward layers are convolutions
             names += ["fc1", "fc2"]
@@ -148,16 +153,6 @@ def schedule_design(seeds):
 DESIGNS = {"causes": causes_design, "schedule": schedule_design, "components": components_design}
 
 
-def _flag(part, is_on):
-    return f"lora.apply_to_{part}={str(is_on).lower()}"
-
-
-def rank_of_equal_size(parts):
-    """Return the rank at which some components have about `EQUAL_PARAMETERS`."""
-    per_rank = sum(PARAMETERS_AT_RANK_1[part] for part in parts)
-    return min(max(1, round(EQUAL_PARAMETERS / per_rank)), FULL_RANK)
-
-
 def cells_of(design, seeds=SEEDS):
     """List the runs of a design in `DESIGNS`, one seed after the other."""
     if design not in DESIGNS:
@@ -170,11 +165,7 @@ def cells_of(design, seeds=SEEDS):
 def run_cell(cell, profile, data_dir, folder):
     """Train and judge one cell on the dataset in ``data_dir``, with the run in ``folder``.
 
-    Returns
-    -------
-    dict
-        Factors, seed, `RESPONSES`, ``final_loss`` (of the last logged step), ``parameters`` (of
-        LoRA), ``steps``, ``seconds``, ``config_hash``, ``code_version``, ``profile``.
+    Returns a row of the tables, a dict: what was run, `RESPONSES`, and the costs.
     """
     started = time.perf_counter()
     config = cell.config(profile, data_dir)
@@ -205,14 +196,9 @@ def run_cell(cell, profile, data_dir, folder):
 def judge(model, processor, config, data_dir):
     """Measure `RESPONSES` of one model, asking for the category names, whatever was trained."""
     model.to(best_device())
-    settings = config.evaluation
-    queries = predict_split(
-        model,
-        processor,
-        read_split(data_dir, "test"),
-        absent_prompts=settings.absent_prompts,
-        mask_threshold=settings.mask_threshold,
-    )
+    settings, test = config.evaluation, read_split(data_dir, "test")
+    options = {"absent_prompts": settings.absent_prompts, "mask_threshold": settings.mask_threshold}
+    queries = predict_split(model, processor, test, **options)
     metrics = evaluate_queries(queries, settings.score_threshold)
     row = {name: metrics[source] for name, source in OF_EVALUATION.items()}
     present = [query for query in queries if query.is_positive]
@@ -222,15 +208,6 @@ def judge(model, processor, config, data_dir):
     known = predict_split(model, processor, read_split(KNOWN_THINGS, "test"))
     retention = coco_ap([query for query in known if query.prompt in prompts[query.image_id]])
     return row | {f"retention_{name}": retention[name] for name in ("AP", "AP50")}
-
-
-def run_base(cell, profile, data_dir):
-    """Judge the base without any adapter by the questions of a cell; return its row."""
-    config = cell.config(profile, data_dir)
-    settings = config.model
-    model, processor = load_base(settings.name, settings.revision, resolution=settings.resolution)
-    row = judge(model, processor, config, data_dir)
-    return row | {"profile": profile, "code_version": code_version()}
 
 
 def code_version():

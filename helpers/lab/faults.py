@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 
 from helpers.config import GuardSection, load_config
 from helpers.files import CONFIGS, DATA, WALL_CRACKS, read_json, write_json
-from helpers.lab import spoil
 from helpers.lab.spoil import SPOIL_DATA, read_split_wrong_keys
 from helpers.model.lora import CONFIG_FILE, WEIGHTS_FILE, read_adapter_weights
 from helpers.model.prompted import base_of
@@ -113,8 +112,9 @@ def replaced(name, wrap):
 
 def _swap(owner, attribute, old, new):
     setattr(owner, attribute, new)
-    for name, module in list(sys.modules.items()):
-        for key, value in list(vars(module).items()) if name.startswith("helpers.") else ():
+    modules = [module for name, module in sys.modules.items() if name.startswith("helpers.")]
+    for module in modules:
+        for key, value in list(vars(module).items()):
             if value is old:
                 setattr(module, key, new)
 
@@ -129,15 +129,6 @@ def _result_changed(name, change):
     return patch_of(
         name, lambda original: lambda *args, **kwargs: change(original(*args, **kwargs))
     )
-
-
-@contextmanager
-def _wrong_keys():
-    """Put the reader of the failing script in the place of ours, on which it builds."""
-    wrong = read_split_wrong_keys
-    with replaced("data.coco.read_split", lambda _: lambda *args: wrong(*args)) as right:
-        spoil.read_split = right
-        yield
 
 
 @contextmanager
@@ -227,7 +218,9 @@ def _halve_alpha(run):
 
 
 PATCHES = {
-    "wrong keys": _wrong_keys,
+    "wrong keys": patch_of(
+        "data.coco.read_split", lambda _: lambda *args: read_split_wrong_keys(*args)
+    ),
     "masks swallowed": _result_changed("data.dataset.object_targets", _without_masks),
     "emptied by a transform": _result_changed("data.dataset.object_targets", _without_objects),
     "score weight zero": patch_of("model.losses.weighted_sum", _scores_unweighted),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path, PurePosixPath
 
@@ -14,7 +15,7 @@ from pycocotools import mask as coco_mask
 
 from helpers.data.coco import entries_of, image_record, read_split
 from helpers.data.images import IMAGE_SUFFIXES, open_upright
-from helpers.data.masks import mask_to_rle, rle_box_xyxy, segmentation_to_rle
+from helpers.data.masks import mask_to_rle, segmentation_to_rle
 from helpers.data.records import ObjectAnnotation
 from helpers.errors import InputError
 from helpers.files import read_json, write_json
@@ -147,16 +148,13 @@ def _far_away(pixels):
     return far
 
 
-def _box_around_mask(entry, image):
-    x0, y0, x1, y1 = rle_box_xyxy(entry["segmentation"])
-    entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
-
-
 def _shrink_all(folder):
     """Make every picture and all its objects smaller, in the middle of a plain wall."""
     in_every_image(lambda image: Image.fromarray(_far_away(np.asarray(image))))(folder)
     in_every_mask(lambda mask: (_far_away(255 * mask) > 0).astype(np.uint8))(folder)
-    in_every_object(_box_around_mask)(folder)
+    in_every_object(
+        lambda entry, _: entry.update(bbox=coco_mask.toBbox(entry["segmentation"]).tolist())
+    )(folder)
 
 
 def _ignore_orientation(folder):
@@ -206,21 +204,9 @@ SPOIL_DATA = {
 
 
 def write_copy(split, folder, num_images=NUM_IMAGES):
-    """Write the first images with objects as a dataset of its own, with one split ``train``.
+    """Write the first images with objects of a `Split` as a dataset with one split ``train``.
 
-    Parameters
-    ----------
-    split : helpers.data.records.Split
-        Some of its images must have an object.
-    folder : os.PathLike
-        Replaced if it exists.
-    num_images : int
-        At most so many.
-
-    Returns
-    -------
-    pathlib.Path
-        The folder, with one annotation file per image.
+    Returns the folder, replaced if it exists, with one annotation file per image.
     """
     records = [record for record in split.records if record.objects][:num_images]
     if not records:
@@ -261,6 +247,7 @@ def write_broken_copy(split, folder, name, num_images=NUM_IMAGES):
 
 
 WRONG_BOX_KEY, WRONG_MASK_KEY = "bboxes", "masks"
+_read_right = partial(read_split)  # stays right where this reader is planted in its place
 
 
 def read_split_wrong_keys(data_dir, split):
@@ -269,20 +256,12 @@ def read_split_wrong_keys(data_dir, split):
     Every annotation file is opened, and a missing key passes for an empty list; there is no error and
     no warning. The dataset class of Sompote/SAM3_LoRA did so until commit d1a8518.
 
-    Parameters
-    ----------
-    data_dir, split : os.PathLike, str
-        See `helpers.data.coco.read_split`; per-image files are preferred to the one of the split.
-
-    Returns
-    -------
-    helpers.data.records.Split
-        As right as that of `helpers.data.coco.read_split`, but with the objects of ``bboxes``
-        ([x, y, width, height] in pixels) and ``masks`` (COCO segmentations), in pairs: none.
+    Takes and returns what `helpers.data.coco.read_split` does, but prefers files per image, and the
+    objects are those of ``bboxes`` ([x, y, width, height] in pixels) and ``masks``: none.
     """
-    right = read_split(data_dir, split)
+    right = _read_right(data_dir, split)
     if (right.root / "annotations").is_dir():
-        right = read_split(data_dir, split, layout="per_image")
+        right = _read_right(data_dir, split, layout="per_image")
     objects = {}
     for path, entry, _, _ in entries_of(right.root, right.layout):
         content = entry if right.layout == "coco" else read_json(path)

@@ -127,39 +127,31 @@ def effect_weights(cells, factors):
 def effect_table(table, factors, outcome, block="seed"):
     """Estimate every main effect and interaction of an outcome.
 
-    An interaction, ``"a x b"``, is the effect of b at the second level of a minus that at its first.
-
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        One row per run; each ``block`` holds every combination of levels exactly once.
-    factors : dict of str to tuple
-        Factor to its two levels, the reference first.
-    outcome : str
-        A numeric column without gaps; those in `SHARES` are taken as shares.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``effect``; ``value``, 95 % interval ``low``, ``high``, ``count`` of blocks, ``is_clear``.
+    ``table`` has one row per run; each ``block`` holds every combination of levels exactly once.
+    ``factors`` maps a name to its two levels, the reference first. Returns one row per ``effect``:
+    ``value``, 95 % interval ``low``, ``high``, ``count`` of blocks, ``is_clear``. An interaction,
+    ``"a x b"``, is the effect of b at the second level of a minus that at its first.
     """
     cells = list(product(*factors.values()))
     values = []
     for repetition, runs in table.groupby(block):
-        keys = list(runs[list(factors)].itertuples(index=False, name=None))
-        if sorted(keys, key=str) != sorted(cells, key=str):
+        by_cell = runs.set_index(list(factors))[outcome]
+        if len(runs) != len(cells) or set(by_cell.index) != set(cells):
             raise InputError(
-                f"{len(keys)} runs are not the {len(cells)} combinations",
+                f"{len(runs)} runs are not the {len(cells)} combinations",
                 where=f"{block} {repetition}",
                 fix="give every combination of the levels exactly once",
             )
-        by_cell = dict(zip(keys, runs[outcome], strict=True))
-        values.append([by_cell[cell] for cell in cells])
+        values.append(by_cell.loc[cells])
     rows = {}
     for effect, weights in effect_weights(cells, factors).items():
         estimate = contrast(values, weights, SHARES.get(outcome))
         rows[effect] = estimate._asdict() | {"is_clear": estimate.is_clear}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("effect")
+
+
+def _runs_of(table, levels):
+    return table[(table[list(levels)] == pd.Series(levels)).all(axis=1)]
 
 
 def paired_difference(table, outcome, reference, other, block="seed"):
@@ -168,10 +160,8 @@ def paired_difference(table, outcome, reference, other, block="seed"):
     ``reference`` and ``other`` are dicts of column to value; each must pick one run per ``block``.
     Returns the `Estimate` of other minus reference, within the same block.
     """
-    sides = []
-    for levels in (reference, other):
-        chosen = table[(table[list(levels)] == pd.Series(levels)).all(axis=1)]
-        sides.append(chosen.set_index(block)[outcome].astype(float).sort_index())
+    runs = [_runs_of(table, levels).set_index(block) for levels in (reference, other)]
+    sides = [chosen[outcome].astype(float).sort_index() for chosen in runs]
     if not len(sides[0]) or sides[0].index.tolist() != sides[1].index.tolist():
         raise InputError(
             f"{len(sides[0])} runs with {reference} and {len(sides[1])} with {other} do not pair up",
@@ -183,16 +173,9 @@ def paired_difference(table, outcome, reference, other, block="seed"):
 def main_effects(cells):
     """Compute what each of two factors changes in a single repetition, and how they interact.
 
-    Parameters
-    ----------
-    cells : pandas.DataFrame
-        Four rows with a MultiIndex of two named levels of two values each, the reference first.
-        Columns are numeric outcomes without gaps.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``effect``: the two factors and ``interaction``; columns as in `cells`.
+    ``cells`` is a table of four rows with a MultiIndex of two named levels of two values each, the
+    reference first, and numeric outcomes without gaps. The result has the same columns and the index
+    ``effect``: the two factors and ``interaction``.
     """
     names = list(cells.index.names)
     levels = {name: tuple(cells.index.get_level_values(name).unique()) for name in names}
@@ -245,19 +228,8 @@ def _read(folder, name):
 def load_table(design, folder=TABLES, *, profile="tiny"):
     """Read a table and make sure that it is the whole design, made with the present configs.
 
-    Parameters
-    ----------
-    design : str
-        Key of `helpers.lab.experiment.DESIGNS`.
-    folder : pathlib.Path
-        Where the tables are.
-    profile : str
-        Of the configs that the rows' hashes are compared with.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per run: factors, ``seed``, `helpers.lab.experiment.RESPONSES` and what was run.
+    ``design`` is a key of `helpers.lab.experiment.DESIGNS`, ``profile`` that of the configs. Returns
+    one row per run: factors, ``seed``, `helpers.lab.experiment.RESPONSES` and what was run.
     """
     table, cells = _read(folder, design), cells_of(design, SEEDS)
     keys = [*cells[0].factors, "seed"]
@@ -286,16 +258,13 @@ def steps_table(table, outcome):
 
     ``table`` is the design ``causes``, from `load_table`; ``outcome`` is a response.
 
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``state`` (failing, working) and ``changed``; columns ``change`` (the levels), ``before``
-        and ``after`` (means over the seeds), and the 95 % interval of the difference, ``low``, ``high``.
+    Returns one row per ``state`` (failing, working) and factor ``changed``: ``change`` (the levels),
+    ``before`` and ``after`` (means over the seeds), and the 95 % interval of their difference.
     """
     rows = {}
     for end, name in enumerate(("failing", "working")):
         state = {factor: levels[end] for factor, levels in FACTORS["causes"].items()}
-        before = table.loc[(table[list(state)] == pd.Series(state)).all(axis=1), outcome].mean()
+        before = _runs_of(table, state)[outcome].mean()
         for factor, levels in FACTORS["causes"].items():
             other = levels[1 - end]
             step = paired_difference(table, outcome, state, state | {factor: other})
@@ -361,18 +330,10 @@ def _panels(size, names, labels):
 
 
 def score(table):
-    """Count how often the diagnosis was right about planted faults and healthy runs.
+    """Count how often the diagnosis was right in a `CONFUSION_TABLE`.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        `CONFUSION_TABLE`: ``planted``, ``cause``, ``first``, ``found``.
-
-    Returns
-    -------
-    dict
-        ``faults``; ``named_first`` and ``among_found``, shares of the faults; ``healthy_runs`` and
-        ``false_alarms``, healthy runs with a cause; ``missed`` and ``not_first``, names.
+    Returns a dict: ``faults``; ``named_first`` and ``among_found``, shares of the faults;
+    ``healthy_runs``; ``false_alarms``, healthy runs with a cause; ``missed`` and ``not_first``, names.
     """
     table = table.fillna("")
     is_fault = table["cause"] != NOTHING

@@ -64,10 +64,8 @@ FILE_GATES, CONFIG_GATES, RUN_GATES = [], [], []
 @gate(FILE_GATES, "files of the run", "all there, complete, without NaN")
 def _run_files(examination):
     folder, is_finished = examination.folder, examination.is_finished
-    names = (
-        *EARLY_FILES,
-        *((CURVES_FILE, *LATE_FILES, run_folder.METRICS_FILE) if is_finished else ()),
-    )
+    late = (CURVES_FILE, *LATE_FILES, run_folder.METRICS_FILE) if is_finished else ()
+    names = (*EARLY_FILES, *late)
     problems = {}
     for name in names:
         try:

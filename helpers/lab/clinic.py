@@ -242,15 +242,11 @@ class Clinic(AbstractContextManager):
             raise InputError("no image shows an object", where=self._truth.root, fix=fix)
         self.signs = take_signs(self.healthy, self._truth)
 
-    def __exit__(self, *error):
-        """Close the clinic."""
-        self.close()
-
-    def close(self):
+    def close(self, *error):
         """Take the fault of the last patient out of the code of this process."""
         self._bed.close()
 
-    discharge = close
+    discharge = __exit__ = close
 
     def admit(self, ward, case):
         """Draw a fault of a ward of `WARDS`, plant it, and return the `Patient`.

@@ -1,7 +1,4 @@
-"""The controlled experiment: its designs, and the run of one cell of them.
-
-``python -m data.experiments.make`` runs all cells.
-"""
+"""The controlled experiment: its designs, and the run of one cell; data.experiments runs all."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """All faults of the lab by name, and how one is planted, run and taken back.
 
 A fault lies in files, in settings, or in a function of the pipeline that is replaced for a while.
-No other room knows of them.
 """
 
 from __future__ import annotations

@@ -40,8 +40,6 @@ LABELS = {
     "max_score": "highest score, crack present",
     "AP50": "mask AP50",
     "union_iou": "union IoU",
-    "cgF1": "cgF1",
-    "IL_MCC": "IL_MCC",
     "false_positive_rate": "absent prompts answered at 0.3",
     "retention_AP": "AP on the base's own concepts",
 }
@@ -89,7 +87,7 @@ def effective_count(shares, count):
 
 
 def contrast(values, weights, count=None):
-    """Estimate the weighted sum of values (repetitions, cells), weights (cells,); shares: of what."""
+    """Estimate the weighted sum of values (repetitions, cells); ``count`` is what shares are of."""
     values, weights = np.asarray(values, dtype=float), np.asarray(weights, dtype=float)
     if not len(values) or np.isnan(values).any():
         raise InputError(f"no mean of {values.tolist()}", fix="give one value per repetition")

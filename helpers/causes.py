@@ -1,7 +1,7 @@
 """The catalogue of causes: what can be wrong with a run that detects nothing.
 
-A cause is planted by `helpers.lab`, named by `helpers.diagnose` and stopped by `helpers.train`. All
-three speak of it by its key in the table ``data/causes.csv``.
+`helpers.lab` plants a cause, `helpers.diagnose` names it, and `helpers.train` stops it, by its key in
+the table ``data/causes.csv``.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import NamedTuple
 from helpers.files import DATA
 
 CAUSES_TABLE = DATA / "causes.csv"
-NOT_TESTED = "not tested here: "
-"""Start of the column ``test`` where this project cannot show a cause; the reason follows."""
+NOT_TESTED = "not tested here: "  # in the column `test`, before the reason
 STAGES = (
     "files",
     "data",
@@ -30,45 +29,19 @@ STAGES = (
 
 
 class Cause(NamedTuple):
-    """One row of the catalogue.
+    """One row of the catalogue."""
 
-    Attributes
-    ----------
-    stage : str
-        One of `STAGES`.
-    title, symptom : str
-        What is wrong, and what one sees of it.
-    test : str
-        Gate, finding or command that shows it.
-    fix : str
-        What to do.
-    source : str
-        Public reports of it, separated by spaces.
-    confusable : str
-        Another cause that looks the same, and what tells them apart; empty if there is none.
-    """
-
-    stage: str
-    title: str
-    symptom: str
-    test: str
+    stage: str  # one of `STAGES`
+    title: str  # what is wrong
+    symptom: str  # what one sees of it
+    test: str  # gate, finding or command that shows it
     fix: str
-    source: str
-    confusable: str
-
-    @property
-    def row(self):
-        """Empty: causes have names, no numbers."""
-        return ""
+    source: str  # public reports of it, separated by spaces
+    confusable: str  # a cause that looks the same and what tells them apart; may be empty
 
 
-def _read_table():
-    """Return the rows of the table, a dict of key to `Cause` in the order of the stages."""
-    with CAUSES_TABLE.open(encoding="utf-8", newline="") as file:
-        return {row.pop("cause"): Cause(**row) for row in csv.DictReader(file)}
-
-
-_TABLE = _read_table()
+with CAUSES_TABLE.open(encoding="utf-8", newline="") as _file:
+    _TABLE = {row.pop("cause"): Cause(**row) for row in csv.DictReader(_file)}
 CAUSES = {key: cause for key, cause in _TABLE.items() if not cause.test.startswith(NOT_TESTED)}
 """The causes that this project can show, by key."""
 LEFT_OUT = {

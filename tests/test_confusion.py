@@ -6,8 +6,8 @@ import pytest
 from data.experiments import make_confusion
 from data.experiments.make_confusion import HEALTHY_RUNS, run_laboratory
 from helpers.causes import CAUSES
-from helpers.lab.confusion import CONFUSION_TABLE, NOTHING, confusion_figure, score
 from helpers.lab.faults import FAULTS
+from helpers.lab.statistics import CONFUSION_TABLE, NOTHING, confusion_figure, score
 
 
 def table_of(*rows):

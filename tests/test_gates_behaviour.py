@@ -49,7 +49,7 @@ def examination(run, base=None, *, asked=("crack",), objects=True, history=()):
         for index in range(3)
     ]
 
-    def raws(words, *, adapted=True, records=None):
+    def raws(words, *, adapted=True):
         give = run if adapted else base
         return {
             (record.image_id, word): give(word, word == "crack" and bool(record.objects))

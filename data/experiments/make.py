@@ -32,9 +32,11 @@ from helpers.lab.experiment import (
     TABLES,
     TEXT_COLUMNS,
     cells_of,
-    run_base,
+    code_version,
+    judge,
     run_cell,
 )
+from helpers.model.sam3 import load_base
 
 EXPERIMENT_RUNS = RUNS / "experiment"
 BASE_ROW = "base.json"
@@ -105,6 +107,15 @@ def run_experiment(design, output_dir, *, profile, data_dir, seeds=SEEDS, worker
     for _ in run_jobs(_run_and_write, jobs, description=design, done=done, workers=workers):
         _write_table(folder, cells)
     return _write_table(folder, cells)
+
+
+def run_base(cell, profile, data_dir):
+    """Judge the base without any adapter by the questions of a cell; return its row."""
+    config = cell.config(profile, data_dir)
+    settings = config.model
+    model, processor = load_base(settings.name, settings.revision, resolution=settings.resolution)
+    row = judge(model, processor, config, data_dir)
+    return row | {"profile": profile, "code_version": code_version()}
 
 
 def _write_table(folder, cells):

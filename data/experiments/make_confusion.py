@@ -17,9 +17,9 @@ import pandas as pd
 from data.experiments.make import run_command, run_jobs
 from helpers.diagnose.diagnosis import diagnose
 from helpers.files import RUNS, WALL_CRACKS, read_json, resolve, write_json, write_text
-from helpers.lab.confusion import CONFUSION_TABLE, NOTHING, score
 from helpers.lab.experiment import code_version
 from helpers.lab.faults import FAULTS, HEALTHY, planted
+from helpers.lab.statistics import CONFUSION_TABLE, NOTHING, score
 
 LABORATORY_RUNS = RUNS / "laboratory"
 HEALTHY_RUNS = {f"healthy {seed}": seed for seed in (1, 2, 3)}

@@ -7,6 +7,7 @@ from peft import get_peft_model_state_dict
 from PIL import Image
 from transformers import Sam3Model
 
+from helpers.data.coco import read_split
 from helpers.data.dataset import PromptCollator
 from helpers.data.images import open_upright
 from helpers.detect.metrics import evaluate_queries
@@ -20,11 +21,8 @@ from helpers.model.prompted import model_inputs
 from helpers.model.sam3 import base_dtype, base_fingerprint
 from helpers.train.trainer import CHECKPOINTS
 
-PORT_TOLERANCE = 1e-2
-"""Largest difference of a logit; measured on the embedded base: 3e-5, in float32 on a CPU."""
-KNOWN_PICTURES, KNOWN_SHARE = 12, 0.8
-"""Share of the concepts of so many bundled pictures that the embedded base finds; measured: 18 of
-18."""
+PORT_TOLERANCE = 1e-2  # of a logit; measured on the embedded base: 3e-5, in float32 on a CPU
+KNOWN_PICTURES, KNOWN_SHARE = 12, 0.8  # of their concepts that the base finds; measured: 18 of 18
 PARITY = {"max_score_present": 0.01, "max_score_absent": 0.01, "AP50": 0.05}
 """Largest change of a recorded metric after loading. Measured on six healthy runs, on the machine
 that trained them: below 1e-4; half of alpha changes them by 0.12, 0.02 and 0.15."""
@@ -35,11 +33,8 @@ BASE_GATES, CHECKPOINT_GATES = [], []
 def base_knows_its_concepts(examination):
     """Ask the embedded base for what it knows, on bundled pictures that show it."""
     if resolve(examination.config.model.name) != TINY_BASE:
-        raise Inapplicable(
-            "no picture with a known answer is bundled for this base",
-            where=examination.config.model.name,
-            fix="ask it for something that is plainly in one of your pictures",
-        )
+        fix = "ask it for something that is plainly in one of your pictures"
+        raise Inapplicable("no picture with a known answer is bundled for this base", fix=fix)
     predictor, count, total = examination.predictor(adapted=False), 0, 0
     for path, nouns in _known_pictures():
         raws = predictor.raw(path, nouns)
@@ -50,21 +45,15 @@ def base_knows_its_concepts(examination):
 
 
 def _known_pictures():
-    """List bundled pictures and what the embedded base knows in them, by the file itself."""
-    folder = WALL_CRACKS / "test"
-    content = read_json(folder / "_annotations.coco.json", fix="restore the folder data")
-    pictures = [
-        (folder / entry["file_name"], sorted(entry["contents"]))
-        for entry in content["images"]
-        if entry["contents"]
-    ]
+    """List (path, words): bundled pictures and what the embedded base knows in them."""
+    records = read_split(WALL_CRACKS, "test").records
+    pictures = [(record.path, sorted(record.contents)) for record in records if record.contents]
     return pictures[:KNOWN_PICTURES]
 
 
 @gate(BASE_GATES, "port", "equals transformers' Sam3Model, autocast off")
 @torch.no_grad()
-def port_agrees(examination):
-    """Compare the model of this project with the plain `Sam3Model` on the same weights."""
+def _port_agrees(examination):
     leaked = [name for name in {"cpu", examination.device.type} if torch.is_autocast_enabled(name)]
     if leaked:
         text = f"autocast is on outside of training, on {', '.join(leaked)}"
@@ -80,28 +69,22 @@ def port_agrees(examination):
     index = torch.zeros(2, dtype=torch.long, device=model.device)
     ours = model(pixel_values=pixels, image_index=index, **tokens)
     plain = Sam3Model.forward(model, pixel_values=pixels.repeat(2, 1, 1, 1), **tokens)
-    gaps = _largest_gaps(
-        ours, plain, ("pred_logits", "presence_logits", "pred_boxes", "pred_masks")
-    )
-    text = f"largest difference to transformers' Sam3Model: {_shown(gaps)}"
-    return text, evidence_if(max(gaps.values()) > PORT_TOLERANCE, "port_divergence", 1.0, text)
+    names = ("pred_logits", "presence_logits", "pred_boxes", "pred_masks")
+    largest, shown = _largest_gap(ours, plain, names)
+    text = f"largest difference to transformers' Sam3Model: {shown}"
+    return text, evidence_if(largest > PORT_TOLERANCE, "port_divergence", 1.0, text)
 
 
-def _largest_gaps(tensors, others, names):
-    """Return the largest absolute difference of equally named tensors: dict of str to float."""
-    return {name: float((tensors[name] - others[name]).abs().max()) for name in names}
-
-
-def _shown(gaps):
-    """Write differences as text."""
-    return ", ".join(f"{name} {gap:.2g}" for name, gap in gaps.items())
+def _largest_gap(tensors, others, names):
+    """Return the largest absolute difference of equally named tensors, and text for each name."""
+    gaps = {name: float((tensors[name] - others[name]).abs().max()) for name in names}
+    shown = ", ".join(f"{name} {gap:.2g}" for name, gap in gaps.items())
+    return max(gaps.values(), default=0.0), shown
 
 
 @gate(CHECKPOINT_GATES, "base of the run", "the one that was trained on")
-def base_is_the_same(examination):
-    """Compare the base in memory with the fingerprint of the one that was trained on."""
-    path = examination.files.folder / BASE_FILE
-    recorded = read_json(path, fix="train again")["fingerprint"]
+def _base_is_the_same(examination):
+    recorded = read_json(examination.folder / BASE_FILE, fix="train again")["fingerprint"]
     now = base_fingerprint(examination.base[0])
     text = f"fingerprint of the base: {now}, of the base the adapter was saved from: {recorded}"
     counts = examination.files.metrics.get("trained_parameters", {"all": 0, "lora": 0})
@@ -110,8 +93,7 @@ def base_is_the_same(examination):
 
 
 @gate(CHECKPOINT_GATES, "keys of the adapter", "each names a module of the base")
-def keys_fit(examination):
-    """Look up in the base every module that the adapter file has weights for."""
+def _keys_fit(examination):
     weights = examination.adapter_weights
     modules = {name for name, _ in examination.base[0].named_modules()}
     lost = [
@@ -126,15 +108,14 @@ def keys_fit(examination):
         _ = examination.loaded
     except InputError as error:
         is_config = str(error.where).endswith(CONFIG_FILE)
-        if base_is_the_same(examination)[1] or is_config:
+        if _base_is_the_same(examination)[1] or is_config:
             raise  # other gates name that
         return text, [Evidence("adapter_keys", 0.9, f"the adapter cannot be loaded: {error}")]
     return text, []
 
 
 @gate(CHECKPOINT_GATES, "weights in memory", "equal to the file")
-def weights_are_in_memory(examination):
-    """Compare every tensor of the adapter file with the model after loading."""
+def _weights_are_in_memory(examination):
     weights = examination.adapter_weights
     memory = get_peft_model_state_dict(examination.loaded.model, save_embedding_layers=False)
     differing = [
@@ -154,8 +135,7 @@ def weights_are_in_memory(examination):
 
 
 @gate(CHECKPOINT_GATES, "saved adapter", "as trained, with alpha / rank of the config")
-def saved_as_trained(examination):
-    """Compare the saved adapter with the checkpoint it was taken from, and its scale."""
+def _saved_as_trained(examination):
     run, lora = examination.files, examination.config.lora
     saved = read_json(run.folder / CONFIG_FILE, fix="train again")
     text = f"alpha / rank is {saved['lora_alpha']:g} / {saved['r']} in the adapter, "
@@ -167,7 +147,7 @@ def saved_as_trained(examination):
     if (checkpoint / WEIGHTS_FILE).is_file():
         weights, others = examination.adapter_weights, read_adapter_weights(checkpoint)
         shared = weights.keys() & others.keys()
-        gap = max(_largest_gaps(weights, others, shared).values(), default=0.0)
+        gap, _ = _largest_gap(weights, others, shared)
         text += f"; largest difference to {checkpoint.name}: {gap:.2g}"
         evidence += evidence_if(gap, "merge_changed_outputs", 1.0, text)
     return text, evidence
@@ -175,10 +155,9 @@ def saved_as_trained(examination):
 
 @gate(CHECKPOINT_GATES, "effect of the adapter", "outputs differ from the base")
 @torch.no_grad()
-def adapter_has_an_effect(examination):
-    """Switch the adapter off and compare the outputs on one image."""
+def _adapter_has_an_effect(examination):
     run, words = examination.loaded, examination.words
-    if any(one.cause == "weights_not_loaded" for one in weights_are_in_memory(examination)[1]):
+    if any(one.cause == "weights_not_loaded" for one in _weights_are_in_memory(examination)[1]):
         raise InputError("the saved weights are not in the model, so it cannot show their effect")
     picture = open_upright(examination.sample[0].path)
     batch = {
@@ -190,9 +169,10 @@ def adapter_has_an_effect(examination):
     adapted = run.model(**batch)
     with run.model.disable_adapter():
         plain = run.model(**batch)
-    gaps = _largest_gaps(adapted, plain, ("pred_logits", "presence_logits", "pred_masks"))
-    text = f"largest difference that the adapter makes: {_shown(gaps)}"
-    return text, evidence_if(not any(gaps.values()), "adapter_at_zero", 1.0, text)
+    names = ("pred_logits", "presence_logits", "pred_masks")
+    largest, shown = _largest_gap(adapted, plain, names)
+    text = f"largest difference that the adapter makes: {shown}"
+    return text, evidence_if(not largest, "adapter_at_zero", 1.0, text)
 
 
 @gate(CHECKPOINT_GATES, "results after loading", "equal to the recorded ones")
@@ -214,9 +194,7 @@ def results_are_kept(examination):
             batch_size=config.training.batch_size,
         )
     now = evaluate_queries(queries, config.evaluation.score_threshold)
-    names = [
-        name for name in PARITY if recorded.get(name) is not None and now.get(name) is not None
-    ]
+    names = [name for name in PARITY if None not in (recorded.get(name), now.get(name))]
     if not names:
         raise InputError("the run recorded none of the metrics", where=examination.folder)
     text = "; ".join(f"{name} {recorded[name]:.4f} recorded, {now[name]:.4f} now" for name in names)

@@ -1,7 +1,7 @@
 """Gates on what the trained model answers and on what it learned, beside what its base answers.
 
-Each looks at the best query of a prompt, not at the mean over the queries: most queries of a healthy
-detector are near the bottom. A behaviour may have several reasons, so its evidence is indirect.
+Each looks at the best query of a prompt: most queries of a healthy detector are near the bottom. A
+behaviour may have several reasons, so its evidence is indirect.
 """
 
 from __future__ import annotations
@@ -19,24 +19,18 @@ from helpers.model.audit import prompt_embeddings
 from helpers.model.lora import component_of, lora_layers
 from helpers.model.prompted import PRESENCE_LOGIT_CLAMP
 
-OUT_OF_DOMAIN = ("zebra", "violin")
-"""Words that no dataset of this kind shows."""
-NUM_ABSENT = 4
-"""Absent words asked."""
+OUT_OF_DOMAIN = ("zebra", "violin")  # words that no dataset of this kind shows
+NUM_ABSENT = 4  # absent words asked
 MAX_ABSENT_SHARE, MAX_PRESENCE_ABSENT = 0.3, 0.5
 """Mean best score of absent words over that of present ones, and mean presence of absent words.
 Healthy runs: 0.00 on walls and masonry, 0.16 and 0.17 on the few potholes."""
-LEAST_PRESENT = 0.1
-"""Mean best score of present words below which there is nothing to compare."""
-AT_CLAMP, MAX_AT_CLAMP = 0.999, 0.5
-"""Share of the present words whose presence stands at its lower clamp; healthy runs: 0."""
+LEAST_PRESENT = 0.1  # mean best score of present words below which there is nothing to compare
+AT_CLAMP, MAX_AT_CLAMP = 0.999, 0.5  # share of words with presence at the clamp; healthy runs: 0
 GOOD_IOU, LOW_SCORE, MAX_UNDERSOLD = 0.5, 0.3, 0.5
 """An object is undersold if a box has this IoU and no query of the prompt this score. Share of the
 located objects; healthy runs: 0 of them, with 0.14 to 0.86 of the objects located."""
-MORE_LOCATED = 0.2
-"""Share of the objects that the run must locate beyond its base, which also has boxes."""
-FOUND, HIDDEN = 0.3, 0.1
-"""A word that answers, and one that does not, on the same pictures."""
+MORE_LOCATED = 0.2  # share of the objects to locate beyond the base, which also has boxes
+FOUND, HIDDEN = 0.3, 0.1  # a word that answers, and one that does not, on the same pictures
 MISSED_BY = 0.5  # of the median score where the object is annotated
 MISSED_SHARE = 0.25  # of the images without annotation; healthy: at most 0.25, 4 of 16
 MIN_APART = 0.9  # share of pairs ordered rightly; healthy: 0.99 or more, half the labels: 0.77
@@ -44,14 +38,10 @@ MIN_SEEN = 0.1  # best score where the object is annotated, below which the mode
 MAX_UPDATE = 0.6
 """Median norm of the update over that of the weights it is added to. Healthy runs of the embedded
 base: 0.13 to 0.27, no single module above 0.38."""
-SURE, FORGOTTEN, LEAST_KNOWN = 0.5, 0.2, 4
-"""Share of the base's sure answers that are left. Healthy runs of the embedded base keep none of its
-ten words either, so this speaks only beside an update above `MAX_UPDATE`."""
+SURE, FORGOTTEN, LEAST_KNOWN = 0.5, 0.2, 4  # share of the base's sure answers that are left
 COSINE_RISE = 0.1
-"""Rise of the mean cosine between trained words and all others over that of the base. Healthy runs
-fall or stay, at text updates of 0.2 of the weights; distorted runs of four seeds on two processors
-rise by 0.05 to 0.32, at updates of 8 or more, so there any rise counts. That absent words draw near
-each other, up to 0.92 on masonry, is no fault: they all mean no."""
+"""Rise of the mean cosine between trained words and others over that of the base. Healthy runs fall
+or stay, at text updates of 0.2 of the weights; distorted ones rise by 0.05 to 0.32, at 8 or more."""
 LEAST_BEST, LOST_SHARE, LEAST_POINTS = 0.1, 0.5, 4
 """A validation metric that was this high, lost this share again, over so many validations. The
 noisiest healthy run (potholes) never rose above 0.06."""
@@ -59,7 +49,7 @@ BEHAVIOUR_GATES = []
 
 
 def _present(examination):
-    """List (record, trained word, its objects), one for each word that an image shows."""
+    """List (record, word, its objects) for each trained word that an image shows."""
     categories, prompt = examination.split("valid").categories, examination.config.data.prompt
     present = [
         (record, word, objects)
@@ -71,33 +61,24 @@ def _present(examination):
     return present
 
 
-def _answers(examination, words, *, adapted=True):
-    """Ask words of the run or the base: dict of (image_id, word) to `RawPrediction`."""
-    return examination.raws(list(words), adapted=adapted, records=examination.few)
-
-
 def _of_present(examination, *, adapted=True):
-    """Return the answers to the words that the images show."""
     present = _present(examination)
     words = dict.fromkeys(word for _, word, _ in present)
-    answers = _answers(examination, words, adapted=adapted)
+    answers = examination.raws(words, adapted=adapted)
     return [answers[record.image_id, word] for record, word, _ in present]
 
 
 def _mean(answers, name):
-    """Average a property of answers; NaN without any."""
     return float(np.mean([getattr(one, name) for one in answers])) if answers else float("nan")
 
 
 @gate(BEHAVIOUR_GATES, "run beside base", "the run scores the words in the picture higher")
 def run_beside_base(examination):
     """Compare the two factors of the score of present words with those of the base."""
-    texts = []
+    texts, factors = [], ("max_score", "presence_prob", "max_query_prob")
     for name, adapted in (("run", True), ("base", False)):
         answers = _of_present(examination, adapted=adapted)
-        score, presence, query = (
-            _mean(answers, factor) for factor in ("max_score", "presence_prob", "max_query_prob")
-        )
+        score, presence, query = (_mean(answers, factor) for factor in factors)
         low = "presence" if presence < query else "query"
         texts.append(
             f"{name}: best score {score:.3f}, presence {presence:.3f}, best query {query:.3f} "
@@ -110,13 +91,12 @@ def run_beside_base(examination):
 def presence_at_clamp(examination):
     """Count the present words whose presence logit has no gradient upwards any more."""
     words = [*OUT_OF_DOMAIN, *_absent_words(examination)]
-    (share, base_share), (others, base_others) = (
-        (_share_at_clamp(run), _share_at_clamp(base))
-        for run, base in (
-            [_of_present(examination, adapted=adapted) for adapted in (True, False)],
-            [_answers(examination, words, adapted=adapted).values() for adapted in (True, False)],
-        )
-    )
+    present, absent = [], []
+    for adapted in (True, False):
+        present.append(_share_at_clamp(_of_present(examination, adapted=adapted)))
+        answers = examination.raws(words, adapted=adapted)
+        absent.append(_share_at_clamp(answers.values()))
+    (share, base_share), (others, base_others) = present, absent
     text = (
         f"presence stands at {-PRESENCE_LOGIT_CLAMP:g} for {share:.0%} of the words in the picture "
         f"(base {base_share:.0%}) and {others:.0%} of absent words (base {base_others:.0%})"
@@ -127,7 +107,6 @@ def presence_at_clamp(examination):
 
 
 def _share_at_clamp(answers):
-    """Return the share of answers whose presence logit stands at its lower clamp."""
     logits = np.array([answer.presence_logit for answer in answers])
     return (logits <= -AT_CLAMP * PRESENCE_LOGIT_CLAMP).mean()
 
@@ -136,13 +115,13 @@ def _share_at_clamp(answers):
 def words_told_apart(examination):
     """Compare the best scores of present, absent and foreign words."""
     words = _absent_words(examination)
-    answers = _answers(examination, words)
+    answers = examination.raws(words)
     absent = [
         answers[record.image_id, word]
         for record in examination.few
         for word in absent_candidates(record, words)
     ]
-    foreign = _mean(list(_answers(examination, OUT_OF_DOMAIN).values()), "max_score")
+    foreign = _mean(list(examination.raws(OUT_OF_DOMAIN).values()), "max_score")
     present, score = _mean(_of_present(examination), "max_score"), _mean(absent, "max_score")
     presence = _mean(absent, "presence_prob")
     text = (
@@ -156,7 +135,6 @@ def words_told_apart(examination):
 
 
 def _absent_words(examination):
-    """List some words that are asked as absent, in training or validation."""
     config = examination.config
     words = dict.fromkeys((*config.evaluation.absent_prompts, *config.data.negative_prompts))
     own = {word for _, word, _ in _present(examination)}
@@ -192,23 +170,20 @@ def words_on_same_image(examination):
     trained = examination.trained_words
     records = [record for record in examination.few if record.objects]
     words = list(dict.fromkeys((*examination.words, *trained)))
-    answers = _answers(examination, words)
-    means = {
-        word: _mean([answers[record.image_id, word] for record in records], "max_score")
-        for word in words
-    }
-    text = "mean best score on the same images: " + ", ".join(
-        f"{word!r} {mean:.3f}{'' if word in trained else ' (not trained)'}"
-        for word, mean in means.items()
-    )
+    answers = examination.raws(words)
+    means, texts = {}, []
+    for word in words:
+        means[word] = _mean([answers[record.image_id, word] for record in records], "max_score")
+        remark = "" if word in trained else " (not trained)"
+        texts.append(f"{word!r} {means[word]:.3f}{remark}")
+    text = f"mean best score on the same images: {', '.join(texts)}"
     return text, _wrong_word(examination, text, means)
 
 
 def _wrong_word(examination, text, means):
     """Return evidence if an untrained word is silent where a trained one answers."""
     trained = examination.trained_words
-    unknown = untrained_prompts(examination.words, trained)
-    is_silent = any(means[word] < HIDDEN for word in unknown)
+    is_silent = any(means[w] < HIDDEN for w in untrained_prompts(examination.words, trained))
     is_fault = is_silent and max(means[word] for word in trained) > FOUND
     return evidence_if(is_fault, "other_training_prompt", 0.8, text, is_direct=False)
 
@@ -219,9 +194,8 @@ def own_picture(examination):
     if examination.image is None:
         raise Inapplicable("no picture was given")
     words = list(dict.fromkeys((*examination.words, *examination.trained_words)))
-    answers = (
-        examination.predictor(adapted).raw(examination.image, words) for adapted in (True, False)
-    )
+    run, base = examination.predictor(adapted=True), examination.predictor(adapted=False)
+    answers = (predictor.raw(examination.image, words) for predictor in (run, base))
     texts, means = [], {}
     for now, before in zip(*answers, strict=True):
         means[now.prompt] = now.max_score
@@ -322,26 +296,25 @@ def words_apart(examination):
 
 
 def _mean_cosine(model, processor, own, others):
-    """Average the cosine over all pairs of a trained and another word."""
     embeddings = prompt_embeddings(model, processor, [*own, *others])
     embeddings = torch.nn.functional.normalize(embeddings, dim=1)
     return float((embeddings[: len(own)] @ embeddings[len(own) :].T).mean())
 
 
 @gate(BEHAVIOUR_GATES, "known words", "some are still found")
-def known_words(examination):
-    """Ask the run for what its base finds with certainty."""
-    config, records = examination.config, examination.few
-    contents = {word for record in records for word in record.contents}
-    words = dict.fromkeys((*sorted(contents), *config.evaluation.absent_prompts))
+def _known_words(examination):
+    contents = {word for record in examination.few for word in record.contents}
+    absent = examination.config.evaluation.absent_prompts
+    words = dict.fromkeys((*sorted(contents), *absent))
     words = [word for word in words if word not in examination.trained_words]
-    before = examination.raws(words, adapted=False, records=records) if words else {}
+    before = examination.raws(words, adapted=False)
     known = [key for key, raw in before.items() if raw.max_score > SURE]
     if len(known) < LEAST_KNOWN:
         raise Inapplicable(f"the base finds {len(known)} of {len(words)} other words on the images")
-    now = examination.raws(words, records=records)
+    now = examination.raws(words)
     kept = sum(now[key].max_score > FOUND for key in known)
     text = f"of {len(known)} answers that the base gives to other words, the run keeps {kept}"
+    # Healthy runs of the embedded base forget as much, so this speaks only beside large updates.
     is_fault = kept < FORGOTTEN * len(known) and size_of_update(examination)[1]
     return text, evidence_if(is_fault, "overtrained", 0.8, text, is_direct=False)
 

@@ -11,35 +11,26 @@ from helpers.checks.boxes_and_masks import check_annotations
 from helpers.checks.images import check_images, contrast_per_turn
 from helpers.checks.words import check_categories, similar_names
 from helpers.data.coco import entries_of
-from helpers.data.masks import rle_area
-from helpers.data.records import mask_fits_image
+from helpers.data.records import has_mask
 from helpers.detect.predictor import untrained_prompts
 from helpers.diagnose.examination import Evidence, Inapplicable, evidence_if, gate
 from helpers.errors import InputError
 
 SPLITS = ("train", "valid")
-CAUSE_OF = {
-    "D08_MISSING_IMAGE": "unreadable_data",
-    "D10_ALL_CROWD": "objects_filtered",
-    "D20_BOX_OUTSIDE": "boxes_off_masks",
-    "D21_BOX_NORMALISED": "boxes_off_masks",
-    "D22_BOX_OFF_MASK": "boxes_off_masks",
-    "D40_DEGENERATE_BOX": "not_finite",
-    "D41_NOT_FINITE": "not_finite",
-    "D42_EMPTY_MASK": "not_finite",
-    "D43_MASK_SIZE": "unreadable_data",
-    "D44_BAD_MASK": "unreadable_data",
-    "D50_TOO_SMALL": "tiny_objects",
-    "D70_BROKEN_IMAGE": "unreadable_data",
-    "D71_IMAGE_SHAPE": "annotations_off_image",
+CODES_OF = {
+    "unreadable_data": ("D08", "D43", "D44", "D70"),
+    "objects_filtered": ("D10",),
+    "boxes_off_masks": ("D20", "D21", "D22"),
+    "not_finite": ("D40", "D41", "D42"),
+    "tiny_objects": ("D50",),
+    "annotations_off_image": ("D71",),
 }
-"""Finding of a data check to the cause it speaks for; the others speak for none."""
-MIN_SHARE = 0.05
-"""Share of objects or images from which a fault explains a detector, and is no slip of the hand."""
-MIN_SHARES = {"D08_MISSING_IMAGE": 0.0, "D70_BROKEN_IMAGE": 0.0, "D50_TOO_SMALL": 0.5}
+"""Cause to the findings of a data check that speak for it; the others speak for none."""
+CAUSE_OF = {code: cause for cause, codes in CODES_OF.items() for code in codes}
+MIN_SHARE = 0.05  # of objects or images; a fault below it is a slip and explains no detector
+MIN_SHARES = {"D08": 0.0, "D70": 0.0, "D50": 0.5}
 """One image that cannot be opened stops the loader; many small objects are normal."""
-SLIP = 0.4
-"""Confidence of what is shown and names no cause."""
+SLIP = 0.4  # confidence of what is shown and names no cause
 MIN_READ = 0.99  # share of the objects in the files that the reader must find
 MIN_KEPT = 0.95  # share of the objects that reach the loss; below it, lost ones explain a detector
 MIN_MASK_SHARE = 0.5  # of the objects; with fewer, hardly any outline is taught
@@ -48,9 +39,8 @@ TURNED_BY = 2.0  # times the contrast of the upright images; healthy turns have 
 MIN_TURNED_CONTRAST = 0.25  # standard deviations of the rim; healthy turns reach 0.08 to 0.21
 MIN_IMAGES = 4  # of fewer, nothing is said
 IN_PICTURE = 0.9
-"""Score from which the base is believed that a word is in the picture. Of words that are in it, the
-embedded base gives 62 % such a score; of its words that are not, 0.0 % on walls, and 1.1 % on
-photographs, which it never saw. From 0.3 on these would be 100 %, 14 % and up to 24 %."""
+"""Score from which the base is believed that a word is in the picture: it gives it to 62 % of those
+that are, and of the others to 0.0 % on walls and 1.1 % on photographs, which it never saw."""
 MAX_PRESENT_SHARE, MAX_PRESENT = 0.02, 2
 """Of the absent prompts, as a share and as a number, that the base may see in the pictures.
 Healthy: 0 of 192 (walls), 2 of 189 (masonry), 0 of 162 (potholes)."""
@@ -59,8 +49,7 @@ DATA_GATES, PROMPT_GATES = [], []
 
 
 @gate(DATA_GATES, "annotation files", "every split can be read, and the reader finds every object")
-def annotation_files(examination):
-    """Read the annotation files as the pipeline does, and count their objects without it."""
+def _annotation_files(examination):
     texts, evidence = [], []
     for name in SPLITS:
         try:
@@ -78,8 +67,7 @@ def annotation_files(examination):
 
 
 @gate(DATA_GATES, "annotations", "no error of boxes, masks and crowd flags")
-def annotations_alone(examination):
-    """Ask the checks of annotations that need no image."""
+def _annotations_alone(examination):
     model = examination.base[0]
     num_queries = model.config.detr_decoder_config.num_queries
     findings, evidence = [], []
@@ -91,8 +79,7 @@ def annotations_alone(examination):
 
 
 @gate(DATA_GATES, "image files", "every image opens and has the stated shape")
-def image_files(examination):
-    """Open every image and compare it with what is stated about it."""
+def _image_files(examination):
     findings, evidence = [], []
     for split in map(examination.split, SPLITS):
         faults = check_images(split, examination.dataset.look(split))
@@ -103,38 +90,28 @@ def image_files(examination):
 
 def evidence_of(findings, total):
     """Turn findings about one split into evidence, by their share of the total looked at."""
-    degenerate = {
-        (place.image_id, place.annotation_id)
-        for finding in findings
-        if CAUSE_OF.get(finding.code) == "not_finite"
-        for place in finding.places
-    }
+    places_of = [{(place.image_id, place.annotation_id) for place in f.places} for f in findings]
+    causes = [CAUSE_OF.get(finding.code[:3]) for finding in findings]
+    pairs = zip(causes, places_of, strict=True)
+    degenerate = set().union(*(places for cause, places in pairs if cause == "not_finite"))
     evidence = []
-    for finding in findings:
-        cause = CAUSE_OF.get(finding.code)
-        places = {(place.image_id, place.annotation_id) for place in finding.places}
+    for finding, cause, places in zip(findings, causes, places_of, strict=True):
         if cause != "not_finite":
             places -= degenerate  # a degenerate box does not fit its mask either
         if cause and places:
             share = len(places) / total
-            speaks = share >= MIN_SHARES.get(finding.code, MIN_SHARE)
+            speaks = share >= MIN_SHARES.get(finding.code[:3], MIN_SHARE)
             text = f"{finding.message}: {finding.where}"
             evidence.append(Evidence(cause, 0.9 + 0.1 * share if speaks else SLIP, text))
     return evidence
 
 
 def _texts(findings):
-    """Join the messages of findings."""
     return "; ".join(f"{one.code[:3]} {one.message}" for one in findings) or "nothing found"
 
 
-@gate(
-    DATA_GATES,
-    "annotations on pixels",
-    "marked pixels stand out most on the images as they are",
-)
-def annotations_on_pixels(examination):
-    """Compare the contrast of annotated masks on the images as they are and turned."""
+@gate(DATA_GATES, "annotations on pixels", "marked pixels stand out most on images as they are")
+def _annotations_on_pixels(examination):
     records = [record for record in examination.split("train").records if record.objects]
     per_turn = contrast_per_turn(records[:: max(1, len(records) // 32)])
     medians = {
@@ -152,13 +129,8 @@ def annotations_on_pixels(examination):
     return text, evidence_if(is_turned, "annotations_off_image", 0.95, text)
 
 
-@gate(
-    DATA_GATES,
-    "images without objects",
-    f"at most {MAX_EMPTY_SHARE:.0%} of the training images",
-)
-def empty_images(examination):
-    """Count the training images without objects."""
+@gate(DATA_GATES, "images without objects", f"at most {MAX_EMPTY_SHARE:.0%} of those to train on")
+def _empty_images(examination):
     records = examination.split("train").records
     empty = sum(not record.objects for record in records)
     text = f"{empty} of {len(records)} training images have no object"
@@ -166,11 +138,7 @@ def empty_images(examination):
     return text, evidence_if(is_fault, "mostly_empty", 0.9, text)
 
 
-@gate(
-    DATA_GATES,
-    "objects after the loader",
-    f"at least {MIN_KEPT:.0%} of the annotated objects, each under its own prompt",
-)
+@gate(DATA_GATES, "objects after the loader", f"at least {MIN_KEPT:.0%}, each under its prompt")
 def objects_after_loader(examination):
     """Count objects in the records against objects in the batches, prompt by prompt."""
     queries = examination.train_queries
@@ -179,11 +147,13 @@ def objects_after_loader(examination):
     crowd = sum(item.is_crowd for item in objects)
     kept = sum(len(target["boxes_cxcywh"]) for _, _, target in queries)
     text = f"{kept} of {len(objects)} objects of {len(records)} images reach the loss"
-    denied = Counter(
-        query["prompt"]
-        for record, query, target in queries
-        if not len(target["boxes_cxcywh"]) and _is_annotated(record, query, examination.config)
-    )
+    denied = Counter()
+    for record, query, target in queries:
+        shown = {item.category for item in record.objects if not item.is_crowd}
+        if shown:
+            shown.add(examination.config.data.prompt)  # what every object is asked by, if set
+        if query["prompt"] in shown and not len(target["boxes_cxcywh"]):
+            denied[query["prompt"]] += 1
     if denied:
         words = ", ".join(f"'{prompt}' on {count} images" for prompt, count in denied.items())
         text = f"{text}; annotated, yet asked without objects: {words}"
@@ -195,33 +165,17 @@ def objects_after_loader(examination):
         return text, [Evidence("no_objects", 1.0, text)]
     if kept < MIN_KEPT * len(objects):
         return text, [Evidence("objects_filtered", 0.7, text)]
-    evidence = _compared_with_record(examination, kept)
-    return "; ".join([text, *(one.text for one in evidence)]), evidence
-
-
-def _is_annotated(record, query, config):
-    """Return whether an image has objects, no crowd regions, that a query asks for."""
-    return any(
-        item.category == query["prompt"] or config.data.prompt == query["prompt"]
-        for item in record.objects
-        if not item.is_crowd
-    )
-
-
-def _compared_with_record(examination, kept):
-    """Compare with the number of objects the run itself counted before it trained."""
     if not (examination.is_finished and examination.is_own_data):
-        return []
+        return text, []
     recorded = examination.files.metrics["objects"]["train"]
-    text = f"the run recorded {recorded} objects at its start, the loader now gives {kept}"
+    text += f"; the run recorded {recorded} objects at its start, the loader now gives {kept}"
     if kept and not recorded:
-        return [Evidence("no_objects", 0.95, text)]
-    return evidence_if(recorded < MIN_KEPT * kept, "objects_filtered", 0.7, text)
+        return text, [Evidence("no_objects", 0.95, text)]
+    return text, evidence_if(recorded < MIN_KEPT * kept, "objects_filtered", 0.7, text)
 
 
 @gate(DATA_GATES, "masks after the loader", "as many as the files hold")
-def masks_after_loader(examination):
-    """Count the objects that keep a mask, and those that have one in the files."""
+def _masks_after_loader(examination):
     queries = [query for query in examination.train_queries if len(query[2]["boxes_cxcywh"])]
     if not queries:
         raise InputError("no object reaches the loss", where=examination.data_dir)
@@ -230,13 +184,9 @@ def masks_after_loader(examination):
     records = {record.image_id: record for record, _, _ in queries}.values()
     items = [(record, item) for record in records for item in record.objects]
     in_files = sum(item.rle is not None or item.mask_problem is not None for _, item in items)
-    readable = sum(
-        mask_fits_image(record, item) and rle_area(item.rle) > 0 for record, item in items
-    )
-    text = (
-        f"{masks} of {total} objects reach the loss with a mask; {readable} have a readable one "
-        "in the files"
-    )
+    readable = sum(has_mask(record, item) for record, item in items)
+    text = f"{masks} of {total} objects reach the loss with a mask; "
+    text += f"{readable} have a readable one in the files"
     if masks < MIN_KEPT * min(readable, total):
         return text, [Evidence("masks_lost", 1.0, text)]
     # Unreadable masks are the business of another gate.
@@ -244,12 +194,7 @@ def masks_after_loader(examination):
 
 
 @gate(PROMPT_GATES, "names", "no category is nearly another, or the parent of one")
-def nearly_the_same_names(examination):
-    """Find categories whose names hardly differ, and parents of others.
-
-    Where two such names have objects, each is taught to leave those of the other out. One without
-    objects is never asked beside the other by `helpers.data.prompts`, and names no cause.
-    """
+def _nearly_the_same_names(examination):
     split = examination.split("train")
     pairs = [
         f"'{first}' and '{second}' share the objects"
@@ -258,6 +203,8 @@ def nearly_the_same_names(examination):
     ]
     if pairs:
         return "; ".join(pairs), [Evidence("category_names", 0.9, "; ".join(pairs))]
+    # Where both have objects, each is taught to leave those of the other out. A name without objects
+    # is never asked beside the other by `helpers.data.prompts`, and is no cause.
     remarks = [
         finding.message
         for finding in check_categories(split)
@@ -268,14 +215,12 @@ def nearly_the_same_names(examination):
 
 
 def _used_categories(split):
-    """List the categories that have objects in a split."""
     used = {item.category for record in split.records for item in record.objects}
     return [name for name in split.categories if name in used]
 
 
 @gate(PROMPT_GATES, "absent prompts", "each image is asked for other words too")
-def absent_prompts_asked(examination):
-    """Count the absent prompts of an epoch."""
+def _absent_prompts_asked(examination):
     queries = [query for _, query, _ in examination.train_queries]
     absent = [query["prompt"] for query in queries if not query["is_positive"]]
     own = set(examination.train_dataset.own_names)
@@ -292,9 +237,9 @@ def absent_prompts_asked(examination):
 def trained_and_asked(examination):
     """Compare the words of the training with those asked now."""
     trained = examination.trained_words
-    words = (
-        [examination.prompt] if examination.prompt else _used_categories(examination.split("valid"))
-    )
+    words = [examination.prompt]
+    if not examination.prompt:
+        words = _used_categories(examination.split("valid"))
     text = f"trained with objects: {', '.join(sorted(trained))}; asked: {', '.join(words)}"
     unknown = untrained_prompts(words, trained)
     if unknown:
@@ -302,13 +247,8 @@ def trained_and_asked(examination):
     return text, evidence_if(unknown, "other_training_prompt", 0.95, text)
 
 
-@gate(
-    PROMPT_GATES,
-    "absent prompts in pictures",
-    f"the base sees at most {MAX_PRESENT_SHARE:.0%} of them",
-)
-def absent_prompts_in_pictures(examination):
-    """Ask the base for the absent prompts of the training."""
+@gate(PROMPT_GATES, "absent prompts in pictures", f"the base sees up to {MAX_PRESENT_SHARE:.0%}")
+def _absent_prompts_in_pictures(examination):
     by_image = {}
     for record, query, _ in examination.train_queries:
         if not query["is_positive"]:

@@ -14,18 +14,14 @@ from helpers.diagnose.adapter_gates import BASE_GATES, CHECKPOINT_GATES
 from helpers.diagnose.answer_gates import BEHAVIOUR_GATES
 from helpers.diagnose.data_gates import DATA_GATES, PROMPT_GATES
 from helpers.diagnose.examination import (
-    CRASHED,
     FAILED,
-    NOT_APPLICABLE,
-    NOT_CHECKED,
-    OK,
+    LEAST_CONFIDENCE,
     UNDECIDED,
     Examination,
     GateResult,
-    Inapplicable,
+    pass_gate,
 )
 from helpers.diagnose.run_gates import CONFIG_GATES, FILE_GATES, RUN_GATES
-from helpers.errors import InputError
 from helpers.files import progress_bar
 
 GATES = (
@@ -38,14 +34,9 @@ GATES = (
     *CHECKPOINT_GATES,
     *BEHAVIOUR_GATES,
 )
-"""In the order in which they are asked: files and counts, the run's own records, the models, and
-last what they answer."""
-LEAST_CONFIDENCE = 0.5
-"""Evidence below this is shown with its gate but names no cause."""
-OBSERVED = 0.8
-"""Confidence from which a cause counts as observed, if its evidence is direct."""
-EXPLAINED = 0.5
-"""Factor on what is only a behaviour when an earlier cause was observed that may explain it."""
+"""In the order in which they are asked, from cheap to costly."""
+OBSERVED = 0.8  # confidence from which a cause counts as observed, if its evidence is direct
+EXPLAINED = 0.5  # factor on a behaviour that an earlier, observed cause may explain
 _VERDICTS = {
     "healthy": "no cause found: the run looks healthy",
     "causes": "causes found: see above, the most likely first",
@@ -55,30 +46,21 @@ _VERDICTS = {
 
 @dataclass(frozen=True)
 class FoundCause:
-    """A cause named by the diagnosis, with its strongest evidence first."""
+    """A cause named by the diagnosis."""
 
-    code: str
+    code: str  # key of `helpers.causes.CAUSES`
     title: str
-    confidence: float
-    evidence: tuple[str, ...]
+    confidence: float  # in [0.5, 1]
+    evidence: tuple[str, ...]  # the strongest first
     fix: str
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` says about a run.
+    """What `diagnose` says about a run."""
 
-    Attributes
-    ----------
-    causes : tuple of FoundCause
-        The most likely first; ``code`` is a key of `helpers.causes.CAUSES`, ``confidence`` in
-        [0.5, 1].
-    gates : tuple of GateResult
-        Every gate with what it measured.
-    """
-
-    causes: tuple[FoundCause, ...]
-    gates: tuple[GateResult, ...]
+    causes: tuple[FoundCause, ...]  # the most likely first
+    gates: tuple[GateResult, ...]  # every gate with what it measured
 
     @property
     def open_gates(self):
@@ -92,15 +74,10 @@ class Diagnosis:
             return "causes"
         return "undecided" if self.open_gates else "healthy"
 
-    @property
-    def healthy(self):
-        """True if every gate that applies was checked and none names a cause."""
-        return self.verdict == "healthy"
-
     def to_json(self):
         """Return ``{"healthy", "verdict", "causes", "gates"}`` of plain values."""
         return {
-            "healthy": self.healthy,
+            "healthy": self.verdict == "healthy",
             "verdict": self.verdict,
             "causes": [asdict(cause) for cause in self.causes],
             "gates": [gate.to_json() for gate in self.gates],
@@ -127,27 +104,10 @@ class Diagnosis:
 
 
 def diagnose(folder, *, data_dir=None, image=None, prompt=None, progress=False):
-    """Examine a run and name the causes of what is wrong with it.
+    """Examine a run and name the causes of what is wrong with it, in a `Diagnosis`.
 
-    Parameters
-    ----------
-    folder : os.PathLike
-        Run folder; an interrupted run is examined as far as it goes.
-    data_dir : os.PathLike, optional
-        Dataset in place of the run's.
-    image, prompt : optional
-        A picture, and a word asked of it, of which one wants to know why nothing is found.
-    progress : bool
-        Show the gate at work on stderr.
-
-    Returns
-    -------
-    Diagnosis
-
-    Raises
-    ------
-    InputError
-        If the folder holds no run, or image or data cannot be opened at all.
+    An interrupted run is examined as far as it goes. For ``data_dir``, ``image`` and ``prompt`` see
+    `Examination`; ``progress`` shows the gate at work on stderr.
     """
     examination = Examination(folder, data_dir, image, prompt)
     results = []
@@ -159,28 +119,10 @@ def diagnose(folder, *, data_dir=None, image=None, prompt=None, progress=False):
     return Diagnosis(rank(results), tuple(results))
 
 
-def pass_gate(gate, examination):
-    """Ask one gate and return a `GateResult`; whatever the gate raises is a result too."""
-    try:
-        measured, evidence = gate.examine(examination)
-    except Inapplicable as error:
-        return GateResult(gate.name, NOT_APPLICABLE, str(error), gate.expected)
-    except InputError as error:
-        return GateResult(gate.name, NOT_CHECKED, str(error), gate.expected)
-    except Exception as error:  # a pipeline that raises here is part of what is examined
-        text = f"raised {type(error).__name__}: {' '.join(str(error).split())}"
-        return GateResult(gate.name, CRASHED, text, gate.expected)
-    is_fault = any(item.confidence >= LEAST_CONFIDENCE for item in evidence)
-    status = FAILED if is_fault else OK
-    return GateResult(gate.name, status, measured, gate.expected, tuple(evidence))
-
-
 def rank(results):
     """Turn the evidence of all gate results into a tuple of `FoundCause`, the most likely first.
 
-    A cause is as likely as its strongest evidence. What is only a behaviour of the model counts
-    half where an earlier stage has a cause that was observed directly. Between equals, the earlier
-    stage comes first.
+    A cause is as likely as its strongest evidence. Between equals, the earlier stage comes first.
     """
     evidence = [item for result in results for item in result.evidence]
     observed = [_stage(e) for e in evidence if e.is_direct and e.confidence >= OBSERVED]
@@ -199,5 +141,4 @@ def rank(results):
 
 
 def _stage(evidence):
-    """Return the number of the stage at which the cause of some evidence lives."""
     return STAGES.index(CAUSES[evidence.cause].stage)

@@ -1,8 +1,4 @@
-"""A run under examination, and the questions that are asked of it.
-
-`Examination` offers a gate what can be asked of a run: its files, its settings, its log, the
-dataset, the base, the adapter and their answers. Each is loaded when a gate first asks for it.
-"""
+"""A run under examination, and the gates: questions that are asked of it."""
 
 from __future__ import annotations
 
@@ -21,14 +17,11 @@ from helpers.train import run as run_folder
 
 OK, FAILED, NOT_CHECKED = "ok", "failed", "not checked"
 NOT_APPLICABLE, CRASHED = "not applicable", "crashed"
-UNDECIDED = (NOT_CHECKED, CRASHED)
-"""While a gate stands like this, nobody knows whether the run is healthy."""
-SAMPLE = 12
-"""Images with objects, and as many without, that the costly gates look at."""
-FEW_WITH, FEW_WITHOUT = 6, 2
-"""Images of the sample that are asked for many words."""
-TRAIN_SAMPLE = 256
-"""Training images that pass through the loader, about: all of them in a small dataset."""
+UNDECIDED = (NOT_CHECKED, CRASHED)  # nobody knows whether the run is healthy
+LEAST_CONFIDENCE = 0.5  # evidence below is shown with its gate but names no cause
+SAMPLE = 12  # images with objects, and as many without, that the costly gates look at
+FEW_WITH, FEW_WITHOUT = 6, 2  # of these, how many are asked for many words
+TRAIN_SAMPLE = 256  # training images that pass through the loader, about
 
 
 class Inapplicable(InputError):
@@ -37,16 +30,12 @@ class Inapplicable(InputError):
 
 @dataclass(frozen=True)
 class Evidence:
-    """A measurement that speaks for a cause.
-
-    ``confidence`` is in (0, 1], and 1.0 only for what was counted or computed. ``is_direct`` is
-    False for a behaviour of the model, which an earlier cause may explain.
-    """
+    """A measurement that speaks for a cause."""
 
     cause: str
-    confidence: float
+    confidence: float  # in (0, 1], and 1.0 only for what was counted or computed
     text: str
-    is_direct: bool = True
+    is_direct: bool = True  # False for a behaviour of the model that an earlier cause may explain
 
 
 def evidence_if(is_fault, cause, confidence, text, is_direct=True):
@@ -56,15 +45,13 @@ def evidence_if(is_fault, cause, confidence, text, is_direct=True):
 
 @dataclass(frozen=True)
 class Gate:
-    """One question: its subject, what a healthy run shows, and the function that asks it.
+    """One question, a function of an `Examination` that returns a text and a list of `Evidence`.
 
-    The function takes an `Examination` and returns a text with the numbers and a list of
-    `Evidence`. It raises `Inapplicable` if it does not apply to this run, and `InputError` if
-    something that it needs cannot be read: then the run cannot be called healthy.
+    It raises `Inapplicable` if it does not apply, and `InputError` if what it needs cannot be read.
     """
 
     name: str
-    expected: str
+    expected: str  # of a healthy run
     examine: Callable
 
 
@@ -80,10 +67,10 @@ def gate(gates, name, expected):
 
 @dataclass(frozen=True)
 class GateResult:
-    """What became of a gate: one of the five statuses above, and what it measured."""
+    """What became of a gate."""
 
     name: str
-    status: str
+    status: str  # one of the five above
     measured: str
     expected: str
     evidence: tuple[Evidence, ...] = ()
@@ -93,24 +80,27 @@ class GateResult:
         return {key: value for key, value in vars(self).items() if key != "evidence"}
 
 
+def pass_gate(gate, examination):
+    """Ask one gate and return a `GateResult`; whatever the gate raises is a result too."""
+    try:
+        measured, evidence = gate.examine(examination)
+    except Inapplicable as error:
+        return GateResult(gate.name, NOT_APPLICABLE, str(error), gate.expected)
+    except InputError as error:
+        return GateResult(gate.name, NOT_CHECKED, str(error), gate.expected)
+    except Exception as error:  # a pipeline that raises here is part of what is examined
+        text = f"raised {type(error).__name__}: {' '.join(str(error).split())}"
+        return GateResult(gate.name, CRASHED, text, gate.expected)
+    status = FAILED if any(item.confidence >= LEAST_CONFIDENCE for item in evidence) else OK
+    return GateResult(gate.name, status, measured, gate.expected, tuple(evidence))
+
+
 class Examination:
     """A run, its data and its models, each read once and only if a gate asks for it.
 
-    Parameters
-    ----------
-    folder : os.PathLike
-        Run folder; of an interrupted run at least ``config.yaml``.
-    data_dir : os.PathLike, optional
-        Dataset in place of that of the config.
-    image : os.PathLike, optional
-        A picture of which one wants to know why nothing is found in it.
-    prompt : str, optional
-        The word that is asked; by default the names of the categories.
-
-    Raises
-    ------
-    InputError
-        If the folder holds no run, or there is no such dataset or image.
+    ``folder`` is a run folder, of an interrupted run with at least ``config.yaml``. ``data_dir`` stands
+    in for the dataset of the config. ``image`` is a picture of which one wants to know why nothing is
+    found in it, ``prompt`` the word that is asked, by default the names of the categories.
     """
 
     def __init__(self, folder, data_dir=None, image=None, prompt=None):
@@ -148,12 +138,6 @@ class Examination:
         return run_folder.read_history(self.folder)
 
     @cached_property
-    def num_processes(self):
-        """How many processes trained together; 1 if the run did not record it."""
-        path = self.folder / run_folder.VERSIONS_FILE
-        return read_json(path, fix="train again with --overwrite").get("num_processes", 1)
-
-    @cached_property
     def device(self):
         """Where run and base compute: the accelerator if there is one."""
         return best_device()
@@ -174,7 +158,7 @@ class Examination:
 
     @cached_property
     def base(self):
-        """A second model without any adapter, and its processor; no gate changes it."""
+        """A second model without any adapter, and its processor."""
         return self.fresh_base()
 
     def fresh_base(self, dtype=None):
@@ -197,11 +181,9 @@ class Examination:
         return self.data_dir == resolve(self.config.data.data_dir)
 
     def split(self, name):
-        """Return a split of the dataset; ``train`` and ``valid`` are looked up in the config."""
+        """Return the split ``train`` or ``valid`` of the dataset, as the config calls them."""
         data = self.config.data
-        return self.dataset.split(
-            {"train": data.train_split, "valid": data.val_split}.get(name, name)
-        )
+        return self.dataset.split({"train": data.train_split, "valid": data.val_split}[name])
 
     @cached_property
     def train_dataset(self):
@@ -215,10 +197,7 @@ class Examination:
 
     @cached_property
     def train_queries(self):
-        """What reaches the loss in an epoch: list of (ImageRecord, query dict, target dict).
-
-        Of about `TRAIN_SAMPLE` training images, evenly spaced, as `PromptCollator` gives them.
-        """
+        """What reaches the loss, of images evenly spaced: list of (ImageRecord, query, target)."""
         dataset, queries = self.train_dataset, []
         for index in range(0, len(dataset), max(1, len(dataset) // TRAIN_SAMPLE)):
             batch = self.collator([dataset[index]])
@@ -228,10 +207,7 @@ class Examination:
 
     @cached_property
     def sample(self):
-        """Images to ask about, those with objects first: list of ImageRecord.
-
-        Of the validation split, or of the training split where that shows no object.
-        """
+        """Images to ask about, of the first split that shows an object; those with objects first."""
         for name in ("valid", "train"):
             records = self.split(name).records
             with_objects = [record for record in records if record.objects][:SAMPLE]
@@ -241,7 +217,7 @@ class Examination:
 
     @cached_property
     def unannotated(self):
-        """Images without any annotation, of both splits: list of ImageRecord."""
+        """Images without any annotation, of both splits."""
         records = [*self.split("valid").records, *self.split("train").records]
         return [record for record in records if not record.objects][: 2 * SAMPLE]
 
@@ -253,12 +229,12 @@ class Examination:
 
     @cached_property
     def words(self):
-        """The words that are asked of the run now: list of str."""
+        """The words that are asked of the run now."""
         return [self.prompt] if self.prompt else list(self.split("valid").categories)
 
     @cached_property
     def trained_words(self):
-        """The words that the run was trained to find: list of str; InputError if there is none."""
+        """The words that the run was trained to find."""
         path = self.folder / run_folder.PROMPTS_FILE
         words = list(read_json(path, fix="train again with --overwrite")["prompts"])
         if not words:
@@ -266,12 +242,9 @@ class Examination:
         return words
 
     def raws(self, prompts, *, adapted=True, records=None):
-        """Ask run or base for prompts on some images, by default `sample`.
-
-        Returns a dict of (image_id, prompt) to `RawPrediction`; asking twice costs nothing.
-        """
+        """Ask run or base on images (`few`): dict of (image_id, prompt) to `RawPrediction`, kept."""
         answers = self._answers[adapted]
-        records = self.sample if records is None else records
+        records = self.few if records is None else records
         for record in records:
             missing = [prompt for prompt in prompts if (record.path, prompt) not in answers]
             if missing:
@@ -285,8 +258,6 @@ class Examination:
 
     def predictor(self, adapted):
         """Return a `helpers.detect.Predictor` of the run, or of its base."""
-        return (
-            Predictor(self.loaded.model, self.loaded.processor)
-            if adapted
-            else Predictor(*self.base)
-        )
+        if adapted:
+            return Predictor(self.loaded.model, self.loaded.processor)
+        return Predictor(*self.base)

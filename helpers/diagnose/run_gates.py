@@ -1,14 +1,9 @@
-"""Gates on what a run wrote down: its files, its settings, where LoRA sits, what learned.
-
-No gate here asks the trained model.
-"""
+"""Gates on what a run wrote down: its files, its settings, where LoRA sits, what learned."""
 
 from __future__ import annotations
 
-import math
-from numbers import Real
+from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -30,59 +25,26 @@ from helpers.model.lora import (
 )
 from helpers.model.losses import WEIGHTS
 from helpers.show.charts import schedule_frame
-from helpers.train.run import (
-    AUDIT_FILE,
-    CARD_FILE,
-    METRICS_FILE,
-    PROMPTS_FILE,
-    RUN_CONFIG,
-    STOPPED_FILE,
-    VERSIONS_FILE,
-    last_checkpoint,
-)
+from helpers.train import run as run_folder
 from helpers.train.trainer import CURVES_FILE
 
-EARLY_FILES = (RUN_CONFIG, PROMPTS_FILE, VERSIONS_FILE)
-"""Written before the first step; curves.csv follows with the first log."""
-LATE_FILES = (WEIGHTS_FILE, CONFIG_FILE, BASE_FILE, AUDIT_FILE, CARD_FILE)
-"""Written after the last step, and then metrics.json."""
-KEYS = {
-    METRICS_FILE: {
-        "steps": int,
-        "epochs": Real,
-        "best_step": int | None,
-        "valid": dict,
-        "train_loss": dict,
-        "valid_loss": dict,
-        "objects": dict,
-    },
-    PROMPTS_FILE: {"prompts": dict, "negatives": dict, "negatives_per_image": int},
-    VERSIONS_FILE: {"packages": dict},
-    CONFIG_FILE: {"peft_type": str, "r": int, "lora_alpha": Real, "target_modules": str | list},
-    BASE_FILE: {"name": str, "fingerprint": str},
-}
-COLUMNS = {
-    CURVES_FILE: ["step", "loss", "learning_rate"],
-    AUDIT_FILE: ["modules", "parameters", "grad_norm", "B_norm", "B_nonzero"],
-}
-"""Columns of numbers."""
+# Written before the first step, and after the last one; metrics.json follows.
+EARLY_FILES = (run_folder.RUN_CONFIG, run_folder.PROMPTS_FILE, run_folder.VERSIONS_FILE)
+LATE_FILES = (WEIGHTS_FILE, CONFIG_FILE, BASE_FILE, run_folder.AUDIT_FILE, run_folder.CARD_FILE)
 MAX_DROPOUT = 0.2
 FEW_IMAGES, MAX_EPOCHS = 100, 50
 RATE_TOLERANCE = 1e-3  # relative to the peak; healthy: below 1e-9
-IDLE_COMPONENT = "geometry_encoder"
-"""A text prompt never passes through it; `helpers.model.lora.add_lora` warns of that."""
-LOSS_TOLERANCE = 0.02
-"""Relative, logged loss against the weighted sum of the logged terms; measured: 4e-8."""
-DOMINANT = 0.95
-"""Share of one term in the total, in half of the steps with objects; measured: at most 0.38."""
+IDLE_COMPONENT = "geometry_encoder"  # a text prompt never passes through it
+LOSS_TOLERANCE = 0.02  # relative, logged loss against the sum of its terms; measured: 4e-8
+DOMINANT = 0.95  # share of one term, in half of the steps with objects; measured: at most 0.38
 FILE_GATES, CONFIG_GATES, RUN_GATES = [], [], []
 
 
 @gate(FILE_GATES, "files of the run", "all there, complete, without NaN")
-def run_files(examination):
-    """Read every file that the run should hold; name what is missing, cut or of another type."""
+def _run_files(examination):
     folder, is_finished = examination.folder, examination.is_finished
-    names = (*EARLY_FILES, *((CURVES_FILE, *LATE_FILES, METRICS_FILE) if is_finished else ()))
+    late = (CURVES_FILE, *LATE_FILES, run_folder.METRICS_FILE) if is_finished else ()
+    names = (*EARLY_FILES, *late)
     problems = {}
     for name in names:
         try:
@@ -91,75 +53,45 @@ def run_files(examination):
             problems[name] = error.message
     saved = [name for name in LATE_FILES if (folder / name).is_file()]
     if saved and not is_finished:
-        problems[METRICS_FILE] = (
-            f"is missing, although it is written after {saved[0]}: it was lost, or the run was "
-            "interrupted while it saved"
+        problem = f"is missing, although it is written after {saved[0]}"
+        problems[run_folder.METRICS_FILE] = (
+            f"{problem}: lost, or the run was interrupted while it saved"
         )
-    if is_finished and not problems.keys() & {CURVES_FILE, METRICS_FILE}:
-        last = int(pd.read_csv(folder / CURVES_FILE)["step"].max())
-        steps = read_json(folder / METRICS_FILE, fix="")["steps"]
-        if last != steps:
-            problems[CURVES_FILE] = f"ends at step {last}, {METRICS_FILE} counts {steps} steps"
+    if is_finished and not problems:
+        try:
+            _ = examination.files
+        except InputError as error:
+            problems[Path(error.where).name] = error.message
     evidence = [
         # Nothing that the model does depends on the card.
-        Evidence("damaged_run", 0.7 if name == CARD_FILE else 1.0, f"{name} {problem}")
+        Evidence("damaged_run", 0.7 if name == run_folder.CARD_FILE else 1.0, f"{name} {problem}")
         for name, problem in problems.items()
     ]
     if WEIGHTS_FILE in saved and WEIGHTS_FILE not in problems:
-        evidence += _not_finite(read_adapter_weights(folder))
+        weights = read_adapter_weights(folder)
+        broken = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
+        text = f"NaN or infinite numbers in {len(broken)} of {len(weights)} tensors"
+        text = f"{WEIGHTS_FILE} holds {text}, for example {broken[:1]}"
+        evidence += evidence_if(broken, "not_finite", 1.0, text)
     return "; ".join([f"{len(names)} files read", *(one.text for one in evidence)]), evidence
 
 
 def _read_run_file(path):
-    """Read one file of a run as its kind asks; raise InputError if that is impossible."""
+    """Refuse a file of a run that is missing, cut off, or lacks what a training writes."""
     if not path.is_file():
         raise InputError("is missing")
-    if not path.stat().st_size:
-        raise InputError("is empty")
     if path.name == WEIGHTS_FILE:
         tensors = read_adapter_weights(path.parent)
         if not tensors or not all(tensor.is_floating_point() for tensor in tensors.values()):
             raise InputError("holds other tensors than a training writes, or none")
-        return
-    if path.name != CONFIG_FILE and not path.read_bytes().endswith(b"\n"):
-        raise InputError("ends in the middle of a line, so its end is missing")
-    if path.name in KEYS:
-        content = read_json(path, fix="")
-        for key, expected in KEYS[path.name].items():
-            if key not in content:
-                raise InputError(f"lacks the key {key}")
-            if not isinstance(content[key], expected):
-                raise InputError(f"has {content[key]!r:.40} as {key}")
-    elif path.name in COLUMNS:
-        _check_table(path)
-    elif path.name == RUN_CONFIG:
+    elif path.name != CONFIG_FILE and not path.read_bytes().endswith(b"\n"):
+        raise InputError("is empty or ends in the middle of a line, so its end is missing")
+    elif path.name in run_folder.READABLE_FILES:
+        run_folder.read_run_file(path)
+    elif path.name == run_folder.RUN_CONFIG:
         missing = load_config(path).model_dump().keys() - read_yaml(path).keys()
         if missing:
             raise InputError(f"lacks {', '.join(sorted(missing))}")
-
-
-def _check_table(path):
-    """Refuse a table that lacks a column or a row, or holds text among numbers."""
-    try:
-        table = pd.read_csv(path)
-        numbers = table[COLUMNS[path.name]].apply(pd.to_numeric)
-    except KeyError as error:
-        raise InputError(f"lacks a column ({error.args[0]})") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"cannot be read ({error})") from error
-    if numbers.empty:
-        raise InputError("has no row")
-    if path.name == AUDIT_FILE and "total" not in list(table.get("component", [])):
-        raise InputError("lacks the row total")
-
-
-def _not_finite(weights):
-    """Return evidence if adapter tensors hold NaN or infinite numbers."""
-    broken = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
-    text = (
-        f"{WEIGHTS_FILE} holds NaN or infinite numbers in {len(broken)} of {len(weights)} tensors"
-    )
-    return evidence_if(broken, "not_finite", 1.0, f"{text}, for example {broken[:1]}")
 
 
 @gate(
@@ -186,19 +118,22 @@ def settings_in_log(examination):
     config, history = examination.config, examination.history
     if not examination.is_own_data:
         raise Inapplicable("asked about another dataset than was trained on", where="data_dir")
-    logged = {
-        entry["step"]: entry["learning_rate"] for entry in history if "learning_rate" in entry
-    }
+    logged = {one["step"]: one["learning_rate"] for one in history if "learning_rate" in one}
     if not logged:
         raise InputError("no learning rate was logged", where=examination.folder)
-    images, processes = len(examination.train_dataset), examination.num_processes
+    versions = read_json(
+        examination.folder / run_folder.VERSIONS_FILE, fix="train again with --overwrite"
+    )
+    images, processes = len(examination.train_dataset), versions.get("num_processes", 1)
     steps = int(schedule_frame({"run": config}, images, processes).loc["run", "steps"])
-    expected = _expected_rates(config, steps)
+    peak, warmup = config.effective_learning_rate, config.effective_warmup_steps
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
+    scheduler = get_scheduler(config.training.lr_scheduler, optimizer, warmup, steps)
+    expected = [peak * scheduler.lr_lambdas[0](step) for step in range(steps)]
     off = [
         step
         for step, rate in logged.items()
-        if step > steps
-        or abs(rate - expected[step - 1]) > RATE_TOLERANCE * config.effective_learning_rate
+        if step > steps or abs(rate - expected[step - 1]) > RATE_TOLERANCE * peak
     ]
     last = max(entry["step"] for entry in history)
     text = (
@@ -210,37 +145,21 @@ def settings_in_log(examination):
     return text, evidence_if(is_fault, "dead_config_keys", 0.95, text)
 
 
-def _expected_rates(config, steps):
-    """Return the learning rate that is logged after each step of a schedule."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.effective_learning_rate)
-    scheduler = get_scheduler(
-        config.training.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.effective_warmup_steps,
-        num_training_steps=steps,
-    )
-    return [config.effective_learning_rate * scheduler.lr_lambdas[0](step) for step in range(steps)]
-
-
 @gate(RUN_GATES, "the run", "finished")
-def is_finished(examination):
-    """Read whether the run finished, and if not, what stopped it."""
+def _is_finished(examination):
     folder = examination.folder
     if examination.is_finished:
         metrics = examination.files.metrics
         return f"finished: {metrics['steps']} steps, {metrics['epochs']:g} epochs", []
-    if (folder / STOPPED_FILE).is_file():
-        record = read_json(folder / STOPPED_FILE, fix="train again with --overwrite")
+    if (folder / run_folder.STOPPED_FILE).is_file():
+        record = read_json(folder / run_folder.STOPPED_FILE, fix="train again with --overwrite")
         text = f"the training was stopped: {record['message']}"
         if record["cause"] not in CAUSES:  # such as a full memory
             raise InputError(text, where=record["where"], fix=record["fix"])
         return text, [Evidence(record["cause"], 1.0, text)]
-    checkpoint = last_checkpoint(folder)
-    reach = (
-        "it has no checkpoint, so it ended before or in the first validation"
-        if checkpoint is None
-        else f"its last complete checkpoint is {checkpoint.name}"
-    )
+    reach = "it has no checkpoint, so it ended before or in the first validation"
+    if checkpoint := run_folder.last_checkpoint(folder):
+        reach = f"its last complete checkpoint is {checkpoint.name}"
     raise InputError(
         f"the run was interrupted, its last files are not there; {reach}",
         where=folder,
@@ -250,8 +169,7 @@ def is_finished(examination):
 
 
 @gate(RUN_GATES, "places of LoRA", "every enabled component has LoRA, no other")
-def lora_places(examination):
-    """Count the adapted modules of each component in the file; compare with the flags."""
+def _lora_places(examination):
     lora, (base, _) = examination.config.lora, examination.base
     names = {name for target in lora.target_modules for name in SPELLINGS.get(target, (target,))}
     linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
@@ -262,11 +180,8 @@ def lora_places(examination):
         if ".lora_B" in key
     }
     if unknown := modules - set(linear):
-        raise InputError(
-            f"{len(unknown)} keys of the adapter file name no linear layer of the base",
-            where=examination.folder / WEIGHTS_FILE,
-            fix=CAUSES["adapter_keys"].fix,
-        )
+        where, fix = examination.folder / WEIGHTS_FILE, CAUSES["adapter_keys"].fix
+        raise InputError(f"{len(unknown)} keys name no linear layer", where=where, fix=fix)
     adapted = [component_of(name) for name in modules]
     counts, evidence = [], []
     for component in COMPONENTS:
@@ -282,8 +197,7 @@ def lora_places(examination):
 
 
 @gate(RUN_GATES, "learning", "gradients arrive and no B stays zero")
-def learning(examination):
-    """Read from the run's report whether gradients arrived and B left zero."""
+def _learning(examination):
     report = examination.files.adapter
     idle, texts = [], []
     for component, row in report.drop(index="total").iterrows():
@@ -308,15 +222,11 @@ def learning(examination):
 
 
 @gate(RUN_GATES, "trained parameters", "those of LoRA and no others")
-def trained_weights(examination):
-    """Compare the number of trained parameters with that of LoRA."""
+def _trained_weights(examination):
     counts = examination.files.metrics.get("trained_parameters")
     if counts is None:
-        raise InputError(
-            "the run did not record how many parameters it trained",
-            where=examination.folder / METRICS_FILE,
-            fix="train again",
-        )
+        where = examination.folder / run_folder.METRICS_FILE
+        raise InputError("holds no number of trained parameters", where=where, fix="train again")
     beside = counts["all"] - counts["lora"]
     text = f"the optimiser trained {counts['all']:,} parameters, {counts['lora']:,} of LoRA"
     reason = f"{text}: {beside:,} of the base were changed and are not in the adapter file"
@@ -324,47 +234,35 @@ def trained_weights(examination):
 
 
 @gate(RUN_GATES, "kept checkpoint", "the best one by the metric of the config")
-def kept_checkpoint(examination):
-    """Compare the kept state with the best one in the log, by the metric of the config."""
+def _kept_checkpoint(examination):
     metrics, name = examination.files.metrics, examination.config.evaluation.metric_for_best
-    values = {
-        int(entry["step"]): entry.get(f"eval_{name}", math.nan)
-        for entry in examination.files.history
-        if "eval_loss" in entry
-    }
-    ranked = {step: 0.0 if math.isnan(value) else value for step, value in values.items()}
+    validations = [entry for entry in examination.files.history if "eval_loss" in entry]
+    values = {entry["step"]: entry.get(f"eval_{name}", 0.0) for entry in validations}
     kept = metrics["best_step"] or max(values)
-    best = max(ranked, key=lambda step: (ranked[step], -step))
-    text = f"kept step {kept} with {name} {values.get(kept, math.nan):.3f}; best in the log: step "
+    best = max(values, key=lambda step: (values[step], -step))
+    text = f"kept step {kept} with {name} {values.get(kept, 0.0):.3f}; best in the log: step "
     text += f"{best} with {values[best]:.3f}"
-    return text, evidence_if(ranked.get(kept, 0.0) < ranked[best], "wrong_checkpoint", 1.0, text)
+    return text, evidence_if(values.get(kept, 0.0) < values[best], "wrong_checkpoint", 1.0, text)
 
 
 @gate(RUN_GATES, "logged loss", "the published weights, and no term dominates")
-def logged_loss(examination):
-    """Add the logged terms up with the published weights; compare with the logged loss."""
+def _logged_loss(examination):
     weights = WEIGHTS[examination.config.loss.variant]
-    entries = [entry for entry in examination.history if "loss" in entry]
-    if not entries:
+    log = pd.DataFrame([entry for entry in examination.history if "loss" in entry])
+    if log.empty:
         raise InputError("the run logged no loss", where=examination.folder)
-    gaps, shares = [], []
-    for entry in entries:
-        terms = {
-            name: weights[name.rpartition(".")[2]] * value
-            for name, value in entry.items()
-            if name.rpartition(".")[2] in weights
-        }
-        total = sum(terms.values())
-        gaps.append(abs(entry["loss"] - total) / max(total, 1e-9))
-        if entry["loss_bbox"] > 0:
-            largest = max(terms, key=terms.get)
-            shares.append((terms[largest] / total, largest))
-    gap = float(np.median(gaps))
+    leaves = {name: name.rpartition(".")[2] for name in log}
+    names = [name for name, leaf in leaves.items() if leaf in weights]
+    terms = log[names].fillna(0) * [weights[leaves[name]] for name in names]
+    total = terms.sum(axis=1)
+    gap = float(((log["loss"] - total).abs() / total.clip(lower=1e-9)).median())
     text = f"logged loss against the weighted sum of its terms: {gap:.1g} apart"
     reason = f"{text}: the training did not weigh the terms as published"
     evidence = evidence_if(gap > LOSS_TOLERANCE, "loss_weights", 1.0, reason)
-    if shares:
-        share, name = sorted(shares)[len(shares) // 2]
+    shares = (terms.max(axis=1) / total)[log["loss_bbox"] > 0].sort_values()
+    if len(shares):
+        row = shares.index[len(shares) // 2]
+        share, name = shares[row], terms.loc[row].idxmax()
         text += f"; largest share of one term, median: {share:.0%} ({name})"
         reason = f"{name} makes up {share:.1%} of the loss in half of the steps"
         evidence += evidence_if(share > DOMINANT, "loss_weights", 0.7, reason, is_direct=False)

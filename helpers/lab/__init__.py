@@ -1,12 +1,11 @@
 """Planted faults, patients and the controlled experiment."""
 
 from helpers.lab.clinic import Clinic, signs_table
-from helpers.lab.confusion import confusion_figure, score
-from helpers.lab.experiment import TABLES, cells_of, run_cell
+from helpers.lab.experiment import FACTORS, TABLES, cells_of, run_cell
 from helpers.lab.faults import LESSON_FAULTS
 from helpers.lab.spoil import read_split_wrong_keys, write_broken_copy, write_copy
 from helpers.lab.statistics import (
-    FACTORS,
+    confusion_figure,
     effect_table,
     effects_figure,
     levels_figure,
@@ -14,6 +13,7 @@ from helpers.lab.statistics import (
     load_table,
     main_effects,
     paired_difference,
+    score,
     steps_table,
     tables_folder,
     word_effects,

@@ -1,6 +1,6 @@
 """The clinic: runs that are broken in a way you do not know, to be diagnosed and mended.
 
-A case is a fault of `helpers.lab.faults`, drawn by its number. It stays in the code of this process
+A case, drawn by its number, is a fault of `helpers.lab.faults`. It stays in the code of this process
 until it is treated, the next patient comes, or the clinic is closed.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import weakref
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean as mean
@@ -31,9 +31,7 @@ SCORE_THRESHOLD = 0.3
 LEAST_IOU = 0.5
 MARGIN = 0.1  # share of the images or prompts that may be judged otherwise than by the healthy run
 LEAST_AP50_SHARE = 0.75  # part of the healthy run's AP50 that a cured one has to reach
-EPOCHS = "scale.num_epochs=0.06"
-"""Three epochs on the embedded base for the healthy run, the patients that train and their cure:
-they are compared with one another, so none may be shorter."""
+EPOCHS = "scale.num_epochs=0.06"  # for all runs, which are compared: three on the embedded base
 WARDS = {
     "01": ("crowd", "images turned", "orientation ignored", "masks swallowed"),
     "02": ("wrong keys", "empty", "emptied by a transform"),
@@ -46,8 +44,7 @@ WARDS = {
     "04": ("no absent prompts", "score weight zero", "presence at its clamp"),
     "05": ("finest level dropped", "loader without effect", "decoder zeroed"),
 }
-"""Lesson to the faults of `FAULTS` that a patient of it may have: those that show in the vital signs
-after a short training."""
+"""Lesson to the `FAULTS` of its patients: those that show in the signs after a short training."""
 WARDS["06"] = tuple(name for ward in WARDS.values() for name in ward)
 WARDS["07"] = ("images turned", "crowd", "empty", "trained as object")
 HEALTHY_FOLDER, RECIPE_FILE, PATIENT_FOLDER = "healthy", "recipe.json", "patient"
@@ -57,29 +54,15 @@ _OPEN_CLINICS = weakref.WeakSet()
 
 @dataclass(frozen=True)
 class VitalSigns:
-    """What is detected on the validation split, as shares of its images or absent prompts.
+    """What is detected on the validation split, as shares of its images or absent prompts."""
 
-    Attributes
-    ----------
-    found, outlined : float
-        Share of the images with an object on which it is detected, and with an IoU of at least 0.5.
-    false_alarms : float
-        Share of the absent prompts that are detected.
-    AP50 : float
-        What the evaluation says; 0 where it has no meaning.
-    presence, best_query : float
-        The two factors of the score, as means over the images with an object; they are not judged.
-    remark : str
-        What was raised instead of an answer; empty if nothing was.
-    """
-
-    found: float = 0.0
-    outlined: float = 0.0
-    false_alarms: float = 0.0
-    AP50: float = 0.0
-    presence: float = 0.0
-    best_query: float = 0.0
-    remark: str = ""
+    found: float = 0.0  # images with an object on which it is detected
+    outlined: float = 0.0  # the same, with an IoU of at least 0.5
+    false_alarms: float = 0.0  # absent prompts that are detected
+    AP50: float = 0.0  # of the evaluation; 0 where it has no meaning
+    presence: float = 0.0  # factor of the score, mean over the images with an object
+    best_query: float = 0.0  # the other factor
+    remark: str = ""  # what was raised instead of an answer
 
 
 @dataclass(frozen=True)
@@ -92,19 +75,18 @@ class CureReport:
 
     @property
     def cured(self):
-        """bool: True if the patient detects what the healthy run detects, within the margins."""
+        """True if the patient detects what the healthy run detects, within the margins."""
         return not deviations(self.now, self.healthy)
 
     @property
     def table(self):
-        """`pandas.DataFrame`: one row per measurement, one column per sign."""
-        return signs_table(
-            {"healthy run": self.healthy, "on admission": self.admission, "now": self.now}
-        )
+        """One row per measurement, one column per sign."""
+        signs = {"healthy run": self.healthy, "on admission": self.admission, "now": self.now}
+        return signs_table(signs)
 
     @property
     def sentence(self):
-        """str: whether detections came back, with the numbers that say so."""
+        """Whether detections came back, with the numbers that say so."""
         if worse := deviations(self.now, self.healthy):
             return f"Still ill: {'; '.join(worse.values())}."
         changes = [
@@ -123,15 +105,12 @@ def signs_table(signs):
 
 def deviations(signs, healthy):
     """Map each sign that is worse than the healthy run's, beyond its margin, to what is wrong."""
-    worse = {}
-    for name, limit in {
-        "found": healthy.found - MARGIN,
-        "outlined": healthy.outlined - MARGIN,
-        "AP50": healthy.AP50 * LEAST_AP50_SHARE,
-    }.items():
+    least = {"found": healthy.found - MARGIN, "outlined": healthy.outlined - MARGIN}
+    least |= {"AP50": healthy.AP50 * LEAST_AP50_SHARE}
+    most, worse = healthy.false_alarms + MARGIN, {}
+    for name, limit in least.items():
         if getattr(signs, name) < limit:
             worse[name] = f"{name} is {getattr(signs, name):.2f}, at least {limit:.2f} is healthy"
-    most = healthy.false_alarms + MARGIN
     if signs.false_alarms > most:
         text = f"false_alarms is {signs.false_alarms:.2f}, at most {most:.2f} is healthy"
         worse["false_alarms"] = text
@@ -169,29 +148,18 @@ def signs_of(answers):
 
 
 class Patient:
-    """A run with one fault.
+    """A run with one fault: its folder, its signs on admission, and the treatments tried so far."""
 
-    Attributes
-    ----------
-    folder : pathlib.Path
-        The run folder; another one after a cure that had to train again.
-    signs : VitalSigns
-        What was detected on admission.
-    treatments : list of str
-        What was tried, in order.
-    """
-
-    def __init__(self, clinic, fault, case_folder, run_folder):
+    def __init__(self, clinic, fault, case_folder, run_folder, signs):
         self._clinic, self._fault, self._case_folder = clinic, fault, case_folder
-        self._guess = None
-        self._is_planted = True
-        self.folder = run_folder
-        self.signs = clinic.measure(run_folder)
+        self._guess, self._is_planted = None, True
+        self.folder = run_folder  # another one after a cure that had to train again
+        self.signs = signs
         self.treatments = []
 
     @property
     def guess(self):
-        """str: the cause you suspect, a key of `helpers.causes.CAUSES`; None before you say so."""
+        """The cause you suspect, a key of `helpers.causes.CAUSES`; None before you say so."""
         return self._guess
 
     @guess.setter
@@ -204,7 +172,7 @@ class Patient:
         return diagnose(self.folder)
 
     def treat(self, cause):
-        """Put right what a cause, a key of `helpers.causes.CAUSES`, says is wrong.
+        """Put right what a cause says is wrong.
 
         If it is the cause, the fault is taken back and the run is made again as far as the fault reached
         into it. If it is not, what is put right was right before, and nothing changes.
@@ -226,11 +194,11 @@ class Patient:
         right = "as guessed" if self.guess == fault.cause else f"the guess was {self.guess}"
         return (
             f"{fault.cause}, {right}.\n"
-            f"What was done: {fault.what}\nWhat you see: {fault.symptom}\nCure: {fault.cure}"
+            f"What was done: {fault.what}\nWhat you see: {fault.symptom}\n"
+            f"Cure: {CAUSES[fault.cause].fix}"
         )
 
     def _require_guess(self, what):
-        """Refuse what would give the answer away too early."""
         if self.guess is None:
             raise InputError(
                 f"{what} comes after your guess",
@@ -239,22 +207,14 @@ class Patient:
             )
 
 
-class Clinic:
+class Clinic(AbstractContextManager):
     """Where patients are admitted: one healthy run for comparison, and one bed.
 
     The healthy run is made once for a folder and is used by all exercises. A clinic is also a
     context manager; leaving it, deleting it, or opening another takes its fault out of the code.
 
-    Parameters
-    ----------
-    folder, data_dir : os.PathLike
-        For the healthy run and the patients; the dataset.
-    profile : str
-        Overlay of the config.
-    seed : int
-        Of every training.
-    settings : sequence of str
-        Further config overrides.
+    Runs go to ``folder``; ``data_dir`` is the dataset, ``profile`` and ``settings`` are overlay and
+    overrides of the config, ``seed`` is that of every training.
     """
 
     def __init__(self, folder, *, data_dir=WALL_CRACKS, profile="tiny", seed=42, settings=()):
@@ -270,33 +230,28 @@ class Clinic:
             "settings": [EPOCHS, f"training.seed={seed}", *settings],
         }
         self.healthy = self.folder / HEALTHY_FOLDER / RUN_FOLDER
-        self._make_healthy_run()
+        recipe = self.healthy.parent / RECIPE_FILE
+        is_finished = recipe.is_file() and (self.healthy / METRICS_FILE).is_file()
+        if not is_finished or read_json(recipe, "remove the folder") != self._recipe:
+            self.make(HEALTHY, self.healthy.parent)
+            write_json(recipe, self._recipe)
         config = load_config(self.healthy / RUN_CONFIG)
         self._truth = load_dataset(config, data_dir).split(config.data.val_split)
         if not self._truth.num_objects:
             fix = "use another dataset"
             raise InputError("no image shows an object", where=self._truth.root, fix=fix)
-        self.signs = self.measure(self.healthy)
+        self.signs = take_signs(self.healthy, self._truth)
 
-    def __enter__(self):
-        """Return the clinic itself."""
-        return self
-
-    def __exit__(self, *error):
-        """Close the clinic."""
-        self.close()
-
-    def close(self):
+    def close(self, *error):
         """Take the fault of the last patient out of the code of this process."""
         self._bed.close()
 
-    discharge = close
+    discharge = __exit__ = close
 
     def admit(self, ward, case):
-        """Draw a fault, plant it, and take the signs of the run; the patient before is discharged.
+        """Draw a fault of a ward of `WARDS`, plant it, and return the `Patient`.
 
-        ``ward`` is a key of `WARDS`; the same ``case``, a whole number from 0, draws the same fault.
-        Returns the `Patient`.
+        The same ``case``, a whole number from 0, draws the same fault. The patient before is discharged.
         """
         if ward not in WARDS:
             raise InputError(f"no ward {ward!r}", where="clinic", fix=f"choose from {list(WARDS)}")
@@ -308,20 +263,16 @@ class Clinic:
         self.discharge()
         folder = self.folder / f"{PATIENT_FOLDER}_{ward}_{case}"
         run = self._bed.enter_context(self._planted(fault, folder))
-        return Patient(self, fault, folder, run)
+        return Patient(self, fault, folder, run, take_signs(run, self._truth))
 
     def suspects(self, ward):
-        """Return the causes that a patient of a ward may have: list of str, in their order."""
+        """Return the causes that a patient of a ward may have, in their order."""
         possible = {FAULTS[name].cause for name in WARDS[ward]}
         return [code for code in CAUSES if code in possible]
 
-    def measure(self, folder):
-        """Take the `VitalSigns` of the run in a folder."""
-        return take_signs(folder, self._truth)
-
     def check_cure(self, patient):
         """Say whether detections came back, in a `CureReport`: it measures and compares no name."""
-        return CureReport(self.signs, patient.signs, self.measure(patient.folder))
+        return CureReport(self.signs, patient.signs, take_signs(patient.folder, self._truth))
 
     def make(self, fault, folder):
         """Make a run with the recipe of the clinic and return its folder."""
@@ -331,17 +282,8 @@ class Clinic:
     def _planted(self, fault, folder):
         """Plant a fault in a run of this clinic's recipe, as long as the others."""
         settings = tuple(text for text in fault.settings if ".num_epochs=" not in text)
-        if settings != fault.settings:
-            fault = replace(fault, settings=settings)
+        fault = replace(fault, settings=settings)
         return planted(fault, folder, healthy=self.healthy, **self._recipe)
-
-    def _make_healthy_run(self):
-        """Train the healthy run, unless it was trained with this recipe before."""
-        recipe = self.healthy.parent / RECIPE_FILE
-        is_finished = recipe.is_file() and (self.healthy / METRICS_FILE).is_file()
-        if not is_finished or read_json(recipe, "remove the folder") != self._recipe:
-            self.make(HEALTHY, self.healthy.parent)
-            write_json(recipe, self._recipe)
 
 
 def check_cause(code, name):

@@ -1,8 +1,4 @@
-"""The controlled experiment: its designs, and the run of one cell of them.
-
-``python -m data.experiments.make`` runs all cells. Their results hold for a base that never met the
-word it is taught.
-"""
+"""The controlled experiment: its designs, and the run of one cell; data.experiments runs all."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import subprocess
 import time
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 from helpers.config import load_config
 from helpers.data.coco import read_split
@@ -20,10 +15,22 @@ from helpers.errors import InputError
 from helpers.files import CONFIGS, DATA, ROOT, WALL_CRACKS, read_json
 from helpers.lab.spoil import read_split_wrong_keys
 from helpers.model.lora import COMPONENTS
-from helpers.model.sam3 import best_device, load_base
+from helpers.model.sam3 import best_device
 from helpers.train.training import train
 
 SEEDS = (1, 2, 3, 4, 5)
+FACTORS = {
+    "causes": {
+        "objects": ("no", "yes"),
+        "prompt": ("object", "crack"),
+        "text_lora": ("off", "on"),
+        "negatives": (0, 3),
+    },
+    "schedule": {"schedule": ("failing", "fixed"), "text_lora": ("off", "on")},
+}
+"""Factors of the two factorial designs with their levels, the document's position first."""
+SCHEDULES = {"failing": (20, 1000, 5e-5), "fixed": (50, 100, 1e-4)}
+"""Epochs, warm-up steps and learning rate of the document."""
 PARTS = tuple(name for name in COMPONENTS if name != "geometry_encoder")
 """Components that a text prompt passes through, in the order of the forward pass."""
 EQUAL_RANK = 16
@@ -42,14 +49,11 @@ BATCH = ("training.batch_size=4", "training.gradient_accumulation_steps=1")
 SHORTER = {("tiny", "causes"): 0.1, ("tiny", "components"): 0.06}
 """Share of the config's epochs by profile and design: 210 runs of the base then take two hours."""
 
-TABLES = DATA / "experiments"
-"""The committed tables, one CSV file per design and ``base.csv``."""
-DATA_DIR = str(WALL_CRACKS.relative_to(ROOT))
-"""Relative, so that the hash of a config is the same on every machine."""
+TABLES = DATA / "experiments"  # committed: one CSV file per design, base.csv, confusion.csv
+DATA_DIR = str(WALL_CRACKS.relative_to(ROOT))  # so that a config has one hash on every machine
 KNOWN_THINGS = DATA / "known_things"
 """32 walls with what the embedded base knows, and ``prompts.json``: what is asked on each."""
-TEXT_COLUMNS = {"config_hash": str, "code_version": str}
-"""Hashes may consist of digits, which a reader of tables would take for numbers."""
+TEXT_COLUMNS = {"config_hash": str, "code_version": str}  # may consist of digits
 OF_EVALUATION = {
     "detected_share": "max_score_present_share_above",
     "max_score": "max_score_present",
@@ -65,29 +69,17 @@ RESPONSES = (*OF_EVALUATION, "presence_prob", "max_query_prob", "retention_AP", 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a design.
-
-    Attributes
-    ----------
-    factors : dict
-        What is varied: name to level, in the order of the design.
-    seed : int
-        Of LoRA's start, the order of the images, and the draw of absent prompts.
-    overrides : tuple of str
-        Settings on top of config and profile.
-    objects_read : bool
-        False trains and validates on what the failing script's reader returned.
-    """
+    """One run of a design."""
 
     design: str
-    factors: dict
-    seed: int
-    overrides: tuple[str, ...]
-    objects_read: bool = True
+    factors: dict  # what is varied: name to level, in the order of the design
+    seed: int  # of LoRA's start, the order of the images, and the draw of absent prompts
+    overrides: tuple[str, ...]  # settings on top of config and profile
+    objects_read: bool = True  # False: train and validate on what the failing script's reader read
 
     @property
     def name(self):
-        """str: unique in its design, usable as a file name."""
+        """Unique in its design, usable as a file name."""
         levels = [f"{key}-{value}" for key, value in self.factors.items()]
         return "_".join([*levels, f"seed-{self.seed}"]).replace(" ", "-")
 
@@ -100,19 +92,21 @@ class Cell:
         return load_config(path, profile, [*settings, *BATCH, *self.overrides])
 
 
+def _flag(part, is_on):
+    return f"lora.apply_to_{part}={str(is_on).lower()}"
+
+
 def causes_design(seeds):
     """Cross the four suspects: objects read, training prompt, text LoRA, absent prompts."""
     cells = []
-    for seed, read, prompt, text, negatives in product(
-        seeds, ("no", "yes"), ("object", "crack"), ("off", "on"), (0, 3)
-    ):
-        factors = {"objects": read, "prompt": prompt, "text_lora": text, "negatives": negatives}
+    for seed, *levels in product(seeds, *FACTORS["causes"].values()):
+        factors = dict(zip(FACTORS["causes"], levels, strict=True))
         overrides = (
-            f"data.prompt={prompt if prompt == 'object' else 'null'}",
-            _flag("text_encoder", text == "on"),
-            f"data.num_negatives={negatives}",
+            f"data.prompt={'object' if factors['prompt'] == 'object' else 'null'}",
+            _flag("text_encoder", factors["text_lora"] == "on"),
+            f"data.num_negatives={factors['negatives']}",
         )
-        cells.append(Cell("causes", factors, seed, overrides, objects_read=read == "yes"))
+        cells.append(Cell("causes", factors, seed, overrides, factors["objects"] == "yes"))
     return cells
 
 
@@ -122,7 +116,8 @@ def components_design(seeds):
     choices |= {f"all but {part}": tuple(p for p in PARTS if p != part) for part in PARTS}
     cells = []
     for seed, equal, (choice, parts) in product(seeds, ("rank", "size"), choices.items()):
-        rank = EQUAL_RANK if equal == "rank" else rank_of_equal_size(parts)
+        nearest = round(EQUAL_PARAMETERS / sum(PARAMETERS_AT_RANK_1[part] for part in parts))
+        rank = EQUAL_RANK if equal == "rank" else min(max(1, nearest), FULL_RANK)
         names = ["q_proj", "k_proj", "v_proj", "out_proj"]
         if parts != ("mask_decoder",):  # its only feed-forward layers are convolutions
             names += ["fc1", "fc2"]
@@ -139,10 +134,9 @@ def components_design(seeds):
 
 def schedule_design(seeds):
     """Cross the document's two schedules with text LoRA; a profile scales both alike."""
-    schedules = {"failing": (20, 1000, 5e-5), "fixed": (50, 100, 1e-4)}
     cells = []
-    for seed, name, text in product(seeds, schedules, ("off", "on")):
-        epochs, warmup, rate = schedules[name]
+    for seed, name, text in product(seeds, *FACTORS["schedule"].values()):
+        epochs, warmup, rate = SCHEDULES[name]
         overrides = (
             f"training.num_epochs={epochs}",
             f"training.warmup_steps={warmup}",
@@ -153,29 +147,11 @@ def schedule_design(seeds):
     return cells
 
 
-DESIGNS = {
-    "causes": causes_design,
-    "schedule": schedule_design,
-    "components": components_design,
-}
-"""Name to a function that lists the cells for some seeds."""
-
-
-def _flag(part, is_on):
-    return f"lora.apply_to_{part}={str(is_on).lower()}"
-
-
-def rank_of_equal_size(parts):
-    """Return the rank at which some components have about `EQUAL_PARAMETERS`."""
-    per_rank = sum(PARAMETERS_AT_RANK_1[part] for part in parts)
-    return min(max(1, round(EQUAL_PARAMETERS / per_rank)), FULL_RANK)
+DESIGNS = {"causes": causes_design, "schedule": schedule_design, "components": components_design}
 
 
 def cells_of(design, seeds=SEEDS):
-    """List the runs of a design, one seed after the other.
-
-    Raises InputError if there is no such design in `DESIGNS`, or no seed.
-    """
+    """List the runs of a design in `DESIGNS`, one seed after the other."""
     if design not in DESIGNS:
         raise InputError(f"there is no design {design!r}", fix=f"use one of {', '.join(DESIGNS)}")
     if not seeds:
@@ -186,11 +162,7 @@ def cells_of(design, seeds=SEEDS):
 def run_cell(cell, profile, data_dir, folder):
     """Train and judge one cell on the dataset in ``data_dir``, with the run in ``folder``.
 
-    Returns
-    -------
-    dict
-        Factors, seed, `RESPONSES`, ``final_loss`` (of the last logged step), ``parameters`` (of
-        LoRA), ``steps``, ``seconds``, ``config_hash``, ``code_version``, ``profile``.
+    Returns a row of the tables, a dict: what was run, `RESPONSES`, and the costs.
     """
     started = time.perf_counter()
     config = cell.config(profile, data_dir)
@@ -221,42 +193,23 @@ def run_cell(cell, profile, data_dir, folder):
 def judge(model, processor, config, data_dir):
     """Measure `RESPONSES` of one model, asking for the category names, whatever was trained."""
     model.to(best_device())
-    settings = config.evaluation
-    queries = predict_split(
-        model,
-        processor,
-        read_split(data_dir, "test"),
-        absent_prompts=settings.absent_prompts,
-        mask_threshold=settings.mask_threshold,
-    )
+    settings, test = config.evaluation, read_split(data_dir, "test")
+    options = {"absent_prompts": settings.absent_prompts, "mask_threshold": settings.mask_threshold}
+    queries = predict_split(model, processor, test, **options)
     metrics = evaluate_queries(queries, settings.score_threshold)
     row = {name: metrics[source] for name, source in OF_EVALUATION.items()}
     present = [query for query in queries if query.is_positive]
     for name in ("presence_prob", "max_query_prob"):
         row[name] = sum(getattr(query, name) for query in present) / len(present)
-    retention = coco_ap(known_queries(model, processor))
-    return row | {f"retention_{name}": retention[name] for name in ("AP", "AP50")}
-
-
-def known_queries(model, processor):
-    """Ask for present and absent known things on the walls of `KNOWN_THINGS`."""
     prompts = read_json(KNOWN_THINGS / "prompts.json", "restore data/known_things")
-    queries = predict_split(model, processor, read_split(KNOWN_THINGS, "test"))
-    return [query for query in queries if query.prompt in prompts[query.image_id]]
-
-
-def run_base(cell, profile, data_dir):
-    """Judge the base without any adapter by the questions of a cell; return its row."""
-    config = cell.config(profile, data_dir)
-    settings = config.model
-    model, processor = load_base(settings.name, settings.revision, resolution=settings.resolution)
-    row = judge(model, processor, config, data_dir)
-    return row | {"profile": profile, "code_version": code_version()}
+    known = predict_split(model, processor, read_split(KNOWN_THINGS, "test"))
+    retention = coco_ap([query for query in known if query.prompt in prompts[query.image_id]])
+    return row | {f"retention_{name}": retention[name] for name in ("AP", "AP50")}
 
 
 def code_version():
     """Return the commit the code is at, ``-dirty`` if files differ, ``unknown`` without git."""
-    if not (Path(ROOT) / ".git").exists():
+    if not (ROOT / ".git").exists():
         return "unknown"
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)

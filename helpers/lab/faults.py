@@ -1,7 +1,6 @@
 """All faults of the lab by name, and how one is planted, run and taken back.
 
 A fault lies in files, in settings, or in a function of the pipeline that is replaced for a while.
-No other room knows of them.
 """
 
 from __future__ import annotations
@@ -10,19 +9,17 @@ import importlib
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from helpers.causes import CAUSES
 from helpers.config import GuardSection, load_config
 from helpers.files import CONFIGS, DATA, WALL_CRACKS, read_json, write_json
-from helpers.lab import spoil
 from helpers.lab.spoil import SPOIL_DATA, read_split_wrong_keys
 from helpers.model.lora import CONFIG_FILE, WEIGHTS_FILE, read_adapter_weights
 from helpers.model.prompted import base_of
@@ -31,7 +28,6 @@ from helpers.train.training import train
 
 GUARDS_OFF = tuple((f"guards.{name}", False) for name in GuardSection.model_fields)
 LAB_SETTINGS = ("training.batch_size=4", "training.gradient_accumulation_steps=1")
-"""On top of ``crack_detection_config.yaml`` and the profile: the healthy run of the lab."""
 RUN_FOLDER, DATA_FOLDER = "run", "data"
 COARSE_STEP = 0.1
 DEEP = -30.0  # presence logit; the clamp is at -10
@@ -39,41 +35,17 @@ DEEP = -30.0  # presence logit; the clamp is at -10
 
 @dataclass(frozen=True)
 class Fault:
-    """One small fault, a row of ``data/faults.csv``, planted without a copy of the pipeline.
+    """One small fault, a row of ``data/faults.csv``, planted without a copy of the pipeline."""
 
-    Attributes
-    ----------
-    what, symptom : str
-        What is done, and what a person sees of it from outside.
-    cause : str
-        Key of `helpers.causes.CAUSES` that the diagnosis has to name; empty if only a check has to.
-    codes : tuple of str
-        Findings of the data check of which it causes at least one.
-    spoil_data, spoil_run : callable, optional
-        Change files in the folder of a copy of the dataset, or of a finished run.
-    patch : callable, optional
-        Returns a context manager that perturbs functions of the pipeline.
-    trains : bool
-        False for a fault that needs only a copy of a healthy run.
-    lesson : str
-        Number of the lesson that plants it in a copy of the data; empty for none.
-    """
-
-    what: str
-    symptom: str
-    cause: str = ""
-    codes: tuple[str, ...] = ()
+    what: str  # is done
+    symptom: str  # what a person sees of it from outside
+    cause: str = ""  # key of `helpers.causes.CAUSES` that the diagnosis has to name, if it has to
+    codes: tuple[str, ...] = ()  # findings of the data check of which it causes at least one
     settings: tuple[str, ...] = ()
-    spoil_data: Callable[[Path], None] | None = None
-    patch: Callable[[], AbstractContextManager] | None = None
-    spoil_run: Callable[[Path], None] | None = None
-    trains: bool = True
-    lesson: str = ""
-
-    @property
-    def cure(self):
-        """str: what mends it."""
-        return CAUSES[self.cause].fix
+    spoil_data: Callable[[Path], None] | None = None  # in the folder of a copy of the dataset
+    patch: Callable[[], AbstractContextManager] | None = None  # while functions are perturbed
+    spoil_run: Callable[[Path], None] | None = None  # in the folder of a finished run
+    trains: bool = True  # False: a copy of a healthy run will do
 
 
 HEALTHY = Fault("nothing is done", "nothing is seen")
@@ -108,30 +80,26 @@ def planted(fault, folder, *, healthy=None, settings=(), data_dir=WALL_CRACKS, p
 
 def _train(fault, run, data_dir, settings, profile):
     """Train with everything off that would refuse the fault."""
-    overrides = [
-        ("data.data_dir", data_dir),
-        *LAB_SETTINGS,
-        *settings,
-        *GUARDS_OFF,
-        *fault.settings,
-    ]
+    overrides = [("data.data_dir", data_dir), *LAB_SETTINGS, *settings]
+    overrides += [*GUARDS_OFF, *fault.settings]
     config = load_config(CONFIGS / "crack_detection_config.yaml", profile, overrides)
     try:
         train(config, output_dir=run, overwrite=True, allow_empty=True, progress=False)
     except Exception:
-        if fault is HEALTHY:
+        if fault == HEALTHY:
             raise
         # A fault may well stop the training; what it left is what the diagnosis gets to see.
 
 
 @contextmanager
 def replaced(name, wrap):
-    """Put ``wrap(original)`` in the place of a function or method of the package.
+    """Put ``wrap(original)`` in the place of a function or method, such as "data.coco.read_split".
 
-    ``name`` is a path below ``helpers``, such as ``"data.coco.read_split"``. Every module that was
-    imported by then has the replacement, and every module imported since gets the original back.
+    Every module that was imported by then has the replacement, and every module imported since gets
+    the original back.
     """
-    owner, attribute = _owner_of(name)
+    room, file, *path, attribute = name.split(".")
+    owner = reduce(getattr, path, importlib.import_module(f"helpers.{room}.{file}"))
     original = getattr(owner, attribute)
     replacement = wrap(original)
     _swap(owner, attribute, original, replacement)
@@ -141,19 +109,10 @@ def replaced(name, wrap):
         _swap(owner, attribute, replacement, original)
 
 
-def _owner_of(name):
-    """Split a path below ``helpers`` into the module or class that holds the last name, and that."""
-    *parts, attribute = name.split(".")
-    owner = importlib.import_module(f"helpers.{parts[0]}.{parts[1]}")
-    for part in parts[2:]:
-        owner = getattr(owner, part)
-    return owner, attribute
-
-
 def _swap(owner, attribute, old, new):
     setattr(owner, attribute, new)
-    loaded = [module for name, module in sys.modules.items() if name.startswith("helpers.")]
-    for module in loaded:
+    modules = [module for name, module in sys.modules.items() if name.startswith("helpers.")]
+    for module in modules:
         for key, value in list(vars(module).items()):
             if value is old:
                 setattr(module, key, new)
@@ -164,9 +123,25 @@ def patch_of(name, wrap):
     return partial(replaced, name, wrap=wrap)
 
 
-def _wraps_result(change):
-    """Wrap a function so that ``change`` modifies what it returns."""
-    return lambda original: lambda *args, **kwargs: change(original(*args, **kwargs))
+def _result_changed(name, change):
+    """Make a ``patch`` after which ``change`` modifies what a function returns."""
+    return patch_of(
+        name, lambda original: lambda *args, **kwargs: change(original(*args, **kwargs))
+    )
+
+
+@contextmanager
+def _names_of_another_model():
+    def only_mlp(original):  # the section of LoRA is the last argument
+        names = {"target_modules": ("fc1", "fc2")}
+        return lambda *args: original(*args[:-1], args[-1].model_copy(update=names))
+
+    with (
+        replaced("model.lora.enabled_components", lambda _: lambda lora: ["vision_encoder"]),
+        replaced("model.lora.target_pattern", only_mlp),
+        replaced("model.lora.target_modules", only_mlp),
+    ):
+        yield
 
 
 def _without_masks(targets):
@@ -175,31 +150,6 @@ def _without_masks(targets):
 
 def _without_objects(targets):
     return {name: values[:0] for name, values in targets.items()}
-
-
-@contextmanager
-def _wrong_keys():
-    """Put the reader of the failing script in the place of ours, on which it builds."""
-    wrong = read_split_wrong_keys
-    with replaced("data.coco.read_split", lambda _: lambda *args: wrong(*args)) as right:
-        spoil.read_split = right
-        yield
-
-
-@contextmanager
-def _names_of_another_model():
-    def only_mlp(lora):
-        return lora.model_copy(update={"target_modules": ("fc1", "fc2")})
-
-    wraps = {
-        "enabled_components": lambda _: lambda lora: ["vision_encoder"],
-        "target_pattern": lambda original: lambda lora: original(only_mlp(lora)),
-        "target_modules": lambda original: lambda model, lora: original(model, only_mlp(lora)),
-    }
-    with ExitStack() as stack:
-        for name, wrap in wraps.items():
-            stack.enter_context(replaced(f"model.lora.{name}", wrap))
-        yield
 
 
 def _without_text_encoder(names):
@@ -267,26 +217,24 @@ def _halve_alpha(run):
 
 
 PATCHES = {
-    "wrong keys": _wrong_keys,
-    "masks swallowed": patch_of("data.dataset.object_targets", _wraps_result(_without_masks)),
-    "emptied by a transform": patch_of(
-        "data.dataset.object_targets", _wraps_result(_without_objects)
+    "wrong keys": patch_of(
+        "data.coco.read_split", lambda _: lambda *args: read_split_wrong_keys(*args)
     ),
+    "masks swallowed": _result_changed("data.dataset.object_targets", _without_masks),
+    "emptied by a transform": _result_changed("data.dataset.object_targets", _without_objects),
     "score weight zero": patch_of("model.losses.weighted_sum", _scores_unweighted),
-    "finest level dropped": patch_of(
-        "model.prompted.repeat_vision_embeds", _wraps_result(_drop_finest_level)
+    "finest level dropped": _result_changed(
+        "model.prompted.repeat_vision_embeds", _drop_finest_level
     ),
-    "decoder zeroed": patch_of("model.sam3.load_base", _wraps_result(_zero_decoder)),
+    "decoder zeroed": _result_changed("model.sam3.load_base", _zero_decoder),
     "presence at its clamp": patch_of(
         "train.trainer.Sam3Trainer.compute_loss", _presence_pushed_down
     ),
-    "flag without effect": patch_of(
-        "model.lora.enabled_components", _wraps_result(_without_text_encoder)
-    ),
+    "flag without effect": _result_changed("model.lora.enabled_components", _without_text_encoder),
     "names of another model": _names_of_another_model,
-    "lora b frozen": patch_of("model.lora.add_lora", _wraps_result(_freeze_b)),
-    "text features detached": patch_of(
-        "model.prompted.Sam3Model.get_text_features", _wraps_result(_detach_pooled)
+    "lora b frozen": _result_changed("model.lora.add_lora", _freeze_b),
+    "text features detached": _result_changed(
+        "model.prompted.Sam3Model.get_text_features", _detach_pooled
     ),
     "loader without effect": patch_of(
         "model.lora.load_adapter_weights", lambda _: lambda *args: None
@@ -304,30 +252,26 @@ SPOIL_RUN = {
         lambda key, tensor: (key, (tensor / COARSE_STEP).round() * COARSE_STEP)
     ),
 }
-"""Faults of what a run saved."""
 
 
-def _read_faults(path):
-    """Join the rows of the table of faults with what plants them."""
-    faults = {}
-    for row in pd.read_csv(path, dtype=str, keep_default_na=False).itertuples():
-        faults[row.fault] = Fault(
-            row.what,
-            row.symptom,
-            cause=row.cause,
-            codes=tuple(row.codes.split()),
-            settings=tuple(filter(None, row.settings.split("; "))),
-            spoil_data=SPOIL_DATA.get(row.fault),
-            patch=PATCHES.get(row.fault),
-            spoil_run=SPOIL_RUN.get(row.fault),
-            trains=row.trains == "yes",
-            lesson=row.lesson,
-        )
-    return faults
+def _fault(row):
+    """Join a row of the table of faults with what plants the fault."""
+    return Fault(
+        row.what,
+        row.symptom,
+        cause=row.cause,
+        codes=tuple(row.codes.split()),
+        settings=tuple(filter(None, row.settings.split("; "))),
+        spoil_data=SPOIL_DATA.get(row.fault),
+        patch=PATCHES.get(row.fault),
+        spoil_run=SPOIL_RUN.get(row.fault),
+        trains=row.trains == "yes",
+    )
 
 
-_ROWS = _read_faults(DATA / "faults.csv")
-FAULTS = {name: fault for name, fault in _ROWS.items() if fault.cause}
+_TABLE = pd.read_csv(DATA / "faults.csv", dtype=str, keep_default_na=False)
+_FAULTS = {row.fault: _fault(row) for row in _TABLE.itertuples()}
+FAULTS = {name: fault for name, fault in _FAULTS.items() if fault.cause}
 """Name to fault, of those that the diagnosis has to name."""
-LESSON_FAULTS = {name: fault for name, fault in _ROWS.items() if fault.lesson == "01"}
+LESSON_FAULTS = {name: _FAULTS[name] for name in _TABLE["fault"][_TABLE["lesson"] == "01"]}
 """What lesson 01 plants in copies. The last one agrees with itself in every number: only eyes find it."""

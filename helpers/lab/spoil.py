@@ -1,13 +1,11 @@
-"""Faults in the files of a dataset, broken copies for lesson 01, and the failing script's reader.
-
-No other room uses them: the lab plants them on purpose, to see whether checks and diagnosis name them.
-"""
+"""Faults in the files of a dataset, broken copies for lesson 01, and the failing script's reader."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path, PurePosixPath
 
 import cv2
@@ -15,12 +13,12 @@ import numpy as np
 from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 
-from helpers.data.coco import COCO_FILE, read_split
+from helpers.data.coco import entries_of, image_record, read_split
 from helpers.data.images import IMAGE_SUFFIXES, open_upright
-from helpers.data.masks import mask_to_rle, rle_box_xyxy, segmentation_to_rle
+from helpers.data.masks import mask_to_rle, segmentation_to_rle
 from helpers.data.records import ObjectAnnotation
 from helpers.errors import InputError
-from helpers.files import write_json
+from helpers.files import read_json, write_json
 
 NUM_IMAGES = 8
 JPEG_QUALITY = 95
@@ -34,7 +32,7 @@ def in_every_file(change, splits=("train", "valid", "test")):
     def spoil(folder):
         for split in splits:
             for path in sorted((Path(folder) / split).rglob("*.json")):
-                content = json.loads(path.read_text(encoding="utf-8"))
+                content = read_json(path)
                 change(content)
                 write_json(path, content)
 
@@ -52,6 +50,15 @@ def in_every_object(change):
     return in_every_file(change_all)
 
 
+def in_every_box(change):
+    """Make a ``spoil_data`` of ``change(x, y, width, height, image's width, height)``, the new box."""
+
+    def change_box(entry, image):
+        entry["bbox"] = list(change(*entry["bbox"], image["width"], image["height"]))
+
+    return in_every_object(change_box)
+
+
 def in_every_mask(change):
     """Make a ``spoil_data`` that turns each mask, (height, width) uint8, into ``change(mask)``."""
 
@@ -64,6 +71,10 @@ def in_every_mask(change):
     return in_every_object(change_mask)
 
 
+def _image_files(folder):
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
 def in_every_image(change):
     """Make a ``spoil_data`` that saves each upright picture as ``change(picture)``; annotations stay."""
 
@@ -74,48 +85,15 @@ def in_every_image(change):
     return spoil
 
 
-def _image_files(folder):
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-
-
-def _corners(entry, image):
-    x, y, width, height = entry["bbox"]
-    entry["bbox"] = [x, y, x + width, y + height]
-
-
-def _fractions(entry, image):
-    """Write a box as YOLO does: centre and size, as parts of the image."""
-    x, y, width, height = entry["bbox"]
-    across, down = image["width"], image["height"]
-    entry["bbox"] = [
-        (x + width / 2) / across,
-        (y + height / 2) / down,
-        width / across,
-        height / down,
-    ]
-
-
-def _thin(entry, image):
-    entry["bbox"][2] = 0.2
-
-
-def _number_from_zero(entry, image):
-    entry["category_id"] -= 1
-
-
-def _mirror_box(entry, image):
-    x, _, width, _ = entry["bbox"]
-    entry["bbox"][0] = image["width"] - x - width
+def _fractions(x, y, w, h, across, down):
+    """Return a box as YOLO writes it: centre and size, as parts of the image."""
+    return (x + w / 2) / across, (y + h / 2) / down, w / across, h / down
 
 
 def _mirror(folder):
     """Flip boxes and masks left-right and leave the images as they are."""
-    in_every_object(_mirror_box)(folder)
+    in_every_box(lambda x, y, w, h, across, _: (across - x - w, y, w, h))(folder)
     in_every_mask(lambda mask: mask[:, ::-1])(folder)
-
-
-def _rename_key(content):
-    content["objects"] = content.pop("annotations")
 
 
 def _remove_half(content):
@@ -170,16 +148,13 @@ def _far_away(pixels):
     return far
 
 
-def _box_around_mask(entry, image):
-    x0, y0, x1, y1 = rle_box_xyxy(entry["segmentation"])
-    entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
-
-
 def _shrink_all(folder):
     """Make every picture and all its objects smaller, in the middle of a plain wall."""
     in_every_image(lambda image: Image.fromarray(_far_away(np.asarray(image))))(folder)
     in_every_mask(lambda mask: (_far_away(255 * mask) > 0).astype(np.uint8))(folder)
-    in_every_object(_box_around_mask)(folder)
+    in_every_object(
+        lambda entry, _: entry.update(bbox=coco_mask.toBbox(entry["segmentation"]).tolist())
+    )(folder)
 
 
 def _ignore_orientation(folder):
@@ -201,11 +176,11 @@ def _cut_image_off(folder):
 
 
 SPOIL_DATA = {
-    "key": in_every_file(_rename_key),
+    "key": in_every_file(lambda content: content.update(objects=content.pop("annotations"))),
     "empty": in_every_file(lambda content: content.update(annotations=[])),
     "crowd": in_every_object(lambda entry, image: entry.update(iscrowd=1)),
-    "corners": in_every_object(_corners),
-    "fractions": in_every_object(_fractions),
+    "corners": in_every_box(lambda x, y, w, h, *_: (x, y, x + w, y + h)),
+    "fractions": in_every_box(_fractions),
     "transposed": in_every_mask(lambda mask: mask.T),
     "half size": in_every_mask(lambda mask: mask[::2, ::2]),
     "object": in_every_file(_call_all_object),
@@ -215,9 +190,11 @@ SPOIL_DATA = {
     "mirrored": _mirror,
     "images turned": in_every_image(lambda image: image.transpose(Image.Transpose.ROTATE_90)),
     "orientation ignored": _ignore_orientation,
-    "thin boxes": in_every_object(_thin),
+    "thin boxes": in_every_box(lambda x, y, w, h, *_: (x, y, 0.2, h)),
     "images renamed": _rename_images,
-    "ids from zero": in_every_object(_number_from_zero),
+    "ids from zero": in_every_object(
+        lambda entry, _: entry.update(category_id=entry["category_id"] - 1)
+    ),
     "half the labels": in_every_file(_remove_half),
     "seen from afar": _shrink_all,
     "hardly any object": _leave_most_out,
@@ -227,34 +204,21 @@ SPOIL_DATA = {
 
 
 def write_copy(split, folder, num_images=NUM_IMAGES):
-    """Write the first images with objects as a dataset of its own, with one split ``train``.
+    """Write the first images with objects of a `Split` as a dataset with one split ``train``.
 
-    Parameters
-    ----------
-    split : helpers.data.records.Split
-        InputError if none of its images has an object, or one cannot be read.
-    folder : os.PathLike
-        Replaced if it exists.
-    num_images : int
-        At most so many.
-
-    Returns
-    -------
-    pathlib.Path
-        The folder, with one annotation file per image.
+    Returns the folder, replaced if it exists, with one annotation file per image.
     """
     records = [record for record in split.records if record.objects][:num_images]
     if not records:
-        raise InputError(
-            "no image has an object", where=split.root, fix="choose a split with annotations"
-        )
+        fix = "choose a split with annotations"
+        raise InputError("no image has an object", where=split.root, fix=fix)
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("images", "annotations"):
         (folder / "train" / name).mkdir(parents=True)
     ids = {entry.name: entry.category_id for entry in split.category_table}
     categories = [{"id": number, "name": name} for name, number in ids.items()]
-    num_objects = 0
+    object_ids = count(1)
     for number, record in enumerate(records, start=1):
         stem = PurePosixPath(record.image_id).with_suffix("").as_posix().replace("/", "_")
         picture = open_upright(record.path)
@@ -262,28 +226,19 @@ def write_copy(split, folder, num_images=NUM_IMAGES):
         image = {"id": number, "file_name": f"images/{stem}.jpg"}
         image |= {"width": record.width, "height": record.height}
         image |= {"contents": sorted(record.contents)}
-        entries = [_annotation_entry(item, ids[item.category]) for item in record.objects]
-        for entry in entries:
-            num_objects += 1
-            entry |= {"id": num_objects, "image_id": number}
+        entries = []
+        for item in record.objects:
+            x0, y0, x1, y1 = item.box_xyxy
+            entry = {"id": next(object_ids), "image_id": number, "bbox": [x0, y0, x1 - x0, y1 - y0]}
+            entry |= {"category_id": ids[item.category], "iscrowd": int(item.is_crowd)}
+            entries.append(entry if item.rle is None else entry | {"segmentation": dict(item.rle)})
         content = {"images": [image], "categories": categories, "annotations": entries}
         write_json(folder / "train" / "annotations" / f"{stem}.json", content)
     return folder
 
 
-def _annotation_entry(item, category_id):
-    """Return the COCO entry of an object, its mask as compressed run lengths."""
-    x0, y0, x1, y1 = item.box_xyxy
-    entry = {"category_id": category_id, "bbox": [x0, y0, x1 - x0, y1 - y0]}
-    entry |= {"iscrowd": int(item.is_crowd)}
-    return entry if item.rle is None else entry | {"segmentation": dict(item.rle)}
-
-
 def write_broken_copy(split, folder, name, num_images=NUM_IMAGES):
-    """Write a copy as `write_copy` does and plant a fault of `SPOIL_DATA` in it.
-
-    Returns the folder; raises InputError if there is no fault of that name.
-    """
+    """Write a copy as `write_copy` does, plant a fault of `SPOIL_DATA` in it, and return the folder."""
     if name not in SPOIL_DATA:
         raise InputError(f"there is no fault {name!r}", fix=f"use one of {', '.join(SPOIL_DATA)}")
     folder = write_copy(split, folder, num_images)
@@ -292,61 +247,31 @@ def write_broken_copy(split, folder, name, num_images=NUM_IMAGES):
 
 
 WRONG_BOX_KEY, WRONG_MASK_KEY = "bboxes", "masks"
+_read_right = partial(read_split)  # stays right where this reader is planted in its place
 
 
 def read_split_wrong_keys(data_dir, split):
     """Read a split as the failing script did: objects under JSON keys that nobody writes.
 
-    Every annotation file is opened, and a missing key passes for an empty list. The objects are
-    the only difference to `helpers.data.coco.read_split`, whose errors it raises too.
+    Every annotation file is opened, and a missing key passes for an empty list; there is no error and
+    no warning. The dataset class of Sompote/SAM3_LoRA did so until commit d1a8518.
 
-    Parameters
-    ----------
-    data_dir : str or os.PathLike
-        A folder with one folder per split.
-    split : str
-        Name of the split. Its per-image files are read if there are any, else its one COCO file.
-
-    Returns
-    -------
-    helpers.data.records.Split
-        Its records have the objects of ``bboxes`` ([x, y, width, height] in pixels) and ``masks``
-        (COCO segmentations), in pairs: none at all for a dataset that keeps to COCO's keys.
-
-    Notes
-    -----
-    The dataset class of Sompote/SAM3_LoRA did so until commit d1a8518. There is no error and no
-    warning. With the loss ``early`` the training loss falls towards zero and the highest score of
-    every prompt is 0.000; with the loss ``native`` the presence logit falls.
+    Takes and returns what `helpers.data.coco.read_split` does, but prefers files per image, and the
+    objects are those of ``bboxes`` ([x, y, width, height] in pixels) and ``masks``: none.
     """
-    right = read_split(data_dir, split)
+    right = _read_right(data_dir, split)
     if (right.root / "annotations").is_dir():
-        right = read_split(data_dir, split, layout="per_image")
-        folder = right.root / "annotations"
-        contents = {
-            record.image_id: _load(folder / f"{record.path.stem}.json") for record in right.records
-        }
-    else:
-        entries = _load(right.root / COCO_FILE)["images"]
-        contents = {_image_id(entry["file_name"]): entry for entry in entries}
-    records = [
-        replace(record, objects=_objects(contents[record.image_id], record, right.categories))
-        for record in right.records
-    ]
+        right = _read_right(data_dir, split, layout="per_image")
+    objects = {}
+    for path, entry, _, _ in entries_of(right.root, right.layout):
+        content = entry if right.layout == "coco" else read_json(path)
+        record = image_record(path, entry, [], {}, right.root)
+        objects[record.image_id] = _wrong_objects(content, record, right.categories)
+    records = (replace(record, objects=objects[record.image_id]) for record in right.records)
     return replace(right, records=tuple(records))
 
 
-def _image_id(file_name):
-    """Bring a file name to the form of `helpers.data.records.ImageRecord.image_id`."""
-    return PurePosixPath(file_name.replace("\\", "/")).as_posix().removeprefix("images/")
-
-
-def _load(path):
-    """Parse a file that `read_split` has read before, so that it is known to be sound."""
-    return json.loads(path.read_text(encoding="utf-8-sig"))
-
-
-def _objects(content, record, categories):
+def _wrong_objects(content, record, categories):
     """Look the objects of an image up under the wrong keys; the script knew a single category."""
     boxes, masks = content.get(WRONG_BOX_KEY, []), content.get(WRONG_MASK_KEY, [])
     return tuple(

@@ -1,4 +1,4 @@
-"""The committed tables of the experiment: loaded, checked against the designs, compared and drawn.
+"""The committed tables of experiment and diagnosis: checked, compared and drawn.
 
 What they show holds for a base that never met the word it is taught.
 """
@@ -13,26 +13,26 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import norm, t, ttest_1samp
 
+from helpers.causes import CAUSES
 from helpers.errors import InputError
 from helpers.files import ROOT, resolve
-from helpers.lab.experiment import DATA_DIR, RESPONSES, SEEDS, TABLES, TEXT_COLUMNS, cells_of
+from helpers.lab.experiment import (
+    DATA_DIR,
+    FACTORS,
+    RESPONSES,
+    SEEDS,
+    TABLES,
+    TEXT_COLUMNS,
+    cells_of,
+)
 from helpers.show.charts import COLOURS, MARKERS, dress
 
 CONFIDENCE = 0.95
 INTERACTION = "interaction"
-TIMES = " x "
-"""Between the factors of an interaction: ``"objects x text_lora"``."""
+TIMES = " x "  # between the factors of an interaction: "objects x text_lora"
 SCOPE = "holds for a base that never met the word"
-FACTORS = {
-    "causes": {
-        "objects": ("no", "yes"),
-        "prompt": ("object", "crack"),
-        "text_lora": ("off", "on"),
-        "negatives": (0, 3),
-    },
-    "schedule": {"schedule": ("failing", "fixed"), "text_lora": ("off", "on")},
-}
-"""Factors of the two factorial designs with their levels, the document's position first."""
+CONFUSION_TABLE = TABLES / "confusion.csv"
+NOTHING = "no cause"
 SHARES = {"detected_share": 26, "false_positive_rate": 90}
 """Responses that count, with what they count of: crack images and absent prompts of the test split."""
 LABELS = {
@@ -40,25 +40,22 @@ LABELS = {
     "max_score": "highest score, crack present",
     "AP50": "mask AP50",
     "union_iou": "union IoU",
-    "cgF1": "cgF1",
-    "IL_MCC": "IL_MCC",
     "false_positive_rate": "absent prompts answered at 0.3",
     "retention_AP": "AP on the base's own concepts",
 }
-"""Responses as one would say them."""
 
 
 class Estimate(NamedTuple):
-    """A mean difference: value, ends of its 95 % interval (NaN where unknown), repetitions."""
+    """A mean difference."""
 
     value: float
-    low: float
+    low: float  # ends of its 95 % interval, NaN where unknown
     high: float
-    count: int
+    count: int  # of repetitions
 
     @property
     def is_clear(self):
-        """bool: True if the interval is known and does not hold 0."""
+        """True if the interval is known and does not hold 0."""
         return self.low > 0 or self.high < 0
 
     def __str__(self):
@@ -75,11 +72,9 @@ def wilson(share, count):
 
 
 def effective_count(shares, count):
-    """Return how many independent cases shares (repetitions, cells) are worth, at most ``count``.
-
-    Shares that scatter over the repetitions are worth fewer (Korn and Graubard 1998). All repetitions
-    see the same images, so together they are not worth more.
-    """
+    """Return how many independent cases shares (repetitions, cells) are worth, at most ``count``."""
+    # Shares that scatter over the repetitions are worth fewer (Korn and Graubard 1998). All
+    # repetitions see the same images, so together they are not worth more.
     repetitions, mean = len(shares), shares.mean(axis=0)
     if repetitions < 2:
         return np.full(mean.shape, float(count))
@@ -92,19 +87,15 @@ def effective_count(shares, count):
 
 
 def contrast(values, weights, count=None):
-    """Estimate the weighted sum of values (repetitions, cells) of a design, weights (cells,).
-
-    ``count`` is given for shares, and says what they are shares of. Then the interval joins Wilson's
-    of each cell as Newcombe joins two (1998; any sum: Zou and Donner 2008): it has a width where all
-    repetitions agree, and stays within what is possible. For other outcomes it is Student's, which
-    covers what it promises with five repetitions, where a percentile bootstrap covers some 82 %.
-    """
+    """Estimate the weighted sum of values (repetitions, cells); ``count`` is what shares are of."""
     values, weights = np.asarray(values, dtype=float), np.asarray(weights, dtype=float)
     if not len(values) or np.isnan(values).any():
         raise InputError(f"no mean of {values.tolist()}", fix="give one value per repetition")
     sums = values @ weights
     mean = float(sums.mean())
     if count is not None:
+        # Wilson's intervals of the cells, joined as Newcombe joins two (1998; any sum: Zou and
+        # Donner 2008): a width where all repetitions agree, and no end beyond what is possible.
         shares = values.mean(axis=0)
         ends = np.stack(wilson(shares, effective_count(values, count))) * weights
         below, above = weights * shares - ends.min(axis=0), ends.max(axis=0) - weights * shares
@@ -113,16 +104,13 @@ def contrast(values, weights, count=None):
         low = high = np.nan
     elif np.ptp(sums) <= 1e-12 * np.abs(values).max():
         low = high = mean
-    else:
+    else:  # Student's covers what it promises with five repetitions, a bootstrap some 82 %
         low, high = ttest_1samp(sums, 0.0).confidence_interval(CONFIDENCE)
     return Estimate(mean, float(low), float(high), len(sums))
 
 
 def effect_weights(cells, factors):
-    """Map each main effect and interaction to its weights (cells,).
-
-    An interaction, ``"a x b"``, is the effect of b at the second level of a minus that at its first.
-    """
+    """Map each main effect, and each interaction ``"a x b"`` of two, to its weights (cells,)."""
     signs = {
         name: np.array([1.0 if cell[place] == levels[1] else -1.0 for cell in cells])
         for place, (name, levels) in enumerate(factors.items())
@@ -137,37 +125,22 @@ def effect_weights(cells, factors):
 def effect_table(table, factors, outcome, block="seed"):
     """Estimate every main effect and interaction of an outcome.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        One row per run; each ``block`` holds every combination of levels exactly once.
-    factors : dict of str to tuple
-        Factor to its two levels, the reference first.
-    outcome : str
-        A numeric column without gaps; those in `SHARES` are taken as shares.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``effect``; columns ``value``, ``low``, ``high`` (see `contrast`), ``count``, ``is_clear``.
-
-    Raises
-    ------
-    InputError
-        When a combination is missing or repeated, or an outcome has a gap.
+    ``table`` has one row per run; each ``block`` holds every combination of levels exactly once.
+    ``factors`` maps a name to its two levels, the reference first. Returns one row per ``effect``:
+    ``value``, 95 % interval ``low``, ``high``, ``count`` of blocks, ``is_clear``. An interaction,
+    ``"a x b"``, is the effect of b at the second level of a minus that at its first.
     """
     cells = list(product(*factors.values()))
     values = []
     for repetition, runs in table.groupby(block):
-        keys = list(runs[list(factors)].itertuples(index=False, name=None))
-        if sorted(keys, key=str) != sorted(cells, key=str):
+        by_cell = runs.set_index(list(factors))[outcome]
+        if len(runs) != len(cells) or set(by_cell.index) != set(cells):
             raise InputError(
-                f"{len(keys)} runs are not the {len(cells)} combinations",
+                f"{len(runs)} runs are not the {len(cells)} combinations",
                 where=f"{block} {repetition}",
                 fix="give every combination of the levels exactly once",
             )
-        by_cell = dict(zip(keys, runs[outcome], strict=True))
-        values.append([by_cell[cell] for cell in cells])
+        values.append(by_cell.loc[cells])
     rows = {}
     for effect, weights in effect_weights(cells, factors).items():
         estimate = contrast(values, weights, SHARES.get(outcome))
@@ -175,25 +148,18 @@ def effect_table(table, factors, outcome, block="seed"):
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("effect")
 
 
+def _runs_of(table, levels):
+    return table[(table[list(levels)] == pd.Series(levels)).all(axis=1)]
+
+
 def paired_difference(table, outcome, reference, other, block="seed"):
-    """Estimate how two kinds of runs, rows of a table, differ within the same repetition.
+    """Estimate by how much an outcome of two kinds of runs, rows of a table, differs.
 
-    Parameters
-    ----------
-    outcome : str
-        A column; those in `SHARES` are taken as shares.
-    reference, other : dict
-        Column to value; each must pick exactly one run per ``block``, or InputError is raised.
-
-    Returns
-    -------
-    Estimate
-        Of `other` minus `reference`, see `contrast`.
+    ``reference`` and ``other`` are dicts of column to value; each must pick one run per ``block``.
+    Returns the `Estimate` of other minus reference, within the same block.
     """
-    sides = []
-    for levels in (reference, other):
-        chosen = table[(table[list(levels)] == pd.Series(levels)).all(axis=1)]
-        sides.append(chosen.set_index(block)[outcome].astype(float).sort_index())
+    runs = [_runs_of(table, levels).set_index(block) for levels in (reference, other)]
+    sides = [chosen[outcome].astype(float).sort_index() for chosen in runs]
     if not len(sides[0]) or sides[0].index.tolist() != sides[1].index.tolist():
         raise InputError(
             f"{len(sides[0])} runs with {reference} and {len(sides[1])} with {other} do not pair up",
@@ -205,26 +171,17 @@ def paired_difference(table, outcome, reference, other, block="seed"):
 def main_effects(cells):
     """Compute what each of two factors changes in a single repetition, and how they interact.
 
-    Parameters
-    ----------
-    cells : pandas.DataFrame
-        Four rows with a MultiIndex of two named levels of two values each, the reference first.
-        Columns are numeric outcomes without gaps. Anything else is an InputError.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``effect``: the two factors and ``interaction``; columns as in `cells`.
+    ``cells`` is a table of four rows with a MultiIndex of two named levels of two values each, the
+    reference first, and numeric outcomes without gaps. The result has the same columns and the index
+    ``effect``: the two factors and ``interaction``.
     """
     names = list(cells.index.names)
-    if cells.index.nlevels != 2 or None in names:
-        raise InputError("the cells need an index of two named factors")
     levels = {name: tuple(cells.index.get_level_values(name).unique()) for name in names}
-    if set(cells.index) != set(product(*levels.values())) or len(cells) != 4:
+    is_whole = set(cells.index) == set(product(*levels.values())) and len(cells) == 4
+    if len(names) != 2 or None in names or not is_whole:
         raise InputError(
-            f"{len(cells)} cells are no 2 x 2",
-            where=TIMES.join(names),
-            fix="give every combination of two values each exactly once",
+            f"{len(cells)} cells with the index {names} are no 2 x 2",
+            fix="name two factors and give every combination of two values each exactly once",
         )
     if cells.isna().any(axis=None):
         gaps = ", ".join(cells.columns[cells.isna().any()])
@@ -235,12 +192,8 @@ def main_effects(cells):
 
 
 def word_effects(effects, outcome):
-    """Say which of the two factors of `main_effects` changes an outcome more, and by how much.
-
-    The sentence is true whichever way the numbers fall; they are compared as written, rounded to
-    three decimals.
-    """
-    values = effects[outcome].drop(INTERACTION).round(3) + 0.0  # no -0.000
+    """Say which of the two factors of `main_effects` changes an outcome more, and by how much."""
+    values = effects[outcome].drop(INTERACTION).round(3) + 0.0  # as written, but no -0.000
     larger, smaller = values.abs().sort_values(ascending=False, kind="stable").index
     if not values.any():
         return f"{outcome}: neither '{larger}' nor '{smaller}' changes it (both +0.000)."
@@ -262,80 +215,54 @@ def tables_folder(path):
     raise InputError(f"{str(path)!r} is no folder", where="tables_dir", fix="run `make experiment`")
 
 
+def _read(folder, name):
+    """Read one of the committed tables; hashes that consist of digits stay text."""
+    path = folder / f"{name}.csv"
+    if not path.is_file():
+        raise InputError("no such table", where=path, fix="run `make experiment`")
+    return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=TEXT_COLUMNS)
+
+
 def load_table(design, folder=TABLES, *, profile="tiny"):
     """Read a table and make sure that it is the whole design, made with the present configs.
 
-    Parameters
-    ----------
-    design : str
-        Key of `helpers.lab.experiment.DESIGNS`.
-    folder : os.PathLike
-    profile : str
-        Of the configs that the rows' hashes are compared with.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per run: factors, ``seed``, `helpers.lab.experiment.RESPONSES` and what was run.
-
-    Raises
-    ------
-    InputError
-        If the table is missing, incomplete, has a gap, or was made with another configuration.
+    ``design`` is a key of `helpers.lab.experiment.DESIGNS`, ``profile`` that of the configs. Returns
+    one row per run: factors, ``seed``, `helpers.lab.experiment.RESPONSES` and what was run.
     """
-    path = folder / f"{design}.csv"
-    if not path.is_file():
-        raise InputError("no such table", where=path, fix="run `make experiment`")
-    table = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=TEXT_COLUMNS)
-    cells = cells_of(design, SEEDS)
+    table, cells = _read(folder, design), cells_of(design, SEEDS)
     keys = [*cells[0].factors, "seed"]
     rows = sorted(table[keys].astype(str).itertuples(index=False, name=None))
-    if rows != sorted((*map(str, cell.factors.values()), str(cell.seed)) for cell in cells):
-        raise InputError(
-            f"{len(table)} rows are not the {len(cells)} runs of the design '{design}'",
-            where=path,
-            fix="run `make experiment` to the end",
-        )
-    if table[list(RESPONSES)].isna().any(axis=None):
-        raise InputError("a response is missing", where=path, fix="run `make experiment` again")
     hashes = {cell.config(profile, DATA_DIR).fingerprint() for cell in cells}
-    if set(table["config_hash"]) != hashes:
-        raise InputError(
-            "the rows were made with other configurations than the present ones",
-            where=path,
-            fix="run `make experiment` again, or restore the configs",
-        )
+    problem = None
+    if rows != sorted((*map(str, cell.factors.values()), str(cell.seed)) for cell in cells):
+        problem = f"{len(table)} rows are not the {len(cells)} runs of the design '{design}'"
+    elif table[list(RESPONSES)].isna().any(axis=None):
+        problem = "a response is missing"
+    elif set(table["config_hash"]) != hashes:
+        problem = "the rows were made with other configurations than the present ones"
+    if problem:
+        fix = "run `make experiment` to the end, or restore the configs"
+        raise InputError(problem, where=folder / f"{design}.csv", fix=fix)
     return table
 
 
 def load_base_row(folder=TABLES):
     """Read what the base answers without any adapter: `helpers.lab.experiment.RESPONSES` by name."""
-    path = folder / "base.csv"
-    if not path.is_file():
-        raise InputError("no such table", where=path, fix="run `make experiment`")
-    return pd.read_csv(path).iloc[0][list(RESPONSES)].astype(float)
+    return _read(folder, "base").iloc[0][list(RESPONSES)].astype(float)
 
 
 def steps_table(table, outcome):
     """Show what one change does from the failing state, and one fault from the working one.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        The design ``causes``, from `load_table`: the numbers hold for a base that never met the word.
-    outcome : str
-        A response.
+    ``table`` is the design ``causes``, from `load_table`; ``outcome`` is a response.
 
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``state`` (failing, working) and ``changed``; columns ``change`` (the levels), ``before``
-        and ``after`` (means over the seeds), and the 95 % interval of the difference, ``low``, ``high``.
+    Returns one row per ``state`` (failing, working) and factor ``changed``: ``change`` (the levels),
+    ``before`` and ``after`` (means over the seeds), and the 95 % interval of their difference.
     """
     rows = {}
     for end, name in enumerate(("failing", "working")):
         state = {factor: levels[end] for factor, levels in FACTORS["causes"].items()}
-        before = table.loc[(table[list(state)] == pd.Series(state)).all(axis=1), outcome].mean()
+        before = _runs_of(table, state)[outcome].mean()
         for factor, levels in FACTORS["causes"].items():
             other = levels[1 - end]
             step = paired_difference(table, outcome, state, state | {factor: other})
@@ -355,17 +282,17 @@ def effects_figure(table, factors, outcomes):
     ``table`` and ``factors`` are those of `effect_table`; each outcome has a panel. A filled marker
     stands for an interval that does not hold 0.
     """
-    tables = {outcome: effect_table(table, factors, outcome) for outcome in outcomes}
-    names = [effect.replace("_", " ") for effect in tables[outcomes[0]].index]
-    figure, axes = _panels((2.4 + 2.9 * len(outcomes), 4.4), names, len(outcomes))
-    for number, (ax, (outcome, effects)) in enumerate(zip(axes, tables.items(), strict=True)):
+    tables = [effect_table(table, factors, outcome) for outcome in outcomes]
+    names = [effect.replace("_", " ") for effect in tables[0].index]
+    labels = [f"change of\n{LABELS.get(outcome, outcome)}" for outcome in outcomes]
+    figure, axes = _panels((2.4 + 2.9 * len(outcomes), 4.4), names, labels)
+    for number, (ax, effects) in enumerate(zip(axes, tables, strict=True)):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         for place, row in enumerate(effects.itertuples()):
             ax.plot([row.low, row.high], [place, place], color=colour, linewidth=2)
             face = colour if row.is_clear else "white"
             ax.plot(row.value, place, marker, color=colour, markerfacecolor=face)
         ax.axvline(0, color="0.35", linestyle=":")
-        dress(ax, f"change of\n{LABELS.get(outcome, outcome)}", "")
     return figure
 
 
@@ -377,7 +304,7 @@ def levels_figure(table, column, outcomes, *, base=None):
     levels = list(dict.fromkeys(table[column]))
     names = [str(level).replace("_", " ") for level in levels]
     size = (2.6 + 2.7 * len(outcomes), 1.4 + 0.36 * len(levels))
-    figure, axes = _panels(size, names, len(outcomes))
+    figure, axes = _panels(size, names, [LABELS.get(outcome, outcome) for outcome in outcomes])
     for number, (ax, outcome) in enumerate(zip(axes, outcomes, strict=True)):
         for place, level in enumerate(levels):
             values = table.loc[table[column] == level, outcome]
@@ -385,15 +312,64 @@ def levels_figure(table, column, outcomes, *, base=None):
             ax.plot(values, [place] * len(values), "o", color="black", markersize=3)
         if base is not None:
             ax.axvline(base[outcome], color="0.35", linestyle=":")
-        dress(ax, LABELS.get(outcome, outcome), "")
     return figure
 
 
-def _panels(size, names, count):
-    """Return a figure and its panels side by side, one named row from top to bottom per name."""
+def _panels(size, names, labels):
+    """Return a figure and a panel per label, side by side, with one named row per name."""
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(labels), sharey=True, squeeze=False)[0]
     axes[0].set_yticks(range(len(names)), names)
     axes[0].set_ylim(len(names) - 0.5, -0.5)
     figure.supxlabel(SCOPE, fontsize="small", color="0.35")
+    for ax, label in zip(axes, labels, strict=True):
+        dress(ax, label, "")
     return figure, axes
+
+
+def score(table):
+    """Count how often the diagnosis was right in a `CONFUSION_TABLE`.
+
+    Returns a dict: ``faults``; ``named_first`` and ``among_found``, shares of the faults;
+    ``healthy_runs``; ``false_alarms``, healthy runs with a cause; ``missed`` and ``not_first``, names.
+    """
+    table = table.fillna("")
+    is_fault = table["cause"] != NOTHING
+    faults, healthy = table[is_fault], table[~is_fault]
+    first = faults["first"] == faults["cause"]
+    pairs = zip(faults["cause"], faults["found"], strict=True)
+    among = np.array([cause in found.split() for cause, found in pairs], dtype=bool)
+    return {
+        "faults": len(faults),
+        "named_first": float(first.mean()),
+        "among_found": float(among.mean()),
+        "healthy_runs": len(healthy),
+        "false_alarms": int((healthy["first"] != NOTHING).sum()),
+        "not_first": faults.loc[~first, "planted"].tolist(),
+        "missed": faults.loc[~among, "planted"].tolist(),
+    }
+
+
+def confusion_figure(table):
+    """Draw planted faults (rows) against the causes found (columns), from the table of `score`.
+
+    A large square is the cause named first, a small one a further cause; a ring marks the planted one.
+    """
+    order = [*CAUSES, NOTHING]
+    table = table.fillna("").sort_values("cause", key=lambda c: c.map(order.index), kind="stable")
+    answers = [found.split() or [NOTHING] for found in table["found"]]
+    columns = [code for code in order if code in {*table["cause"], *sum(answers, []), NOTHING}]
+    size = (4 + 0.26 * len(columns), 2.6 + 0.24 * len(table))
+    figure = Figure(figsize=size, layout="constrained")
+    ax = figure.subplots()
+    for place, (cause, codes) in enumerate(zip(table["cause"], answers, strict=True)):
+        ax.plot(columns.index(cause), place, "o", color="0.4", markersize=9, mfc="none")
+        for number, code in enumerate(codes):
+            size = 5 if number == 0 else 2.5
+            ax.plot(columns.index(code), place, "s", color=COLOURS[0], markersize=size)
+    ax.set_yticks(range(len(table)), table["planted"], fontsize=8)
+    ax.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
+    ax.margins(0.015)
+    ax.invert_yaxis()
+    dress(ax, "cause found", "planted fault")
+    return figure

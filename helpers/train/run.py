@@ -72,8 +72,20 @@ _KEYS = {
     },
     VERSIONS_FILE: {"packages": (dict[str, str], {}), "num_processes": (int, 1)},
     STOPPED_FILE: {"message": (str, ...), "fix": (str | None, None)},
+    # What `helpers.model.lora.load_adapter` needs.
+    CONFIG_FILE: {
+        "peft_type": (str, ...),
+        "r": (int, ...),
+        "lora_alpha": (float, ...),
+        "target_modules": (str | list, ...),
+    },
+    BASE_FILE: {"name": (str, ...), "fingerprint": (str, ...)},
 }
-_OWN_FILES = (*_KEYS, RUN_CONFIG, CURVES_FILE, AUDIT_FILE)
+READABLE_FILES = frozenset(_KEYS)
+_OWN_FILES = (
+    *(METRICS_FILE, PROMPTS_FILE, VERSIONS_FILE, STOPPED_FILE),
+    *(RUN_CONFIG, CURVES_FILE, AUDIT_FILE),
+)
 RUN_FILES = (*_OWN_FILES, CARD_FILE, WEIGHTS_FILE, CONFIG_FILE, BASE_FILE)
 
 
@@ -118,7 +130,9 @@ def read_run(folder):
     metrics = read_run_file(folder / METRICS_FILE)
     history = read_history(folder)
     if (last := history[-1]["step"]) != metrics["steps"]:
-        raise _damaged(folder / CURVES_FILE, f"ends at step {last}, not {metrics['steps']}")
+        raise _damaged(
+            folder / CURVES_FILE, f"ends at step {last}, {METRICS_FILE} counts {metrics['steps']}"
+        )
     prompts, adapter = read_run_file(folder / PROMPTS_FILE), _read_audit(folder / AUDIT_FILE)
     return RunFiles(folder, load_config(folder / RUN_CONFIG), prompts, metrics, history, adapter)
 

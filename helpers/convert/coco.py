@@ -1,14 +1,10 @@
-"""Read COCO files wherever they lie, and the layouts that `helpers.data.coco` reads.
-
-`supervision.DetectionDataset.from_coco` is not used: it forgets the ids, the further keys of the
-entries and the table of categories, and turns every mask into a picture. The entries here stay as
-they are in the file.
-"""
+"""Read COCO files wherever they lie, and the layouts that `helpers.data.coco` reads."""
 
 from __future__ import annotations
 
 import os
 import unicodedata
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import unquote
 
@@ -28,10 +24,8 @@ from helpers.data.coco import (
     coco_entries,
     entries_of,
     find_splits,
-    layouts_of,
     split_folder,
 )
-from helpers.data.records import Category
 from helpers.errors import InputError
 from helpers.files import read_json
 
@@ -41,79 +35,68 @@ _OWN_KEYS = {"file_name", "width", "height"}
 
 def is_coco(root):
     """Return whether a path is a COCO file or a folder that holds some."""
-    return bool(_layouts(root) or _coco_files(root))
+    return bool(_parts(root))
 
 
 def read_coco(root):
-    """Read COCO annotations, with polygons, run lengths, ids and further keys as they are.
-
-    `root` is a COCO file; a folder with one per split, or with ``annotations/instances_train.json``
-    and the like; a Roboflow export; or per-image JSON files. Images may lie anywhere below the
-    folder, as long as their path ends as ``file_name`` says.
-    """
-    base, layouts = root if root.is_dir() else root.parent, _layouts(root)
-    files = {
-        split: folder / COCO_FILE for split, (folder, kind) in layouts.items() if kind == "coco"
-    }
-    files = files if layouts else _coco_files(root)
-    whole = None if layouts else _byspelling(base)
+    """Read COCO annotations as they are, of images anywhere below whose path ends as stated."""
+    parts, base = _parts(root), root if root.is_dir() else root.parent
     splits, table, resized, respelt = {}, {}, [], []
-    for split in layouts or files:
-        folder, kind = layouts.get(split, (base, "coco"))
-        # In these layouts an entry of `train` never means a file of `valid`.
-        index = _byspelling(folder) if layouts else whole
-        entries = entries_of(folder, kind) if layouts else coco_entries(files[split])
+    for split, (folder, file) in parts.items():
+        index = {}
+        for path in files_below(folder):
+            index.setdefault(spelling(path.name), []).append(path)
         splits[split] = []
+        entries = coco_entries(file) if file else entries_of(folder, "per_image")
         for where, image, items, categories in entries:
             names = category_names(categories, where, table)
             path = _image_path(image, where, folder, index, split, respelt)
-            size, stated = picture_size(path, base), _stated_size(image, where)
-            if stated not in (None, size):
+            size = picture_size(path, base)
+            stated = _stated_size(image, where) or size
+            if stated != size:
                 sizes = f"{size[0]} x {size[1]}, stated {stated[0]} x {stated[1]}"
                 resized.append(f"{path.name} ({sizes})")
-            width, height = stated or size
             objects = tuple(_object(entry, names, where) for entry in items)
             extra = {key: image[key] for key in image if key not in _OWN_KEYS}
-            own_files = (where,) if kind == "per_image" else ()
-            splits[split].append(SourceImage(path, width, height, objects, extra, own_files))
+            own_files = () if file else (where,)
+            splits[split].append(SourceImage(path, *stated, objects, extra, own_files))
     notes = note_of(respelt, "images are spelt otherwise on the disk")
     notes += note_of(resized, "images have another size than stated")
-    content = read_json(next(iter(files.values()))) if files else {}
+    files = [file for _, file in parts.values() if file]
+    content = read_json(files[0]) if files else {}
     header = {key: content[key] for key in content if key not in _KEYS}
     kind = "coco" if files else "per_image"
-    return Source(kind, splits, _merge(table.values()), tuple(notes), (*files.values(),), header)
+    return Source(kind, splits, _merged(table.values()), tuple(notes), tuple(files), header)
 
 
-def _layouts(root):
-    """Map each split to its folder and layout, if training could read the folder as it is."""
+def _parts(root):
+    """Map each split to its folder and its COCO file, None where each image has its own file."""
     try:
         names = find_splits(root)
-    except InputError:
-        return {}
-    folders = {name: split_folder(root, name)[1] for name in names}
-    return {
-        name: (folder, layouts_of(folder)[0])
-        for name, folder in folders.items()
-        if (folder / COCO_FILE).is_file() or files_below(folder / "annotations", (".json",))
-    }
+    except InputError:  # not a layout that training could read as it is
+        names = ()
+    parts = {}
+    for name in names:
+        folder = split_folder(root, name)[1]
+        file = folder / COCO_FILE
+        if file.is_file() or files_below(folder / "annotations", (".json",)):
+            parts[name] = (folder, file if file.is_file() else None)
+    base = root if root.is_dir() else root.parent
+    return parts or {split: (base, file) for split, file in _coco_files(root).items()}
 
 
 def _coco_files(root):
     """Map each split to its COCO file, for files under other names than the usual one."""
-    places = [*root.glob("*.json"), *root.glob("annotations/*.json")]
     paths, problem = [], None
-    places = [root] if root.suffix == ".json" and root.is_file() else sorted(places)
-    for path in places:
-        is_named = split_of_name(path.stem) or path.stem.startswith("instances")
+    places = sorted([*root.glob("[!.]*.json"), *root.glob("annotations/[!.]*.json")])
+    for path in [root] if root.suffix == ".json" and root.is_file() else places:
         try:
-            if not path.name.startswith(".") and read_json(path).keys() >= _KEYS:
+            if read_json(path).keys() >= _KEYS:
                 paths.append(path)
-        except (
-            InputError
-        ) as error:  # foreign, unless its name says what it is, or no other is there
-            if is_named:
+        except InputError as error:
+            if split_of_name(path.stem) or path.stem.startswith("instances"):
                 raise
-            problem = problem or error
+            problem = problem or error  # a foreign file, unless there is no other
     if problem and not paths:
         raise problem
     files = {}
@@ -127,14 +110,6 @@ def _coco_files(root):
             )
         files[split] = path
     return files
-
-
-def _byspelling(folder):
-    """Map the name of each file below a folder, as `spelling` has it, to the files."""
-    index = {}
-    for path in files_below(folder):
-        index.setdefault(spelling(path.name), []).append(path)
-    return index
 
 
 def spelling(name):
@@ -179,10 +154,11 @@ def _ending_with(name, root, index, split):
         for path in index.get(parts[-1], ())
         if spelling(path.relative_to(root).as_posix()).split("/")[-len(parts) :] == parts
     ]
-    paths = [path for path in paths if path.match(name)] or paths
-    splits = [split_of_name(path.parent.name) for path in paths]
-    own = [path for path, other in zip(paths, splits, strict=True) if other == split]
-    free = [p for p, other in zip(paths, splits, strict=True) if other is None or split == WHOLE]
+    own, free = [], []
+    for path in [path for path in paths if path.match(name)] or paths:
+        other = split_of_name(path.parent.name)
+        own += [path] if other == split else []
+        free += [path] if other is None or split == WHOLE else []
     return own or free
 
 
@@ -209,17 +185,15 @@ def _object(entry, names, where):
             fix="add the category with its name; text is another id than a number",
         )
     rest = {key: entry[key] for key in entry if key not in ("image_id", "category_id")}
-    return {**rest, "category": names[category_id]}
+    return rest | {"category": names[category_id]}
 
 
-def _merge(entries):
+def _merged(entries):
     """Join the category tables of all files by name; ids stay unless two names share one."""
     table = {}
     for entry in entries:
         table.setdefault(entry.name, entry)
-    if len({entry.category_id for entry in table.values()}) == len(table):
-        return tuple(table.values())
-    return tuple(
-        Category(number, entry.name, entry.supercategory)
-        for number, entry in enumerate(table.values(), 1)
-    )
+    if len({entry.category_id for entry in table.values()}) < len(table):
+        names = enumerate(table.values(), 1)
+        return tuple(replace(entry, category_id=number) for number, entry in names)
+    return tuple(table.values())

@@ -1,10 +1,4 @@
-"""Read what labelling tools write per image: LabelMe's JSON of shapes, Pascal VOC's XML of boxes.
-
-`supervision.DetectionDataset` is used for neither. Its LabelMe reader rounds polygons to whole
-pixels, fills their border, and skips circles and painted masks, so that an annotated object would be
-asked as absent. Its VOC reader decodes every image, ignores ``<size>`` and ``<filename>``, where a
-file contradicts its picture, and knows no encoding but UTF-8.
-"""
+"""Read what labelling tools write per image: LabelMe's JSON of shapes, Pascal VOC's XML of boxes."""
 
 from __future__ import annotations
 
@@ -53,22 +47,13 @@ def is_voc(root):
             if tag == "annotation":
                 return True
     if tag == "annotations":
-        raise InputError(
-            "is an export of 'CVAT for images', which is not read",
-            where=root,
-            fix="export 'COCO 1.0' from CVAT",
-        )
+        message = "is an export of 'CVAT for images', which is not read"
+        raise InputError(message, where=root, fix="export 'COCO 1.0' from CVAT")
     return False
 
 
 def read_voc(root):
-    """Read the boxes of Pascal VOC annotations; an image without an XML file is left out.
-
-    `root` holds ``Annotations/*.xml``, ``JPEGImages/`` and optionally
-    ``ImageSets/Main/{train,val,test}.txt``; or a folder per split with XML files and images side by
-    side, as Roboflow exports them. The files count pixels from 1 and include the last one, unless a
-    corner is 0: then they count from 0. Polygons and ``SegmentationObject`` are not read.
-    """
+    """Read the boxes of Pascal VOC; neither polygons nor images without an XML file are read."""
     folders, trees, corners = split_folders(root), {}, []
     for split, folder in folders.items():
         place = folder_named(folder, "annotations") or folder
@@ -78,28 +63,26 @@ def read_voc(root):
         for path, tree in trees[split].values():
             boxes = tree.iterfind("object/bndbox")
             corners += [_number(box, key, path) for box in boxes for key in ("xmin", "ymin")]
+    # Pixels count from 1, the last one included, unless a corner is 0: then they count from 0.
     first = 0 if min(corners, default=1) < 1 else 1
-    splits, renamed, num_polygons, notes = {}, [], 0, []
+    splits, renamed, num_polygons, notes, lists = {}, [], 0, [], []
     for split, folder in folders.items():
-        images = _voc_images(folder)
-        splits[split] = {
-            stem: _voc_image(path, tree, images, stem, first, root, renamed)
-            for stem, (path, tree) in trees[split].items()
-        }
-        num_polygons += sum(
-            len(tree.findall("object/polygon")) for _, tree in trees[split].values()
-        )
+        places = (folder_named(folder, "jpegimages"), folder_named(folder, "images"), folder)
+        images = (by_stem(files_below(p, IMAGE_SUFFIXES), p) for p in places if p)
+        images = next(filter(None, images), {})
+        splits[split] = {}
+        for stem, (path, tree) in trees[split].items():
+            splits[split][stem] = _voc_image(path, tree, images, stem, first, root, renamed)
+            num_polygons += len(tree.findall("object/polygon"))
         if folder_named(folder, "segmentationobject", "segmentationclass"):
             notes.append("masks of VOC are not read here but with --format masks --objects values")
     notes += note_of(renamed, "files name an image in <filename> that is not there and is not used")
     if num_polygons:
         notes.append(f"{num_polygons} objects have a <polygon>, of which only the box is read")
-    lists = []
     if WHOLE in splits:
         splits, lists = _by_image_sets(root, splits)
-    return _source(
-        "voc", {split: [*images.values()] for split, images in splits.items()}, notes, lists
-    )
+    splits = {split: [*images.values()] for split, images in splits.items()}
+    return _source("voc", splits, notes, lists)
 
 
 def _source(name, splits, notes, files=()):
@@ -107,15 +90,6 @@ def _source(name, splits, notes, files=()):
     images = [image for group in splits.values() for image in group]
     names = sorted({item["category"] for image in images for item in image.objects})
     return Source(name, splits, numbered(names), tuple(notes), tuple(files))
-
-
-def _voc_images(folder):
-    """Map the stem of each image of a split to its file."""
-    for place in (folder_named(folder, "jpegimages"), folder_named(folder, "images"), folder):
-        images = by_stem(files_below(place, IMAGE_SUFFIXES), place) if place else {}
-        if images:
-            return images
-    return {}
 
 
 def _parse(path):
@@ -154,11 +128,8 @@ def _voc_image(where, tree, images, stem, first, root, renamed):
     """Read one annotation file; `first` is the number of the first pixel."""
     path = images.get(stem)
     if path is None:
-        raise InputError(
-            f"there is no image '{stem}' beside it or in JPEGImages/",
-            where=where,
-            fix="restore the image or remove the file",
-        )
+        message = f"there is no image '{stem}' beside it or in JPEGImages/"
+        raise InputError(message, where=where, fix="restore the image or remove the file")
     _compare_name(where, tree, path, images, root, renamed)
     size = picture_size(path, root)
     if tree.find("size") is not None:
@@ -207,21 +178,18 @@ def _by_image_sets(root, splits):
     """Divide the images by the lists in ``ImageSets/Main``; return the splits and the lists read."""
     images, divided, lists = splits[WHOLE], {}, []
     for word, split in (("train", "train"), ("val", "valid"), ("test", "test")):
-        path = root / "ImageSets" / "Main" / f"{word}.txt"
-        if path.is_file():
-            lists.append(path)
-            stems = {_listed_stem(line, images) for line in read_text(path).splitlines()}
-            divided[split] = {stem: image for stem, image in images.items() if stem in stems}
+        path, stems = root / "ImageSets" / "Main" / f"{word}.txt", set()
+        if not path.is_file():
+            continue
+        lists.append(path)
+        for line in read_text(path).splitlines():  # a name with or without ending, a flag after it
+            words = [line.strip(), *line.split()[:1]]
+            words += [word.rpartition(".")[0] for word in words]
+            stems |= set([word for word in words if word in images][:1])
+        divided[split] = {stem: image for stem, image in images.items() if stem in stems}
     if lists and not any(divided.values()):
         raise InputError("names none of the images", where=lists[0], fix="list the images' names")
     return divided or splits, lists
-
-
-def _listed_stem(line, images):
-    """Return the stem that a line of a list means: a name with or without ending, a flag after it."""
-    words = [line.strip(), *line.split()[:1]]
-    stems = words + [word.rpartition(".")[0] for word in words]
-    return next((stem for stem in stems if stem in images), None)
 
 
 def is_labelme(root):
@@ -231,12 +199,7 @@ def is_labelme(root):
 
 
 def read_labelme(root):
-    """Read LabelMe annotations: JSON files and images at any depth, also in a folder per split.
-
-    Polygons, turned rectangles, circles and painted masks become objects. Polygons with one label
-    and one ``group_id`` are one object. A rectangle has a box only. A line or a point, which has no
-    area, raises InputError.
-    """
+    """Read LabelMe's shapes with an area, from JSON files and images at any depth or per split."""
     moved = []
     splits = {
         split: [_labelme_image(path, content, root, moved) for path, content in _files(folder)]
@@ -271,25 +234,19 @@ def _has_image(path):
 
 
 def _labelme_image(where, content, root, moved):
-    """Read one file."""
+    """Read one file; polygons of one label and ``group_id`` are one object."""
     name = PureWindowsPath(str(content.get("imagePath") or ""))
     path = Path(os.path.normpath(where.parent / name.as_posix()))
     if len(name.parts) > 1 and not path.is_file() and (where.parent / name.name).is_file():
         path = where.parent / name.name
         moved.append(f"{where.name} ('{name}')")
     if not path.is_file():
-        raise InputError(
-            f"its image '{name.name}' is not beside it",
-            where=where,
-            fix="put the image there, or correct imagePath",
-        )
+        message = f"its image '{name.name}' is not beside it"
+        raise InputError(message, where=where, fix="put the image there, or correct imagePath")
     refuse_outside(path, root, where)
     if path.stem != where.stem and _has_image(where):
-        raise InputError(
-            f"names the image '{path.name}', but one of its own name is beside it, too",
-            where=where,
-            fix="correct imagePath",
-        )
+        message = f"names the image '{path.name}', but one of its own name is beside it, too"
+        raise InputError(message, where=where, fix="correct imagePath")
     size = picture_size(path, root)
     _compare_size(where, (content.get("imageWidth"), content.get("imageHeight")), size)
     objects, groups = [], {}
@@ -305,14 +262,13 @@ def _labelme_image(where, content, root, moved):
         elif isinstance(entry.get("segmentation"), list):
             first["segmentation"] += entry["segmentation"]
         else:
-            raise InputError(
-                "is grouped with a polygon and is none", where=place, fix="remove its group_id"
-            )
+            message = "is grouped with a polygon and is none"
+            raise InputError(message, where=place, fix="remove its group_id")
     return SourceImage(path, *size, tuple(objects), {}, (where,))
 
 
 def _labelme_object(shape, width, height, where):
-    """Turn one shape into a COCO entry."""
+    """Turn one shape into a COCO entry; a rectangle has a box only."""
     kind, label = shape.get("shape_type", "polygon"), shape.get("label")
     if not isinstance(label, str) or not label.strip():
         raise InputError("has no label", where=where, fix="name it after what the picture shows")
@@ -320,44 +276,35 @@ def _labelme_object(shape, width, height, where):
     try:
         points = np.array(shape.get("points"), dtype=float).reshape(-1, 2)
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"its points are not pairs of numbers ({error})", where=where, fix="draw it again"
-        ) from error
+        message = f"its points are not pairs of numbers ({error})"
+        raise InputError(message, where=where, fix="draw it again") from error
     if not (np.abs(points) <= 100 * max(width, height)).all():
         raise InputError("a point is far outside", where=where, fix="draw it again")
-    if kind in POLYGONS and len(points) >= 3:
-        return entry | {"segmentation": [points.ravel().tolist()]}
     if kind == "rectangle" and len(points) >= 2:
         low, high = points.min(axis=0), points.max(axis=0)
         return entry | {"bbox": [*low.tolist(), *(high - low).tolist()]}
+    if kind == "mask" and len(points) >= 1:
+        return entry | {"segmentation": _painted(shape, points[0], width, height, where)}
     if kind == "circle" and len(points) == 2:
         angles = np.arange(CIRCLE_CORNERS) * 2 * math.pi / CIRCLE_CORNERS
         ring = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-        corners = points[0] + ring * np.linalg.norm(points[1] - points[0])
-        return entry | {"segmentation": [corners.ravel().tolist()]}
-    if kind == "mask" and len(points) >= 1:
-        return entry | {"segmentation": _painted(shape, points[0], height, width, where)}
-    raise InputError(
-        f"is a {kind} of {len(points)} points, which has no area",
-        where=where,
-        fix="draw a polygon around the object, or remove the shape",
-    )
+        points = points[0] + ring * np.linalg.norm(points[1] - points[0])
+    elif kind not in POLYGONS or len(points) < 3:
+        raise InputError(
+            f"is a {kind} of {len(points)} points, which has no area",
+            where=where,
+            fix="draw a polygon around the object, or remove the shape",
+        )
+    return entry | {"segmentation": [points.ravel().tolist()]}
 
 
-def _painted(shape, corner, height, width, where):
+def _painted(shape, corner, width, height, where):
     """Put a painted mask, a PNG of its own box in base64, at its place in the image."""
+    canvas = Image.new("L", (width, height))
     try:
         png = base64.b64decode(shape.get("mask") or "", validate=True)
-        part = np.array(Image.open(io.BytesIO(png)).convert("L")) > 0
+        canvas.paste(Image.open(io.BytesIO(png)).convert("L"), tuple(map(round, corner.tolist())))
     except Exception as error:  # Pillow raises another type for each way a file can be broken
-        raise InputError(
-            f"its mask is no PNG in base64 ({error})", where=where, fix="draw it again"
-        ) from error
-    x, y = (round(float(number)) for number in corner)
-    rows, columns = (
-        positions + offset for positions, offset in zip(np.nonzero(part), (y, x), strict=True)
-    )
-    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-    mask = np.zeros((height, width), dtype=bool)
-    mask[rows[inside], columns[inside]] = True
-    return mask_to_rle(mask)
+        message = f"its mask is no PNG in base64 ({error})"
+        raise InputError(message, where=where, fix="draw it again") from error
+    return mask_to_rle(np.array(canvas) > 0)

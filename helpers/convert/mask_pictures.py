@@ -35,11 +35,11 @@ MASK_SUFFIXES = (*IMAGE_SUFFIXES, ".gif")
 MASK_NAMES = ("{}", "{}_mask", "{}-mask", "{}_masks", "{}_seg", "{}_segmentation", "{}_label")
 MASK_NAMES += ("{}_labels", "{}_labelIds", "{}_instanceIds", "{}_gt")
 MASK_NAMES += ("mask_{}", "mask-{}", "seg_{}", "label_{}", "gt_{}")
-CLASSES_FILE = "classes.txt"
+CLASSES_FILE = "classes.txt"  # a name per line, for the values 1, 2, ...; `BACKGROUND` is for 0
 BACKGROUND = ("background", "_background_")
+# An object is a connected component of a class, all of it, or the pixels of one value.
 OBJECTS = ("components", "whole", "values")
 VOID = 255  # of pixels that belong to nothing, in Pascal VOC and others
-EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)
 
 
 def is_masks(root):
@@ -48,16 +48,7 @@ def is_masks(root):
 
 
 def read_masks(root, category=None, objects="components"):
-    """Read images with a mask picture each; an image without one is left out.
-
-    `root` holds ``images/`` and ``masks/`` (or another of `MASK_FOLDERS`), or those in a folder per
-    split, or split folders in both. A mask is called as its image or as one of `MASK_NAMES`.
-    ``classes.txt``, one name per line, names the values 1, 2, ...; a first line ``background`` names
-    0. Without it, `category` is what the foreground shows. An object is a connected component (8
-    neighbours) of the pixels of a class, with "whole" all of them, with "values" those of one value,
-    which then is the number of an instance. Soft edges of a binary mask are cut at half, and 255
-    beside other values is void.
-    """
+    """Read images that have a mask picture; without `CLASSES_FILE` it shows `category`."""
     if objects not in OBJECTS:
         raise InputError(f"objects is {objects!r}", fix=f"use one of {', '.join(OBJECTS)}")
     names = _names(root, category, objects)
@@ -75,13 +66,13 @@ def read_masks(root, category=None, objects="components"):
                     where=mask_file,
                     fix="save the mask at the size of the upright image",
                 )
+            if is_soft and (objects == "values" or len(names) > 1):
+                raise InputError(
+                    "has soft edges, whose values are neither classes nor instances",
+                    where=mask_file,
+                    fix="save it without smoothing, or leave --objects values out",
+                )
             if is_soft:
-                if objects == "values" or len(names) > 1:
-                    raise InputError(
-                        "has soft edges, whose values are neither classes nor instances",
-                        where=mask_file,
-                        fix="save it without smoothing, or leave --objects values out",
-                    )
                 soft.append(mask_file.name)
                 values = (values > VOID // 2) * VOID
             present = [int(value) for value in np.unique(values) if value]
@@ -91,9 +82,8 @@ def read_masks(root, category=None, objects="components"):
     notes = note_of(soft, "masks have soft edges, cut at half")
     names = _names_of_values(names, masks, objects, bool(soft), notes)
     for images in splits.values():
-        images[:] = [
-            replace(image, objects=_entries(masks[image.files[0]], names)) for image in images
-        ]
+        for index, image in enumerate(images):
+            images[index] = replace(image, objects=_entries(masks[image.files[0]], names))
     files = [root / CLASSES_FILE] if category is None else []
     return Source("masks", splits, numbered(names.values()), tuple(notes), tuple(files))
 
@@ -113,16 +103,14 @@ def _folder_pairs(root):
     pairs = {}
     for split, folder in split_folders(root).items():
         images = folder_named(folder, *IMAGE_FOLDERS)
-        places = (folder_named(folder, name) for name in MASK_FOLDERS)
-        masks = next(
-            (place for place in places if place and files_below(place, MASK_SUFFIXES)), None
-        )
+        places = [folder_named(folder, name) for name in MASK_FOLDERS]
+        masks = [place for place in places if place and files_below(place, MASK_SUFFIXES)]
         if images and masks:
-            inner_images, inner_masks = split_folders(images), split_folders(masks)
+            inner_images, inner_masks = split_folders(images), split_folders(masks[0])
             if split == WHOLE and inner_images.keys() == inner_masks.keys():
                 pairs |= {name: (path, inner_masks[name]) for name, path in inner_images.items()}
             else:
-                pairs[split] = (images, masks)
+                pairs[split] = (images, masks[0])
     return pairs
 
 
@@ -147,14 +135,14 @@ def _pairs(image_folder, mask_folder):
 def _names(root, category, objects):
     """Map mask values to names; a single name under None means any foreground."""
     path = root / CLASSES_FILE
-    if category is not None or not path.is_file():
-        if category is None or not category.strip():
-            raise InputError(
-                "mask pictures do not say what they show",
-                where=root,
-                fix=f"give --category crack, or write {CLASSES_FILE} with a name per line",
-            )
+    if category is not None and category.strip():
         return {None: category.strip()}
+    if category is not None or not path.is_file():
+        raise InputError(
+            "mask pictures do not say what they show",
+            where=root,
+            fix=f"give --category crack, or write {CLASSES_FILE} with a name per line",
+        )
     if objects == "values":
         raise InputError(
             "values cannot be classes and instances at once",
@@ -203,30 +191,23 @@ def _names_of_values(names, masks, objects, has_soft, notes):
 
 
 def _mask_values(path):
-    """Read a mask picture as whole numbers, 0 for the background, and whether its edges are soft.
-
-    A palette keeps its indices. A colour picture must be grey. Fractions are shares of 255.
-    """
+    """Read a mask picture as whole numbers, a palette's as indices; and whether edges are soft."""
     try:
         with Image.open(path) as picture:
             is_jpeg, has_alpha = picture.format == "JPEG", picture.mode in ("LA", "RGBA")
             values = np.array(picture.convert("L") if is_jpeg else picture)
     except Exception as error:  # Pillow raises another type for each way a file can be broken
-        raise InputError(
-            f"is no readable picture ({error})", where=path, fix="save it as PNG"
-        ) from error
+        message = f"is no readable picture ({error})"
+        raise InputError(message, where=path, fix="save it as PNG") from error
     if values.ndim == 3:
         colours = values[..., :-1] if has_alpha else values
         if (colours != colours[..., :1]).any():
-            raise InputError(
-                "is coloured, so its values name nothing",
-                where=path,
-                fix="save it as grey values or with a palette",
-            )
+            message = "is coloured, so its values name nothing"
+            raise InputError(message, where=path, fix="save it as grey values or with a palette")
         values = values[..., -1] if has_alpha and not np.ptp(colours) else colours[..., 0]
     if not np.isfinite(values).all() or values.min() < 0:
         raise InputError("holds values that number nothing", where=path, fix="save it as PNG")
-    if (values % 1).any() and values.max() <= 1:
+    if (values % 1).any() and values.max() <= 1:  # shares of 255
         return values * VOID, True
     values = np.round(values).astype(int)
     return values, is_jpeg or _is_soft(values)
@@ -248,5 +229,5 @@ def _objects_of(mask, objects):
     """Divide the pixels of one value into the run lengths of its objects."""
     if objects != "components":
         return [mask_to_rle(mask)]
-    labels, count = ndimage.label(mask, structure=EIGHT_NEIGHBOURS)
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))  # 8 neighbours touch
     return [mask_to_rle(labels == number) for number in range(1, count + 1)]

@@ -18,24 +18,24 @@ from filelock import FileLock, Timeout
 
 from helpers.checks.boxes_and_masks import check_annotations
 from helpers.checks.words import check_categories
-from helpers.convert.coco import is_coco, read_coco, spelling
+from helpers.convert.coco import annotation_files, read_coco, spelling
 from helpers.convert.division import split_source, tile_images
 from helpers.convert.label_tools import is_labelme, is_voc, read_labelme, read_voc
-from helpers.convert.mask_pictures import is_masks, read_masks
+from helpers.convert.mask_pictures import folder_pairs, read_masks
 from helpers.convert.source import WHOLE, files_below, note_of, refuse_outside, settle_polygons
-from helpers.convert.yolo import is_yolo, read_yolo
+from helpers.convert.yolo import names_file, read_yolo
 from helpers.data.coco import COCO_FILE, find_splits, read_split
 from helpers.data.images import IMAGE_SUFFIXES
 from helpers.data.masks import rle_area, rle_box_xyxy, segmentation_to_rle
 from helpers.errors import InputError, printable
 from helpers.files import progress_bar
 
-# How each format is recognised and how it is read, in the order in which they are tried.
+# What finds the files of each format, and what reads them, in the order in which they are tried.
 FORMATS = {
-    "coco": (is_coco, read_coco),
-    "yolo": (is_yolo, read_yolo),
+    "coco": (annotation_files, read_coco),
+    "yolo": (names_file, read_yolo),
     "voc": (is_voc, read_voc),
-    "masks": (is_masks, read_masks),
+    "masks": (folder_pairs, read_masks),
     "labelme": (is_labelme, read_labelme),
 }
 MAX_NAME = 255  # bytes of a file name
@@ -59,9 +59,9 @@ def detect_format(root):
     root, problem = Path(root), None
     if not root.exists():
         raise InputError("no such file or folder", where=root, fix="check the path of the dataset")
-    for name, (is_format, _) in FORMATS.items():
+    for name, (find, _) in FORMATS.items():
         try:
-            if is_format(root):
+            if find(root):
                 return name
         except InputError as error:  # a damaged file, which is foreign if another format is sound
             problem = problem or error
@@ -73,18 +73,18 @@ def detect_format(root):
 
 
 def read_source(root, format=None, *, category=None, objects="components", polygons="auto"):
-    """Read a dataset into a `Source`; the options are those of `read_masks` and `settle_polygons`."""
+    """Read a dataset into a `Source`; for the options see `read_masks` and `settle_polygons`."""
     root = Path(os.path.realpath(Path(root).expanduser()))
     if format is not None and format not in FORMATS:
         raise InputError(f"there is no format {format!r}", fix=f"use one of {', '.join(FORMATS)}")
     with _system_errors(root):
         name = format or detect_format(root)
-        is_format, read = FORMATS[name]
-        if format is not None and not is_format(root):
+        find, read = FORMATS[name]
+        if format is not None and not find(root):
             message = f"holds nothing in the format {name}"
             raise InputError(message, where=root, fix="leave --format out")
         source = read(root, category, objects) if name == "masks" else read(root)
-        if not source.images:
+        if not any(source.splits.values()):
             raise InputError("lists no image", where=root, fix="put images beside the annotations")
         source = _checked(source, root if root.is_dir() else root.parent)
     return source if name == "coco" else settle_polygons(source, polygons)
@@ -129,11 +129,11 @@ def _checked(source, root):
     notes += note_of(names[True], "images have no annotation or no split, and are left out")
     notes += note_of(names[False], "other files are not read")
     unused = dict(sorted(Counter(path.suffix.lower() for path in unread).items()))
-    return replace(source, notes=(*source.notes, *notes), unused=unused)
+    return replace(source, notes=[*source.notes, *notes], unused=unused)
 
 
 def convert(src, dst, *, split=None, seed=42, tile=None, overlap=0.2, **reading):
-    """Write a dataset as one ``_annotations.coco.json`` per split with copies of the images beside it.
+    """Write a dataset as one ``_annotations.coco.json`` per split with copies of its images.
 
     Parameters
     ----------
@@ -141,8 +141,7 @@ def convert(src, dst, *, split=None, seed=42, tile=None, overlap=0.2, **reading)
         The dataset, which is never changed; and a folder that is missing or empty, outside `src`.
         It appears complete, in one step, or not at all, also when the process is killed.
     split : sequence of float, optional
-        Shares of train, valid and test, which replace the splits of the source. By default those
-        stay, and a source without any becomes ``train``.
+        Shares of train, valid and test. By default the splits stay; a source without is ``train``.
     seed : int
         For the division.
     tile, overlap : int, float
@@ -153,9 +152,8 @@ def convert(src, dst, *, split=None, seed=42, tile=None, overlap=0.2, **reading)
     Returns
     -------
     dict
-        ``format``, ``source``, ``output``; ``splits``: by name ``images``, ``empty`` (images
-        without objects), ``objects``, ``with_mask``, ``categories`` (objects per name); ``unused``
-        (files of the source that were not read, by ending); ``notes``: list of str.
+        ``format``, ``source``, ``output``, ``notes``, ``unused`` (files not read, by ending), and
+        in ``splits`` by name ``images``, ``empty``, ``objects``, ``with_mask``, ``categories``.
     """
     src, dst = Path(src).expanduser().absolute(), Path(dst).expanduser().absolute()
     with _system_errors(dst):
@@ -164,7 +162,7 @@ def convert(src, dst, *, split=None, seed=42, tile=None, overlap=0.2, **reading)
         if src.is_dir() and Path(os.path.realpath(dst)).is_relative_to(os.path.realpath(src)):
             raise InputError("lies inside the source", where=dst, fix="choose a folder beside it")
     source = read_source(src, **reading)
-    notes, splits = list(source.notes), source.splits
+    notes, splits = source.notes, source.splits
     if split is not None:
         splits, more = split_source(splits, split, seed)
         notes += more
@@ -219,7 +217,7 @@ def _new_folder(dst):
 
 
 def _with_names(images, root):
-    """Name images for one folder: as their files, with all folders before it where two are equal."""
+    """Name images for one folder: as their files, with all folders before where two are equal."""
     # Names also differ on file systems that ignore case or how accents are composed.
     counts, taken, result = Counter(spelling(image.path.name) for image in images), set(), []
     for image in images:

@@ -84,24 +84,20 @@ def divide(labels, shares, seed):
 
 
 def split_source(splits, shares, seed):
-    """Divide the images of all splits anew by shares of train, valid and test; return it and notes."""
+    """Divide all images anew by shares of train, valid and test; return splits and notes."""
     shares = list(shares)
     is_sound = len(shares) in (2, 3) and min(shares) >= 0 and abs(sum(shares) - 1) <= 1e-6
     if not is_sound or not shares[0]:
-        raise InputError(
-            f"the shares {shares} are not of train, valid and test",
-            fix="give numbers that add up to 1, for example --split 0.8 0.1 0.1",
-        )
+        fix = "give numbers that add up to 1, for example --split 0.8 0.1 0.1"
+        raise InputError(f"the shares {shares} are not of train, valid and test", fix=fix)
     images = [image for name in splits for image in splits[name]]
     labels, notes = scene_groups([image.path for image in images])
     split_indices, result = divide(labels, shares, seed), {}
     for index, (name, share) in enumerate(zip(NAMES, shares, strict=False)):
         members = [images[place] for place in np.flatnonzero(split_indices == index)]
         if share and not members:
-            raise InputError(
-                f"{len(images)} images in {labels.max() + 1} scenes leave none for '{name}'",
-                fix="give a larger share, or divide the images by hand",
-            )
+            message = f"{len(images)} images in {labels.max() + 1} scenes leave none for '{name}'"
+            raise InputError(message, fix="give a larger share, or divide the images by hand")
         if members:
             result[name] = members
     return result, notes
@@ -164,7 +160,7 @@ def _mask_and_extent(item, image):
 
 
 def _piece(item, mask, extent, box, least):
-    """Return an object as a tile shows it, None if not; and whether it is whole or `least` pixels."""
+    """Return an object as a tile shows it, or None; and whether it is whole or `least` pixels."""
     (x0, y0, x1, y1), (left, top, right, bottom) = box, extent
     left, top, right, bottom = max(left, x0), max(top, y0), min(right, x1), min(bottom, y1)
     is_whole = (left, top, right, bottom) == extent

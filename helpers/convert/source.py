@@ -1,8 +1,8 @@
 """A dataset as its reader returns it, and what all readers share: files, texts, splits, polygons.
 
-`supervision.DetectionDataset` reads none of the formats here. It rounds polygons to whole pixels and
-fills their border, forgets ids and further keys, takes a number too many for a confidence, and skips
-circles and painted masks, so that an annotated object would be asked as absent.
+`supervision.DetectionDataset` is not used: it rounds polygons to whole pixels and fills their
+border, forgets ids and further keys, and skips circles and painted masks, so that an annotated
+object would be asked as absent.
 """
 
 from __future__ import annotations
@@ -49,16 +49,11 @@ class Source:
 
     format: str
     splits: dict[str, list[SourceImage]]  # by name; `WHOLE` alone if the source is not split
-    categories: tuple[Category, ...]
-    notes: tuple[str, ...] = ()  # what a person should know about the reading
-    files: tuple[Path, ...] = ()  # those that speak of more than one image
+    categories: list[Category]
+    notes: list[str]  # what a person should know about the reading
+    files: list[Path]  # those that speak of more than one image
     header: dict = field(default_factory=dict)  # what a COCO file says about the whole
     unused: dict[str, int] = field(default_factory=dict)  # files not read, by ending
-
-    @property
-    def images(self):
-        """Return the images of all splits."""
-        return [image for images in self.splits.values() for image in images]
 
 
 def files_below(folder, suffixes=()):
@@ -110,7 +105,7 @@ def read_text(path, encoding="utf-8-sig"):
 
 
 def split_of_name(name):
-    """Return the split that a name such as ``val2017`` or ``instances_train`` speaks of, or None."""
+    """Return the split that a name such as ``val2017`` or ``instances_train`` means, or None."""
     words = re.findall(r"[a-z]+", name.casefold())
     return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
 
@@ -128,10 +123,10 @@ def split_folders(root):
     return {name: folders[name] for name in SPLIT_FOLDERS if name in folders} or {WHOLE: root}
 
 
-def by_stem(paths, folder):
+def by_stem(folder, suffixes):
     """Map the path below `folder`, without ending, to each file; equal ones raise InputError."""
     files = {}
-    for path in paths:
+    for path in files_below(folder, suffixes):
         stem = path.relative_to(folder).with_suffix("").as_posix()
         if stem in files:
             both = f"an annotation could belong to '{files[stem].name}' or '{path.name}'"
@@ -149,8 +144,7 @@ def note_of(items, text):
 
 def numbered(names):
     """Return categories of the names, repeated ones once, numbered from 1."""
-    names = dict.fromkeys(names)
-    return tuple(Category(number, name, None) for number, name in enumerate(names, 1))
+    return [Category(number, name, None) for number, name in enumerate(dict.fromkeys(names), 1)]
 
 
 def settle_polygons(source, meaning="auto"):
@@ -160,37 +154,27 @@ def settle_polygons(source, meaning="auto"):
     # pixel all around: a pothole keeps an IoU of 0.97, a crack 0.77, a crack of one pixel vanishes.
     if meaning not in MEANINGS:
         raise InputError(f"polygons are {meaning!r}", fix=f"use one of {', '.join(MEANINGS)}")
-    if meaning == "outline" or (meaning == "auto" and not _all_whole(source.images)):
-        return source
-    splits = {
-        name: [replace(image, objects=_filled(image)) for image in images]
-        for name, images in source.splits.items()
-    }
-    note = "corners of polygons are whole pixels, which belong to the object; see --polygons"
-    return replace(source, splits=splits, notes=(*source.notes, note))
-
-
-def _polygons(item):
-    """Return the polygons of an entry; none where it has run lengths or a box."""
-    segmentation = item.get("segmentation")
-    return segmentation if isinstance(segmentation, list) else []
-
-
-def _all_whole(images):
-    """Return whether there are polygons and all their corners are whole numbers, as traced ones."""
-    polygons = [(image, part) for image in images for i in image.objects for part in _polygons(i)]
-    return bool(polygons) and all(
-        np.abs(part - np.round(part)).max() <= PRECISION * max(image.width, image.height)
-        for image, part in polygons
+    items = [
+        (image, item)
+        for images in source.splits.values()
+        for image in images
+        for item in image.objects
+        if isinstance(item.get("segmentation"), list)
+    ]
+    # With "auto", corners are pixels if all are whole numbers, as those of traced contours are.
+    whole = all(
+        np.abs(np.subtract(part, np.round(part))).max()
+        <= PRECISION * max(image.width, image.height)
+        for image, item in items
+        for part in item["segmentation"]
     )
-
-
-def _filled(image):
-    """Return the objects of an image with their polygons filled, border pixels included."""
-    objects = []
-    for item in image.objects:
+    if not items or meaning == "outline" or (meaning == "auto" and not whole):
+        return source
+    for image, item in items:
         mask = np.zeros((image.height, image.width), dtype=np.uint8)
-        for corners in _polygons(item):  # one by one: together, overlapping parts would cancel out
-            cv2.fillPoly(mask, [np.round(corners).astype(np.int32).reshape(-1, 1, 2)], 1)
-        objects.append(item | {"segmentation": mask_to_rle(mask)} if _polygons(item) else item)
-    return tuple(objects)
+        for part in item["segmentation"]:  # one by one: together, overlaps would cancel each other
+            corners = np.round(part).astype(np.int32).reshape(-1, 1, 2)
+            cv2.fillPoly(mask, [corners], 1)
+        item["segmentation"] = mask_to_rle(mask)
+    note = "corners of polygons are whole pixels, which belong to the object; see --polygons"
+    return replace(source, notes=[*source.notes, note])

@@ -8,21 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from helpers.config import read_yaml
-from helpers.convert.source import (
-    PRECISION,
-    WHOLE,
-    Source,
-    SourceImage,
-    by_stem,
-    files_below,
-    folder_named,
-    note_of,
-    numbered,
-    picture_size,
-    read_text,
-    refuse_outside,
-    split_folders,
-)
+from helpers.convert import source
 from helpers.data.images import IMAGE_SUFFIXES
 from helpers.errors import InputError
 
@@ -31,14 +17,9 @@ MIN_ROWS = 3  # different lines from which a pattern that all share is no chance
 _KEYS = {"train": "train", "val": "valid", "valid": "valid", "test": "test"}
 
 
-def is_yolo(root):
-    """Return whether a folder holds a ``data.yaml`` (or any YAML file with ``names``)."""
-    return root.is_dir() and _yaml_file(root) is not None
-
-
 def read_yolo(root):
     """Read a YOLO dataset of polygons (YOLO-seg), boxes, or both; of poses the boxes."""
-    where = _yaml_file(root)
+    where = names_file(root)
     content, notes, files = read_yaml(where), [], [where]
     names = _names(content, where, notes)
     paths = _image_paths(content, root, where, files, notes)
@@ -46,7 +27,7 @@ def read_yolo(root):
     rows = {path: _rows(label, names, root) for path, label in labels.items() if label}
     # YOLO trainers, too, take an image without a label file for one that shows nothing.
     empty = [path.relative_to(root) for path, label in labels.items() if label is None]
-    notes += note_of(empty, "images have no label file and count as empty")
+    notes += source.note_of(empty, "images have no label file and count as empty")
     boxes_only = _check_values(content, [row for group in rows.values() for row in group], where)
     if boxes_only:
         notes.append("a pose dataset (kpt_shape): its boxes are read, its keypoints are not")
@@ -54,17 +35,17 @@ def read_yolo(root):
     for split, group in paths.items():
         splits[split] = []
         for path in group:
-            size = picture_size(path, root)
+            size = source.picture_size(path, root)
             objects = tuple(
                 _object(names[number], values[: 4 if boxes_only else None], size)
                 for _, number, values in rows.get(path, ())
             )
             own_files = (labels[path],) if labels[path] else ()
-            splits[split].append(SourceImage(path, *size, objects, {}, own_files))
-    return Source("yolo", splits, numbered(names.values()), tuple(notes), tuple(files))
+            splits[split].append(source.SourceImage(path, *size, objects, {}, own_files))
+    return source.Source("yolo", splits, source.numbered(names.values()), notes, files)
 
 
-def _yaml_file(root):
+def names_file(root):
     """Find the YAML file that lists the names, ``data.yaml`` first; None without one."""
     paths = [path for path in root.glob("[!.]*") if path.suffix.lower() in (".yaml", ".yml")]
     for path in sorted(paths, key=lambda path: (path.name != "data.yaml", path)):
@@ -87,7 +68,7 @@ def _names(content, where, notes):
     if count not in (None, len(texts)):
         notes.append(f"nc is {count}, but names lists {len(texts)}, which is taken")
     doubles = [name for name in set(texts.values()) if list(texts.values()).count(name) > 1]
-    notes += note_of(sorted(doubles), "names belong to several classes, which become one")
+    notes += source.note_of(sorted(doubles), "names belong to several classes, which become one")
     return {number: texts[number] for number in sorted(texts)}
 
 
@@ -98,7 +79,14 @@ def _image_paths(content, root, where, files, notes):
         if listed.setdefault(_KEYS[key], content[key]) != content[key]:
             raise InputError("'val' and 'valid' differ", where=where, fix="remove one of them")
     if not listed:
-        return _images_by_folder(root, where)
+        folders, images = source.split_folders(root), source.folder_named(root, "images")
+        if source.WHOLE in folders and images is not None:
+            folders = source.split_folders(images)
+        paths = {split: _images_of(folder, root, root, []) for split, folder in folders.items()}
+        if not any(paths.values()):
+            message = "names no split, and there is no image in images/ or train/images/"
+            raise InputError(message, where=where, fix="add 'train: train/images' to the file")
+        return paths
     base = root / str(content.get("path") or ".")
     base = base if base.is_dir() else root
     for split, entry in listed.items():
@@ -115,27 +103,14 @@ def _image_paths(content, root, where, files, notes):
     return paths
 
 
-def _images_by_folder(root, where):
-    """Map each split to the images of the usual folders, for a file that names none."""
-    folders, images = split_folders(root), folder_named(root, "images")
-    if WHOLE in folders and images is not None:
-        folders = split_folders(images)
-    paths = {split: _images_of(folder, root, root, []) for split, folder in folders.items()}
-    if not any(paths.values()):
-        message = "names no split, and there is no image in images/ or train/images/"
-        raise InputError(message, where=where, fix="add 'train: train/images' to the file")
-    return paths
-
-
 def _images_of(place, base, root, files):
     """List the images of a folder and of those in it, or of a text file of paths."""
     if place.is_dir():
-        images = files_below(folder_named(place, "images") or place, IMAGE_SUFFIXES)
-        by_stem(images, root)  # two of one stem would share a label file
-        return images
+        place = source.folder_named(place, "images") or place
+        return [*source.by_stem(place, IMAGE_SUFFIXES).values()]  # equal stems would share a label
     files.append(place)
     images = []
-    for line in filter(None, map(str.strip, read_text(place).splitlines())):
+    for line in filter(None, map(str.strip, source.read_text(place).splitlines())):
         path = _existing(line, place.parent, root, place) or _existing(line, base, root, place)
         if path is None or not path.is_file():
             raise _missing(line, place)
@@ -153,7 +128,7 @@ def _existing(value, base, root, where):
     real_root = os.path.realpath(root)
     inside = [path for path in paths if Path(os.path.realpath(path)).is_relative_to(real_root)]
     if paths and not inside:
-        refuse_outside(paths[0], root, where)
+        source.refuse_outside(paths[0], root, where)
     return inside[0] if inside else None
 
 
@@ -175,9 +150,9 @@ def _label_file(image, root):
 
 def _rows(label, names, root):
     """Return the (place, class, numbers after it) of each line of a label file."""
-    refuse_outside(label, root)
+    source.refuse_outside(label, root)
     rows = []
-    for number, line in enumerate(read_text(label).splitlines(), start=1):
+    for number, line in enumerate(source.read_text(label).splitlines(), start=1):
         where = f"{label}, line {number}"
         try:
             values = [float(value) for value in line.split()]
@@ -193,29 +168,25 @@ def _rows(label, names, root):
 
 
 def _check_values(content, rows, where):
-    """Refuse lines that are neither boxes nor polygons; return whether keypoints follow the boxes."""
+    """Refuse lines that are neither boxes nor polygons; return whether keypoints follow boxes."""
     shape = content.get("kpt_shape")
     is_pose = shape is not None
     if is_pose and not (isinstance(shape, list) and list(map(type, shape)) == [int, int]):
         raise InputError(f"kpt_shape is {shape!r}", where=where, fix="write [points, 2 or 3]")
     meaning = None if is_pose else _other_meaning({tuple(values) for _, _, values in rows})
     if meaning:
-        raise InputError(
-            f"each line is a box followed by {meaning}, not a polygon",
-            where=rows[0][0],
-            fix=f"name kpt_shape in {where.name}, or leave four numbers after the class",
-        )
+        message = f"each line is a box followed by {meaning}, not a polygon"
+        fix = f"name kpt_shape in {where.name}, or leave four numbers after the class"
+        raise InputError(message, where=rows[0][0], fix=fix)
     with_points = 4 + shape[0] * shape[1] if is_pose else 0
     other = f"a box with keypoints ({with_points})" if is_pose else "a polygon (6, 8, ...)"
     for place, _, values in rows:
         count = len(values)
         is_other = count == with_points if is_pose else count >= 6 and count % 2 == 0
         if count != 4 and not is_other:
-            raise InputError(
-                f"a class and {count} numbers are neither a box (4) nor {other}",
-                where=place,
-                fix="write: class x y x y x y ... with at least three corners",
-            )
+            message = f"a class and {count} numbers are neither a box (4) nor {other}"
+            fix = "write: class x y x y x y ... with at least three corners"
+            raise InputError(message, where=place, fix=fix)
         for value in values[: 4 if is_pose else None]:
             if not -OUTSIDE <= value <= 1 + OUTSIDE:
                 message = f"{value:g} is no share of the image's side"
@@ -243,17 +214,14 @@ def _other_meaning(rows):
         x_y, visibility = points[..., :2], points[..., 2:]
         is_inside = (x_y >= low - 0.1 * size) & (x_y <= high + 0.1 * size)
         is_point = is_inside.all(axis=2) | (x_y == 0).all(axis=2)
-        # Corners of rectangles and traced outlines share coordinates; joints of a body hardly do.
-        is_traced = length == 2 and np.mean([_shares_coordinates(row) for row in rows]) > 0.5
-        if is_point.all() and np.isin(visibility, (0, 1, 2)).all() and not is_traced:
+        if length == 2:
+            # Corners of rectangles and traced outlines share an x or y; joints of a body hardly do.
+            axes = np.sort(values.reshape(len(rows), -1, 2), axis=1)
+            is_same = (axes[:, 1:] == axes[:, :-1]) & (axes[:, 1:] != 0)
+            is_point &= is_same.any(axis=(1, 2)).mean() <= 0.5
+        if is_point.all() and np.isin(visibility, (0, 1, 2)).all():
             return f"{points.shape[1]} keypoints"
     return None
-
-
-def _shares_coordinates(values):
-    """Return whether two corners of a polygon have the same x, or the same y, beside 0."""
-    axes = [[value for value in values[axis::2] if value] for axis in (0, 1)]
-    return any(len(set(axis)) < len(axis) for axis in axes)
 
 
 def _object(category, values, size):
@@ -265,6 +233,6 @@ def _object(category, values, size):
     # What five decimals took from a half or whole pixel is undone: a corner on the border of two
     # pixels would else fall to either side by chance.
     corners, nearest = shares * size, np.round(2 * shares * size) / 2
-    is_near = np.abs(corners - nearest) <= PRECISION * np.array(size)
+    is_near = np.abs(corners - nearest) <= source.PRECISION * np.array(size)
     polygon = np.where(is_near, nearest, corners).ravel().tolist()
     return {"category": category, "segmentation": [polygon], "iscrowd": 0}

@@ -21,6 +21,7 @@ from helpers.errors import InputError
 from helpers.files import read_json
 
 _KEYS = {"images", "annotations", "categories"}
+_ID_KEYS = {"image_id", "category_id"}
 _OWN_KEYS = {"file_name", "width", "height"}
 
 
@@ -29,18 +30,15 @@ def read_coco(root):
     parts, base = annotation_files(root), root if root.is_dir() else root.parent
     splits, table, resized, respelt = {}, {}, [], []
     for split, (folder, file) in parts.items():
-        index = {}
+        splits[split], index = [], {}
         for path in source.files_below(folder):
             index.setdefault(spelling(path.name), []).append(path)
-        splits[split] = []
         entries = coco_entries(file) if file else entries_of(folder, "per_image")
         for where, image, items, categories in entries:
             names = category_names(categories, where, table)
             path = _image_path(image, where, folder, index, split, respelt)
-            size, stated = (
-                source.picture_size(path, base),
-                (image.get("width"), image.get("height")),
-            )
+            size = source.picture_size(path, base)
+            stated = (image.get("width"), image.get("height"))
             stated = size if stated == (None, None) else stated
             if not all(type(side) is int and side > 0 for side in stated):
                 message = f"the size of '{path.name}' is {stated[0]!r} x {stated[1]!r}"
@@ -49,10 +47,19 @@ def read_coco(root):
             if stated != size:
                 sizes = f"{size[0]} x {size[1]}, stated {stated[0]} x {stated[1]}"
                 resized.append(f"{path.name} ({sizes})")
-            objects = tuple(_object(entry, names, where) for entry in items)
+            objects, own_files = [], () if file else (where,)
+            for entry in items:
+                category_id = entry.get("category_id")
+                if type(category_id) is not int or category_id not in names:
+                    message = f"annotation {entry.get('id')!r} has category_id {category_id!r}"
+                    message += ", which has no name in 'categories'"
+                    fix = "add the category with its name; text is another id than a number"
+                    raise InputError(message, where=where, fix=fix)
+                kept = {key: entry[key] for key in entry if key not in _ID_KEYS}
+                objects.append(kept | {"category": names[category_id]})
             extra = {key: image[key] for key in image if key not in _OWN_KEYS}
-            own_files = () if file else (where,)
-            splits[split].append(source.SourceImage(path, *stated, objects, extra, own_files))
+            record = source.SourceImage(path, *stated, tuple(objects), extra, own_files)
+            splits[split].append(record)
     notes = source.note_of(respelt, "images are spelt otherwise on the disk")
     notes += source.note_of(resized, "images have another size than stated")
     files = [file for _, file in parts.values() if file]
@@ -66,8 +73,8 @@ def annotation_files(root):
     """Map each split to its folder and its COCO file, None where each image has its own file."""
     try:
         names = find_splits(root)
-    except InputError:  # not a layout that training could read as it is
-        names = ()
+    except InputError:
+        names = ()  # not a layout that training could read as it is
     parts = {}
     for name in names:
         folder = split_folder(root, name)[1]
@@ -137,25 +144,13 @@ def _image_path(image, where, root, index, split, respelt):
 
 def _ending_with(name, root, index, split):
     """List the files whose path ends as a name does; those of the split and so spelt first."""
-    end, own, free = "/" + spelling(name), [], []
+    end = "/" + spelling(name)
     paths = index.get(end.rpartition("/")[2], ())
     paths = [p for p in paths if spelling(f"/{p.relative_to(root).as_posix()}").endswith(end)]
-    for path in [path for path in paths if path.match(name)] or paths:
-        other = source.split_of_name(path.parent.name)
-        own += [path] if other == split else []
-        free += [path] if other is None or split == source.WHOLE else []
-    return own or free
-
-
-def _object(entry, names, where):
-    """Return an annotation entry with the name of its category in place of the ids."""
-    category_id = entry.get("category_id")
-    if type(category_id) is not int or category_id not in names:
-        message = f"annotation {entry.get('id')!r} has category_id {category_id!r}"
-        fix = "add the category with its name; text is another id than a number"
-        raise InputError(f"{message}, which has no name in 'categories'", where=where, fix=fix)
-    rest = {key: entry[key] for key in entry if key not in ("image_id", "category_id")}
-    return rest | {"category": names[category_id]}
+    paths = [path for path in paths if path.match(name)] or paths
+    splits = {path: source.split_of_name(path.parent.name) for path in paths}
+    own = [path for path in paths if splits[path] == split]
+    return own or [path for path in paths if splits[path] is None or split == source.WHOLE]
 
 
 def _merged(entries):

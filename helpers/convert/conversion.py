@@ -1,7 +1,4 @@
-"""Turn a dataset of any common format into the layout of this workbook, without loss.
-
-Images are copied, never linked: whoever edits a linked picture in place changes the original, too.
-"""
+"""Turn a dataset of any common format into the layout of this workbook, without loss."""
 
 from __future__ import annotations
 
@@ -65,11 +62,8 @@ def detect_format(root):
                 return name
         except InputError as error:  # a damaged file, which is foreign if another format is sound
             problem = problem or error
-    raise problem or InputError(
-        "holds no annotations of a known format",
-        where=root,
-        fix=f"lay them out as one of {', '.join(FORMATS)}; a YOLO dataset needs its data.yaml",
-    )
+    fix = f"lay them out as one of {', '.join(FORMATS)}; a YOLO dataset needs its data.yaml"
+    raise problem or InputError("holds no annotations of a known format", where=root, fix=fix)
 
 
 def read_source(root, format=None, *, category=None, objects="components", polygons="auto"):
@@ -96,11 +90,8 @@ def _system_errors(where):
     try:
         yield
     except OSError as error:
-        raise InputError(
-            error.strerror or str(error),
-            where=error.filename or where,
-            fix="make room, choose a folder you may write to, or shorten the name",
-        ) from error
+        place, fix = error.filename or where, "make room, choose another folder or a shorter name"
+        raise InputError(error.strerror or str(error), where=place, fix=fix) from error
 
 
 def _checked(source, root):
@@ -111,11 +102,10 @@ def _checked(source, root):
             files += image.files
             real = os.path.realpath(image.path)
             if split_of.get(real) == split:
-                raise InputError(
-                    f"the image '{image.path.relative_to(root)}' is listed twice",
-                    where=(*image.files, *source.files, root)[0],
-                    fix="merge the two entries, or name the image that each means",
-                )
+                message = f"the image '{image.path.relative_to(root)}' is listed twice"
+                where = (*image.files, *source.files, root)[0]
+                fix = "merge the two entries, or name the image that each means"
+                raise InputError(message, where=where, fix=fix)
             shared += [image.path.name] if real in split_of else []
             split_of[real] = split
     for path in files:
@@ -129,7 +119,7 @@ def _checked(source, root):
     notes += note_of(names[True], "images have no annotation or no split, and are left out")
     notes += note_of(names[False], "other files are not read")
     unused = dict(sorted(Counter(path.suffix.lower() for path in unread).items()))
-    return replace(source, notes=[*source.notes, *notes], unused=unused)
+    return replace(source, notes=source.notes + notes, unused=unused)
 
 
 def convert(src, dst, *, split=None, seed=42, tile=None, overlap=0.2, **reading):
@@ -140,10 +130,8 @@ def convert(src, dst, *, split=None, seed=42, tile=None, overlap=0.2, **reading)
     src, dst : os.PathLike
         The dataset, which is never changed; and a folder that is missing or empty, outside `src`.
         It appears complete, in one step, or not at all, also when the process is killed.
-    split : sequence of float, optional
+    split, seed : sequence of float, optional, and int
         Shares of train, valid and test. By default the splits stay; a source without is ``train``.
-    seed : int
-        For the division.
     tile, overlap : int, float
         Cut larger images into tiles of this side in pixels, with this share of it in common.
     **reading
@@ -221,14 +209,13 @@ def _with_names(images, root):
     # Names also differ on file systems that ignore case or how accents are composed.
     counts, taken, result = Counter(spelling(image.path.name) for image in images), set(), []
     for image in images:
-        path, number = image.path, 1
-        name = path.name
-        if counts[spelling(name)] > 1:
-            joined = "_".join(path.relative_to(root).parts)
-            name = joined if len(os.fsencode(joined)) <= MAX_NAME else name
+        name, number = image.path.name, 1
+        joined = "_".join(image.path.relative_to(root).parts)
+        if counts[spelling(name)] > 1 and len(os.fsencode(joined)) <= MAX_NAME:
+            name = joined
         while spelling(name) in taken:  # "a_b.png" and "a/b.png", or folders of very long names
             number += 1
-            name = f"{path.stem[:50]}_{number}{path.suffix}"
+            name = f"{image.path.stem[:50]}_{number}{image.path.suffix}"
         taken.add(spelling(name))
         result.append(replace(image, name=name))
     return result
@@ -274,6 +261,7 @@ def _place(path, target):
     if path != target:
         if target.exists():
             raise InputError("a tile has the name of this image", where=path, fix="rename it")
+        # No link: whoever edits a linked picture in place changes the original, too.
         with path.open("rb") as original, target.open("xb") as copy:  # "x": never what is there
             shutil.copyfileobj(original, copy, 1 << 20)
 

@@ -26,8 +26,8 @@ RUNS = 10  # that such a group is cut into, in the order of its last number
 # A cut piece stays an object if its longer side is at least this share of the tile's: two cells of
 # SAM3's mask grid, below which the data check calls an object too small.
 MIN_PIECE = 2 / 288
-OPTIONS = {".jpg": {"quality": 95, "subsampling": 0}, ".webp": {"quality": 95}}
-OPTIONS[".jpeg"] = OPTIONS[".jpg"]
+OPTIONS = dict.fromkeys((".jpg", ".jpeg"), {"quality": 95, "subsampling": 0})
+OPTIONS[".webp"] = {"quality": 95}
 
 
 def name_groups(stems):
@@ -85,11 +85,10 @@ def divide(labels, shares, seed):
 
 def split_source(splits, shares, seed):
     """Divide all images anew by shares of train, valid and test; return splits and notes."""
-    shares = list(shares)
     is_sound = len(shares) in (2, 3) and min(shares) >= 0 and abs(sum(shares) - 1) <= 1e-6
     if not is_sound or not shares[0]:
         fix = "give numbers that add up to 1, for example --split 0.8 0.1 0.1"
-        raise InputError(f"the shares {shares} are not of train, valid and test", fix=fix)
+        raise InputError(f"the shares {[*shares]} are not of train, valid and test", fix=fix)
     images = [image for name in splits for image in splits[name]]
     labels, notes = scene_groups([image.path for image in images])
     split_indices, result = divide(labels, shares, seed), {}
@@ -116,11 +115,10 @@ def _cut(image, boxes, folder, tile):
     """Write all tiles of an image, also those without objects: absence has to be taught."""
     picture, target = open_upright(image.path), folder / (image.name or image.path.name)
     if picture.size != (image.width, image.height):
+        upright = f"the upright image is {picture.width} x {picture.height} pixels"
+        message = f"{upright}, its annotation says {image.width} x {image.height}"
         raise InputError(
-            f"the upright image is {picture.width} x {picture.height} pixels, its annotation says "
-            f"{image.width} x {image.height}",
-            where=image.path,
-            fix="annotate the upright image at its own size",
+            message, where=image.path, fix="annotate the upright image at its own size"
         )
     objects, contents = [[] for _ in boxes], [set(image.extra.get("contents", ())) for _ in boxes]
     for item in image.objects:
@@ -135,10 +133,9 @@ def _cut(image, boxes, folder, tile):
     for box, entries, nouns in zip(boxes, objects, contents, strict=True):
         suffix = target.suffix if target.suffix.lower() in IMAGE_SUFFIXES else ".png"
         path = target.with_name(f"{target.stem}_x{box[0]}_y{box[1]}{suffix}")
-        picture.crop(box).save(path, **OPTIONS.get(suffix.lower(), {}))
-        size, extra = (box[2] - box[0], box[3] - box[1]), {"contents": sorted(nouns)}
-        extra = extra if nouns else {}
-        tiles.append(SourceImage(path, *size, tuple(entries), extra, name=path.name))
+        part, extra = picture.crop(box), {"contents": sorted(nouns)} if nouns else {}
+        part.save(path, **OPTIONS.get(suffix.lower(), {}))
+        tiles.append(SourceImage(path, *part.size, tuple(entries), extra, name=path.name))
     return tiles
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import PurePosixPath
 
 import numpy as np
 from PIL import Image
@@ -94,8 +93,8 @@ def _pairs(image_folder, mask_folder):
     masks = source.by_stem(mask_folder, MASK_SUFFIXES)
     pairs = []
     for path in images.values():
-        place = PurePosixPath(path.relative_to(image_folder).parent)
-        stems = [(place / name.format(path.stem)).as_posix() for name in MASK_NAMES]
+        place, names = path.relative_to(image_folder), [n.format(path.stem) for n in MASK_NAMES]
+        stems = [place.with_name(name).as_posix() for name in names]
         pairs += [(path, masks[stem]) for stem in stems if stem in masks][:1]
     if images and not pairs:
         message = f"there is no mask for {next(iter(images.values())).name}"

@@ -1,8 +1,7 @@
 """A dataset as its reader returns it, and what all readers share: files, texts, splits, polygons.
 
-`supervision.DetectionDataset` is not used: it rounds polygons to whole pixels and fills their
-border, forgets ids and further keys, and skips circles and painted masks, so that an annotated
-object would be asked as absent.
+`supervision.DetectionDataset` is not used: it rounds polygons to whole pixels, forgets ids and
+further keys, and skips circles and painted masks, which would then be asked as absent.
 """
 
 from __future__ import annotations
@@ -35,9 +34,7 @@ class SourceImage:
     path: Path
     width: int  # pixels, upright
     height: int
-    # COCO entries with `category` (a name) in place of the ids, `segmentation` as in the file or
-    # `bbox` [x, y, width, height] in pixels, or both.
-    objects: tuple[dict, ...]
+    objects: tuple[dict, ...]  # COCO entries in pixels; `category`, a name, in place of the ids
     extra: dict = field(default_factory=dict)  # further keys of the image entry, such as contents
     files: tuple[Path, ...] = ()  # the annotation files of this image alone
     name: str | None = None  # in the new dataset
@@ -77,11 +74,9 @@ def refuse_outside(path, root, where=None):
     """Raise InputError if a file, all links followed, does not lie below the source."""
     real = Path(os.path.realpath(path))
     if not real.is_relative_to(os.path.realpath(root)):
-        raise InputError(
-            f"'{real}' lies outside the source, and nothing outside is taken",
-            where=where or path,
-            fix=f"copy it into {root}, or convert a folder that holds both",
-        )
+        message = f"'{real}' lies outside the source, and nothing outside is taken"
+        fix = f"copy it into {root}, or convert a folder that holds both"
+        raise InputError(message, where=where or path, fix=fix)
 
 
 def picture_size(path, root):
@@ -154,13 +149,9 @@ def settle_polygons(source, meaning="auto"):
     # pixel all around: a pothole keeps an IoU of 0.97, a crack 0.77, a crack of one pixel vanishes.
     if meaning not in MEANINGS:
         raise InputError(f"polygons are {meaning!r}", fix=f"use one of {', '.join(MEANINGS)}")
-    items = [
-        (image, item)
-        for images in source.splits.values()
-        for image in images
-        for item in image.objects
-        if isinstance(item.get("segmentation"), list)
-    ]
+    images = [image for group in source.splits.values() for image in group]
+    items = [(image, item) for image in images for item in image.objects]
+    items = [(image, item) for image, item in items if isinstance(item.get("segmentation"), list)]
     # With "auto", corners are pixels if all are whole numbers, as those of traced contours are.
     whole = all(
         np.abs(np.subtract(part, np.round(part))).max()

@@ -97,7 +97,8 @@ def _image_paths(content, root, where, files, notes):
             images = [path for p in places.values() for path in _images_of(p, base, root, files)]
             paths[split] = list(dict.fromkeys(images))
         elif split == "train" or len(listed) == 1:
-            raise _missing(lost[0], where)
+            message = f"names '{lost[0]}', which does not exist"
+            raise InputError(message, where=where, fix="correct the path")
         else:  # an export without such images still names their folder
             notes.append(f"{split}: '{lost[0]}' does not exist, so there is no such split")
     return paths
@@ -113,7 +114,8 @@ def _images_of(place, base, root, files):
     for line in filter(None, map(str.strip, source.read_text(place).splitlines())):
         path = _existing(line, place.parent, root, place) or _existing(line, base, root, place)
         if path is None or not path.is_file():
-            raise _missing(line, place)
+            message = f"names '{line}', which does not exist"
+            raise InputError(message, where=place, fix="correct the path")
         images.append(path)
     return images
 
@@ -132,15 +134,11 @@ def _existing(value, base, root, where):
     return inside[0] if inside else None
 
 
-def _missing(value, where):
-    return InputError(f"names '{value}', which does not exist", where=where, fix="correct the path")
-
-
 def _label_file(image, root):
     """Return the text file in ``labels/`` in place of ``images/``, or beside the image, or None."""
     parts = image.relative_to(root).parts
-    candidates = [image, image.parent / "labels" / image.name]
     places = [index for index, part in enumerate(parts[:-1]) if part.casefold() == "images"]
+    candidates = [image, image.parent / "labels" / image.name]
     for word in ("labels", "Labels") if places else ():
         mirror = root.joinpath(*parts[: places[-1]], word, *parts[places[-1] + 1 :])
         candidates.insert(0, mirror)

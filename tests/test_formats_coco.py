@@ -3,7 +3,7 @@ import json
 import pytest
 from builders import coco_of, write_coco, write_image, write_per_image
 
-from helpers.convert.coco import is_coco, read_coco
+from helpers.convert.coco import annotation_files, read_coco
 from helpers.errors import InputError
 
 FILES = {"a.png": [("crack", 8, 8, 16, 32), ("joint", 60, 0, 8, 64)], "b.png": []}
@@ -102,4 +102,4 @@ def test_an_unknown_category_is_named(tmp_path):
 
 def test_mask_pictures_in_a_folder_called_annotations_are_not_coco(tmp_path):
     write_image(tmp_path / "train" / "annotations" / "a.png")
-    assert not is_coco(tmp_path)
+    assert not annotation_files(tmp_path)

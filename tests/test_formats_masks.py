@@ -5,7 +5,7 @@ from PIL import Image
 from source_builders import blob, mask_in
 
 from helpers.convert.conversion import read_source
-from helpers.convert.mask_pictures import is_masks, read_masks
+from helpers.convert.mask_pictures import folder_pairs, read_masks
 from helpers.errors import InputError
 
 FIRST, SECOND = blob(8, 8, 16, 32), blob(50, 10, 20, 30)
@@ -135,4 +135,4 @@ def test_what_cannot_be_meant_is_refused(tmp_path):
 
 def test_images_alone_are_no_masks(tmp_path):
     write_image(tmp_path / "images" / "a.png")
-    assert not is_masks(tmp_path)
+    assert not folder_pairs(tmp_path)

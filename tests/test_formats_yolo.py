@@ -4,7 +4,7 @@ from builders import HEIGHT, WIDTH, write_image
 from source_builders import TRUTH, masks_in, masks_of, write_with_supervision
 
 from helpers.convert.conversion import read_source
-from helpers.convert.yolo import is_yolo, read_yolo
+from helpers.convert.yolo import names_file, read_yolo
 from helpers.errors import InputError
 
 SQUARE = "0 0.25 0.25 0.75 0.25 0.75 0.75 0.25 0.75"
@@ -108,7 +108,7 @@ def test_a_path_that_does_not_exist(tmp_path):
         read_yolo(write_yolo(tmp_path, {"a": SQUARE}, "names: [crack]\ntrain: nowhere\n"))
 
 
-def test_only_a_folder_with_names_is_yolo(tmp_path):
-    assert not is_yolo(tmp_path)
+def test_only_a_folder_with_names_names_file(tmp_path):
+    assert not names_file(tmp_path)
     (tmp_path / "data.yaml").write_text("lr: 1\n")
-    assert not is_yolo(tmp_path)
+    assert not names_file(tmp_path)

@@ -3,8 +3,8 @@ import pytest
 from builders import write_image
 from PIL import Image
 
+from helpers.convert.division import divide, name_groups, scene_groups, split_source
 from helpers.convert.source import SourceImage
-from helpers.convert.splitting import divide, name_groups, scene_groups, split_source
 from helpers.errors import InputError
 
 

@@ -5,8 +5,8 @@ from PIL import Image
 from source_builders import mask_in
 
 from helpers.convert.conversion import convert
+from helpers.convert.division import MIN_PIECE, tile_images
 from helpers.convert.source import SourceImage
-from helpers.convert.tiles import MIN_PIECE, tile_images
 from helpers.data.coco import read_split
 from helpers.data.masks import mask_to_rle
 from helpers.data.prompts import absent_candidates, present_prompts
@@ -58,7 +58,7 @@ def test_a_tile_without_the_object_is_kept_and_asks_it_as_absent(tmp_path):
 
 @pytest.mark.parametrize(("width", "is_object"), [(1, False), (2, True)])
 def test_a_tiny_remainder_is_neither_object_nor_absent(tmp_path, monkeypatch, width, is_object):
-    monkeypatch.setattr("helpers.convert.tiles.MIN_PIECE", 0.02)  # two pixels of these tiles
+    monkeypatch.setattr("helpers.convert.division.MIN_PIECE", 0.02)  # two pixels of these tiles
     _, tiles = cut(tmp_path, crack(60, 50, 40 + width, 1))
     assert len(tiles[0].objects) == 1
     assert len(tiles[1].objects) == is_object
@@ -67,7 +67,7 @@ def test_a_tiny_remainder_is_neither_object_nor_absent(tmp_path, monkeypatch, wi
 
 
 def test_a_small_object_that_is_whole_stays_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("helpers.convert.tiles.MIN_PIECE", 0.02)
+    monkeypatch.setattr("helpers.convert.division.MIN_PIECE", 0.02)
     _, tiles = cut(tmp_path, crack(50, 50, 1, 1))
     assert len(tiles[0].objects) == 1
 

@@ -5,34 +5,26 @@ from __future__ import annotations
 from collections import Counter
 
 from helpers.checks.boxes_and_masks import check_annotations
-from helpers.checks.findings import SEVERITIES, Finding, Report
+from helpers.checks.findings import SEVERITIES, Finding, Report, finding_of
 from helpers.checks.images import check_images, check_leakage, is_usable_picture
 from helpers.checks.words import check_categories, check_prompts, check_splits_agree
-from helpers.data.coco import COCO_FILE
 from helpers.data.dataset import PromptCollator, PromptDataset, model_sizes
 from helpers.errors import InputError
 from helpers.files import progress_bar
 
 NUM_QUERIES = 200  # objects that SAM3 can find per prompt
-_QUERY_COUNTS = (
-    "objects_after_collate",
-    "masks_after_collate",
-    "present_queries",
-    "absent_queries",
-)
+_QUERY_COUNTS = "objects_after_collate", "masks_after_collate", "present_queries", "absent_queries"
 MIN_KEPT = 0.99  # share of the objects in the files that must reach the loss
 
 
 def check_dataset(dataset, model=None, processor=None):
     """Look for every fault of a dataset that makes a fine-tuned SAM3 detect nothing.
 
-    Each image is decoded once and stays described in ``dataset.pictures``; pixels and masks are not
-    kept. Progress shows on stderr if it takes longer than a few seconds.
-
     Parameters
     ----------
     dataset : helpers.data.dataset.Dataset
-        Its config says which prompts and nouns are asked.
+        Its config says which prompts and nouns are asked. Each image is decoded once and stays
+        described in its ``pictures``.
     model : helpers.model.prompted.PromptedSam3, optional
         Its base. Without it the sizes are those of a SAM3 at ``model.resolution`` of the config.
     processor : transformers.Sam3Processor, optional
@@ -42,17 +34,20 @@ def check_dataset(dataset, model=None, processor=None):
     -------
     Report
         Errors first. Codes and severities are in `helpers.checks.findings.CODES`.
-
-    Raises
-    ------
-    InputError
-        If the folder holds no split, or ``prompts_by_category`` names a category that no split
-        has. Anything wrong inside a split is a finding.
     """
-    names = dataset.names
-    splits, findings = _read_splits(dataset)
+    splits, findings = {}, []
+    for name in dataset.names:
+        try:
+            splits[name] = dataset.split(name)
+        except InputError as error:
+            where = error.where or name
+            findings.append(Finding("D03_UNREADABLE", where, error.message, error.fix))
     dataset.refuse_unknown_categories()
-    findings += _missing_splits(names, dataset.root)
+    if "train" not in dataset.names:
+        names = ", ".join(dataset.names)
+        findings.append(finding_of("D04_NO_TRAIN_SPLIT", dataset.root, names=names))
+    for name in (name for name in ("valid", "test") if name not in dataset.names):
+        findings.append(finding_of("D05_MISSING_SPLIT", dataset.root, name=name))
     mask_size = model_sizes(dataset.config, model)[1]
     num_queries = NUM_QUERIES if model is None else model.config.detr_decoder_config.num_queries
     counts = {}
@@ -67,19 +62,6 @@ def check_dataset(dataset, model=None, processor=None):
         findings += loading
     findings += check_splits_agree(splits) + check_leakage(splits, dataset.pictures)
     return Report(dataset.root, tuple(sorted(findings, key=_by_urgency)), counts)
-
-
-def _read_splits(dataset):
-    """Return every split that can be read by its name, and a finding for each other one."""
-    splits, findings = {}, []
-    for name in dataset.names:
-        try:
-            splits[name] = dataset.split(name)
-        except InputError as error:
-            findings.append(
-                Finding("D03_UNREADABLE", error.where or name, error.message, error.fix)
-            )
-    return splits, findings
 
 
 def _by_urgency(finding):
@@ -99,7 +81,7 @@ def _check_loading(dataset, split, model, processor):
     else:
         queries, findings = _count_queries(prompts, dataset.pictures, processor)
     counts = _counts(split, queries)
-    findings += check_objects_arrive(split, counts)
+    findings += _check_objects_arrive(split, counts)
     if queries:
         absent = queries["absent_queries"]
         findings += check_prompts(split, absent, data.num_negatives, data.negative_prompts)
@@ -107,12 +89,11 @@ def _check_loading(dataset, split, model, processor):
 
 
 def _refusal(error, where):
-    """Turn an error of the training dataset into a finding."""
     return Finding("D09_LOADER_REFUSES", error.where or where, error.message, error.fix)
 
 
 def _count_queries(prompts, pictures, processor):
-    """Count what of a `PromptDataset` reaches the loss, without pixels; and D09 for each refusal."""
+    """Count what of a `PromptDataset` reaches the loss, without pixels; find refusals: D09."""
     counts, findings, problems, collator = Counter(), {}, {}, PromptCollator(processor)
     for index, record in enumerate(prompts.records):
         if not is_usable_picture(record, pictures[record.path]):
@@ -141,20 +122,6 @@ def _token_problem(collator, prompt):
     return None
 
 
-def _missing_splits(names, root):
-    """Report the usual splits that a dataset lacks."""
-    findings, where = [], str(root)
-    if "train" not in names:
-        message = f"there is no folder 'train' with annotations, only {', '.join(names)}"
-        fix = f"put the training images with {COCO_FILE} into 'train'"
-        findings.append(Finding("D04_NO_TRAIN_SPLIT", where, message, fix))
-    for name in (name for name in ("valid", "test") if name not in names):
-        message = f"there is no folder '{name}' with annotations"
-        fix = "set images of other scenes aside, or nothing can be measured on it"
-        findings.append(Finding("D05_MISSING_SPLIT", where, message, fix))
-    return findings
-
-
 def _counts(split, queries):
     """Count what the files of a split hold and what is left of it before the loss."""
     objects = [item for record in split.records for item in record.objects]
@@ -169,23 +136,14 @@ def _counts(split, queries):
     }
 
 
-def check_objects_arrive(split, counts):
+def _check_objects_arrive(split, counts):
     """Compare the objects in the files with those that reach the loss: D06, D01, D02."""
     total, arrived = counts["objects_in_files"], counts["objects_after_collate"]
-    where = str(split.root)
     if not split.records:
-        fix = "export the split again, or remove its folder"
-        return [Finding("D06_EMPTY_SPLIT", where, "the annotations list no image", fix)]
+        return [finding_of("D06_EMPTY_SPLIT", split.root)]
     if total == 0:
-        message = f"{len(split.records)} images are listed and no object in any of them"
-        fix = "look at 'annotations' in the file; training on it teaches to detect nothing"
-        return [Finding("D01_NO_OBJECTS", where, message, fix)]
+        return [finding_of("D01_NO_OBJECTS", split.root, images=len(split.records))]
     if arrived >= MIN_KEPT * total:
         return []
-    message = (
-        f"{total} objects are in the files, {arrived} reach the loss ({arrived / total:.1%}); lost "
-        f"are {counts['crowd_objects']} crowd regions, boxes without area in the image, and what is "
-        "in images that cannot be loaded"
-    )
-    fix = "mend the other errors of this split; training on it teaches to detect less"
-    return [Finding("D02_OBJECTS_LOST", where, message, fix)]
+    values = {"total": total, "arrived": arrived, "share": arrived / total}
+    return [finding_of("D02_OBJECTS_LOST", split.root, crowds=counts["crowd_objects"], **values)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -9,70 +11,23 @@ from typing import NamedTuple
 import pandas as pd
 
 from helpers.errors import InputError, printable
+from helpers.files import DATA
 
 SEVERITIES = ("error", "warning", "info")
 
 
 class Code(NamedTuple):
-    """What a code stands for: its severity, the cause in data/causes.csv, and a short title."""
+    """What a code stands for, a row of data/findings.csv."""
 
     severity: str
-    cause: str
+    cause: str  # in data/causes.csv
     title: str
+    message: str  # of its findings, a template as `fix` is
+    fix: str
 
 
-CODES = {
-    "D01_NO_OBJECTS": Code("error", "no_objects", "the files of a split hold no object"),
-    "D02_OBJECTS_LOST": Code("error", "no_objects", "objects in the files do not reach the loss"),
-    "D03_UNREADABLE": Code("error", "unreadable_data", "a split cannot be read"),
-    "D04_NO_TRAIN_SPLIT": Code("error", "no_objects", "there is nothing to train on"),
-    "D05_MISSING_SPLIT": Code("warning", "unreadable_data", "there is no valid or test split"),
-    "D06_EMPTY_SPLIT": Code("error", "no_objects", "a split lists no image"),
-    "D07_UNANNOTATED_IMAGE": Code("warning", "labels_missing", "an image has no annotation entry"),
-    "D08_MISSING_IMAGE": Code("error", "unreadable_data", "an annotation entry has no image"),
-    "D09_LOADER_REFUSES": Code("error", "unreadable_data", "the training loader refuses an image"),
-    "D10_ALL_CROWD": Code("error", "objects_filtered", "a category has crowd regions only"),
-    "D11_CROWD": Code("warning", "objects_filtered", "annotations are marked as crowd"),
-    "D12_UNUSED_FILES": Code("info", "unreadable_data", "files of a split are not used"),
-    "D20_BOX_OUTSIDE": Code("error", "boxes_off_masks", "a box leaves its image"),
-    "D21_BOX_NORMALISED": Code("error", "boxes_off_masks", "a box is not in pixels"),
-    "D22_BOX_OFF_MASK": Code("error", "boxes_off_masks", "a box does not fit its own mask"),
-    "D23_BOX_FROM_MASK": Code("info", "boxes_off_masks", "an object has no box of its own"),
-    "D24_AREA_DIFFERS": Code("warning", "boxes_off_masks", "an area is not that of its mask"),
-    "D30_ROOT_CATEGORY": Code("warning", "category_names", "a parent has no annotations"),
-    "D31_SIMILAR_NAMES": Code(
-        "warning", "category_names", "two category names are nearly the same"
-    ),
-    "D32_NO_NOUN": Code("warning", "category_names", "a category name is no noun to ask for"),
-    "D33_UNUSED_CATEGORY": Code("warning", "category_names", "a category is never annotated"),
-    "D34_ZERO_BASED_IDS": Code("info", "category_names", "category ids start at 0"),
-    "D35_CATEGORIES_DIFFER": Code("warning", "category_names", "splits use different categories"),
-    "D36_NO_WORD": Code("error", "category_names", "a category name holds no word"),
-    "D40_DEGENERATE_BOX": Code("error", "not_finite", "a box is thinner than a pixel"),
-    "D41_NOT_FINITE": Code("error", "not_finite", "a box holds NaN or infinity"),
-    "D42_EMPTY_MASK": Code("error", "not_finite", "a mask has no pixel"),
-    "D43_MASK_SIZE": Code("error", "masks_lost", "a mask has another size than its image"),
-    "D44_BAD_MASK": Code("error", "masks_lost", "a segmentation is malformed"),
-    "D45_NO_MASK": Code("warning", "masks_lost", "an object has a box only"),
-    "D46_ANNOTATED_TWICE": Code("error", "merged_categories", "an object is annotated twice"),
-    "D50_TOO_SMALL": Code("warning", "tiny_objects", "an object spans less than two mask cells"),
-    "D51_TOO_MANY": Code("warning", "tiny_objects", "a prompt has more objects than queries"),
-    "D52_COVERS_PICTURE": Code("warning", "labels_missing", "a category covers most of its images"),
-    "D60_IMAGES_WITHOUT_OBJECTS": Code("info", "mostly_empty", "images show no object"),
-    "D61_NO_ABSENT_PROMPT": Code("warning", "only_positive_prompts", "no absent prompt is asked"),
-    "D62_UNVERIFIED_NEGATIVES": Code("info", "present_negatives", "absent prompts may be present"),
-    "D70_BROKEN_IMAGE": Code("error", "unreadable_data", "an image cannot be opened"),
-    "D71_IMAGE_SHAPE": Code("error", "annotations_off_image", "an image has not the shape stated"),
-    "D72_IMAGE_SCALED": Code(
-        "warning", "annotations_off_image", "an image has not the size stated"
-    ),
-    "D73_IMAGE_TURNED": Code("info", "annotations_off_image", "an image has an EXIF orientation"),
-    "D74_IMAGE_OUTSIDE": Code("error", "unreadable_data", "an image lies outside the dataset"),
-    "D75_TRANSPARENT": Code("warning", "annotations_off_image", "an image is partly transparent"),
-    "D76_SEVERAL_FRAMES": Code("warning", "annotations_off_image", "an image has several frames"),
-    "D77_CONTRADICTION": Code("error", "annotations_off_image", "statements about an image differ"),
-    "D80_LEAKAGE": Code("warning", "evaluation_mismatch", "the same image is in two splits"),
-}
+with (DATA / "findings.csv").open(encoding="utf-8", newline="") as _file:
+    CODES = {row.pop("code"): Code(**row) for row in csv.DictReader(_file)}
 
 
 @dataclass(frozen=True)
@@ -113,13 +68,33 @@ class Finding:
         return {key: getattr(self, key) for key in keys}
 
 
-def finding_at(code, places, message, fix):
+def finding_of(code, where, places=(), **values):
+    """Return a finding with the texts of its code, which the values complete."""
+    message, fix = (text.format(**values) for text in CODES[code][-2:])
+    return Finding(code, str(where), message, fix, tuple(places))
+
+
+def finding_at(code, places, **values):
     """Return a list of the one finding for all places of a code; empty without a place."""
     if not places:
         return []
     places = sorted(places, key=lambda place: place.badness, reverse=True)
-    more = f" and {len(places) - 1} more" if len(places) > 1 else ""
-    return [Finding(code, f"{places[0]}{more}", message, fix, tuple(places))]
+    where = f"{places[0]} and {len(places) - 1} more" if len(places) > 1 else places[0]
+    values |= {"n": len(places), "worst": places[0].badness}
+    return [finding_of(code, where, places, **values)]
+
+
+def findings_by_code(faults, **values):
+    """Return a finding per code of faults, which are (code, place, detail)."""
+    places, details, findings = defaultdict(list), defaultdict(list), []
+    for code, place, detail in faults:
+        places[code].append(place)
+        details[code] += [detail] if detail else []
+    for code in sorted(places):
+        first = details[code][0] if details[code] else ""
+        hint = f"; {len(details[code])} of them {first}" if first else ""
+        findings += finding_at(code, places[code], first=first, hint=hint, **values)
+    return findings
 
 
 @dataclass(frozen=True)
@@ -152,14 +127,7 @@ class Report:
         return {"ok": self.ok, "findings": findings, "counts": self.counts}
 
     def to_frame(self):
-        """Return the findings as a table.
-
-        Returns
-        -------
-        pandas.DataFrame
-            ``severity``, ``code``, ``cause`` (name in data/causes.csv), ``places`` (how many),
-            ``where``, ``message``, ``fix``.
-        """
+        """Return the findings as a pandas.DataFrame, with their cause and number of places."""
         rows = [
             (f.severity, f.code, CODES[f.code].cause, len(f.places), f.where, f.message, f.fix)
             for f in self.findings
@@ -173,12 +141,10 @@ class Report:
         return table.drop(columns="objects_per_category", errors="ignore")
 
     def summary(self):
-        """Return the report as text for a terminal: a verdict, then what, where and how to mend it."""
-        totals = [
-            f"{sum(f.severity == severity for f in self.findings)} {severity}"
-            for severity in SEVERITIES
-        ]
-        lines = [f"{self.data_dir}: {'ok' if self.ok else 'NOT OK'} ({', '.join(totals)})"]
+        """Return the report as text for a terminal: a verdict, then what, where and its fix."""
+        severities = [finding.severity for finding in self.findings]
+        totals = ", ".join(f"{severities.count(name)} {name}" for name in SEVERITIES)
+        lines = [f"{self.data_dir}: {'ok' if self.ok else 'NOT OK'} ({totals})"]
         for split, counts in self.counts.items():
             lines.append(
                 f"  {split}: {counts['images']} images, {counts['objects_in_files']} objects in "
@@ -191,7 +157,7 @@ class Report:
         return "\n".join(printable(line).replace("\n", "\\n") for line in lines)
 
     def worst(self, n=4):
-        """List the at most n `FlaggedImage` to look at: errors first, then those with most codes."""
+        """List at most n `FlaggedImage` to look at: errors first, then those with most codes."""
         flagged = {}
         for finding in self.findings:
             for rank, place in enumerate(finding.places):
@@ -202,8 +168,15 @@ class Report:
             codes = {finding.code for finding, _, _ in entries}
             return severity, -len(codes), min(rank for _, _, rank in entries)
 
-        chosen = sorted(flagged.items(), key=lambda item: order(item[1]))[:n]
-        return [_flagged_image(path, entries) for path, entries in chosen]
+        images = []
+        for entries in sorted(flagged.values(), key=order)[:n]:
+            place, boxed = entries[0][1], [entry for entry in entries if entry[1].box_xyxy]
+            codes = tuple(dict.fromkeys(finding.code for finding, _, _ in entries))
+            boxes_xyxy = tuple(place.box_xyxy for _, place, _ in boxed)
+            labels = tuple(f"{f.code[:3]} annotation {p.annotation_id}" for f, p, _ in boxed)
+            name = f"{place.split}/{place.image_id}"
+            images.append(FlaggedImage(place.path, name, codes, boxes_xyxy, labels))
+        return images
 
     def raise_for_errors(self):
         """Raise an InputError with the first error, and how many more there are, if not `ok`."""
@@ -212,16 +185,3 @@ class Report:
             more = f" ({len(errors) - 1} further errors)" if len(errors) > 1 else ""
             message = f"{errors[0].message}{more} [{errors[0].code}]"
             raise InputError(message, where=errors[0].where, fix=errors[0].fix)
-
-
-def _flagged_image(path, entries):
-    """Gather what was found in one image."""
-    boxed = [(finding, place) for finding, place, _ in entries if place.box_xyxy is not None]
-    place = entries[0][1]
-    return FlaggedImage(
-        path,
-        f"{place.split}/{place.image_id}",
-        tuple(dict.fromkeys(finding.code for finding, _, _ in entries)),
-        tuple(place.box_xyxy for _, place in boxed),
-        tuple(f"{finding.code[:3]} annotation {place.annotation_id}" for finding, place in boxed),
-    )

@@ -2,7 +2,4 @@
 
 from helpers.convert.conversion import convert, detect_format
 
-__all__ = [
-    "convert",
-    "detect_format",
-]
+__all__ = ["convert", "detect_format"]

@@ -1,140 +1,113 @@
-"""Read COCO files wherever they lie, and the layouts that `helpers.data.coco` reads.
-
-`supervision.DetectionDataset.from_coco` is not used: it forgets the ids, the further keys of the
-entries and the table of categories, and turns every mask into a picture. The entries here stay as
-they are in the file.
-"""
+"""Read COCO files wherever they lie, and the layouts that `helpers.data.coco` reads."""
 
 from __future__ import annotations
 
 import os
 import unicodedata
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import unquote
 
-from helpers.convert.source import (
-    WHOLE,
-    Source,
-    SourceImage,
-    files_below,
-    note_of,
-    picture_size,
-    refuse_outside,
-    split_of_name,
-)
+from helpers.convert import source
 from helpers.data.coco import (
     COCO_FILE,
     category_names,
     coco_entries,
     entries_of,
     find_splits,
-    layouts_of,
     split_folder,
 )
-from helpers.data.records import Category
 from helpers.errors import InputError
 from helpers.files import read_json
 
 _KEYS = {"images", "annotations", "categories"}
+_ID_KEYS = {"image_id", "category_id"}
 _OWN_KEYS = {"file_name", "width", "height"}
 
 
-def is_coco(root):
-    """Return whether a path is a COCO file or a folder that holds some."""
-    return bool(_layouts(root) or _coco_files(root))
-
-
 def read_coco(root):
-    """Read COCO annotations, with polygons, run lengths, ids and further keys as they are.
-
-    `root` is a COCO file; a folder with one per split, or with ``annotations/instances_train.json``
-    and the like; a Roboflow export; or per-image JSON files. Images may lie anywhere below the
-    folder, as long as their path ends as ``file_name`` says.
-    """
-    base, layouts = root if root.is_dir() else root.parent, _layouts(root)
-    files = {
-        split: folder / COCO_FILE for split, (folder, kind) in layouts.items() if kind == "coco"
-    }
-    files = files if layouts else _coco_files(root)
-    whole = None if layouts else _byspelling(base)
+    """Read COCO annotations as they are, of images anywhere below whose path ends as stated."""
+    parts, base = annotation_files(root), root if root.is_dir() else root.parent
     splits, table, resized, respelt = {}, {}, [], []
-    for split in layouts or files:
-        folder, kind = layouts.get(split, (base, "coco"))
-        # In these layouts an entry of `train` never means a file of `valid`.
-        index = _byspelling(folder) if layouts else whole
-        entries = entries_of(folder, kind) if layouts else coco_entries(files[split])
-        splits[split] = []
+    for split, (folder, file) in parts.items():
+        splits[split], index = [], {}
+        for path in source.files_below(folder):
+            index.setdefault(spelling(path.name), []).append(path)
+        entries = coco_entries(file) if file else entries_of(folder, "per_image")
         for where, image, items, categories in entries:
             names = category_names(categories, where, table)
             path = _image_path(image, where, folder, index, split, respelt)
-            size, stated = picture_size(path, base), _stated_size(image, where)
-            if stated not in (None, size):
+            size = source.picture_size(path, base)
+            stated = (image.get("width"), image.get("height"))
+            stated = size if stated == (None, None) else stated
+            if not all(type(side) is int and side > 0 for side in stated):
+                message = f"the size of '{path.name}' is {stated[0]!r} x {stated[1]!r}"
+                fix = "write width and height in pixels as whole numbers"
+                raise InputError(message, where=where, fix=fix)
+            if stated != size:
                 sizes = f"{size[0]} x {size[1]}, stated {stated[0]} x {stated[1]}"
                 resized.append(f"{path.name} ({sizes})")
-            width, height = stated or size
-            objects = tuple(_object(entry, names, where) for entry in items)
+            objects, own_files = [], () if file else (where,)
+            for entry in items:
+                category_id = entry.get("category_id")
+                if type(category_id) is not int or category_id not in names:
+                    message = f"annotation {entry.get('id')!r} has category_id {category_id!r}"
+                    message += ", which has no name in 'categories'"
+                    fix = "add the category with its name; text is another id than a number"
+                    raise InputError(message, where=where, fix=fix)
+                kept = {key: entry[key] for key in entry if key not in _ID_KEYS}
+                objects.append(kept | {"category": names[category_id]})
             extra = {key: image[key] for key in image if key not in _OWN_KEYS}
-            own_files = (where,) if kind == "per_image" else ()
-            splits[split].append(SourceImage(path, width, height, objects, extra, own_files))
-    notes = note_of(respelt, "images are spelt otherwise on the disk")
-    notes += note_of(resized, "images have another size than stated")
-    content = read_json(next(iter(files.values()))) if files else {}
+            record = source.SourceImage(path, *stated, tuple(objects), extra, own_files)
+            splits[split].append(record)
+    notes = source.note_of(respelt, "images are spelt otherwise on the disk")
+    notes += source.note_of(resized, "images have another size than stated")
+    files = [file for _, file in parts.values() if file]
+    content = read_json(files[0]) if files else {}
     header = {key: content[key] for key in content if key not in _KEYS}
     kind = "coco" if files else "per_image"
-    return Source(kind, splits, _merge(table.values()), tuple(notes), (*files.values(),), header)
+    return source.Source(kind, splits, _merged(table.values()), notes, files, header)
 
 
-def _layouts(root):
-    """Map each split to its folder and layout, if training could read the folder as it is."""
+def annotation_files(root):
+    """Map each split to its folder and its COCO file, None where each image has its own file."""
     try:
         names = find_splits(root)
     except InputError:
-        return {}
-    folders = {name: split_folder(root, name)[1] for name in names}
-    return {
-        name: (folder, layouts_of(folder)[0])
-        for name, folder in folders.items()
-        if (folder / COCO_FILE).is_file() or files_below(folder / "annotations", (".json",))
-    }
+        names = ()  # not a layout that training could read as it is
+    parts = {}
+    for name in names:
+        folder = split_folder(root, name)[1]
+        file = folder / COCO_FILE
+        if file.is_file() or source.files_below(folder / "annotations", (".json",)):
+            parts[name] = (folder, file if file.is_file() else None)
+    base = root if root.is_dir() else root.parent
+    return parts or {split: (base, file) for split, file in _coco_files(root).items()}
 
 
 def _coco_files(root):
     """Map each split to its COCO file, for files under other names than the usual one."""
-    places = [*root.glob("*.json"), *root.glob("annotations/*.json")]
     paths, problem = [], None
-    places = [root] if root.suffix == ".json" and root.is_file() else sorted(places)
-    for path in places:
-        is_named = split_of_name(path.stem) or path.stem.startswith("instances")
+    places = sorted([*root.glob("[!.]*.json"), *root.glob("annotations/[!.]*.json")])
+    for path in [root] if root.suffix == ".json" and root.is_file() else places:
         try:
-            if not path.name.startswith(".") and read_json(path).keys() >= _KEYS:
+            if read_json(path).keys() >= _KEYS:
                 paths.append(path)
-        except (
-            InputError
-        ) as error:  # foreign, unless its name says what it is, or no other is there
-            if is_named:
+        except InputError as error:
+            if source.split_of_name(path.stem) or path.stem.startswith("instances"):
                 raise
-            problem = problem or error
+            problem = problem or error  # a foreign file, unless there is no other
     if problem and not paths:
         raise problem
     files = {}
     for path in [path for path in paths if path.stem.startswith("instances")] or paths:
-        split = split_of_name(path.stem) or WHOLE
+        split = source.split_of_name(path.stem) or source.WHOLE
         if split in files:
-            raise InputError(
-                f"'{files[split].name}' and '{path.name}' are both files of one split",
-                where=root,
-                fix="convert one of them by its own path, or name the split in the file's name",
-            )
+            message = f"'{files[split].name}' and '{path.name}' are both files of one split"
+            fix = "convert one of them by its own path, or name the split in the file's name"
+            raise InputError(message, where=root, fix=fix)
         files[split] = path
     return files
-
-
-def _byspelling(folder):
-    """Map the name of each file below a folder, as `spelling` has it, to the files."""
-    index = {}
-    for path in files_below(folder):
-        index.setdefault(spelling(path.name), []).append(path)
-    return index
 
 
 def spelling(name):
@@ -154,72 +127,37 @@ def _image_path(image, where, root, index, split, respelt):
     paths = {Path(os.path.normpath(folder / name)) for folder in folders}
     paths = sorted(path for path in paths if path.is_file())
     for path in paths:
-        refuse_outside(path, root, where)
+        source.refuse_outside(path, root, where)
     if not paths and not leads_up and not PureWindowsPath(name).anchor:
         ends = (_ending_with(text, root, index, split) for text in (name, unquote(name)))
         paths = next(filter(None, ends), [])
         if len(paths) == 1 and not paths[0].match(name):
             respelt.append(f"'{file_name}' is '{paths[0].name}'")
     if len(paths) != 1:
-        near = note_of(paths or index.get(spelling(PurePosixPath(name).name), ()), "of that name")
-        raise InputError(
-            f"the image '{file_name}' is {f'there {len(paths)} times' if paths else 'not there'}"
-            + "".join(f" ({text})" for text in near),
-            where=where,
-            fix="put each image once where file_name says, from the folder of the annotations",
-        )
+        near = paths or index.get(spelling(PurePosixPath(name).name), ())
+        near = "".join(f" ({text})" for text in source.note_of(near, "of that name"))
+        found = f"there {len(paths)} times" if paths else "not there"
+        fix = "put each image once where file_name says, from the folder of the annotations"
+        raise InputError(f"the image '{file_name}' is {found}{near}", where=where, fix=fix)
     return paths[0]
 
 
 def _ending_with(name, root, index, split):
     """List the files whose path ends as a name does; those of the split and so spelt first."""
-    parts = spelling(name).split("/")
-    paths = [
-        path
-        for path in index.get(parts[-1], ())
-        if spelling(path.relative_to(root).as_posix()).split("/")[-len(parts) :] == parts
-    ]
+    end = "/" + spelling(name)
+    paths = index.get(end.rpartition("/")[2], ())
+    paths = [p for p in paths if spelling(f"/{p.relative_to(root).as_posix()}").endswith(end)]
     paths = [path for path in paths if path.match(name)] or paths
-    splits = [split_of_name(path.parent.name) for path in paths]
-    own = [path for path, other in zip(paths, splits, strict=True) if other == split]
-    free = [p for p, other in zip(paths, splits, strict=True) if other is None or split == WHOLE]
-    return own or free
+    splits = {path: source.split_of_name(path.parent.name) for path in paths}
+    own = [path for path in paths if splits[path] == split]
+    return own or [path for path in paths if splits[path] is None or split == source.WHOLE]
 
 
-def _stated_size(image, where):
-    """Return the (width, height) that an image entry states, None without both."""
-    size = (image.get("width"), image.get("height"))
-    if size != (None, None) and not all(type(side) is int and side > 0 for side in size):
-        raise InputError(
-            f"the size of '{image['file_name']}' is {size[0]!r} x {size[1]!r}",
-            where=where,
-            fix="write width and height in pixels as whole numbers",
-        )
-    return None if size == (None, None) else size
-
-
-def _object(entry, names, where):
-    """Return an annotation entry with the name of its category in place of the ids."""
-    category_id = entry.get("category_id")
-    if type(category_id) is not int or category_id not in names:
-        raise InputError(
-            f"annotation {entry.get('id')!r} has category_id {category_id!r}, "
-            "which has no name in 'categories'",
-            where=where,
-            fix="add the category with its name; text is another id than a number",
-        )
-    rest = {key: entry[key] for key in entry if key not in ("image_id", "category_id")}
-    return {**rest, "category": names[category_id]}
-
-
-def _merge(entries):
+def _merged(entries):
     """Join the category tables of all files by name; ids stay unless two names share one."""
     table = {}
     for entry in entries:
         table.setdefault(entry.name, entry)
-    if len({entry.category_id for entry in table.values()}) == len(table):
-        return tuple(table.values())
-    return tuple(
-        Category(number, entry.name, entry.supercategory)
-        for number, entry in enumerate(table.values(), 1)
-    )
+    if len({entry.category_id for entry in table.values()}) < len(table):
+        return [replace(entry, category_id=n) for n, entry in enumerate(table.values(), 1)]
+    return list(table.values())

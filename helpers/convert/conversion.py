@@ -1,8 +1,4 @@
-"""Turn a dataset of any common format into the layout of this workbook, without loss.
-
-The images are copied, never linked: whoever edits, turns or shrinks a picture of the new dataset in
-place would change the original through a hard link, and nothing would say so.
-"""
+"""Turn a dataset of any common format into the layout of this workbook, without loss."""
 
 from __future__ import annotations
 
@@ -19,32 +15,30 @@ from filelock import FileLock, Timeout
 
 from helpers.checks.boxes_and_masks import check_annotations
 from helpers.checks.words import check_categories
-from helpers.convert.coco import is_coco, read_coco, spelling
+from helpers.convert.coco import annotation_files, read_coco, spelling
+from helpers.convert.division import split_source, tile_images
 from helpers.convert.label_tools import is_labelme, is_voc, read_labelme, read_voc
-from helpers.convert.mask_pictures import is_masks, read_masks
+from helpers.convert.mask_pictures import folder_pairs, read_masks
 from helpers.convert.source import WHOLE, files_below, note_of, refuse_outside, settle_polygons
-from helpers.convert.splitting import split_source
-from helpers.convert.tiles import tile_images
-from helpers.convert.yolo import is_yolo, read_yolo
+from helpers.convert.yolo import names_file, read_yolo
 from helpers.data.coco import COCO_FILE, find_splits, read_split
 from helpers.data.images import IMAGE_SUFFIXES
 from helpers.data.masks import rle_area, rle_box_xyxy, segmentation_to_rle
 from helpers.errors import InputError, printable
 from helpers.files import progress_bar
 
+# What finds the files of each format, and what reads them, in the order in which they are tried.
 FORMATS = {
-    "coco": (is_coco, read_coco),
-    "yolo": (is_yolo, read_yolo),
+    "coco": (annotation_files, read_coco),
+    "yolo": (names_file, read_yolo),
     "voc": (is_voc, read_voc),
-    "masks": (is_masks, read_masks),
+    "masks": (folder_pairs, read_masks),
     "labelme": (is_labelme, read_labelme),
 }
-"""Name to how it is recognised and how it is read, in the order in which they are tried."""
-
 MAX_NAME = 255  # bytes of a file name
 PICTURES = (*IMAGE_SUFFIXES, ".heic", ".heif", ".gif", ".avif")
+# Findings of `check` about what the source states twice or cannot mean, told here at once.
 NOTED = ("D20", "D21", "D22", "D24", "D31", "D32", "D36", "D40", "D42", "D43", "D44", "D46", "D52")
-"""Findings of `check` about what the source states twice or cannot mean, told here at once."""
 
 
 def detect_format(root):
@@ -58,47 +52,33 @@ def detect_format(root):
     -------
     str
         A key of `FORMATS`.
-
-    Raises
-    ------
-    InputError
-        If there is no such path, or nothing in it is recognised.
     """
     root, problem = Path(root), None
     if not root.exists():
         raise InputError("no such file or folder", where=root, fix="check the path of the dataset")
-    for name, (is_format, _) in FORMATS.items():
+    for name, (find, _) in FORMATS.items():
         try:
-            if is_format(root):
+            if find(root):
                 return name
         except InputError as error:  # a damaged file, which is foreign if another format is sound
             problem = problem or error
-    raise problem or InputError(
-        "holds no annotations of a known format",
-        where=root,
-        fix=f"lay them out as one of {', '.join(FORMATS)}; a YOLO dataset needs its data.yaml",
-    )
+    fix = f"lay them out as one of {', '.join(FORMATS)}; a YOLO dataset needs its data.yaml"
+    raise problem or InputError("holds no annotations of a known format", where=root, fix=fix)
 
 
 def read_source(root, format=None, *, category=None, objects="components", polygons="auto"):
-    """Read a dataset: a folder, or a COCO file; nothing is taken from outside the folder.
-
-    For `category` and `objects` see `helpers.convert.mask_pictures.read_masks`, for `polygons`
-    `helpers.convert.source.settle_polygons`. What cannot be read raises InputError, naming file and value.
-    """
+    """Read a dataset into a `Source`; for the options see `read_masks` and `settle_polygons`."""
     root = Path(os.path.realpath(Path(root).expanduser()))
     if format is not None and format not in FORMATS:
         raise InputError(f"there is no format {format!r}", fix=f"use one of {', '.join(FORMATS)}")
     with _system_errors(root):
         name = format or detect_format(root)
-        is_format, read = FORMATS[name]
-        if format is not None and not is_format(root):
-            raise InputError(
-                f"holds nothing in the format {name}", where=root, fix="leave --format out"
-            )
-        options = {"category": category, "objects": objects} if name == "masks" else {}
-        source = read(root, **options)
-        if not source.images:
+        find, read = FORMATS[name]
+        if format is not None and not find(root):
+            message = f"holds nothing in the format {name}"
+            raise InputError(message, where=root, fix="leave --format out")
+        source = read(root, category, objects) if name == "masks" else read(root)
+        if not any(source.splits.values()):
             raise InputError("lists no image", where=root, fix="put images beside the annotations")
         source = _checked(source, root if root.is_dir() else root.parent)
     return source if name == "coco" else settle_polygons(source, polygons)
@@ -110,30 +90,26 @@ def _system_errors(where):
     try:
         yield
     except OSError as error:
-        raise InputError(
-            error.strerror or str(error),
-            where=error.filename or where,
-            fix="make room, choose a folder you may write to, or shorten the name",
-        ) from error
+        place, fix = error.filename or where, "make room, choose another folder or a shorter name"
+        raise InputError(error.strerror or str(error), where=place, fix=fix) from error
 
 
 def _checked(source, root):
     """Refuse files from outside and images that are listed twice; count the files not read."""
-    files = {*source.files, *(path for image in source.images for path in image.files)}
-    for path in (*files, *(image.path for image in source.images)):
-        refuse_outside(path, root)
-    split_of, shared = {}, []
+    files, split_of, shared = [*source.files], {}, []
     for split, images in source.splits.items():
         for image in images:
+            files += image.files
             real = os.path.realpath(image.path)
             if split_of.get(real) == split:
-                raise InputError(
-                    f"the image '{image.path.relative_to(root)}' is listed twice",
-                    where=(*image.files, *source.files, root)[0],
-                    fix="merge the two entries, or name the image that each means",
-                )
+                message = f"the image '{image.path.relative_to(root)}' is listed twice"
+                where = (*image.files, *source.files, root)[0]
+                fix = "merge the two entries, or name the image that each means"
+                raise InputError(message, where=where, fix=fix)
             shared += [image.path.name] if real in split_of else []
             split_of[real] = split
+    for path in files:
+        refuse_outside(path, root)
     known = {*map(os.path.realpath, files), *split_of}
     unread = [path for path in files_below(root) if os.path.realpath(path) not in known]
     names = {True: [], False: []}
@@ -143,61 +119,38 @@ def _checked(source, root):
     notes += note_of(names[True], "images have no annotation or no split, and are left out")
     notes += note_of(names[False], "other files are not read")
     unused = dict(sorted(Counter(path.suffix.lower() for path in unread).items()))
-    return replace(source, notes=(*source.notes, *notes), unused=unused)
+    return replace(source, notes=source.notes + notes, unused=unused)
 
 
-def convert(
-    src,
-    dst,
-    *,
-    format=None,
-    category=None,
-    objects="components",
-    polygons="auto",
-    split=None,
-    seed=42,
-    tile=None,
-    overlap=0.2,
-):
-    """Write a dataset as one ``_annotations.coco.json`` per split with copies of the images beside it.
+def convert(src, dst, *, split=None, seed=42, tile=None, overlap=0.2, **reading):
+    """Write a dataset as one ``_annotations.coco.json`` per split with copies of its images.
 
     Parameters
     ----------
-    src : os.PathLike
-        The dataset, see `read_source`. It is never changed.
-    dst : os.PathLike
-        A folder that is missing or empty, outside `src`. It appears complete, in one step, or not
-        at all, also when the process is killed.
-    format, category, objects, polygons
-        See `read_source`.
-    split : sequence of float, optional
-        Shares of train, valid and test, see `helpers.convert.splitting.split_source`; replaces the
-        splits of the source. By default those stay, and a source without any becomes ``train``.
-    seed : int
-        For the division.
-    tile : int, optional
-        Cut larger images into tiles of this side in pixels, see `helpers.convert.tiles.tile_images`.
-    overlap : float
-        Share of a tile's side that it shares with the next one, in [0, 1).
+    src, dst : os.PathLike
+        The dataset, which is never changed; and a folder that is missing or empty, outside `src`.
+        It appears complete, in one step, or not at all, also when the process is killed.
+    split, seed : sequence of float, optional, and int
+        Shares of train, valid and test. By default the splits stay; a source without is ``train``.
+    tile, overlap : int, float
+        Cut larger images into tiles of this side in pixels, with this share of it in common.
+    **reading
+        ``format``, ``category``, ``objects``, ``polygons``: see `read_source`.
 
     Returns
     -------
     dict
-        ``format``, ``source``, ``output``; ``splits``: by name ``images``, ``empty`` (images
-        without objects), ``objects``, ``with_mask``, ``categories`` (objects per name); ``unused``
-        (files of the source that were not read, by ending); ``notes``: list of str.
-
-    Raises
-    ------
-    InputError
-        If the source cannot be read or holds what lies outside, or the destination is in use or
-        cannot be written.
+        ``format``, ``source``, ``output``, ``notes``, ``unused`` (files not read, by ending), and
+        in ``splits`` by name ``images``, ``empty``, ``objects``, ``with_mask``, ``categories``.
     """
     src, dst = Path(src).expanduser().absolute(), Path(dst).expanduser().absolute()
     with _system_errors(dst):
-        _refuse_destination(src, dst)
-    source = read_source(src, format, category=category, objects=objects, polygons=polygons)
-    notes, splits = list(source.notes), source.splits
+        if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+            raise InputError("exists and is not empty", where=dst, fix="choose another folder")
+        if src.is_dir() and Path(os.path.realpath(dst)).is_relative_to(os.path.realpath(src)):
+            raise InputError("lies inside the source", where=dst, fix="choose a folder beside it")
+    source = read_source(src, **reading)
+    notes, splits = source.notes, source.splits
     if split is not None:
         splits, more = split_source(splits, split, seed)
         notes += more
@@ -209,39 +162,28 @@ def convert(
         for name, images in splits.items():
             if images:
                 _write_split(staging / name, _with_names(images, root), source, tile, overlap)
-        written = _read_again(staging, src)
+        try:
+            written = [read_split(staging, name) for name in find_splits(staging)]
+        except InputError as error:  # which is one of the source
+            where = (error.where or "").replace(f"{staging}{os.sep}", f"{src}, ")
+            raise InputError(error.message, where=where, fix=error.fix) from error
         notes += _finding_notes(written)
     summary = {"format": source.format, "source": str(src), "output": str(dst)}
     return summary | {"splits": _counts(written), "unused": source.unused, "notes": notes}
 
 
-def _refuse_destination(src, dst):
-    """Raise if the destination is a file, holds anything, or lies in the source."""
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise InputError("exists and is not empty", where=dst, fix="choose another folder")
-    if src.is_dir() and Path(os.path.realpath(dst)).is_relative_to(os.path.realpath(src)):
-        raise InputError(
-            "lies inside the source",
-            where=dst,
-            fix="choose a folder beside it",
-        )
-
-
 @contextmanager
 def _new_folder(dst):
-    """Yield a folder that becomes `dst` in one step; without success nothing stays but what was.
-
-    It lies beside `dst`, in a folder with a lock. The system gives the lock back when a process
-    dies, so whoever holds it may clear what a killed conversion left there.
-    """
+    """Yield a folder that becomes `dst` in one step; without success nothing stays but what was."""
+    # It lies beside `dst`, in a folder with a lock. The system gives the lock back when a process
+    # dies, so whoever holds it may clear what a killed conversion left there.
     name = dst.name.encode()[: MAX_NAME - len(".partial-")].decode(errors="ignore")
     place = dst.with_name(f".partial-{name}")
     parents = [path for path in place.parents if not path.exists()]
     lock_file, content = place / "convert.lock", place / "dataset"
     if place.exists() and not lock_file.exists() and any(place.iterdir()):
-        raise InputError(
-            "is in the way, and no conversion made it", where=place, fix="move or remove it"
-        )
+        message = "is in the way, and no conversion made it"
+        raise InputError(message, where=place, fix="move or remove it")
     place.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock_file, timeout=0):
@@ -258,30 +200,24 @@ def _new_folder(dst):
                     with suppress(OSError):  # holds the new dataset, or files of others
                         path.rmdir()
     except Timeout as error:
-        raise InputError(
-            "another conversion is writing it",
-            where=dst,
-            fix="wait for it, or choose another folder",
-        ) from error
+        fix = "wait for it, or choose another folder"
+        raise InputError("another conversion is writing it", where=dst, fix=fix) from error
 
 
 def _with_names(images, root):
-    """Name images for one folder: as their files, with all folders before it where two are equal.
-
-    Names also differ on file systems that ignore case or how accents are composed.
-    """
+    """Name images for one folder: as their files, with all folders before where two are equal."""
+    # Names also differ on file systems that ignore case or how accents are composed.
     counts, taken, result = Counter(spelling(image.path.name) for image in images), set(), []
     for image in images:
-        path, number = image.path, 1
-        name = path.name
-        if counts[spelling(name)] > 1:
-            joined = "_".join(path.relative_to(root).parts)
-            name = joined if len(os.fsencode(joined)) <= MAX_NAME else name
+        name, number = image.path.name, 1
+        joined = "_".join(image.path.relative_to(root).parts)
+        if counts[spelling(name)] > 1 and len(os.fsencode(joined)) <= MAX_NAME:
+            name = joined
         while spelling(name) in taken:  # "a_b.png" and "a/b.png", or folders of very long names
             number += 1
-            name = f"{path.stem[:50]}_{number}{path.suffix}"
+            name = f"{image.path.stem[:50]}_{number}{image.path.suffix}"
         taken.add(spelling(name))
-        result.append(replace(image, new_name=name))
+        result.append(replace(image, name=name))
     return result
 
 
@@ -294,18 +230,17 @@ def _write_split(folder, images, source, tile, overlap):
     image_ids = _ids([image.extra.get("id") for image in images])
     own_ids = _ids([item.get("id") for image in images for item in image.objects])
     entries, annotations = [], []
-    bar = progress_bar(len(images), f"writing {folder.name}")
-    for image, image_id in zip(images, image_ids, strict=True):
-        bar.update()
-        _place(image.path, folder / image.name)
-        stated = {"file_name": image.name, "width": image.width, "height": image.height}
-        entries.append({**image.extra, "id": image_id, **stated})
-        for item in image.objects:
-            entry = _complete(item, image)
-            category_id = by_name[entry.pop("category")]
-            entry |= {"id": own_ids[len(annotations)], "image_id": image_id}
-            annotations.append(entry | {"category_id": category_id})
-    bar.close()
+    with progress_bar(len(images), f"writing {folder.name}") as bar:
+        for image, image_id in zip(images, image_ids, strict=True):
+            bar.update()
+            _place(image.path, folder / image.name)
+            stated = {"file_name": image.name, "width": image.width, "height": image.height}
+            entries.append({**image.extra, "id": image_id, **stated})
+            for item in image.objects:
+                entry = _complete(item, image)
+                category_id = by_name[entry.pop("category")]
+                entry |= {"id": own_ids[len(annotations)], "image_id": image_id}
+                annotations.append(entry | {"category_id": category_id})
     table = [
         {"id": entry.category_id, "name": entry.name}
         | ({"supercategory": entry.supercategory} if entry.supercategory else {})
@@ -326,6 +261,7 @@ def _place(path, target):
     if path != target:
         if target.exists():
             raise InputError("a tile has the name of this image", where=path, fix="rename it")
+        # No link: whoever edits a linked picture in place changes the original, too.
         with path.open("rb") as original, target.open("xb") as copy:  # "x": never what is there
             shutil.copyfileobj(original, copy, 1 << 20)
 
@@ -339,26 +275,16 @@ def _complete(item, image):
             rle = segmentation_to_rle(segmentation, image.height, image.width)
     if bbox is None and rle is not None and rle_area(rle):
         x0, y0, x1, y1 = rle_box_xyxy(rle)
-        entry["bbox"] = bbox = [x0, y0, x1 - x0, y1 - y0]
+        entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
     elif bbox is None and rle is not None and isinstance(segmentation, list):
         corners = np.concatenate(segmentation).reshape(-1, 2)  # of a polygon that holds no pixel
-        low, sides = corners.min(axis=0), np.ptp(corners, axis=0)
-        entry["bbox"] = bbox = [*low.tolist(), *sides.tolist()]
+        entry["bbox"] = [*corners.min(axis=0).tolist(), *np.ptp(corners, axis=0).tolist()]
     if "area" not in entry and rle is not None:
         entry["area"] = rle_area(rle)
     elif "area" not in entry and isinstance(bbox, list) and len(bbox) == 4:
         with suppress(TypeError):  # no numbers, which reading the result names
             entry["area"] = bbox[2] * bbox[3]
     return entry
-
-
-def _read_again(staging, src):
-    """Read what was written; an error in it is one of the source."""
-    try:
-        return [read_split(staging, name) for name in find_splits(staging)]
-    except InputError as error:
-        where = (error.where or "").replace(f"{staging}{os.sep}", f"{src}, ")
-        raise InputError(error.message, where=where, fix=error.fix) from error
 
 
 def _counts(splits):
@@ -379,19 +305,15 @@ def _counts(splits):
 
 def _finding_notes(splits):
     """Say what `check` will say about the annotations that a reader of the source should know."""
-    findings = [
-        finding
-        for split in splits
-        for finding in check_categories(split)
-        + check_annotations(split, mask_size=1, num_queries=10**6)
-        if finding.code.startswith(NOTED)
-    ]
-    noun = "data.prompts_by_category can ask for another noun"
-    fixes = [noun if finding.code.startswith("D3") else finding.fix for finding in findings]
-    pairs = zip(findings, fixes, strict=True)
-    return list(
-        dict.fromkeys(f"{finding.message} ({finding.code}); {fix}" for finding, fix in pairs)
-    )
+    notes = []
+    for split in splits:
+        findings = check_annotations(split, mask_size=1, num_queries=10**6)
+        for finding in check_categories(split) + findings:
+            noun = "data.prompts_by_category can ask for another noun"
+            fix = noun if finding.code.startswith("D3") else finding.fix
+            if finding.code.startswith(NOTED):
+                notes.append(f"{finding.message} ({finding.code}); {fix}")
+    return list(dict.fromkeys(notes))
 
 
 def summary_text(summary):
@@ -400,9 +322,7 @@ def summary_text(summary):
     lines.append(f"  {'split':<8}{'images':>8}{'empty':>8}{'objects':>9}{'masks':>8}  categories")
     for name, row in summary["splits"].items():
         categories = ", ".join(f"{key} {count}" for key, count in row["categories"].items())
-        lines.append(
-            f"  {name:<8}{row['images']:>8}{row['empty']:>8}{row['objects']:>9}"
-            f"{row['with_mask']:>8}  {categories}"
-        )
+        numbers = f"{row['images']:>8}{row['empty']:>8}{row['objects']:>9}{row['with_mask']:>8}"
+        lines.append(f"  {name:<8}{numbers}  {categories}")
     lines += [f"  note: {note}" for note in summary["notes"]]
     return "\n".join(printable(line.replace("\n", "\\n")) for line in lines)

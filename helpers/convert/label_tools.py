@@ -1,10 +1,4 @@
-"""Read what labelling tools write per image: LabelMe's JSON of shapes, Pascal VOC's XML of boxes.
-
-`supervision.DetectionDataset` is used for neither. Its LabelMe reader rounds polygons to whole
-pixels, fills their border, and skips circles and painted masks, so that an annotated object would be
-asked as absent. Its VOC reader decodes every image, ignores ``<size>`` and ``<filename>``, where a
-file contradicts its picture, and knows no encoding but UTF-8.
-"""
+"""Read what labelling tools write per image: LabelMe's JSON of shapes, VOC's XML of boxes."""
 
 from __future__ import annotations
 
@@ -20,20 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 
-from helpers.convert.source import (
-    WHOLE,
-    Source,
-    SourceImage,
-    by_stem,
-    files_below,
-    folder_named,
-    note_of,
-    numbered,
-    picture_size,
-    read_text,
-    refuse_outside,
-    split_folders,
-)
+from helpers.convert import source
 from helpers.data.images import IMAGE_SUFFIXES
 from helpers.data.masks import mask_to_rle
 from helpers.errors import InputError
@@ -47,75 +28,57 @@ _ANEW = "export the annotations again"
 def is_voc(root):
     """Return whether a folder holds XML files of annotations, in ``Annotations/`` or per split."""
     tag = None
-    for folder in split_folders(root).values() if root.is_dir() else ():
-        for path in files_below(folder_named(folder, "annotations") or folder, (".xml",)):
+    for folder in source.split_folders(root).values():
+        place = source.folder_named(folder, "annotations") or folder
+        for path in source.files_below(place, (".xml",)):
             tag = _parse(path).tag
             if tag == "annotation":
                 return True
     if tag == "annotations":
-        raise InputError(
-            "is an export of 'CVAT for images', which is not read",
-            where=root,
-            fix="export 'COCO 1.0' from CVAT",
-        )
+        message = "is an export of 'CVAT for images', which is not read"
+        raise InputError(message, where=root, fix="export 'COCO 1.0' from CVAT")
     return False
 
 
 def read_voc(root):
-    """Read the boxes of Pascal VOC annotations; an image without an XML file is left out.
-
-    `root` holds ``Annotations/*.xml``, ``JPEGImages/`` and optionally
-    ``ImageSets/Main/{train,val,test}.txt``; or a folder per split with XML files and images side by
-    side, as Roboflow exports them. The files count pixels from 1 and include the last one, unless a
-    corner is 0: then they count from 0. Polygons and ``SegmentationObject`` are not read.
-    """
-    folders, trees, corners = split_folders(root), {}, []
+    """Read the boxes of Pascal VOC; neither polygons nor images without an XML file are read."""
+    folders, trees, corners = source.split_folders(root), {}, []
     for split, folder in folders.items():
-        place = folder_named(folder, "annotations") or folder
-        files = by_stem(files_below(place, (".xml",)), place)
+        place = source.folder_named(folder, "annotations") or folder
+        files = source.by_stem(place, (".xml",))
         read = {stem: (path, _parse(path)) for stem, path in files.items()}
         trees[split] = {stem: pair for stem, pair in read.items() if pair[1].tag == "annotation"}
         for path, tree in trees[split].values():
             boxes = tree.iterfind("object/bndbox")
             corners += [_number(box, key, path) for box in boxes for key in ("xmin", "ymin")]
+    # Pixels count from 1, the last one included, unless a corner is 0: then they count from 0.
     first = 0 if min(corners, default=1) < 1 else 1
-    splits, renamed, num_polygons, notes = {}, [], 0, []
+    splits, renamed, num_polygons, notes, lists = {}, [], 0, [], []
     for split, folder in folders.items():
-        images = _voc_images(folder)
-        splits[split] = {
-            stem: _voc_image(path, tree, images, stem, first, root, renamed)
-            for stem, (path, tree) in trees[split].items()
-        }
-        num_polygons += sum(
-            len(tree.findall("object/polygon")) for _, tree in trees[split].values()
-        )
-        if folder_named(folder, "segmentationobject", "segmentationclass"):
+        places = [source.folder_named(folder, name) for name in ("jpegimages", "images")]
+        images = (source.by_stem(place, IMAGE_SUFFIXES) for place in (*places, folder) if place)
+        images = next(filter(None, images), {})
+        splits[split] = {}
+        for stem, (path, tree) in trees[split].items():
+            splits[split][stem] = _voc_image(path, tree, images, stem, first, root, renamed)
+            num_polygons += len(tree.findall("object/polygon"))
+        if source.folder_named(folder, "segmentationobject", "segmentationclass"):
             notes.append("masks of VOC are not read here but with --format masks --objects values")
-    notes += note_of(renamed, "files name an image in <filename> that is not there and is not used")
+    text = "files name an image in <filename> that is not there and is not used"
+    notes += source.note_of(renamed, text)
     if num_polygons:
         notes.append(f"{num_polygons} objects have a <polygon>, of which only the box is read")
-    lists = []
-    if WHOLE in splits:
+    if source.WHOLE in splits:
         splits, lists = _by_image_sets(root, splits)
-    return _source(
-        "voc", {split: [*images.values()] for split, images in splits.items()}, notes, lists
-    )
+    splits = {split: [*images.values()] for split, images in splits.items()}
+    return _source("voc", splits, notes, lists)
 
 
-def _source(name, splits, notes, files=()):
+def _source(name, splits, notes, files):
     """Return a source whose categories are those of its objects."""
     images = [image for group in splits.values() for image in group]
     names = sorted({item["category"] for image in images for item in image.objects})
-    return Source(name, splits, numbered(names), tuple(notes), tuple(files))
-
-
-def _voc_images(folder):
-    """Map the stem of each image of a split to its file."""
-    for place in (folder_named(folder, "jpegimages"), folder_named(folder, "images"), folder):
-        images = by_stem(files_below(place, IMAGE_SUFFIXES), place) if place else {}
-        if images:
-            return images
-    return {}
+    return source.Source(name, splits, source.numbered(names), notes, files)
 
 
 def _parse(path):
@@ -123,7 +86,7 @@ def _parse(path):
     declared = re.match(rb"\s*<\?xml[^>]*?encoding=[\"']([\w.-]+)", path.read_bytes())
     encoding = declared[1].decode().lower() if declared else "utf-8"
     superset = {"utf-8": "utf-8-sig", "gb2312": "gb18030", "gbk": "gb18030"}
-    text = read_text(path, superset.get(encoding, encoding))
+    text = source.read_text(path, superset.get(encoding, encoding))
     if "<!ENTITY" in text:  # a few bytes of entities can grow to gigabytes, or read other files
         raise InputError("defines entities", where=path, fix=_ANEW)
     text = re.sub(r"^\s*<\?xml.*?\?>", "", text, count=1, flags=re.DOTALL)
@@ -154,13 +117,10 @@ def _voc_image(where, tree, images, stem, first, root, renamed):
     """Read one annotation file; `first` is the number of the first pixel."""
     path = images.get(stem)
     if path is None:
-        raise InputError(
-            f"there is no image '{stem}' beside it or in JPEGImages/",
-            where=where,
-            fix="restore the image or remove the file",
-        )
+        message = f"there is no image '{stem}' beside it or in JPEGImages/"
+        raise InputError(message, where=where, fix="restore the image or remove the file")
     _compare_name(where, tree, path, images, root, renamed)
-    size = picture_size(path, root)
+    size = source.picture_size(path, root)
     if tree.find("size") is not None:
         stated = [_number(tree.find("size"), key, where) for key in ("width", "height")]
         _compare_size(where, tuple(map(round, stated)), size)
@@ -172,84 +132,70 @@ def _voc_image(where, tree, images, stem, first, root, renamed):
         x0, y0 = (_number(box, key, where) - first for key in ("xmin", "ymin"))
         bbox = [x0, y0, _number(box, "xmax", where) - x0, _number(box, "ymax", where) - y0]
         objects.append({"category": _text(element, "name", where), "bbox": bbox, "iscrowd": 0})
-    return SourceImage(path, *size, tuple(objects), {}, (where,))
+    return source.SourceImage(path, *size, tuple(objects), {}, (where,))
 
 
 def _compare_name(where, tree, path, images, root, renamed):
-    """Compare <filename> with the file's own name, which decides where only one of them is there."""
+    """Compare <filename> with the file's own name, which decides where only one is there."""
     name = PureWindowsPath((tree.findtext("filename") or "").strip())
     aside = Path(os.path.normpath(where.parent / name.as_posix()))
     if len(name.parts) > 1 and aside.is_file():
-        refuse_outside(aside, root, where)
+        source.refuse_outside(aside, root, where)
     stem = name.stem if name.suffix.lower() in IMAGE_SUFFIXES else name.name
     if stem in ("", path.stem):
         return
     if any(Path(other).name == stem for other in images):
-        raise InputError(
-            f"<filename> is '{name.name}', its own name means '{path.name}', and both are there",
-            where=where,
-            fix="correct <filename>",
-        )
+        both = f"<filename> is '{name.name}', its own name means '{path.name}', and both are there"
+        raise InputError(both, where=where, fix="correct <filename>")
     renamed.append(f"{where.name} ('{name.name}')")
 
 
 def _compare_size(where, stated, size):
-    """Raise InputError if a file states another size than its image has; some tools leave zeros."""
+    """Refuse another stated size than that of the image; some tools leave zeros."""
     if stated not in ((0, 0), (None, None), size):
-        raise InputError(
-            f"says {stated[0]!r} x {stated[1]!r} pixels, the upright image has {size[0]} x {size[1]}",
-            where=where,
-            fix="annotate the image as it is, upright",
-        )
+        said, upright = f"{stated[0]!r} x {stated[1]!r}", f"{size[0]} x {size[1]}"
+        message = f"says {said} pixels, the upright image has {upright}"
+        raise InputError(message, where=where, fix="annotate the image as it is, upright")
 
 
 def _by_image_sets(root, splits):
-    """Divide the images by the lists in ``ImageSets/Main``; return the splits and the lists read."""
-    images, divided, lists = splits[WHOLE], {}, []
+    """Divide the images by the lists in ``ImageSets/Main``; return the splits and the lists."""
+    images, divided, lists = splits[source.WHOLE], {}, []
     for word, split in (("train", "train"), ("val", "valid"), ("test", "test")):
-        path = root / "ImageSets" / "Main" / f"{word}.txt"
-        if path.is_file():
-            lists.append(path)
-            stems = {_listed_stem(line, images) for line in read_text(path).splitlines()}
-            divided[split] = {stem: image for stem, image in images.items() if stem in stems}
+        path, stems = root / "ImageSets" / "Main" / f"{word}.txt", set()
+        if not path.is_file():
+            continue
+        lists.append(path)
+        for line in source.read_text(path).splitlines():
+            words = [line.strip(), *line.split()[:1]]  # a flag may follow the name
+            words += [word.rpartition(".")[0] for word in words]
+            stems |= set([word for word in words if word in images][:1])
+        divided[split] = {stem: image for stem, image in images.items() if stem in stems}
     if lists and not any(divided.values()):
         raise InputError("names none of the images", where=lists[0], fix="list the images' names")
     return divided or splits, lists
 
 
-def _listed_stem(line, images):
-    """Return the stem that a line of a list means: a name with or without ending, a flag after it."""
-    words = [line.strip(), *line.split()[:1]]
-    stems = words + [word.rpartition(".")[0] for word in words]
-    return next((stem for stem in stems if stem in images), None)
-
-
 def is_labelme(root):
     """Return whether a folder holds JSON files with ``shapes`` at any depth."""
-    folders = split_folders(root).values() if root.is_dir() else ()
-    return any(True for folder in folders for _ in _files(folder))
+    return any(True for folder in source.split_folders(root).values() for _ in _files(folder))
 
 
 def read_labelme(root):
-    """Read LabelMe annotations: JSON files and images at any depth, also in a folder per split.
-
-    Polygons, turned rectangles, circles and painted masks become objects. Polygons with one label
-    and one ``group_id`` are one object. A rectangle has a box only. A line or a point, which has no
-    area, raises InputError.
-    """
+    """Read LabelMe's shapes with an area, from JSON files and images at any depth or per split."""
     moved = []
     splits = {
         split: [_labelme_image(path, content, root, moved) for path, content in _files(folder)]
-        for split, folder in split_folders(root).items()
+        for split, folder in source.split_folders(root).items()
     }
     text = "files name an image elsewhere that is not there; that beside them is taken"
-    return _source("labelme", splits, note_of(moved, text))
+    return _source("labelme", splits, source.note_of(moved, text), [])
 
 
 def _files(folder):
     """Yield path and content of the JSON files below a folder that hold shapes."""
     problem, is_empty = None, True
-    for path in files_below(folder, (".json",)):
+    for path in source.files_below(folder, (".json",)):
         try:
             content = read_json(path)
         except InputError as error:
@@ -271,26 +217,20 @@ def _has_image(path):
 
 
 def _labelme_image(where, content, root, moved):
-    """Read one file."""
+    """Read one file; polygons of one label and ``group_id`` are one object."""
     name = PureWindowsPath(str(content.get("imagePath") or ""))
     path = Path(os.path.normpath(where.parent / name.as_posix()))
     if len(name.parts) > 1 and not path.is_file() and (where.parent / name.name).is_file():
         path = where.parent / name.name
         moved.append(f"{where.name} ('{name}')")
     if not path.is_file():
-        raise InputError(
-            f"its image '{name.name}' is not beside it",
-            where=where,
-            fix="put the image there, or correct imagePath",
-        )
-    refuse_outside(path, root, where)
+        message = f"its image '{name.name}' is not beside it"
+        raise InputError(message, where=where, fix="put the image there, or correct imagePath")
+    source.refuse_outside(path, root, where)
     if path.stem != where.stem and _has_image(where):
-        raise InputError(
-            f"names the image '{path.name}', but one of its own name is beside it, too",
-            where=where,
-            fix="correct imagePath",
-        )
-    size = picture_size(path, root)
+        message = f"names the image '{path.name}', but one of its own name is beside it, too"
+        raise InputError(message, where=where, fix="correct imagePath")
+    size = source.picture_size(path, root)
     _compare_size(where, (content.get("imageWidth"), content.get("imageHeight")), size)
     objects, groups = [], {}
     for index, shape in enumerate(content["shapes"]):
@@ -305,14 +245,13 @@ def _labelme_image(where, content, root, moved):
         elif isinstance(entry.get("segmentation"), list):
             first["segmentation"] += entry["segmentation"]
         else:
-            raise InputError(
-                "is grouped with a polygon and is none", where=place, fix="remove its group_id"
-            )
-    return SourceImage(path, *size, tuple(objects), {}, (where,))
+            message = "is grouped with a polygon and is none"
+            raise InputError(message, where=place, fix="remove its group_id")
+    return source.SourceImage(path, *size, tuple(objects), {}, (where,))
 
 
 def _labelme_object(shape, width, height, where):
-    """Turn one shape into a COCO entry."""
+    """Turn one shape into a COCO entry; a rectangle has a box only."""
     kind, label = shape.get("shape_type", "polygon"), shape.get("label")
     if not isinstance(label, str) or not label.strip():
         raise InputError("has no label", where=where, fix="name it after what the picture shows")
@@ -320,44 +259,33 @@ def _labelme_object(shape, width, height, where):
     try:
         points = np.array(shape.get("points"), dtype=float).reshape(-1, 2)
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"its points are not pairs of numbers ({error})", where=where, fix="draw it again"
-        ) from error
+        message = f"its points are not pairs of numbers ({error})"
+        raise InputError(message, where=where, fix="draw it again") from error
     if not (np.abs(points) <= 100 * max(width, height)).all():
         raise InputError("a point is far outside", where=where, fix="draw it again")
-    if kind in POLYGONS and len(points) >= 3:
-        return entry | {"segmentation": [points.ravel().tolist()]}
     if kind == "rectangle" and len(points) >= 2:
         low, high = points.min(axis=0), points.max(axis=0)
         return entry | {"bbox": [*low.tolist(), *(high - low).tolist()]}
+    if kind == "mask" and len(points) >= 1:
+        return entry | {"segmentation": _painted(shape, points[0], width, height, where)}
     if kind == "circle" and len(points) == 2:
         angles = np.arange(CIRCLE_CORNERS) * 2 * math.pi / CIRCLE_CORNERS
         ring = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-        corners = points[0] + ring * np.linalg.norm(points[1] - points[0])
-        return entry | {"segmentation": [corners.ravel().tolist()]}
-    if kind == "mask" and len(points) >= 1:
-        return entry | {"segmentation": _painted(shape, points[0], height, width, where)}
-    raise InputError(
-        f"is a {kind} of {len(points)} points, which has no area",
-        where=where,
-        fix="draw a polygon around the object, or remove the shape",
-    )
+        points = points[0] + ring * np.linalg.norm(points[1] - points[0])
+    elif kind not in POLYGONS or len(points) < 3:
+        message = f"is a {kind} of {len(points)} points, which has no area"
+        fix = "draw a polygon around the object, or remove the shape"
+        raise InputError(message, where=where, fix=fix)
+    return entry | {"segmentation": [points.ravel().tolist()]}
 
 
-def _painted(shape, corner, height, width, where):
+def _painted(shape, corner, width, height, where):
     """Put a painted mask, a PNG of its own box in base64, at its place in the image."""
+    canvas = Image.new("L", (width, height))
     try:
         png = base64.b64decode(shape.get("mask") or "", validate=True)
-        part = np.array(Image.open(io.BytesIO(png)).convert("L")) > 0
+        canvas.paste(Image.open(io.BytesIO(png)).convert("L"), tuple(map(round, corner.tolist())))
     except Exception as error:  # Pillow raises another type for each way a file can be broken
-        raise InputError(
-            f"its mask is no PNG in base64 ({error})", where=where, fix="draw it again"
-        ) from error
-    x, y = (round(float(number)) for number in corner)
-    rows, columns = (
-        positions + offset for positions, offset in zip(np.nonzero(part), (y, x), strict=True)
-    )
-    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-    mask = np.zeros((height, width), dtype=bool)
-    mask[rows[inside], columns[inside]] = True
-    return mask_to_rle(mask)
+        message = f"its mask is no PNG in base64 ({error})"
+        raise InputError(message, where=where, fix="draw it again") from error
+    return mask_to_rle(np.array(canvas) > 0)

@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import PurePosixPath
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from helpers.convert.source import (
-    WHOLE,
-    Source,
-    SourceImage,
-    by_stem,
-    files_below,
-    folder_named,
-    note_of,
-    numbered,
-    picture_size,
-    read_text,
-    refuse_outside,
-    split_folders,
-)
+from helpers.convert import source
 from helpers.data.images import IMAGE_SUFFIXES
 from helpers.data.masks import mask_to_rle
 from helpers.errors import InputError
@@ -35,133 +21,100 @@ MASK_SUFFIXES = (*IMAGE_SUFFIXES, ".gif")
 MASK_NAMES = ("{}", "{}_mask", "{}-mask", "{}_masks", "{}_seg", "{}_segmentation", "{}_label")
 MASK_NAMES += ("{}_labels", "{}_labelIds", "{}_instanceIds", "{}_gt")
 MASK_NAMES += ("mask_{}", "mask-{}", "seg_{}", "label_{}", "gt_{}")
-CLASSES_FILE = "classes.txt"
+CLASSES_FILE = "classes.txt"  # a name per line, for the values 1, 2, ...; `BACKGROUND` is for 0
 BACKGROUND = ("background", "_background_")
+# An object is a connected component of a class, all of it, or the pixels of one value.
 OBJECTS = ("components", "whole", "values")
 VOID = 255  # of pixels that belong to nothing, in Pascal VOC and others
-EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)
-
-
-def is_masks(root):
-    """Return whether a folder holds image and mask folders, at its top or per split."""
-    return root.is_dir() and bool(_folder_pairs(root))
 
 
 def read_masks(root, category=None, objects="components"):
-    """Read images with a mask picture each; an image without one is left out.
-
-    `root` holds ``images/`` and ``masks/`` (or another of `MASK_FOLDERS`), or those in a folder per
-    split, or split folders in both. A mask is called as its image or as one of `MASK_NAMES`.
-    ``classes.txt``, one name per line, names the values 1, 2, ...; a first line ``background`` names
-    0. Without it, `category` is what the foreground shows. An object is a connected component (8
-    neighbours) of the pixels of a class, with "whole" all of them, with "values" those of one value,
-    which then is the number of an instance. Soft edges of a binary mask are cut at half, and 255
-    beside other values is void.
-    """
+    """Read images that have a mask picture; without `CLASSES_FILE` it shows `category`."""
     if objects not in OBJECTS:
         raise InputError(f"objects is {objects!r}", fix=f"use one of {', '.join(OBJECTS)}")
     names = _names(root, category, objects)
     splits, masks, soft, bar = {}, {}, [], progress_bar(None, "reading masks")
-    for split, folders in _folder_pairs(root).items():
+    for split, folders in folder_pairs(root).items():
         splits[split] = []
         for path, mask_file in _pairs(*folders):
             bar.update()
-            refuse_outside(mask_file, root)
+            source.refuse_outside(mask_file, root)
             values, is_soft = _mask_values(mask_file)
-            size = picture_size(path, root)
+            size = source.picture_size(path, root)
             if values.shape != size[::-1]:
-                raise InputError(
-                    f"is {values.shape[1]} x {values.shape[0]} pixels, its image {size[0]} x {size[1]}",
-                    where=mask_file,
-                    fix="save the mask at the size of the upright image",
-                )
+                sides = f"{values.shape[1]} x {values.shape[0]}"
+                message = f"is {sides} pixels, its image {size[0]} x {size[1]}"
+                fix = "save the mask at the size of the upright image"
+                raise InputError(message, where=mask_file, fix=fix)
+            if is_soft and (objects == "values" or len(names) > 1):
+                message = "has soft edges, whose values are neither classes nor instances"
+                fix = "save it without smoothing, or leave --objects values out"
+                raise InputError(message, where=mask_file, fix=fix)
             if is_soft:
-                if objects == "values" or len(names) > 1:
-                    raise InputError(
-                        "has soft edges, whose values are neither classes nor instances",
-                        where=mask_file,
-                        fix="save it without smoothing, or leave --objects values out",
-                    )
                 soft.append(mask_file.name)
                 values = (values > VOID // 2) * VOID
             present = [int(value) for value in np.unique(values) if value]
             masks[mask_file] = {value: _objects_of(values == value, objects) for value in present}
-            splits[split].append(SourceImage(path, *size, (), {}, (mask_file,)))
+            splits[split].append(source.SourceImage(path, *size, (), {}, (mask_file,)))
     bar.close()
-    notes = note_of(soft, "masks have soft edges, cut at half")
+    notes = source.note_of(soft, "masks have soft edges, cut at half")
     names = _names_of_values(names, masks, objects, bool(soft), notes)
     for images in splits.values():
-        images[:] = [
-            replace(image, objects=_entries(masks[image.files[0]], names)) for image in images
-        ]
+        for index, image in enumerate(images):
+            objects = [
+                {"category": names[value], "segmentation": rle, "iscrowd": 0}
+                for value, rles in masks[image.files[0]].items()
+                for rle in (rles if value in names else ())
+            ]
+            images[index] = replace(image, objects=tuple(objects))
     files = [root / CLASSES_FILE] if category is None else []
-    return Source("masks", splits, numbered(names.values()), tuple(notes), tuple(files))
+    return source.Source("masks", splits, source.numbered(names.values()), notes, files)
 
 
-def _entries(rles, names):
-    """Return COCO entries of the run lengths of each value that has a name."""
-    return tuple(
-        {"category": names[value], "segmentation": rle, "iscrowd": 0}
-        for value in rles
-        if value in names
-        for rle in rles[value]
-    )
-
-
-def _folder_pairs(root):
-    """Map each split to its folders of images and of masks."""
+def folder_pairs(root):
+    """Map each split to its folders of images and of masks; without both folders no split."""
     pairs = {}
-    for split, folder in split_folders(root).items():
-        images = folder_named(folder, *IMAGE_FOLDERS)
-        places = (folder_named(folder, name) for name in MASK_FOLDERS)
-        masks = next(
-            (place for place in places if place and files_below(place, MASK_SUFFIXES)), None
-        )
+    for split, folder in source.split_folders(root).items():
+        images = source.folder_named(folder, *IMAGE_FOLDERS)
+        places = [source.folder_named(folder, name) for name in MASK_FOLDERS]
+        masks = [place for place in places if place and source.files_below(place, MASK_SUFFIXES)]
         if images and masks:
-            inner_images, inner_masks = split_folders(images), split_folders(masks)
-            if split == WHOLE and inner_images.keys() == inner_masks.keys():
+            inner_images, inner_masks = source.split_folders(images), source.split_folders(masks[0])
+            if split == source.WHOLE and inner_images.keys() == inner_masks.keys():
                 pairs |= {name: (path, inner_masks[name]) for name, path in inner_images.items()}
             else:
-                pairs[split] = (images, masks)
+                pairs[split] = (images, masks[0])
     return pairs
 
 
 def _pairs(image_folder, mask_folder):
     """List the images that have a mask, with it."""
-    images = by_stem(files_below(image_folder, IMAGE_SUFFIXES), image_folder)
-    masks = by_stem(files_below(mask_folder, MASK_SUFFIXES), mask_folder)
+    images = source.by_stem(image_folder, IMAGE_SUFFIXES)
+    masks = source.by_stem(mask_folder, MASK_SUFFIXES)
     pairs = []
     for path in images.values():
-        place = PurePosixPath(path.relative_to(image_folder).parent)
-        stems = [(place / name.format(path.stem)).as_posix() for name in MASK_NAMES]
+        place, names = path.relative_to(image_folder), [n.format(path.stem) for n in MASK_NAMES]
+        stems = [place.with_name(name).as_posix() for name in names]
         pairs += [(path, masks[stem]) for stem in stems if stem in masks][:1]
     if images and not pairs:
-        raise InputError(
-            f"there is no mask for {next(iter(images.values())).name}",
-            where=mask_folder,
-            fix="give each mask the name of its image, or that with _mask",
-        )
+        message = f"there is no mask for {next(iter(images.values())).name}"
+        fix = "give each mask the name of its image, or that with _mask"
+        raise InputError(message, where=mask_folder, fix=fix)
     return pairs
 
 
 def _names(root, category, objects):
     """Map mask values to names; a single name under None means any foreground."""
     path = root / CLASSES_FILE
-    if category is not None or not path.is_file():
-        if category is None or not category.strip():
-            raise InputError(
-                "mask pictures do not say what they show",
-                where=root,
-                fix=f"give --category crack, or write {CLASSES_FILE} with a name per line",
-            )
+    if category is not None and category.strip():
         return {None: category.strip()}
+    if category is not None or not path.is_file():
+        fix = f"give --category crack, or write {CLASSES_FILE} with a name per line"
+        raise InputError("mask pictures do not say what they show", where=root, fix=fix)
     if objects == "values":
-        raise InputError(
-            "values cannot be classes and instances at once",
-            where=path,
-            fix="give --category in place of the file, or another --objects",
-        )
-    names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        fix = "give --category in place of the file, or another --objects"
+        raise InputError("values cannot be classes and instances at once", where=path, fix=fix)
+    names = [line.strip() for line in source.read_text(path).splitlines() if line.strip()]
     first = 0 if names and names[0].casefold() in BACKGROUND else 1
     names_of_values = {value: name for value, name in enumerate(names, first) if value > 0}
     if not names_of_values:
@@ -177,63 +130,49 @@ def _names_of_values(names, masks, objects, has_soft, notes):
     if VOID in values and VOID not in names and VOID - 1 not in values:
         alone = [mask_file for mask_file, rles in masks.items() if set(rles) == {VOID}]
         if alone:
-            raise InputError(
-                f"holds only the value {VOID}, which stands beside others in other masks",
-                where=alone[0],
-                fix="save all masks with the same values",
-            )
+            message = f"holds only the value {VOID}, which stands beside others in other masks"
+            raise InputError(message, where=alone[0], fix="save all masks with the same values")
         notes.append(f"the value {VOID} is void in mask pictures and belongs to nothing")
         values.remove(VOID)
     for mask_file, rles in masks.items():
         present = sorted(values & rles.keys())
         unnamed = [value for value in present if is_named and value not in names]
         if unnamed:
-            raise InputError(
-                f"holds the value {unnamed[0]}, which {CLASSES_FILE} does not name",
-                where=mask_file,
-                fix=f"add its name as line {unnamed[0]}",
-            )
+            message = f"holds the value {unnamed[0]}, which {CLASSES_FILE} does not name"
+            fix = f"add its name as line {unnamed[0]}"
+            raise InputError(message, where=mask_file, fix=fix)
         if not is_named and objects != "values" and len(present) > 1:
-            raise InputError(
-                f"holds {len(present)} values beside 0, which are not named",
-                where=mask_file,
-                fix=f"name classes in {CLASSES_FILE}, or give --objects values for instances",
-            )
+            message = f"holds {len(present)} values beside 0, which are not named"
+            fix = f"name classes in {CLASSES_FILE}, or give --objects values for instances"
+            raise InputError(message, where=mask_file, fix=fix)
     return names if is_named else dict.fromkeys(values, names[None])
 
 
 def _mask_values(path):
-    """Read a mask picture as whole numbers, 0 for the background, and whether its edges are soft.
-
-    A palette keeps its indices. A colour picture must be grey. Fractions are shares of 255.
-    """
+    """Read a mask picture as whole numbers, a palette's as indices; and whether edges are soft."""
     try:
         with Image.open(path) as picture:
             is_jpeg, has_alpha = picture.format == "JPEG", picture.mode in ("LA", "RGBA")
             values = np.array(picture.convert("L") if is_jpeg else picture)
     except Exception as error:  # Pillow raises another type for each way a file can be broken
-        raise InputError(
-            f"is no readable picture ({error})", where=path, fix="save it as PNG"
-        ) from error
+        message = f"is no readable picture ({error})"
+        raise InputError(message, where=path, fix="save it as PNG") from error
     if values.ndim == 3:
         colours = values[..., :-1] if has_alpha else values
         if (colours != colours[..., :1]).any():
-            raise InputError(
-                "is coloured, so its values name nothing",
-                where=path,
-                fix="save it as grey values or with a palette",
-            )
+            message = "is coloured, so its values name nothing"
+            raise InputError(message, where=path, fix="save it as grey values or with a palette")
         values = values[..., -1] if has_alpha and not np.ptp(colours) else colours[..., 0]
     if not np.isfinite(values).all() or values.min() < 0:
         raise InputError("holds values that number nothing", where=path, fix="save it as PNG")
-    if (values % 1).any() and values.max() <= 1:
+    if (values % 1).any() and values.max() <= 1:  # shares of 255
         return values * VOID, True
     values = np.round(values).astype(int)
     return values, is_jpeg or _is_soft(values)
 
 
 def _is_soft(values):
-    """Return whether values between 0 and the largest have others beside them, as on a soft edge."""
+    """Return whether values below the largest have others beside them, as on a soft edge."""
     if values.max() <= VOID // 2 or len(np.unique(values)) < 4:
         return False
     is_beside = np.zeros(values.shape, dtype=bool)
@@ -248,5 +187,5 @@ def _objects_of(mask, objects):
     """Divide the pixels of one value into the run lengths of its objects."""
     if objects != "components":
         return [mask_to_rle(mask)]
-    labels, count = ndimage.label(mask, structure=EIGHT_NEIGHBOURS)
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))  # 8 neighbours touch
     return [mask_to_rle(labels == number) for number in range(1, count + 1)]

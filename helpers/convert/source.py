@@ -1,4 +1,8 @@
-"""A dataset as its reader returns it, and what all readers share: files, texts, splits, polygons."""
+"""A dataset as its reader returns it, and what all readers share: files, texts, splits, polygons.
+
+`supervision.DetectionDataset` is not used: it rounds polygons to whole pixels, forgets ids and
+further keys, and skips circles and painted masks, which would then be asked as absent.
+"""
 
 from __future__ import annotations
 
@@ -19,28 +23,21 @@ from helpers.errors import InputError
 
 WHOLE = "all"  # name of the one split of a source that has none
 SPLIT_WORDS = {word: split for split, words in SPLIT_FOLDERS.items() for word in words}
+MEANINGS = ("auto", "outline", "pixels")
+PRECISION = 1e-5  # share of a side by which a coordinate of five decimals may miss what was meant
 
 
 @dataclass(frozen=True)
 class SourceImage:
-    """One image with its objects: COCO entries with ``category`` (a name) in place of the ids.
-
-    ``segmentation`` is as in the file, ``bbox`` is ``[x, y, width, height]`` in pixels; an entry may
-    lack one of the two.
-    """
+    """One image with its objects."""
 
     path: Path
     width: int  # pixels, upright
     height: int
-    objects: tuple[dict, ...]
+    objects: tuple[dict, ...]  # COCO entries in pixels; `category`, a name, in place of the ids
     extra: dict = field(default_factory=dict)  # further keys of the image entry, such as contents
     files: tuple[Path, ...] = ()  # the annotation files of this image alone
-    new_name: str | None = None
-
-    @property
-    def name(self):
-        """Return the file name in the new dataset, by default that of the file."""
-        return self.new_name or self.path.name
+    name: str | None = None  # in the new dataset
 
 
 @dataclass(frozen=True)
@@ -49,16 +46,11 @@ class Source:
 
     format: str
     splits: dict[str, list[SourceImage]]  # by name; `WHOLE` alone if the source is not split
-    categories: tuple[Category, ...]
-    notes: tuple[str, ...] = ()  # what a person should know about the reading
-    files: tuple[Path, ...] = ()  # those that speak of more than one image
+    categories: list[Category]
+    notes: list[str]  # what a person should know about the reading
+    files: list[Path]  # those that speak of more than one image
     header: dict = field(default_factory=dict)  # what a COCO file says about the whole
     unused: dict[str, int] = field(default_factory=dict)  # files not read, by ending
-
-    @property
-    def images(self):
-        """Return the images of all splits."""
-        return [image for images in self.splits.values() for image in images]
 
 
 def files_below(folder, suffixes=()):
@@ -82,11 +74,9 @@ def refuse_outside(path, root, where=None):
     """Raise InputError if a file, all links followed, does not lie below the source."""
     real = Path(os.path.realpath(path))
     if not real.is_relative_to(os.path.realpath(root)):
-        raise InputError(
-            f"'{real}' lies outside the source, and nothing outside is taken",
-            where=where or path,
-            fix=f"copy it into {root}, or convert a folder that holds both",
-        )
+        message = f"'{real}' lies outside the source, and nothing outside is taken"
+        fix = f"copy it into {root}, or convert a folder that holds both"
+        raise InputError(message, where=where or path, fix=fix)
 
 
 def picture_size(path, root):
@@ -94,8 +84,7 @@ def picture_size(path, root):
     refuse_outside(path, root)
     if path.suffix.lower() in (".heic", ".heif"):
         raise InputError("HEIC cannot be read", where=path, fix="save it as JPEG or PNG")
-    size, _ = upright_size(path)
-    return size
+    return upright_size(path)[0]
 
 
 def read_text(path, encoding="utf-8-sig"):
@@ -106,15 +95,12 @@ def read_text(path, encoding="utf-8-sig"):
     try:
         return content.decode(encoding)
     except (UnicodeDecodeError, LookupError) as error:
-        raise InputError(
-            f"is no text in {encoding.removesuffix('-sig')} ({error})",
-            where=path,
-            fix="save it as UTF-8",
-        ) from error
+        message = f"is no text in {encoding.removesuffix('-sig')} ({error})"
+        raise InputError(message, where=path, fix="save it as UTF-8") from error
 
 
 def split_of_name(name):
-    """Return the split that a name such as ``val2017`` or ``instances_train`` speaks of, or None."""
+    """Return the split that a name such as ``val2017`` or ``instances_train`` means, or None."""
     words = re.findall(r"[a-z]+", name.casefold())
     return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
 
@@ -125,27 +111,21 @@ def split_folders(root):
     for path in sorted(root.iterdir()) if root.is_dir() else ():
         name = SPLIT_WORDS.get(path.name.casefold()) if path.is_dir() else None
         if name in folders:
-            raise InputError(
-                f"'{folders[name].name}' and '{path.name}' both mean the split '{name}'",
-                where=root,
-                fix="rename one of them",
-            )
+            both = f"'{folders[name].name}' and '{path.name}' both mean the split '{name}'"
+            raise InputError(both, where=root, fix="rename one of them")
         if name is not None:
             folders[name] = path
     return {name: folders[name] for name in SPLIT_FOLDERS if name in folders} or {WHOLE: root}
 
 
-def by_stem(paths, folder):
+def by_stem(folder, suffixes):
     """Map the path below `folder`, without ending, to each file; equal ones raise InputError."""
     files = {}
-    for path in paths:
+    for path in files_below(folder, suffixes):
         stem = path.relative_to(folder).with_suffix("").as_posix()
         if stem in files:
-            raise InputError(
-                f"an annotation could belong to '{files[stem].name}' or '{path.name}'",
-                where=path.parent,
-                fix="rename or remove one of them",
-            )
+            both = f"an annotation could belong to '{files[stem].name}' or '{path.name}'"
+            raise InputError(both, where=path.parent, fix="rename or remove one of them")
         files[stem] = path
     return files
 
@@ -159,59 +139,33 @@ def note_of(items, text):
 
 def numbered(names):
     """Return categories of the names, repeated ones once, numbered from 1."""
-    return tuple(
-        Category(number, name, None) for number, name in enumerate(dict.fromkeys(names), 1)
-    )
-
-
-MEANINGS = ("auto", "outline", "pixels")
-PRECISION = 1e-5  # share of a side by which a coordinate of five decimals may miss what was meant
+    return [Category(number, name, None) for number, name in enumerate(dict.fromkeys(names), 1)]
 
 
 def settle_polygons(source, meaning="auto"):
-    """Turn polygons whose corners are pixels into masks; leave outlines as they are.
-
-    COCO's polygons are outlines: a square of 4 pixels reaches from 2 to 6. A contour that OpenCV
-    traced names the outermost pixels, 2 to 5, and whoever reads it as an outline loses half a pixel
-    all around: a pothole keeps an IoU of 0.97, a crack 0.77, and a crack of one pixel vanishes.
-    With ``auto``, corners are pixels if all are whole numbers, as traced contours are.
-    """
+    """Turn polygons whose corners are pixels into masks; leave outlines as they are."""
+    # COCO's polygons are outlines: a square of 4 pixels reaches from 2 to 6. A contour that OpenCV
+    # traced names the outermost pixels, 2 to 5, and whoever reads it as an outline loses half a
+    # pixel all around: a pothole keeps an IoU of 0.97, a crack 0.77, a crack of one pixel vanishes.
     if meaning not in MEANINGS:
         raise InputError(f"polygons are {meaning!r}", fix=f"use one of {', '.join(MEANINGS)}")
-    if meaning == "outline" or (meaning == "auto" and not _all_whole(source.images)):
-        return source
-    splits = {
-        name: [
-            replace(image, objects=tuple(_filled(item, image) for item in image.objects))
-            for image in images
-        ]
-        for name, images in source.splits.items()
-    }
-    note = "corners of polygons are whole pixels, which belong to the object; see --polygons"
-    return replace(source, splits=splits, notes=(*source.notes, note))
-
-
-def _all_whole(images):
-    """Return whether there are polygons and all their corners are whole numbers."""
-    polygons = [(image, part) for image in images for i in image.objects for part in _polygons(i)]
-    return bool(polygons) and all(
-        (np.abs(part - np.round(part)) <= PRECISION * max(image.width, image.height)).all()
-        for image, part in polygons
+    images = [image for group in source.splits.values() for image in group]
+    items = [(image, item) for image in images for item in image.objects]
+    items = [(image, item) for image, item in items if isinstance(item.get("segmentation"), list)]
+    # With "auto", corners are pixels if all are whole numbers, as those of traced contours are.
+    whole = all(
+        np.abs(np.subtract(part, np.round(part))).max()
+        <= PRECISION * max(image.width, image.height)
+        for image, item in items
+        for part in item["segmentation"]
     )
-
-
-def _polygons(item):
-    """Return the polygons of an entry as arrays; none where it has run lengths or a box."""
-    segmentation = item.get("segmentation")
-    return [np.asarray(part) for part in segmentation] if isinstance(segmentation, list) else []
-
-
-def _filled(item, image):
-    """Fill the polygons of an entry, their border pixels included."""
-    polygons = _polygons(item)
-    if not polygons:
-        return item
-    mask = np.zeros((image.height, image.width), dtype=np.uint8)
-    for corners in polygons:  # one by one: together, overlapping parts would cancel each other
-        cv2.fillPoly(mask, [np.round(corners).astype(np.int32).reshape(-1, 1, 2)], 1)
-    return {**item, "segmentation": mask_to_rle(mask)}
+    if not items or meaning == "outline" or (meaning == "auto" and not whole):
+        return source
+    for image, item in items:
+        mask = np.zeros((image.height, image.width), dtype=np.uint8)
+        for part in item["segmentation"]:  # one by one: together, overlaps would cancel each other
+            corners = np.round(part).astype(np.int32).reshape(-1, 1, 2)
+            cv2.fillPoly(mask, [corners], 1)
+        item["segmentation"] = mask_to_rle(mask)
+    note = "corners of polygons are whole pixels, which belong to the object; see --polygons"
+    return replace(source, notes=[*source.notes, note])

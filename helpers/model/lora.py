@@ -24,7 +24,7 @@ from torch import nn
 from helpers.errors import InputError
 from helpers.files import file_digest, read_json, staged_folder, write_json
 from helpers.model.prompted import base_of
-from helpers.model.sam3 import base_fingerprint, is_lfs_pointer
+from helpers.model.sam3 import base_fingerprint, refuse_lfs_pointer
 
 COMPONENTS = {
     "vision_encoder": ("vision_encoder",),
@@ -37,16 +37,14 @@ COMPONENTS = {
     "mask_decoder": ("mask_decoder",),
 }
 """Component of a config flag ``apply_to_<component>``: the module names it covers."""
-
+# The output projection is `out_proj` in the text tower and `o_proj` elsewhere.
 SPELLINGS = {"out_proj": ("out_proj", "o_proj"), "o_proj": ("out_proj", "o_proj")}
-"""The output projection is ``out_proj`` in the text tower and ``o_proj`` elsewhere."""
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_FILE = "base.json"
+# Largest alpha / rank that is taken for a setting rather than for damage; the usual is 1 or 2.
 MAX_SCALE = 1e4
-"""Largest alpha / rank that is taken for a setting rather than for damage; the usual is 1 or 2."""
-
 _PLAIN_CLASS = {
     "base_model_class": "Sam3Model",
     "parent_library": "transformers.models.sam3.modeling_sam3",
@@ -63,9 +61,8 @@ def enabled_components(lora):
 def component_of(module_name):
     """Return the component a module belongs to, or None (scoring head, unused projection)."""
     for component, prefixes in COMPONENTS.items():
-        for prefix in prefixes:
-            if module_name == prefix or module_name.startswith(f"{prefix}."):
-                return component
+        if any(f"{module_name}.".startswith(f"{prefix}.") for prefix in prefixes):
+            return component
     return None
 
 
@@ -82,12 +79,9 @@ def target_modules(model, lora):
             used.update(targets)
     for target in lora.target_modules:
         if target not in used:
-            listed = ", ".join(names) or "any component"
-            raise InputError(
-                f"'{target}' matches no linear layer in {listed}",
-                where="lora.target_modules",
-                fix=_closest_fix(model, names, target),
-            )
+            message = f"'{target}' matches no linear layer in {', '.join(names) or 'any component'}"
+            fix = _closest_fix(model, names, target)
+            raise InputError(message, where="lora.target_modules", fix=fix)
     for component, modules in names.items():
         if not modules:
             raise InputError(
@@ -137,21 +131,15 @@ def add_lora(model, lora):
 
     Parameters
     ----------
-    model : helpers.model.sam3.PromptedSam3
+    model : helpers.model.prompted.PromptedSam3
         Changed in place: PEFT wraps its linear layers.
     lora : helpers.config.LoraSection
-        Rank, alpha, dropout, names and flags.
 
     Returns
     -------
     peft.PeftModel
         B is zero, so outputs equal those of the base until a step was taken. A is drawn from
         torch's global generator: set the seed before.
-
-    Raises
-    ------
-    InputError
-        When a name or a component matches nothing, or the model already carries an adapter.
     """
     if lora_layers(model):
         raise InputError("the model already carries LoRA", fix="load the base again")
@@ -214,19 +202,15 @@ def write_tensors(path, tensors, metadata=None):
     try:
         save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
-        raise InputError(
-            f"cannot be written ({error})",
-            where=path,
-            fix="make room on the disk, or name another folder",
-        ) from error
+        fix = "make room on the disk, or name another folder"
+        raise InputError(f"cannot be written ({error})", where=path, fix=fix) from error
 
 
 def load_adapter(model, folder, *, lora=None, is_trainable=False):
     """Put a saved adapter on its base, completely or not at all; in eval mode unless trainable.
 
-    InputError, by file, key and value, if the folder holds no adapter, a file is damaged (NaN, whole
-    numbers, other bytes than were saved, rank or alpha other than `lora` of the run says), or the
-    adapter was made for another base: keys, shapes or the base's weights differ.
+    InputError, by file, key and value, if a file is missing or damaged, rank or alpha are not those of
+    `lora` of the run, or the adapter was made for another base.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -234,9 +218,8 @@ def load_adapter(model, folder, *, lora=None, is_trainable=False):
     path = folder / CONFIG_FILE
     content = read_json(path, fix=_NAME_A_RUN)
     weights = read_adapter_weights(folder)
-    saved = {}
-    if (folder / BASE_FILE).is_file():
-        saved = read_json(folder / BASE_FILE, fix="save the adapter again")
+    identity = folder / BASE_FILE
+    saved = read_json(identity, fix="save the adapter again") if identity.is_file() else {}
     expected = saved if lora is None else {"r": lora.rank, "lora_alpha": lora.alpha}
     _check_config(content, expected, path)
     if saved and saved.get("fingerprint") != base_fingerprint(model):
@@ -244,9 +227,7 @@ def load_adapter(model, folder, *, lora=None, is_trainable=False):
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = not is_trainable
-        config.base_model_name_or_path = (
-            None  # not where the base lies, but where the writer had it
-        )
+        config.base_model_name_or_path = None  # it is where the writer had the base
         peft_model = _wrap(model, config)
     except Exception as error:  # PEFT raises what its many settings happen to break
         raise _another_base(path, str(error).splitlines()[0][:200]) from error
@@ -301,12 +282,7 @@ def read_adapter_weights(folder):
     path = Path(folder) / WEIGHTS_FILE
     if not path.is_file():
         raise InputError(f"holds no {WEIGHTS_FILE}", where=folder, fix=_NAME_A_RUN)
-    if is_lfs_pointer(path):
-        raise InputError(
-            "is a Git LFS pointer, not the weights",
-            where=path,
-            fix="run 'git lfs pull' in the repository it came from",
-        )
+    refuse_lfs_pointer(path)
     try:
         return load_file(path)
     except Exception as error:  # safetensors raises a class of its own for damaged files

@@ -31,11 +31,11 @@ EPSILON = 1e-6
 
 
 class Divisors(NamedTuple):
-    """Divisors of the sums: `boxes` of box and mask terms, `rows` of scores, `masked_rows` of semantics."""
+    """Divisors of the sums over objects and rows."""
 
-    boxes: float
-    rows: float
-    masked_rows: float
+    boxes: float  # of the box and mask terms
+    rows: float  # of the score terms
+    masked_rows: float  # of the semantic terms
 
 
 def target_counts(targets):
@@ -56,10 +56,7 @@ def loss_divisors(counts, num_parts=1):
 
 
 def box_terms(pred_boxes_cxcywh, targets, matches, num_boxes):
-    """Compute L1 and GIoU loss of the matched boxes, and the IoU (pairs,) of each, without gradient.
-
-    Both are sums over the pairs, divided by `num_boxes`.
-    """
+    """Compute L1 and GIoU loss of the matched boxes, and the IoU (pairs,) of each, without gradient."""
     device = pred_boxes_cxcywh.device
     predicted = torch.cat([pred_boxes_cxcywh[b, q] for b, (q, _) in enumerate(matches)]).float()
     target = torch.cat(
@@ -79,9 +76,8 @@ def score_terms(pred_logits, presence_logits, targets, matches, ious, variant, n
     """Compute ``loss_ce`` of the query scores (B, Q) and ``presence_loss`` of the presence (B, 1).
 
     ``native``: matched ``10 BCE(z, t)``, others ``p^2 BCE(z, 0)``; rows without objects count as zeros
-    in the mean over B * max(Q, 200); presence is ``0.5 BCE`` averaged over all rows. ``early``: matched
-    ``0.5 BCE(z, t)``, others ``BCE(z, 0)``, divided by B * Q + 1e-6, all rows alike, no presence loss.
-    In both ``t = max(0.01, p^0.25 IoU^0.75)`` without gradient, and `num_rows` is B.
+    in the mean over B * max(Q, 200). ``early``: matched ``0.5 BCE(z, t)``, others ``BCE(z, 0)``, all
+    rows alike. In both ``t = max(0.01, p^0.25 IoU^0.75)`` without gradient, and `num_rows` is B.
     """
     logits = pred_logits.float()
     prob = logits.sigmoid()
@@ -99,7 +95,7 @@ def score_terms(pred_logits, presence_logits, targets, matches, ious, variant, n
         loss_ce = loss.sum() / (num_rows * loss.shape[1] + EPSILON)
         return {"loss_ce": loss_ce, "presence_loss": torch.zeros_like(loss_ce.detach())}
 
-    present = _present(targets).to(logits)
+    present = torch.stack([(t["boxes_cxcywh"][:, 2:] > 0).all(1).any() for t in targets]).to(logits)
     loss = torch.where(matched, POSITIVE_WEIGHT * bce, prob**NEGATIVE_GAMMA * bce)
     loss = loss * present[:, None]
     presence = F.binary_cross_entropy_with_logits(
@@ -112,11 +108,7 @@ def score_terms(pred_logits, presence_logits, targets, matches, ious, variant, n
 
 
 def mask_terms(pred_masks, targets, matches, num_boxes):
-    """Compute focal and dice loss of the matched masks, at the size of the targets.
-
-    Focal loss is averaged over pixels, dice is 1 - (2 sum(p y) + 1) / (sum p + sum y + 1); both are
-    summed over the pairs whose mask is valid and divided by `num_boxes`.
-    """
+    """Compute focal and dice loss of the valid matched masks, at the size of the targets."""
     nothing = pred_masks[:0].float().sum()
     loss_mask, loss_dice = [nothing], [nothing]
     for row, (target, (query_idx, target_idx)) in enumerate(zip(targets, matches, strict=True)):
@@ -152,11 +144,6 @@ def semantic_terms(semantic_logits, targets, num_rows=None):
         "loss_semantic_seg": torch.stack(focal).sum() / num_rows,
         "loss_semantic_dice": torch.stack(dice).sum() / num_rows,
     }
-
-
-def _present(targets):
-    """Tell for each row whether an object with positive width and height is there, (B,) bool."""
-    return torch.stack([(t["boxes_cxcywh"][:, 2:] > 0).all(1).any() for t in targets])
 
 
 def _resize(logits, size):
@@ -201,14 +188,12 @@ def sam3_losses(outputs, targets, variant="native", *, divisors=None):
     Parameters
     ----------
     outputs : dict
-        ``pred_logits`` (B, Q) logits; ``pred_boxes_cxcywh`` (B, Q, 4) in [0, 1];
-        ``presence_logits`` (B, 1); ``pred_masks`` (B, Q, h, w) logits; ``semantic_logits``
-        (B, 1, h, w); optionally ``aux``, a list of dicts with the first three, one for each
-        earlier decoder layer.
+        ``pred_logits`` (B, Q); ``pred_boxes_cxcywh`` (B, Q, 4) in [0, 1]; ``presence_logits`` (B, 1);
+        ``pred_masks`` (B, Q, h, w) logits; ``semantic_logits`` (B, 1, h, w); optionally ``aux``, a
+        list of dicts with the first three, one for each earlier decoder layer.
     targets : list of dict
         B dicts: ``boxes_cxcywh`` (n, 4) in [0, 1], ``masks`` (n, H, W) of 0 and 1, optionally
         ``mask_valid`` (n,), 0 where an object has no mask (its mask must then be all zero).
-        n may be 0; H, W may differ from h, w and between rows.
     variant : {"native", "early"}
         Meta's published setting, or that of the failing script.
     divisors : Divisors, optional
@@ -218,14 +203,7 @@ def sam3_losses(outputs, targets, variant="native", *, divisors=None):
     -------
     dict of str to torch.Tensor
         Float32 scalars: the unweighted terms of `WEIGHTS` of the final layer; for ``native`` also
-        ``aux0.loss_ce`` and so on (ce, presence, bbox, giou of each earlier layer); and ``total``,
-        which can always be differentiated, also when no row has an object.
-
-    Raises
-    ------
-    InputError
-        For an unknown variant, missing keys, shapes that disagree, boxes that are not fractions
-        of the image, and for matching costs that are not finite.
+        ``aux0.loss_ce`` and so on for each earlier layer; and ``total``.
 
     Notes
     -----
@@ -249,12 +227,8 @@ def sam3_losses(outputs, targets, variant="native", *, divisors=None):
 
 def weighted_sum(terms, weights):
     """Add up terms times the weight of their name; ``aux0.loss_ce`` takes that of ``loss_ce``."""
-    weighted = [
-        weights[name.rpartition(".")[2]] * value
-        for name, value in terms.items()
-        if name.rpartition(".")[2] in weights
-    ]
-    return torch.stack(weighted).sum()
+    pairs = [(name.rpartition(".")[2], value) for name, value in terms.items()]
+    return torch.stack([weights[name] * value for name, value in pairs if name in weights]).sum()
 
 
 def _layer_terms(layer, targets, matches, variant, divisors):
@@ -274,21 +248,24 @@ def _check(outputs, targets, variant):
     for index, layer in enumerate(outputs.get("aux") or ()):
         _check_shapes(layer, _LAYER_KEYS, len(targets), f"outputs['aux'][{index}]")
     for row, target in enumerate(targets):
-        where = f"targets[{row}]"
-        if missing := {"boxes_cxcywh", "masks"} - set(target):
-            raise InputError(f"missing {sorted(missing)}", where=where)
-        boxes = target["boxes_cxcywh"]
-        counts = {name: len(target[name]) for name in target if name in _PER_OBJECT}
-        if len(set(counts.values())) > 1:
-            raise InputError(f"numbers of objects differ: {counts}", where=where)
-        if boxes.shape[1:] != (4,):
-            raise InputError(f"boxes_cxcywh has shape {tuple(boxes.shape)}", where=where)
-        if len(boxes) and (boxes.min() < -0.01 or boxes.max() > 1.01):
-            raise InputError(
-                f"boxes_cxcywh reaches from {boxes.min():g} to {boxes.max():g}",
-                where=where,
-                fix="give centre, width and height as fractions of the image, in [0, 1]",
-            )
+        if problem := _problem_of(target):
+            raise InputError(problem, where=f"targets[{row}]")
+
+
+def _problem_of(target):
+    """Return what is wrong with the targets of a row, or None."""
+    if missing := {"boxes_cxcywh", "masks"} - set(target):
+        return f"missing {sorted(missing)}"
+    boxes = target["boxes_cxcywh"]
+    counts = {name: len(target[name]) for name in target if name in _PER_OBJECT}
+    if len(set(counts.values())) > 1:
+        return f"numbers of objects differ: {counts}"
+    if boxes.shape[1:] != (4,):
+        return f"boxes_cxcywh has shape {tuple(boxes.shape)}"
+    if len(boxes) and (boxes.min() < -0.01 or boxes.max() > 1.01):
+        reach = f"{boxes.min():g} to {boxes.max():g}"
+        return f"boxes_cxcywh reaches from {reach}; they are fractions of the image, in [0, 1]"
+    return None
 
 
 def _check_shapes(outputs, num_dims, num_rows, where):
@@ -298,7 +275,5 @@ def _check_shapes(outputs, num_dims, num_rows, where):
     for name, rank in num_dims.items():
         shape = tuple(outputs[name].shape)
         if len(shape) != rank or shape[0] != num_rows:
-            raise InputError(
-                f"{name} has shape {shape}, expected {rank} dimensions and {num_rows} rows",
-                where=where,
-            )
+            message = f"{name} has shape {shape}, expected {rank} dimensions and {num_rows} rows"
+            raise InputError(message, where=where)

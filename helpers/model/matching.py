@@ -1,7 +1,6 @@
-"""One-to-one assignment of queries to objects, as SAM3 does it in training.
+"""One-to-one assignment of queries to objects, as Meta's ``BinaryHungarianMatcherV2`` does it.
 
-These are the numbers of Meta's ``BinaryHungarianMatcherV2``. SAM3's one-to-many assignment (several
-queries per object, on duplicated queries) is left out: the Hugging Face model has no such branch.
+SAM3's one-to-many assignment is left out: the Hugging Face model has no such branch.
 """
 
 from __future__ import annotations
@@ -27,21 +26,15 @@ def hungarian_match(outputs, targets):
     Parameters
     ----------
     outputs : dict
-        ``pred_logits`` (B, Q), logits of the queries, and ``pred_boxes_cxcywh`` (B, Q, 4) in
-        [0, 1].
+        ``pred_logits`` (B, Q) and ``pred_boxes_cxcywh`` (B, Q, 4) in [0, 1].
     targets : list of dict
-        B dicts with ``boxes_cxcywh`` (n, 4) in [0, 1]; n may differ between rows and may be 0.
+        B dicts with ``boxes_cxcywh`` (n, 4) in [0, 1]; n may be 0.
 
     Returns
     -------
     list of tuple of torch.Tensor
         B pairs ``(query_idx, target_idx)`` of int64 tensors of equal length min(n, Q), on the
-        device of the logits, sorted by ``target_idx``. A row without objects has empty tensors.
-
-    Raises
-    ------
-    InputError
-        When the cost of a row is not finite; the message names the row and what caused it.
+        device of the logits, sorted by ``target_idx``.
 
     Notes
     -----
@@ -51,20 +44,12 @@ def hungarian_match(outputs, targets):
     matches = []
     for row, target in enumerate(targets):
         boxes = target["boxes_cxcywh"].to(pred_boxes.device)
-        if len(boxes) == 0:
-            empty = torch.empty(0, dtype=torch.long, device=pred_logits.device)
-            matches.append((empty, empty.clone()))
-            continue
         cost = matching_cost(pred_logits[row], pred_boxes[row], boxes)
         if not torch.isfinite(cost).all():
             raise _not_finite(row, pred_logits[row], pred_boxes[row], boxes)
         target_idx, query_idx = linear_sum_assignment(cost.T.cpu().numpy())
-        matches.append(
-            tuple(
-                torch.as_tensor(idx, dtype=torch.long, device=pred_logits.device)
-                for idx in (query_idx, target_idx)
-            )
-        )
+        pair = (torch.from_numpy(index).to(pred_logits.device) for index in (query_idx, target_idx))
+        matches.append(tuple(pair))
     return matches
 
 

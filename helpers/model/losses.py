@@ -109,53 +109,45 @@ def score_terms(pred_logits, presence_logits, targets, matches, ious, variant, n
 
 def mask_terms(pred_masks, targets, matches, num_boxes):
     """Compute focal and dice loss of the valid matched masks, at the size of the targets."""
-    nothing = pred_masks[:0].float().sum()
-    loss_mask, loss_dice = [nothing], [nothing]
+    pairs = []
     for row, (target, (query_idx, target_idx)) in enumerate(zip(targets, matches, strict=True)):
         if "mask_valid" in target:
             valid = target["mask_valid"].to(target_idx.device)[target_idx] > 0
             query_idx, target_idx = query_idx[valid], target_idx[valid]
-        if len(query_idx) == 0:
-            continue
-        masks = target["masks"].to(pred_masks.device)[target_idx].float()
-        logits = _resize(pred_masks[row, query_idx][:, None], masks.shape[-2:])[:, 0]
-        loss_mask.append(sigmoid_focal_loss(logits, masks, **MASK_FOCAL).mean((1, 2)).sum())
-        loss_dice.append(_dice(logits, masks).sum())
-    return {
-        "loss_mask": torch.stack(loss_mask).sum() / num_boxes,
-        "loss_dice": torch.stack(loss_dice).sum() / num_boxes,
-    }
+        if len(query_idx):
+            masks = target["masks"].to(pred_masks.device)[target_idx].float()
+            pairs.append((pred_masks[row, query_idx][:, None], masks))
+    loss_mask, loss_dice = _map_losses(pairs, pred_masks, MASK_FOCAL)
+    return {"loss_mask": loss_mask / num_boxes, "loss_dice": loss_dice / num_boxes}
 
 
 def semantic_terms(semantic_logits, targets, num_rows=None):
     """Compute focal and dice loss of the (B, 1, h, w) map against the unions of masks; empty ones skip."""
-    nothing = semantic_logits[:0].float().sum()
-    focal, dice = [nothing], [nothing]
+    pairs = []
     for row, target in enumerate(targets):
         masks = target["masks"].to(semantic_logits.device)
-        if not masks.any():
-            continue
-        union = (masks > 0).any(0, keepdim=True).float()
-        logits = _resize(semantic_logits[row : row + 1], union.shape[-2:])[0]
-        focal.append(sigmoid_focal_loss(logits, union, **SEMANTIC_FOCAL).mean())
-        dice.append(_dice(logits, union).sum())
-    num_rows = len(focal) - 1 + EPSILON if num_rows is None else num_rows
-    return {
-        "loss_semantic_seg": torch.stack(focal).sum() / num_rows,
-        "loss_semantic_dice": torch.stack(dice).sum() / num_rows,
-    }
+        if masks.any():
+            union = (masks > 0).any(0, keepdim=True).float()
+            pairs.append((semantic_logits[row : row + 1], union))
+    focal, dice = _map_losses(pairs, semantic_logits, SEMANTIC_FOCAL)
+    num_rows = len(pairs) + EPSILON if num_rows is None else num_rows
+    return {"loss_semantic_seg": focal / num_rows, "loss_semantic_dice": dice / num_rows}
 
 
-def _resize(logits, size):
-    """Bring (n, 1, h, w) logits to `size` bilinearly, in float32."""
-    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
-
-
-def _dice(logits, masks):
-    """Compute the dice loss, smoothed by 1, of (n, H, W) logits, one value per mask."""
-    prob, masks = logits.sigmoid().flatten(1), masks.flatten(1)
-    intersection = (prob * masks).sum(1)
-    return 1 - (2 * intersection + 1) / (prob.sum(1) + masks.sum(1) + 1)
+def _map_losses(pairs, outputs, settings):
+    """Sum focal loss, a mean over cells, and dice loss over (n, 1, h, w) logits and (n, H, W) masks."""
+    nothing = outputs[:0].float().sum()  # can be differentiated also without a pair
+    focal, dice = [nothing], [nothing]
+    for logits, masks in pairs:
+        size = masks.shape[-2:]
+        logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)[
+            :, 0
+        ]
+        focal.append(sigmoid_focal_loss(logits, masks, **settings).mean((1, 2)).sum())
+        prob, true = logits.sigmoid().flatten(1), masks.flatten(1)
+        common = (prob * true).sum(1)
+        dice.append((1 - (2 * common + 1) / (prob.sum(1) + true.sum(1) + 1)).sum())
+    return torch.stack(focal).sum(), torch.stack(dice).sum()
 
 
 NATIVE_WEIGHTS = {

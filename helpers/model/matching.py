@@ -74,21 +74,14 @@ def matching_cost(pred_logits, pred_boxes_cxcywh, target_boxes_cxcywh):
 
 def _not_finite(row, pred_logits, pred_boxes_cxcywh, target_boxes_cxcywh):
     """Build the error for a row whose cost holds NaN or infinity, naming the cause."""
-    named = {
-        "pred_logits": pred_logits,
-        "pred_boxes_cxcywh": pred_boxes_cxcywh,
-        "the target boxes_cxcywh": target_boxes_cxcywh,
-    }
+    named = {"pred_logits": pred_logits, "pred_boxes_cxcywh": pred_boxes_cxcywh}
     broken = [name for name, value in named.items() if not torch.isfinite(value).all()]
-    if "the target boxes_cxcywh" in broken:
+    fix = "training has diverged: lower training.learning_rate or use another mixed_precision"
+    if not torch.isfinite(target_boxes_cxcywh).all():
+        broken.append("the target boxes_cxcywh")
         fix = "run `python -m helpers check` on the data; a box of this row is not a number"
-    elif broken:
-        fix = "training has diverged: lower training.learning_rate or use another mixed_precision"
-    else:
+    elif not broken:
         broken = ["the overlap of a predicted and a target box that both have no area"]
         fix = "run `python -m helpers check` on the data and remove boxes without width or height"
-    return InputError(
-        f"the matching cost is not finite because of {' and '.join(broken)}",
-        where=f"row {row} of the batch",
-        fix=fix,
-    )
+    message = f"the matching cost is not finite because of {' and '.join(broken)}"
+    return InputError(message, where=f"row {row} of the batch", fix=fix)

@@ -265,16 +265,12 @@ def outputs_by_rows(model, batch, device, autocast=nullcontext):
     image all the same; `autocast` returns the context in which the model runs.
     """
     inputs = model_inputs(batch, device)
-    num_rows = len(inputs["attention_mask"])
-    if num_rows > ROWS_AT_ONCE:
-        seen = [inputs.pop(name, None) for name in _VISION_INPUTS]
+    seen = [inputs.pop(name, None) for name in _VISION_INPUTS]
+    with autocast():
+        vision_embeds = base_of(model).vision_embeds(*seen)
+    for start in range(0, len(inputs["attention_mask"]), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        part = {name: tensor[rows] for name, tensor in inputs.items()}
         with autocast():
-            vision_embeds = base_of(model).vision_embeds(*seen)
-    for start in range(0, num_rows, ROWS_AT_ONCE):
-        rows, part = slice(start, start + ROWS_AT_ONCE), inputs
-        if num_rows > ROWS_AT_ONCE:
-            part = {name: tensor[rows] for name, tensor in inputs.items()}
-            part["vision_embeds"] = vision_embeds
-        with autocast():
-            outputs = model(**part)
+            outputs = model(**part, vision_embeds=vision_embeds)
         yield rows, outputs

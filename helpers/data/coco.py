@@ -1,10 +1,7 @@
-"""Read a split from either of two layouts into the same records.
+"""Read a split from either of two layouts into the same records; `helpers.checks` judges them.
 
 ``coco``: ``{split}/_annotations.coco.json`` with the images beside it or in ``images/``.
 ``per_image``: ``{split}/images/*.jpg`` with ``{split}/annotations/<stem>.json``.
-
-What makes reading impossible raises `InputError`. What can be read but is wrong is read as it is:
-`helpers.checks` finds it.
 """
 
 from __future__ import annotations
@@ -24,30 +21,16 @@ SPLIT_FOLDERS = {
     "train": ("train", "training", "trn"),
     "valid": ("valid", "val", "validation", "dev"),
     "test": ("test", "testing"),
-}
-"""Name of each split, and what its folder may be called in any case."""
+}  # name of each split, and what its folder may be called in any case
 _EXPORT_AGAIN = "export the annotations again"
 _CONTRADICTION = "_contradiction"
 
 
 def find_splits(data_dir):
-    """List the splits of a dataset.
+    """List the splits of a dataset, a folder with one folder per split; at least one.
 
-    Parameters
-    ----------
-    data_dir : str or os.PathLike
-        A folder with one folder per split, see `helpers.files.resolve`.
-
-    Returns
-    -------
-    list of str
-        ``train``, ``valid`` (also for folders called ``val`` or ``Validation``) and ``test`` first,
-        then any other folder that holds annotations.
-
-    Raises
-    ------
-    InputError
-        If the folder is missing or no folder in it holds annotations.
+    ``train``, ``valid`` (also for folders called ``val`` or ``Validation``) and ``test`` come first,
+    then any other folder that holds annotations.
     """
     data_dir = resolve(data_dir)
     if not data_dir.is_dir():
@@ -83,17 +66,11 @@ def read_split(data_dir, split, layout=None):
     split : str
         Name of the split; ``val`` and ``valid`` mean the same.
     layout : {"coco", "per_image"}, optional
-        By default the first of the two that is there.
+        By default the first of the two that is there; both give the same records.
 
     Returns
     -------
     helpers.data.records.Split
-        Both layouts give the same records for the same annotations.
-
-    Raises
-    ------
-    InputError
-        If folder, file or layout is missing, or a file or an entry cannot be understood.
     """
     name, root = split_folder(resolve(data_dir), split)
     layouts = [known for known in layouts_of(root) if layout in (None, known)]
@@ -154,8 +131,7 @@ def entries_of(root, layout):
 def coco_entries(where):
     """Yield what `entries_of` yields for one COCO file."""
     content = read_json(where, _EXPORT_AGAIN)
-    categories = _list_of(content, "categories", where)
-    by_image = {}
+    categories, by_image = _list_of(content, "categories", where), {}
     for image in _list_of(content, "images", where):
         if not is_id(image.get("id")) or image["id"] in by_image:
             raise InputError(
@@ -165,7 +141,13 @@ def coco_entries(where):
             )
         by_image[image["id"]] = (image, [])
     for annotation in _list_of(content, "annotations", where):
-        _refuse_other_tasks(annotation, where)
+        for key, task in (("segments_info", "panoptic segmentation"), ("caption", "captions")):
+            if key in annotation and "category_id" not in annotation:
+                raise InputError(
+                    f"is a COCO file for {task}: an annotation has '{key}' and no 'category_id'",
+                    where=where,
+                    fix="export instances, with 'bbox', 'segmentation' and 'category_id'",
+                )
         image_id = annotation.get("image_id")
         if not is_id(image_id) or image_id not in by_image:
             raise InputError(
@@ -177,17 +159,6 @@ def coco_entries(where):
         by_image[image_id][1].append(annotation)
     for image, objects in by_image.values():
         yield where, image, objects, categories
-
-
-def _refuse_other_tasks(annotation, where):
-    """Refuse the COCO files of tasks that hold neither boxes nor masks of objects."""
-    for key, task in (("segments_info", "panoptic segmentation"), ("caption", "captions")):
-        if key in annotation and "category_id" not in annotation:
-            raise InputError(
-                f"is a COCO file for {task}: an annotation has '{key}' and no 'category_id'",
-                where=where,
-                fix="export instances, with 'bbox', 'segmentation' and 'category_id'",
-            )
 
 
 def _same_in_another_type(value, known):
@@ -213,9 +184,8 @@ def _per_image_entries(root):
             )
         top = {key: content[key] for key in ("width", "height", "contents") if key in content}
         image = {**top, **listed[0]}
-        differing = [
-            f"'{key}' is {top[key]!r} and {image[key]!r}" for key in top if top[key] != image[key]
-        ]
+        pairs = ((key, top[key], image[key]) for key in top if top[key] != image[key])
+        differing = [f"'{key}' is {first!r} and {second!r}" for key, first, second in pairs]
         stated = image.get("file_name")
         if where.stem in images:
             image["file_name"] = images[where.stem].name
@@ -288,32 +258,26 @@ def image_record(where, image, annotations, names, root):
     width, height = image.get("width"), image.get("height")
     if width is None and height is None:
         (width, height), _ = upright_size(path)
+    message = f"the size is {width!r} x {height!r}"
     if not all(type(side) is int and side > 0 for side in (width, height)):
-        raise InputError(
-            f"the size is {width!r} x {height!r}",
-            where=place,
-            fix="write width and height in pixels as whole numbers",
-        )
+        fix = "write width and height in pixels as whole numbers"
+        raise InputError(message, where=place, fix=fix)
     if width * height > MAX_PIXELS:
-        raise InputError(
-            f"the size is {width} x {height}, more than {MAX_PIXELS / 1e6:.0f} megapixels",
-            where=place,
-            fix="correct width and height, or cut the image into several",
-        )
+        message += f", more than {MAX_PIXELS / 1e6:.0f} megapixels"
+        fix = "correct width and height, or cut the image into several"
+        raise InputError(message, where=place, fix=fix)
     contents = image.get("contents", [])
     if not isinstance(contents, list) or not all(isinstance(noun, str) for noun in contents):
         raise InputError(
             "'contents' is no list of nouns", where=place, fix='write "contents": ["joint"]'
         )
-    objects = tuple(
-        _object(place, annotation, index, names, width, height)
-        for index, annotation in enumerate(annotations)
-    )
+    size = (width, height)
+    objects = tuple(_object(place, *entry, names, *size) for entry in enumerate(annotations))
     contradiction = image.get(_CONTRADICTION)
     return ImageRecord(image_id, path, width, height, objects, frozenset(contents), contradiction)
 
 
-def _object(where, annotation, index, names, width, height):
+def _object(where, index, annotation, names, width, height):
     """Build one object from its annotation entry."""
     annotation_id, category_id = annotation.get("id", index), annotation.get("category_id")
     where = f"{where}, annotation {annotation_id}"
@@ -336,9 +300,24 @@ def _object(where, annotation, index, names, width, height):
             mask_problem = str(error)
     box, area = annotation.get("bbox"), annotation.get("area")
     has_own_box = box not in (None, [])
+    if has_own_box:
+        are_numbers = isinstance(box, list) and all(type(n) in (int, float) for n in box)
+        if not are_numbers or len(box) != 4:
+            message = f"bbox is {box!r}, not [x, y, width, height]"
+            raise InputError(message, where=where, fix="write four numbers in pixels")
+        x, y, box_width, box_height = map(float, box)  # NaN is kept for the data checks to name
+        box_xyxy = (x, y, x + box_width, y + box_height)
+    elif rle is None or rle_area(rle) == 0:
+        raise InputError(
+            "the annotation has neither a box nor a mask",
+            where=where,
+            fix="add 'bbox': [x, y, width, height] in pixels or remove the annotation",
+        )
+    else:
+        box_xyxy = rle_box_xyxy(rle)
     return ObjectAnnotation(
         category=names[category_id],
-        box_xyxy=_box_xyxy(box, where) if has_own_box else _box_of_mask(rle, where),
+        box_xyxy=box_xyxy,
         rle=rle,
         is_crowd=bool(annotation.get("iscrowd", 0)),
         annotation_id=annotation_id,
@@ -346,29 +325,6 @@ def _object(where, annotation, index, names, width, height):
         mask_problem=mask_problem,
         area_px=area if type(area) in (int, float) else None,
     )
-
-
-def _box_xyxy(box, where):
-    """Convert COCO's [x, y, width, height] in pixels; NaN is kept for the data checks to name."""
-    if not (isinstance(box, list) and len(box) == 4 and all(type(n) in (int, float) for n in box)):
-        raise InputError(
-            f"bbox is {box!r}, not [x, y, width, height]",
-            where=where,
-            fix="write four numbers in pixels",
-        )
-    x, y, width, height = (float(number) for number in box)
-    return (x, y, x + width, y + height)
-
-
-def _box_of_mask(rle, where):
-    """Take the tight box of the mask of an annotation without a box."""
-    if rle is None or rle_area(rle) == 0:
-        raise InputError(
-            "the annotation has neither a box nor a mask",
-            where=where,
-            fix="add 'bbox': [x, y, width, height] in pixels or remove the annotation",
-        )
-    return rle_box_xyxy(rle)
 
 
 def _assemble(name, root, layout, records, table):

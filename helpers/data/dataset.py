@@ -61,17 +61,9 @@ class Dataset:
 
 
 def load_dataset(config, data_dir=None):
-    """Open the dataset of a config; a split is read when it is first asked for.
+    """Open the `Dataset` of a config; a split is read when it is first asked for.
 
-    Parameters
-    ----------
-    config : helpers.config.Config
-    data_dir : os.PathLike, optional
-        Another folder than ``data.data_dir``, read with the same settings.
-
-    Returns
-    -------
-    Dataset
+    `data_dir` is another folder than ``data.data_dir``, to be read with the same settings.
     """
     root = resolve(config.data.data_dir if data_dir is None else data_dir)
     if not root.is_dir():
@@ -80,16 +72,11 @@ def load_dataset(config, data_dir=None):
 
 
 def object_targets(objects, record, mask_size):
-    """Return what the loss compares n objects of one image with.
-
-    ``boxes_cxcywh`` float32 (n, 4) in [0, 1], clipped to the image; ``masks`` uint8
-    (n, mask_size, mask_size), decoded only if ``mask_size`` is not 0; ``mask_valid`` bool (n,).
-    """
+    """Return what the loss compares n objects of an image with, see `PromptDataset.targets`."""
     boxes_xyxy = [clip_box(item.box_xyxy, record.width, record.height) for item in objects]
     scale = torch.tensor([record.width, record.height, record.width, record.height])
-    boxes_cxcywh = box_convert(
-        torch.tensor(boxes_xyxy, dtype=torch.float32).reshape(-1, 4) / scale, "xyxy", "cxcywh"
-    )
+    boxes = torch.tensor(boxes_xyxy, dtype=torch.float32).reshape(-1, 4) / scale
+    boxes_cxcywh = box_convert(boxes, "xyxy", "cxcywh")
     mask_valid = torch.tensor([has_mask(record, item) for item in objects], dtype=torch.bool)
     masks = torch.zeros((len(objects), mask_size, mask_size), dtype=torch.uint8)
     if mask_size:
@@ -101,8 +88,7 @@ def object_targets(objects, record, mask_size):
 def data_fingerprint(split, pictures=None):
     """Return 16 hex digits of the SHA-256 of what a split teaches, wherever it lies.
 
-    It changes with any byte of an image, any box, mask, noun or known content, and with the name of
-    a file, which decides the draw of absent prompts. Images not among ``pictures`` are read.
+    Also of file names: they decide the draw of absent prompts. Images not in ``pictures`` are read.
     """
     pictures = pictures or {}
     digest = hashlib.sha256(json.dumps(split.categories).encode("utf-8"))
@@ -114,14 +100,12 @@ def data_fingerprint(split, pictures=None):
         size = [record.width, record.height]
         description = [record.image_id, size, sorted(record.contents), objects]
         digest.update(json.dumps(description, sort_keys=True).encode("utf-8"))
-        picture = pictures.get(record.path)
-        known = picture.digest if picture else ""
+        known = getattr(pictures.get(record.path), "digest", "")
         digest.update((known or file_digest(record.path)).encode("ascii"))
     return digest.hexdigest()[:16]
 
 
-_TARGET_KEYS = ("boxes_cxcywh", "masks", "mask_valid")
-_QUERY_KEYS = ("image_id", "prompt", "category", "is_positive")
+_TARGETS = ("boxes_cxcywh", "masks", "mask_valid")
 MAX_TOKENS = 32  # context of SAM3's text encoder; its processor would cut or fail beyond it
 
 
@@ -131,27 +115,18 @@ class PromptDataset(torch.utils.data.Dataset):
     Parameters
     ----------
     split : helpers.data.records.Split
+        Its images with a query become ``records``, those about which nothing is asked ``skipped``.
     processor : transformers.Sam3Processor
-        Its ``image_processor`` resizes to a square, rescales and normalises.
     resolution, mask_size : int
         Side of the square input in pixels, and of the grid of predicted masks in cells.
     prompt : str, optional
         Replaces every category name; one query then gets all objects of the image.
-    num_negatives : int
-        Absent prompts per image, see `helpers.data.prompts.absent_prompts`.
-    negative_prompts : sequence of str
-        Nouns to draw absent prompts from, beside the dataset's own absent categories.
-    seed : int
-        For the draw.
+    num_negatives, negative_prompts, seed
+        Count, further nouns and seed of `helpers.data.prompts.absent_prompts`.
     resample_negatives : bool
         True draws anew in each epoch (`set_epoch`), False always draws the same.
     backbone_cache : helpers.model.cache.BackboneCache, optional
         Filled with the images of the split; its features then take the place of the pixels.
-
-    Attributes
-    ----------
-    records, skipped : list of helpers.data.records.ImageRecord
-        The images with a query, and those left out because nothing is asked about them.
     """
 
     def __init__(
@@ -195,10 +170,7 @@ class PromptDataset(torch.utils.data.Dataset):
 
     @classmethod
     def from_config(cls, config, split, model=None, processor=None, **changes):
-        """Build the dataset that a config trains on; `targets` needs neither model nor processor.
-
-        ``changes`` are parameters of the class, for example a ``backbone_cache``.
-        """
+        """Build the dataset that a config trains on; `targets` needs neither model nor processor."""
         resolution, mask_size = model_sizes(config, model)
         settings = {
             "resolution": resolution,
@@ -230,7 +202,7 @@ class PromptDataset(torch.utils.data.Dataset):
         )
 
     def __len__(self):
-        """Return the number of images with a query."""
+        """Count the images with a query."""
         return len(self.records)
 
     @property
@@ -243,11 +215,7 @@ class PromptDataset(torch.utils.data.Dataset):
         self.epoch = epoch
 
     def __getitem__(self, index):
-        """Load the image at a position in `records`.
-
-        The dict has ``pixel_values`` float32 (3, resolution, resolution), normalised, or with a
-        cache ``backbone_states`` (N, C); and ``queries``, see `targets`.
-        """
+        """Load ``pixel_values`` (3, S, S) or ``backbone_states`` (N, C), and ``queries`` (`targets`)."""
         queries, record = self.targets(index), self.records[index]
         if self.backbone_cache is not None:
             return {"backbone_states": self.backbone_cache.states(record), "queries": queries}
@@ -259,8 +227,7 @@ class PromptDataset(torch.utils.data.Dataset):
 
         Each is a dict of ``image_id``, ``prompt``, ``category`` (the name asked for),
         ``is_positive``, ``boxes_cxcywh`` float32 (n, 4) in [0, 1], ``masks`` uint8
-        (n, mask_size, mask_size) and ``mask_valid`` bool (n,), False where a box has no usable
-        mask. Positive queries come first and have n >= 1, the others n = 0.
+        (n, mask_size, mask_size) and ``mask_valid`` bool (n,). Positive queries come first.
         """
         record = self.records[index]
         mask_size = self.mask_size if mask_size is None else mask_size
@@ -304,10 +271,8 @@ class PromptCollator:
     Parameters
     ----------
     processor : transformers.Sam3Processor
-        Its ``tokenizer`` turns prompts into 32 token ids.
     text_states : dict of str to torch.Tensor, optional
-        From `helpers.model.cache.text_states`, for every prompt that is asked; takes the place
-        of the token ids.
+        From `helpers.model.cache.text_states`; takes the place of the token ids.
     """
 
     def __init__(self, processor, text_states=None):
@@ -332,8 +297,8 @@ class PromptCollator:
         return {
             images: torch.stack([item[images] for item in items]),
             "image_index": torch.tensor(image_index, dtype=torch.long),
-            "targets": [{key: query[key] for key in _TARGET_KEYS} for query in queries],
-            "queries": [{key: query[key] for key in _QUERY_KEYS} for query in queries],
+            "targets": [{key: query[key] for key in _TARGETS} for query in queries],
+            "queries": [{k: v for k, v in query.items() if k not in _TARGETS} for query in queries],
             **tokens,
         }
 
@@ -370,24 +335,17 @@ def count_objects(loader_or_dataset):
         ``num_masks`` (of which with a usable mask).
     """
     if isinstance(loader_or_dataset, PromptDataset):
-        prompts = loader_or_dataset
-        pairs = (
-            (query, query) for index in range(len(prompts)) for query in prompts.targets(index, 0)
-        )
+        indices = range(len(loader_or_dataset))
+        queries = (query for index in indices for query in loader_or_dataset.targets(index, 0))
     else:
-        pairs = (
-            pair
+        queries = (
+            query | target
             for batch in loader_or_dataset
-            for pair in zip(batch["queries"], batch["targets"], strict=True)
+            for query, target in zip(batch["queries"], batch["targets"], strict=True)
         )
-    return pd.DataFrame(
-        [
-            {
-                **{key: query[key] for key in ("image_id", "prompt", "is_positive")},
-                "num_objects": len(target["boxes_cxcywh"]),
-                "num_masks": int(target["mask_valid"].sum()),
-            }
-            for query, target in pairs
-        ],
-        columns=["image_id", "prompt", "is_positive", "num_objects", "num_masks"],
-    )
+    names = ["image_id", "prompt", "is_positive"]
+    rows = [
+        (*(query[name] for name in names), len(query["masks"]), int(query["mask_valid"].sum()))
+        for query in queries
+    ]
+    return pd.DataFrame(rows, columns=[*names, "num_objects", "num_masks"])

@@ -37,23 +37,22 @@ def coco_ap(queries, iou_type="segm"):
     Parameters
     ----------
     queries : list of Query or of dict
-        With all scores, not only those above a threshold. The 100 best detections of each count.
+        With all scores; the 100 best detections of each count.
     iou_type : {"segm", "bbox"}
 
     Returns
     -------
     dict
-        ``AP`` (mean over IoU 0.50:0.95), ``AP50``, ``AP75``, in [0, 1]. When no query has an
-        object they are None and a fourth key, ``reason``, says so.
+        ``AP`` (mean over IoU 0.50:0.95), ``AP50``, ``AP75``; None when no query has an object, which
+        a fourth key, ``reason``, says.
     """
+    if iou_type not in ("segm", "bbox"):
+        raise InputError(f"unknown iou_type {iou_type!r}", fix="use 'segm' or 'bbox'")
     return _average_precisions(as_query_list(queries), (iou_type,))[0]
 
 
 def _average_precisions(queries, iou_types):
     """Compute what `coco_ap` returns for each of some IoU types."""
-    for iou_type in iou_types:
-        if iou_type not in ("segm", "bbox"):
-            raise InputError(f"unknown iou_type {iou_type!r}", fix="use 'segm' or 'bbox'")
     pairs = [(query.image_id, query.prompt) for query in queries]
     if len(set(pairs)) < len(pairs):
         image_id, prompt = next(pair for pair in pairs if pairs.count(pair) > 1)
@@ -142,21 +141,16 @@ def cgf1(queries, score_threshold=0.5):
     Returns
     -------
     dict of str to float
-        ``cgF1``, ``positive_micro_F1``, ``positive_macro_F1``, ``positive_micro_precision``,
-        ``precision``, ``recall``, ``F1``: means over IoU 0.50:0.95, and with ``@0.5`` and
-        ``@0.75`` at one IoU. ``IL_MCC``, ``IL_FPR``, ``IL_recall``, ``IL_precision``, ``IL_F1``:
-        presence per query, IoU-free. cgF1 and IL_MCC lie in [-1, 1], the rest in [0, 1].
-
-        These are the native numbers also where they have no meaning: without an absent or
-        without a present prompt IL_MCC and cgF1 are 0, and positive_macro_F1 is -1 when no query
-        has both objects and detections. `evaluate_queries` refuses to report them then.
+        ``cgF1 = positive_micro_F1 * IL_MCC``, ``positive_micro_F1``, ``positive_macro_F1``,
+        ``positive_micro_precision``, ``precision``, ``recall``, ``F1``: means over IoU 0.50:0.95,
+        and with ``@0.5`` and ``@0.75`` at one IoU. ``IL_MCC``, ``IL_FPR``, ``IL_recall``,
+        ``IL_precision``, ``IL_F1``: presence per query. The native numbers also where they have no
+        meaning (0 or -1), which `evaluate_queries` refuses to report.
 
     Notes
     -----
-    Per query one assignment makes the summed mask IoU greatest; a pair is a hit at every IoU
-    threshold it reaches. ``positive_micro_F1`` counts false positives only on queries with
-    objects. ``cgF1 = positive_micro_F1 * IL_MCC``. Source: facebookresearch/sam3 at 99d02f2,
-    ``sam3/eval/cgf1_eval.py``.
+    Per query one assignment makes the summed mask IoU greatest; a pair is a hit at every threshold it
+    reaches. Source: facebookresearch/sam3 at 99d02f2, ``sam3/eval/cgf1_eval.py``.
     """
     queries = as_query_list(queries)
     check_probability(score_threshold, "score_threshold")
@@ -266,12 +260,9 @@ def union_iou(queries, score_threshold):
 def threshold_sweep(queries, thresholds, iou_threshold=0.5):
     """Count detections and compute precision and recall over score thresholds in [0, 1].
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per threshold: ``threshold``, ``count`` (detections, those of absent prompts too),
-        ``precision`` (NaN without a detection), ``recall`` (NaN without an object), ``f1`` = 2 hits /
-        (detections + objects) (NaN without either). A hit is a pair from `iou_threshold` on.
+    A data frame with one row per threshold: ``threshold``, ``count`` (detections, those of absent
+    prompts too), ``precision``, ``recall``, ``f1``, NaN where there is nothing to divide by. A hit is a
+    pair from `iou_threshold` on.
     """
     queries = as_query_list(queries)
     check_probability(iou_threshold, "iou_threshold")
@@ -307,11 +298,9 @@ def evaluate_queries(queries, score_threshold):
     dict
         ``AP``, ``AP50``, ``AP75`` (masks), ``box_AP``, ``box_AP50``, ``box_AP75``, ``cgF1``,
         ``pmF1`` (positive_micro_F1), ``IL_MCC``, ``union_iou``; ``max_score_present`` and
-        ``max_score_absent``, means over the queries with and without objects of their highest
-        score, each with ``_share_above``, the share of them that reach the threshold;
-        ``num_present``, ``num_absent``, ``score_threshold``. A metric without meaning is None, and
-        the reason stands under its name with ``_reason`` (that of AP also for AP50 and AP75, that
-        of cgF1 also for IL_MCC).
+        ``max_score_absent``, means of the highest score of a query, each with ``_share_above``, the
+        share of them that reach the threshold; ``num_present``, ``num_absent``,
+        ``score_threshold``. A metric without meaning is None, and its ``_reason`` says why.
     """
     queries = as_query_list(queries)
     check_probability(score_threshold, "score_threshold")

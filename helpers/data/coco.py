@@ -43,11 +43,8 @@ def find_splits(data_dir):
     if (data_dir / COCO_FILE).is_file() or (
         split_name(data_dir.name) in SPLIT_FOLDERS and layouts_of(data_dir)
     ):
-        raise InputError(
-            "is one split and no dataset",
-            where=data_dir,
-            fix=f"name the folder above it, {data_dir.parent}",
-        )
+        fix = f"name the folder above it, {data_dir.parent}"
+        raise InputError("is one split and no dataset", where=data_dir, fix=fix)
     raise InputError(
         "holds no split",
         where=data_dir,
@@ -75,11 +72,9 @@ def read_split(data_dir, split, layout=None):
     name, root = split_folder(resolve(data_dir), split)
     layouts = [known for known in layouts_of(root) if layout in (None, known)]
     if not layouts:
-        raise InputError(
-            f"holds no annotations in the layout {layout or 'coco or per_image'}",
-            where=root,
-            fix=f"put {COCO_FILE}, or annotations/<image name>.json, into this folder",
-        )
+        message = f"holds no annotations in the layout {layout or 'coco or per_image'}"
+        fix = f"put {COCO_FILE}, or annotations/<image name>.json, into this folder"
+        raise InputError(message, where=root, fix=fix)
     layout = layouts[0]
     records, table = [], {}
     for where, image, objects, categories in entries_of(root, layout):
@@ -104,11 +99,8 @@ def split_folder(data_dir, split):
     annotated = [path for path in folders if layouts_of(path)]
     if len(annotated) > 1:
         listed = " and ".join(f"'{path.name}'" for path in annotated)
-        raise InputError(
-            f"{listed} both mean the split '{name}'",
-            where=data_dir,
-            fix="rename or remove one of them, or join their images and annotations",
-        )
+        fix = "rename or remove one of them, or join their images and annotations"
+        raise InputError(f"{listed} both mean the split '{name}'", where=data_dir, fix=fix)
     if folders:
         return name, (annotated or folders)[0]
     names = ", ".join(find_splits(data_dir))  # raises if the dataset itself is missing
@@ -134,11 +126,8 @@ def coco_entries(where):
     categories, by_image = _list_of(content, "categories", where), {}
     for image in _list_of(content, "images", where):
         if not is_id(image.get("id")) or image["id"] in by_image:
-            raise InputError(
-                f"image id {image.get('id')!r} is missing or given twice",
-                where=where,
-                fix="give each image entry an id of its own",
-            )
+            message = f"image id {image.get('id')!r} is missing or given twice"
+            raise InputError(message, where=where, fix="give each image entry an id of its own")
         by_image[image["id"]] = (image, [])
     for annotation in _list_of(content, "annotations", where):
         for key, task in (("segments_info", "panoptic segmentation"), ("caption", "captions")):
@@ -201,11 +190,9 @@ def _per_image_entries(root):
 def _list_of(content, key, where):
     """Return ``content[key]``, which must be a list of objects; a missing key is no empty list."""
     if key not in content:
-        raise InputError(
-            f"has no key '{key}' but only {', '.join(sorted(content)) or 'nothing'}",
-            where=where,
-            fix=f"write the COCO key '{key}'; a missing key must not pass for an empty picture",
-        )
+        message = f"has no key '{key}' but only {', '.join(sorted(content)) or 'nothing'}"
+        fix = f"write the COCO key '{key}'; a missing key must not pass for an empty picture"
+        raise InputError(message, where=where, fix=fix)
     values = content[key]
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise InputError(f"'{key}' is no list of objects", where=where, fix="write it as COCO does")
@@ -223,24 +210,15 @@ def category_names(entries, where, table):
     for entry in entries:
         category_id, name, parent = entry.get("id"), entry.get("name"), entry.get("supercategory")
         if type(category_id) is not int:
-            raise InputError(
-                f"a category has the id {category_id!r}",
-                where=where,
-                fix="number the categories with whole numbers",
-            )
+            fix = "number the categories with whole numbers"
+            raise InputError(f"a category has the id {category_id!r}", where=where, fix=fix)
         if not isinstance(name, str) or not name.strip():
-            raise InputError(
-                f"category {category_id} has no name, so there is nothing to ask for",
-                where=where,
-                fix="give it the noun that a person would use",
-            )
+            message = f"category {category_id} has no name, so there is nothing to ask for"
+            raise InputError(message, where=where, fix="give it the noun that a person would use")
         name = name.strip()
         if names.setdefault(category_id, name) != name:
-            raise InputError(
-                f"category id {category_id} means both {names[category_id]!r} and {name!r}",
-                where=where,
-                fix="give each category an id of its own",
-            )
+            message = f"category id {category_id} means both {names[category_id]!r} and {name!r}"
+            raise InputError(message, where=where, fix="give each category an id of its own")
         parent = parent.strip() if isinstance(parent, str) and parent.strip() else None
         table.setdefault((category_id, name), Category(category_id, name, parent))
     return names
@@ -308,11 +286,8 @@ def _object(where, index, annotation, names, width, height):
         x, y, box_width, box_height = map(float, box)  # NaN is kept for the data checks to name
         box_xyxy = (x, y, x + box_width, y + box_height)
     elif rle is None or rle_area(rle) == 0:
-        raise InputError(
-            "the annotation has neither a box nor a mask",
-            where=where,
-            fix="add 'bbox': [x, y, width, height] in pixels or remove the annotation",
-        )
+        fix = "add 'bbox': [x, y, width, height] in pixels or remove the annotation"
+        raise InputError("the annotation has neither a box nor a mask", where=where, fix=fix)
     else:
         box_xyxy = rle_box_xyxy(rle)
     return ObjectAnnotation(

@@ -162,11 +162,9 @@ class PromptDataset(torch.utils.data.Dataset):
                 fix="annotate objects inside the images that are not marked as crowd",
             )
         if num_negatives > 0 and not any(absent_candidates(r, self.nouns) for r in self.records):
-            raise InputError(
-                f"num_negatives is {num_negatives}, but no noun is absent from any image",
-                where=split.root,
-                fix="list nouns in data.negative_prompts that the images do not show",
-            )
+            message = f"num_negatives is {num_negatives}, but no noun is absent from any image"
+            fix = "list nouns in data.negative_prompts that the images do not show"
+            raise InputError(message, where=split.root, fix=fix)
 
     @classmethod
     def from_config(cls, config, split, model=None, processor=None, **changes):
@@ -306,17 +304,14 @@ class PromptCollator:
         """Turn B prompts into ``input_ids`` and ``attention_mask``, int64 (B, 32); none is cut."""
         for prompt in prompts:
             if any("\ud800" <= character <= "\udfff" for character in prompt):
-                raise InputError(
-                    f"the prompt {prompt!r} is no text: it holds bytes that are not UTF-8",
-                    fix="type the prompt in a terminal or file that uses UTF-8",
-                )
+                message = f"the prompt {prompt!r} is no text: it holds bytes that are not UTF-8"
+                fix = "type the prompt in a terminal or file that uses UTF-8"
+                raise InputError(message, fix=fix)
         tokens = self.processor.tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS)
         for prompt, ids in zip(prompts, tokens["input_ids"], strict=True):
             if len(ids) > MAX_TOKENS:
-                raise InputError(
-                    f"the prompt {prompt!r} has {len(ids)} tokens, SAM3 reads {MAX_TOKENS}",
-                    fix="use a short noun phrase",
-                )
+                message = f"the prompt {prompt!r} has {len(ids)} tokens, SAM3 reads {MAX_TOKENS}"
+                raise InputError(message, fix="use a short noun phrase")
         return {key: torch.tensor(tokens[key]) for key in ("input_ids", "attention_mask")}
 
 

@@ -144,8 +144,5 @@ def refuse_unknown_categories(prompts_by_category, splits):
         if key not in names:
             close = difflib.get_close_matches(key, names, n=1)
             fix = f"did you mean '{close[0]}'?" if close else f"use one of {sorted(names)}"
-            raise InputError(
-                f"data.prompts_by_category names '{key}', which is no category of the dataset",
-                where=splits[0].root.parent if splits else None,
-                fix=fix,
-            )
+            message = f"data.prompts_by_category names '{key}', which is no category of the dataset"
+            raise InputError(message, where=splits[0].root.parent if splits else None, fix=fix)

@@ -12,6 +12,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as coco_mask
 from scipy.optimize import linear_sum_assignment
 
+from helpers.data.masks import rle_box_xyxy
 from helpers.detect.detections import reaches
 from helpers.detect.queries import as_query_list
 from helpers.errors import InputError, check_probability
@@ -56,11 +57,9 @@ def _average_precisions(queries, iou_types):
     pairs = [(query.image_id, query.prompt) for query in queries]
     if len(set(pairs)) < len(pairs):
         image_id, prompt = next(pair for pair in pairs if pairs.count(pair) > 1)
-        raise InputError(
-            f"prompt {prompt!r} occurs twice on image {image_id!r}",
-            where="queries",
-            fix="merge the objects of one prompt on one picture into one query",
-        )
+        message = f"prompt {prompt!r} occurs twice on image {image_id!r}"
+        fix = "merge the objects of one prompt on one picture into one query"
+        raise InputError(message, where="queries", fix=fix)
     if not any(query.gt for query in queries):
         undefined = {"AP": None, "AP50": None, "AP75": None, "reason": NO_PRESENT_PROMPT}
         return [dict(undefined) for _ in iou_types]
@@ -78,22 +77,25 @@ def _average_precisions(queries, iou_types):
 
 
 def _coco_datasets(queries):
-    """Write objects and detections as two COCO data sets."""
+    """Write objects and detections as two COCO data sets, with boxes as x y w h in pixels."""
     image_ids = _numbered(query.image_id for query in queries)
     category_ids = _numbered(query.prompt for query in queries)
     objects, detections = [], []
     for query in queries:
-        ids = {
-            "image_id": image_ids[query.image_id],
-            "category_id": category_ids[query.prompt],
-            "iscrowd": 0,
-        }
-        objects += _annotations(ids, query.gt, query.gt_boxes_xyxy, len(objects))
-        boxes_xyxy = [detection.get("box_xyxy") for detection in query.pred]
-        own = _annotations(ids, query.rles(), boxes_xyxy, len(detections))
-        for annotation, score in zip(own, query.scores.tolist(), strict=True):
-            annotation["score"] = score
-        detections += own
+        ids = {"image_id": image_ids[query.image_id], "category_id": category_ids[query.prompt]}
+        boxes = [None] * len(query.gt) if query.gt_boxes_xyxy is None else query.gt_boxes_xyxy
+        gt = [{"rle": r, "box_xyxy": box} for r, box in zip(query.gt, boxes, strict=True)]
+        for items, entries in ((gt, objects), (query.pred, detections)):
+            for item in items:
+                box_xyxy = item.get("box_xyxy")
+                box_xyxy = rle_box_xyxy(item["rle"]) if box_xyxy is None else map(float, box_xyxy)
+                x0, y0, x1, y1 = box_xyxy
+                entry = {"id": len(entries) + 1, "segmentation": item["rle"], **ids}
+                entry |= {"bbox": [x0, y0, x1 - x0, y1 - y0], "iscrowd": 0}
+                entry["area"] = 1.0  # of the range "all", the only one that is evaluated
+                if items is query.pred:
+                    entry["score"] = float(item["score"])
+                entries.append(entry)
     size = {image_ids[query.image_id]: (query.height, query.width) for query in queries}
     images = [{"id": number, "height": h, "width": w} for number, (h, w) in size.items()]
     categories = [{"id": number} for number in category_ids.values()]
@@ -106,26 +108,6 @@ def _coco_datasets(queries):
 def _numbered(values):
     """Give each distinct value a number from 1, in order of appearance."""
     return {value: number for number, value in enumerate(dict.fromkeys(values), start=1)}
-
-
-def _annotations(ids, rles, boxes_xyxy, last_id):
-    """Describe masks and boxes as COCO does: RLE and x y w h in pixels."""
-    boxes_xyxy = [None] * len(rles) if boxes_xyxy is None else boxes_xyxy
-    common = {**ids, "area": 1.0}  # of the range "all", the only one that is evaluated
-    return [
-        {**common, "id": number, "segmentation": rle, "bbox": _box_xywh(rle, box_xyxy)}
-        for number, (rle, box_xyxy) in enumerate(
-            zip(rles, boxes_xyxy, strict=True), start=last_id + 1
-        )
-    ]
-
-
-def _box_xywh(rle, box_xyxy):
-    """Return a box as x y w h, by default that around the mask."""
-    if box_xyxy is None:
-        return coco_mask.toBbox(rle).tolist()
-    x0, y0, x1, y1 = map(float, box_xyxy)
-    return [x0, y0, x1 - x0, y1 - y0]
 
 
 def cgf1(queries, score_threshold=0.5):
@@ -278,15 +260,10 @@ def threshold_sweep(queries, thresholds, iou_threshold=0.5):
             kept = reaches(scores, threshold)
             count += int(kept.sum())
             hits += int((_matched(ious[kept]) >= iou_threshold).sum())
-        rows.append(
-            {
-                "threshold": float(threshold),
-                "count": count,
-                "precision": hits / count if count else np.nan,
-                "recall": hits / num_gt if num_gt else np.nan,
-                "f1": 2 * hits / (count + num_gt) if count + num_gt else np.nan,
-            }
-        )
+        precision = hits / count if count else np.nan
+        recall = hits / num_gt if num_gt else np.nan
+        f1 = 2 * hits / (count + num_gt) if count + num_gt else np.nan
+        rows.append((float(threshold), count, precision, recall, f1))
     return pd.DataFrame(rows, columns=["threshold", "count", "precision", "recall", "f1"])
 
 
@@ -314,7 +291,12 @@ def evaluate_queries(queries, score_threshold):
     for prefix, ap in zip(("", "box_"), average_precisions, strict=True):
         ap["AP_reason"] = ap.pop("reason", None)
         result |= {prefix + name: value for name, value in ap.items()}
-    result |= _meaningful_cgf1(queries, score_threshold)
+    reason = undefined_cgf1(queries)
+    native = {} if reason == NO_EXHAUSTIVE_QUERY else cgf1(queries, score_threshold)
+    result |= {name: None if reason else native[name] for name in ("cgF1", "IL_MCC")}
+    result["cgF1_reason"] = reason
+    reason = None if reason == NO_ABSENT_PROMPT else reason
+    result |= {"pmF1": None if reason else native["positive_micro_F1"], "pmF1_reason": reason}
     result["union_iou"] = union_iou(queries, score_threshold)
     result["union_iou_reason"] = "no object has a pixel" if result["union_iou"] is None else None
     for presence, group in groups.items():
@@ -325,17 +307,3 @@ def evaluate_queries(queries, score_threshold):
         result[f"{name}_share_above"] = float(above.mean()) if group else None
         result[f"{name}_reason"] = None if group else f"there is no {presence} prompt"
     return {k: v for k, v in result.items() if v is not None or not k.endswith("_reason")}
-
-
-def _meaningful_cgf1(queries, score_threshold):
-    """Compute cgF1, IL_MCC and pmF1, each None with a reason where it has no meaning."""
-    cgf1_reason = undefined_cgf1(queries)
-    pmf1_reason = None if cgf1_reason == NO_ABSENT_PROMPT else cgf1_reason
-    native = {} if cgf1_reason == NO_EXHAUSTIVE_QUERY else cgf1(queries, score_threshold)
-    return {
-        "cgF1": None if cgf1_reason else native["cgF1"],
-        "IL_MCC": None if cgf1_reason else native["IL_MCC"],
-        "cgF1_reason": cgf1_reason,
-        "pmF1": None if pmf1_reason else native["positive_micro_F1"],
-        "pmF1_reason": pmf1_reason,
-    }

@@ -90,34 +90,23 @@ def predict_tiled(
     for box in tile_boxes(width, height, tile, overlap):
         for answer in predictor.predict(image.crop(box), prompts, threshold, mask_threshold):
             answers[answer.prompt].append((box, answer))
-    return [
-        Prediction(
-            image=name,
-            prompt=prompt,
-            height=height,
-            width=width,
-            **{
-                name: max(getattr(answer, name) for _, answer in answers[prompt])
-                for name in PROBABILITIES
-            },
-            detections=_join(_pieces(answers[prompt]), height, width, LEAST_COMMON * overlap),
-        )
-        for prompt in prompts
-    ]
+    predictions = []
+    for prompt in prompts:
+        tiles = [answer for _, answer in answers[prompt]]
+        highest = (max(getattr(answer, name) for answer in tiles) for name in PROBABILITIES)
+        detections = _join(answers[prompt], height, width, LEAST_COMMON * overlap)
+        predictions.append(Prediction(name, prompt, height, width, *highest, detections))
+    return predictions
 
 
-def _pieces(answers):
-    """Decode the detections of all tiles of one prompt; those without a pixel are left out."""
+def _join(answers, height, width, least):
+    """Unite the pieces of all tiles that are one object: detections of the image, best first."""
     pieces = [
         _Piece(coco_mask.decode(item["mask_rle"]).astype(bool), item["score"], box)
         for box, answer in answers
         for item in answer.detections
     ]
-    return [piece for piece in pieces if piece.mask.any()]
-
-
-def _join(pieces, height, width, least):
-    """Unite the pieces that are one object; returns detections of the image, best first."""
+    pieces = [piece for piece in pieces if piece.area]
     if not pieces:
         return []
     edges = np.array(_agreeing_pairs(pieces, least), dtype=int).reshape(-1, 2)
@@ -147,15 +136,16 @@ def _agreeing_pairs(pieces, least):
         low, high = np.maximum(first[:2], second[:2]), np.minimum(first[2:], second[2:])
         if (high <= low).any():
             continue
-        shared = [
+        windows = [
             [(index, _window(pieces[index], low, high)) for index in by_tile[tile]]
             for tile in (first, second)
         ]
-        pairs += [
-            (index, other)
-            for (index, part), (other, other_part) in product(*shared)
-            if _agree(part, other_part, least * min(pieces[index].area, pieces[other].area))
-        ]
+        for (index, part), (other, other_part) in product(*windows):
+            common = (part & other_part).sum()
+            smaller = min(pieces[index].area, pieces[other].area)
+            enough = max(AGREEMENT * min(part.sum(), other_part.sum()), least * smaller)
+            if common and common >= enough:
+                pairs.append((index, other))
     return pairs
 
 
@@ -163,9 +153,3 @@ def _window(piece, low, high):
     """Cut the part of a piece out that lies between two corners of the image."""
     x, y = piece.tile_xyxy[:2]
     return piece.mask[low[1] - y : high[1] - y, low[0] - x : high[0] - x]
-
-
-def _agree(part, other, least):
-    """Tell whether two views of one place show the same object, by at least so many pixels."""
-    common = (part & other).sum()
-    return bool(common) and common >= max(AGREEMENT * min(part.sum(), other.sum()), least)

@@ -90,11 +90,9 @@ class BackboneCache:
                     self._write(batch, states)
                     bar.update(len(batch))
         except OSError as error:
-            raise InputError(
-                f"cannot be written ({error.strerror or error})",
-                where=self.folder,
-                fix=f"name a folder that can be written {_ANOTHER_FOLDER}",
-            ) from error
+            message = f"cannot be written ({error.strerror or error})"
+            fix = f"name a folder that can be written {_ANOTHER_FOLDER}"
+            raise InputError(message, where=self.folder, fix=fix) from error
         processes.wait_for_everyone()
 
     def _write(self, records, states):
@@ -102,11 +100,9 @@ class BackboneCache:
         with staged_folder(self.folder) as staging:
             for record, tensor in zip(records, states.to(self.dtype).cpu(), strict=True):
                 if not tensor.isfinite().all():
-                    raise InputError(
-                        "the backbone gives NaN or infinity for this image",
-                        where=record.path,
-                        fix="check the image, or load the base in float32 (mixed_precision: no)",
-                    )
+                    message = "the backbone gives NaN or infinity for this image"
+                    fix = "check the image, or load the base in float32 (mixed_precision: no)"
+                    raise InputError(message, where=record.path, fix=fix)
                 file = staging / self._file_of(record).name
                 write_tensors(file, {TENSOR: tensor.clone()}, {CHECKSUM: _checksum(tensor)})
 

@@ -232,11 +232,9 @@ def load_adapter(model, folder, *, lora=None, is_trainable=False):
         raise _another_base(path, f"{error!s:.200}") from error
     load_adapter_weights(peft_model, weights, folder)
     if saved.get("weights_sha256") not in (None, file_digest(folder / WEIGHTS_FILE)):
-        raise InputError(
-            "its bytes are not those that were saved",
-            where=folder / WEIGHTS_FILE,
-            fix=f"{_RESTORE}; if you changed it on purpose, remove weights_sha256 from {BASE_FILE}",
-        )
+        message = "its bytes are not those that were saved"
+        fix = f"{_RESTORE}; if you changed it on purpose, remove weights_sha256 from {BASE_FILE}"
+        raise InputError(message, where=folder / WEIGHTS_FILE, fix=fix)
     return peft_model.train() if is_trainable else peft_model.eval()
 
 

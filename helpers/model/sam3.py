@@ -21,11 +21,9 @@ def base_config(name_or_path, revision=None):
     """Read a base's `Sam3Config` without its weights; ``image_size`` is its own resolution."""
     config = _load_part(_locate(name_or_path), Sam3Config, {"revision": revision or "main"})
     if config.model_type not in ("sam3", "sam3_video"):
-        raise InputError(
-            f"holds a model of type {config.model_type!r}, expected 'sam3'",
-            where=name_or_path,
-            fix="name a SAM3 base, for example data/tiny_sam3 or facebook/sam3",
-        )
+        message = f"holds a model of type {config.model_type!r}, expected 'sam3'"
+        fix = "name a SAM3 base, for example data/tiny_sam3 or facebook/sam3"
+        raise InputError(message, where=name_or_path, fix=fix)
     detector = getattr(config, "detector_config", None)  # the image model's part of sam3_video
     if detector is None:
         return config
@@ -76,11 +74,9 @@ def load_base(name_or_path, revision=None, dtype=None, resolution=None):
     if resolution is not None:
         patch = config.vision_config.backbone_config.patch_size
         if resolution % patch:
-            raise InputError(
-                f"resolution {resolution} is not a multiple of the patch of {patch} pixels",
-                where=name_or_path,
-                fix=f"use {round(resolution / patch) * patch}",
-            )
+            message = f"resolution {resolution} is not a multiple of the patch of {patch} pixels"
+            fix = f"use {round(resolution / patch) * patch}"
+            raise InputError(message, where=name_or_path, fix=fix)
         config.image_size = resolution
     options = {"revision": revision or "main"}
     settings = {"config": config, "dtype": dtype or torch.float32}
@@ -90,11 +86,9 @@ def load_base(name_or_path, revision=None, dtype=None, resolution=None):
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(str(key) for key in info.get(kind) or ())
         if keys:
-            raise InputError(
-                f"{len(keys)} {kind.replace('_', ' ')} in the weights, for example {keys[0]}",
-                where=name_or_path,
-                fix="the weights do not belong to config.json; restore the folder",
-            )
+            message = f"{len(keys)} {kind.replace('_', ' ')} in the weights, for example {keys[0]}"
+            fix = "the weights do not belong to config.json; restore the folder"
+            raise InputError(message, where=name_or_path, fix=fix)
     processor = _load_part(source, Sam3Processor, options)
     processor.image_processor.size = {"height": model.resolution, "width": model.resolution}
     processor.target_size = model.resolution
@@ -120,11 +114,8 @@ def refuse_lfs_pointer(path):
     """Refuse the text that git leaves in place of a file that Git LFS keeps."""
     with Path(path).open("rb") as file:
         if file.read(len(_LFS_HEADER)) == _LFS_HEADER:
-            raise InputError(
-                "is a Git LFS pointer, not the weights",
-                where=path,
-                fix="run 'git lfs pull' in the repository it came from",
-            )
+            fix = "run 'git lfs pull' in the repository it came from"
+            raise InputError("is a Git LFS pointer, not the weights", where=path, fix=fix)
 
 
 def _locate(name_or_path):

@@ -22,6 +22,7 @@ SPLIT_FOLDERS = {
     "valid": ("valid", "val", "validation", "dev"),
     "test": ("test", "testing"),
 }  # name of each split, and what its folder may be called in any case
+_ID = int | float | str  # of images and annotations
 _EXPORT_AGAIN = "export the annotations again"
 _CONTRADICTION = "_contradiction"
 
@@ -80,7 +81,33 @@ def read_split(data_dir, split, layout=None):
     for where, image, objects, categories in entries_of(root, layout):
         names = category_names(categories, where, table)
         records.append(image_record(where, image, objects, names, root))
-    return _assemble(name, root, layout, records, list(table.values()))
+    near = near_files([record.path for record in records if not record.path.is_file()])
+    records = [replace(record, path=near.get(record.path, record.path)) for record in records]
+    records.sort(key=lambda record: record.image_id)
+    for first, second in zip(records, records[1:], strict=False):
+        if first.image_id == second.image_id:
+            message = f"image {first.image_id} is listed twice"
+            raise InputError(message, where=root, fix="merge the two entries")
+    used = {item.category for record in records for item in record.objects}
+    parents = {entry.supercategory for entry in table.values() if entry.supercategory != entry.name}
+    categories = [
+        entry.name
+        for entry in table.values()
+        if entry.name in used or (entry.name not in parents and normalise_noun(entry.name))
+    ]
+    read = {record.path for record in records} | {root / COCO_FILE}
+    read |= {root / "annotations" / f"{record.path.stem}.json" for record in records}
+    others = [path for path in sorted(_visible_files(root, deep=True)) if path not in read]
+    return Split(
+        name=name,
+        root=root,
+        layout=layout,
+        categories=tuple(dict.fromkeys(categories)),
+        records=tuple(records),
+        category_table=tuple(table.values()),
+        unannotated=tuple(path for path in others if path.suffix.lower() in IMAGE_SUFFIXES),
+        unread=tuple(path for path in others if path.suffix.lower() not in IMAGE_SUFFIXES),
+    )
 
 
 def split_name(folder_name):
@@ -125,7 +152,7 @@ def coco_entries(where):
     content = read_json(where, _EXPORT_AGAIN)
     categories, by_image = _list_of(content, "categories", where), {}
     for image in _list_of(content, "images", where):
-        if not is_id(image.get("id")) or image["id"] in by_image:
+        if not isinstance(image.get("id"), _ID) or image["id"] in by_image:
             message = f"image id {image.get('id')!r} is missing or given twice"
             raise InputError(message, where=where, fix="give each image entry an id of its own")
         by_image[image["id"]] = (image, [])
@@ -138,7 +165,7 @@ def coco_entries(where):
                     fix="export instances, with 'bbox', 'segmentation' and 'category_id'",
                 )
         image_id = annotation.get("image_id")
-        if not is_id(image_id) or image_id not in by_image:
+        if not isinstance(image_id, _ID) or image_id not in by_image:
             raise InputError(
                 f"annotation {annotation.get('id')!r} belongs to image {image_id!r}, which the "
                 f"file does not list{_same_in_another_type(image_id, by_image)}",
@@ -161,16 +188,16 @@ def _same_in_another_type(value, known):
 
 def _per_image_entries(root):
     """Yield what `entries_of` yields for the files of single images."""
-    images = {path.stem: path for path in _visible_files(root / "images") if _is_image(path)}
+    files = _visible_files(root / "images")
+    images = {path.stem: path for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
     for where in sorted(_visible_files(root / "annotations")):
         if where.suffix != ".json":
             continue
         content = read_json(where, _EXPORT_AGAIN)
         listed = content.get("images", [{}])
         if not isinstance(listed, list) or len(listed) != 1 or not isinstance(listed[0], dict):
-            raise InputError(
-                "'images' must list exactly one image", where=where, fix="write one file per image"
-            )
+            fix = "write one file per image"
+            raise InputError("'images' must list exactly one image", where=where, fix=fix)
         top = {key: content[key] for key in ("width", "height", "contents") if key in content}
         image = {**top, **listed[0]}
         pairs = ((key, top[key], image[key]) for key in top if top[key] != image[key])
@@ -197,11 +224,6 @@ def _list_of(content, key, where):
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise InputError(f"'{key}' is no list of objects", where=where, fix="write it as COCO does")
     return values
-
-
-def is_id(value):
-    """Return whether a JSON value can be an id: a number or a string."""
-    return isinstance(value, int | float | str)
 
 
 def category_names(entries, where, table):
@@ -246,9 +268,8 @@ def image_record(where, image, annotations, names, root):
         raise InputError(message, where=place, fix=fix)
     contents = image.get("contents", [])
     if not isinstance(contents, list) or not all(isinstance(noun, str) for noun in contents):
-        raise InputError(
-            "'contents' is no list of nouns", where=place, fix='write "contents": ["joint"]'
-        )
+        fix = 'write "contents": ["joint"]'
+        raise InputError("'contents' is no list of nouns", where=place, fix=fix)
     size = (width, height)
     objects = tuple(_object(place, *entry, names, *size) for entry in enumerate(annotations))
     contradiction = image.get(_CONTRADICTION)
@@ -259,7 +280,7 @@ def _object(where, index, annotation, names, width, height):
     """Build one object from its annotation entry."""
     annotation_id, category_id = annotation.get("id", index), annotation.get("category_id")
     where = f"{where}, annotation {annotation_id}"
-    if not is_id(category_id) or category_id not in names:
+    if not isinstance(category_id, _ID) or category_id not in names:
         raise InputError(
             f"category_id {category_id!r} has no name in 'categories'"
             f"{_same_in_another_type(category_id, names)}",
@@ -267,9 +288,8 @@ def _object(where, index, annotation, names, width, height):
             fix=f"use one of {sorted(names)} or add the category with its name",
         )
     if annotation.get("iscrowd", 0) not in (0, 1):
-        raise InputError(
-            f"iscrowd is {annotation['iscrowd']!r}", where=where, fix="write 0 for an object"
-        )
+        message = f"iscrowd is {annotation['iscrowd']!r}"
+        raise InputError(message, where=where, fix="write 0 for an object")
     rle, mask_problem = None, None
     if annotation.get("segmentation") not in (None, [], {}):
         try:
@@ -302,44 +322,7 @@ def _object(where, index, annotation, names, width, height):
     )
 
 
-def _assemble(name, root, layout, records, table):
-    """Put a split together: order the images, leave out empty parents, list unused files."""
-    near = near_files([record.path for record in records if not record.path.is_file()])
-    records = [replace(record, path=near.get(record.path, record.path)) for record in records]
-    records.sort(key=lambda record: record.image_id)
-    for first, second in zip(records, records[1:], strict=False):
-        if first.image_id == second.image_id:
-            raise InputError(
-                f"image {first.image_id} is listed twice", where=root, fix="merge the two entries"
-            )
-    used = {item.category for record in records for item in record.objects}
-    parents = {entry.supercategory for entry in table if entry.supercategory != entry.name}
-    categories = [
-        entry.name
-        for entry in table
-        if entry.name in used or (entry.name not in parents and normalise_noun(entry.name))
-    ]
-    read = {record.path for record in records} | {root / COCO_FILE}
-    read |= {root / "annotations" / f"{record.path.stem}.json" for record in records}
-    others = [path for path in sorted(_visible_files(root, deep=True)) if path not in read]
-    return Split(
-        name=name,
-        root=root,
-        layout=layout,
-        categories=tuple(dict.fromkeys(categories)),
-        records=tuple(records),
-        category_table=tuple(table),
-        unannotated=tuple(path for path in others if _is_image(path)),
-        unread=tuple(path for path in others if not _is_image(path)),
-    )
-
-
 def _visible_files(folder, deep=False):
     """List the files of a folder, or below it, but not hidden ones; none if it is missing."""
     paths = folder.rglob("*") if deep else folder.glob("*")
     return [path for path in paths if path.is_file() and not path.name.startswith(".")]
-
-
-def _is_image(path):
-    """Return whether a file's name ends as an image's that can be read."""
-    return path.suffix.lower() in IMAGE_SUFFIXES

@@ -169,10 +169,8 @@ class PromptDataset(torch.utils.data.Dataset):
     @classmethod
     def from_config(cls, config, split, model=None, processor=None, **changes):
         """Build the dataset that a config trains on; `targets` needs neither model nor processor."""
-        resolution, mask_size = model_sizes(config, model)
         settings = {
-            "resolution": resolution,
-            "mask_size": mask_size,
+            **dict(zip(("resolution", "mask_size"), model_sizes(config, model), strict=True)),
             "prompt": config.data.prompt,
             "num_negatives": config.data.num_negatives,
             "negative_prompts": config.data.negative_prompts,
@@ -181,23 +179,18 @@ class PromptDataset(torch.utils.data.Dataset):
         return cls(split, processor, **settings | changes)
 
     @classmethod
-    def for_evaluation(
-        cls, split, model, processor, *, prompt=None, absent_prompts=(), backbone_cache=None
-    ):
+    def for_evaluation(cls, split, model, processor, *, prompt=None, absent_prompts=(), **changes):
         """Build the questions of an evaluation: every category and absent noun on every image."""
         num_nouns = len(split.categories if prompt is None else (prompt,)) + len(absent_prompts)
-        return cls(
-            split,
-            processor,
-            resolution=model.resolution,
-            mask_size=model.mask_size,
-            prompt=prompt,
+        settings = {
+            "resolution": model.resolution,
+            "mask_size": model.mask_size,
+            "prompt": prompt,
             # All there are. With a single noun and no other, only images without it can ask for it.
-            num_negatives=num_nouns if num_nouns > 1 else 0,
-            negative_prompts=tuple(absent_prompts),
-            resample_negatives=False,
-            backbone_cache=backbone_cache,
-        )
+            "num_negatives": num_nouns if num_nouns > 1 else 0,
+            "negative_prompts": absent_prompts,
+        }
+        return cls(split, processor, resample_negatives=False, **settings | changes)
 
     def __len__(self):
         """Count the images with a query."""
@@ -229,30 +222,21 @@ class PromptDataset(torch.utils.data.Dataset):
         """
         record = self.records[index]
         mask_size = self.mask_size if mask_size is None else mask_size
-        return [
-            {
-                "image_id": record.image_id,
-                "prompt": prompt,
-                "category": prompt,
-                "is_positive": bool(objects),
-                **object_targets(objects, record, mask_size),
-            }
-            for prompt, objects in self._prompts(record).items()
-        ]
+        queries = []
+        for prompt, objects in self._prompts(record).items():
+            names = {"image_id": record.image_id, "prompt": prompt, "category": prompt}
+            targets = object_targets(objects, record, mask_size)
+            queries.append({**names, "is_positive": bool(objects), **targets})
+        return queries
 
     def _prompts(self, record):
         """Map each prompt of an image to its objects, absent prompts to none."""
         prompts = present_prompts(record, self.split.categories, self.prompt)
         # A replaced prompt means any object: it is absent only where nothing is annotated.
         own_names = self.own_names if self.prompt is None or not record.objects else ()
-        absent = absent_prompts(
-            record,
-            own_names,
-            self.negative_prompts,
-            self.num_negatives,
-            seed=self.seed,
-            epoch=self.epoch if self.resample_negatives else 0,
-        )
+        draw = {"seed": self.seed, "epoch": self.epoch if self.resample_negatives else 0}
+        nouns = (own_names, self.negative_prompts)
+        absent = absent_prompts(record, *nouns, self.num_negatives, **draw)
         return {**prompts, **{noun: [] for noun in absent}}
 
 
@@ -277,12 +261,12 @@ class PromptCollator:
         self.processor, self.text_states = processor, text_states
 
     def __call__(self, items):
-        """Collate I items with B queries in all; InputError for a prompt beyond 32 tokens.
+        """Collate I items with B queries in all.
 
         The batch has ``pixel_values`` (I, 3, S, S) or ``backbone_states`` (I, N, C); ``input_ids``
-        int64 (B, 32) or ``text_states`` (B, 32, D); ``attention_mask`` int64 (B, 32);
-        ``image_index`` int64 (B,), the image of each query, ascending; ``targets``, B dicts of
-        ``boxes_cxcywh``, ``masks``, ``mask_valid``; ``queries``, B dicts of the rest.
+        (B, 32) or ``text_states`` (B, 32, D); ``attention_mask`` (B, 32); ``image_index`` (B,), the
+        image of each query, ascending; ``targets``, B dicts of ``boxes_cxcywh``, ``masks``,
+        ``mask_valid``; ``queries``, B dicts of the rest.
         """
         queries = [query for item in items for query in item["queries"]]
         prompts = [query["prompt"] for query in queries]

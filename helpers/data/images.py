@@ -176,7 +176,7 @@ FREQUENCIES = 16  # lowest ones per axis that are compared
 # masonry and roads, 95 % of the copies (recompressed, half the size, brighter, shifted by 1 %) differ
 # in at most 26 bits, those cropped by 5 % in 32 to 80, two different pictures in at least 86.
 NEAR = 40
-_BLOCK = 512  # rows compared at once
+_BLOCK = 128  # rows compared at once
 
 
 def picture_hash(image):
@@ -194,9 +194,6 @@ def near_pairs(first, second, limit=NEAR):
     pairs = []
     for start in range(0, len(words[0]), _BLOCK):
         rows = words[0][start : start + _BLOCK]
-        bits = sum(
-            np.bitwise_count(rows[:, None, word] ^ words[1][None, :, word]).astype(np.uint16)
-            for word in range(words[0].shape[1])
-        )
+        bits = np.bitwise_count(rows[:, None] ^ words[1]).sum(-1, dtype=np.uint16)
         pairs.append(np.argwhere(bits <= limit) + [start, 0])
-    return np.concatenate(pairs) if pairs else np.empty((0, 2), dtype=int)
+    return np.concatenate([np.empty((0, 2), dtype=int), *pairs])

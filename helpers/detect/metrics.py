@@ -1,8 +1,4 @@
-"""Metrics of queries: cgF1, AP, union IoU, threshold sweep, and the summary of a report.
-
-Pure numbers, no model. A metric that has no meaning on the given queries is None here, with its
-reason; only `cgf1` itself keeps to the native numbers (0 and -1) there.
-"""
+"""Metrics of queries: cgF1, AP, union IoU, threshold sweep, and the summary of a report."""
 
 from __future__ import annotations
 
@@ -33,13 +29,7 @@ def coco_ap(queries, iou_type="segm"):
     """Compute COCO average precision with faster-coco-eval, equal to pycocotools' numbers.
 
     Every prompt is a category, so a detection of an absent prompt costs precision only when that
-    prompt is present on another picture (COCO leaves out categories without an object).
-
-    Parameters
-    ----------
-    queries : list of Query or of dict
-        With all scores; the 100 best detections of each count.
-    iou_type : {"segm", "bbox"}
+    prompt is present on another picture. The 100 best detections of each query count.
 
     Returns
     -------
@@ -132,7 +122,7 @@ def cgf1(queries, score_threshold=0.5):
     Notes
     -----
     Per query one assignment makes the summed mask IoU greatest; a pair is a hit at every threshold it
-    reaches. Source: facebookresearch/sam3 at 99d02f2, ``sam3/eval/cgf1_eval.py``.
+    reaches. Source: ``sam3/eval/cgf1_eval.py`` of facebookresearch/sam3 at 99d02f2.
     """
     queries = as_query_list(queries)
     check_probability(score_threshold, "score_threshold")

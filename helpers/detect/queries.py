@@ -74,11 +74,8 @@ class Query:
         query = cls(**{name: mapping[name] for name in names})
         claim = mapping.get("is_positive", query.is_positive)
         if bool(claim) != query.is_positive:
-            raise InputError(
-                f"is_positive is {claim} with {len(query.gt)} objects",
-                where=f"{query.prompt!r} on image {query.image_id!r}",
-                fix="a present prompt has objects in gt",
-            )
+            message = f"is_positive is {claim} with {len(query.gt)} objects in gt"
+            raise InputError(message, where=f"{query.prompt!r} on image {query.image_id!r}")
         return query
 
     @property
@@ -189,27 +186,22 @@ def as_queries(predictions, records):
     for prediction in predictions:
         record = by_path.get(prediction.image)
         if record is None:
-            message = "no record of this image"
-            raise InputError(message, where=prediction.image, fix="pass its split")
-        objects = true_objects(record)
-        queries.append(_query(prediction, prediction.detections, record, objects))
+            fix = "pass the records of its split"
+            raise InputError("no record of this image", where=prediction.image, fix=fix)
+        queries.append(_query(prediction, prediction.detections, record, true_objects(record)))
     return queries
 
 
 def _query(answer, detections, record, objects):
     """Set an answer (raw or not) beside the objects that count as its ground truth."""
-    boxes_xyxy = [clip_box(item.box_xyxy, record.width, record.height) for item in objects]
+    gt = [true_rle(record, item) for item in objects]
+    pred = [
+        {"rle": d["mask_rle"], "score": d["score"], "box_xyxy": d["box_xyxy"]} for d in detections
+    ]
+    size = (record.height, record.width)
     return Query(
-        image_id=record.image_id,
-        prompt=answer.prompt,
-        height=record.height,
-        width=record.width,
-        gt=[true_rle(record, item) for item in objects],
-        gt_boxes_xyxy=boxes_xyxy,
-        pred=[
-            {"rle": item["mask_rle"], "score": item["score"], "box_xyxy": item["box_xyxy"]}
-            for item in detections
-        ],
+        *(record.image_id, answer.prompt, *size, gt, pred),
+        gt_boxes_xyxy=[clip_box(item.box_xyxy, record.width, record.height) for item in objects],
         presence_prob=answer.presence_prob,
         max_query_prob=answer.max_query_prob,
         max_score=answer.max_score,
@@ -224,17 +216,14 @@ def prompt_scores(queries, score_threshold):
     highest score reaches the threshold.
     """
     check_probability(score_threshold, "score_threshold")
-    table = pd.DataFrame(
-        {
-            "prompt": query.prompt,
-            "shown": "present" if query.is_positive else "absent",
-            "presence": query.presence_prob,
-            "max query": query.max_query_prob,
-            "max score": query.max_score,
-            "reached": float(reaches(query.max_score, score_threshold)),
-        }
-        for query in as_query_list(queries)
-    )
+    rows = []
+    for query in as_query_list(queries):
+        shown = "present" if query.is_positive else "absent"
+        reached = float(reaches(query.max_score, score_threshold))
+        highest = (query.presence_prob, query.max_query_prob, query.max_score)
+        rows.append((query.prompt, shown, *highest, reached))
+    names = ["prompt", "shown", "presence", "max query", "max score", "reached"]
+    table = pd.DataFrame(rows, columns=names)
     groups = table.groupby(["prompt", "shown"])
     summary = groups.mean()
     summary.insert(0, "images", groups.size())

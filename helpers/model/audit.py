@@ -99,18 +99,11 @@ def prompt_embedding_change(model, processor, prompts):
 def query_logit_bounds(model, processor, prompts):
     """Compute the range of logits that the frozen scoring head lets each prompt get.
 
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``prompt``. ``lowest_dot_product`` and ``highest_dot_product``: the extremes over
-        all outputs of the decoder's layer norm; ``lowest_logit`` and ``highest_logit``: the same
-        after the model's clamp at -12 and 12, beyond which there is no gradient either.
-
-    Notes
-    -----
-    The logit ``a . h + b`` is affine in the decoder state ``h = gamma * n + beta``, where the layer
-    norm's ``n`` has mean 0 and a length below ``sqrt(d)``. So LoRA moves it only between
-    ``a . beta + b -/+ sqrt(d) |v - mean(v)|`` with ``v = a * gamma``.
+    A data frame with index ``prompt``: ``lowest_dot_product`` and ``highest_dot_product``, the extremes
+    over all outputs of the decoder's layer norm, and ``lowest_logit`` and ``highest_logit``, the same
+    after the model's clamp at -12 and 12. The logit ``a . h + b`` is affine in the decoder state
+    ``h = gamma * n + beta``, where ``n`` has mean 0 and a length below ``sqrt(d)``. So LoRA moves it
+    only between ``a . beta + b -/+ sqrt(d) |v - mean(v)|`` with ``v = a * gamma``.
     """
     base = base_of(model).eval()
     norm = base.detr_decoder.output_layer_norm

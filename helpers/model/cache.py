@@ -1,7 +1,6 @@
 """Outputs of frozen encoders, computed once: image features on disk, text features in memory.
 
-Of the vision encoder the output of the backbone is kept, not the feature pyramid of the neck: at
-full size 10.6 MB per image in bfloat16 in place of 56 MB, and the neck is 4 % of the work.
+Kept is what the backbone gives, 10.6 MB per image in bfloat16; the pyramid of the neck has 56 MB.
 """
 
 from __future__ import annotations

@@ -66,10 +66,7 @@ def component_of(module_name):
 
 
 def target_modules(model, lora):
-    """Map each enabled component to the full names of the linear layers that get LoRA.
-
-    InputError for a name that occurs in no enabled component, and for a component without any.
-    """
+    """Map each enabled component to the full names of the linear layers that get LoRA; none is empty."""
     names, used = {component: [] for component in enabled_components(lora)}, set()
     for name, module in model.named_modules():
         targets = _targets_of(name, lora.target_modules)
@@ -126,19 +123,10 @@ def _closest_fix(model, components, target):
 
 
 def add_lora(model, lora):
-    """Put LoRA on a base and freeze everything else.
+    """Put LoRA on a `PromptedSam3`, changed in place, and freeze everything else: a `peft.PeftModel`.
 
-    Parameters
-    ----------
-    model : helpers.model.prompted.PromptedSam3
-        Changed in place: PEFT wraps its linear layers.
-    lora : helpers.config.LoraSection
-
-    Returns
-    -------
-    peft.PeftModel
-        B is zero, so outputs equal those of the base until a step was taken. A is drawn from
-        torch's global generator: set the seed before.
+    `lora` is a `helpers.config.LoraSection`. B is zero, so outputs equal those of the base until a
+    step was taken. A is drawn from torch's global generator: set the seed before.
     """
     if lora_layers(model):
         raise InputError("the model already carries LoRA", fix="load the base again")
@@ -169,10 +157,7 @@ def add_lora(model, lora):
 
 
 def save_adapter(model, folder, base_name, revision=None):
-    """Write an adapter that plain PEFT can load on a plain `Sam3Model`, completely or not at all.
-
-    ``base.json`` holds what tells damage later: fingerprint of the base, rank, alpha, and SHA-256.
-    """
+    """Write an adapter that plain PEFT can load on a plain `Sam3Model`, and what tells damage later."""
     config = deepcopy(model.peft_config[model.active_adapters[0]])
     config.inference_mode = True
     config.base_model_name_or_path = str(base_name)

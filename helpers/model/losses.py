@@ -1,10 +1,8 @@
 """SAM3's training loss in PyTorch, equal to the numbers of Meta's own code.
 
-A row is one image with one prompt. Queries that a Hungarian matching gives to an object learn
-box, mask and score; all other queries of a row *with* objects learn a low score; a row *without*
-objects teaches only the presence token (variant ``native``). The variant ``early`` is the loss of
-the failing script: there rows without objects push every score down. Left out on purpose: the
-one-to-many branch, and the factor sqrt(B) of Meta's published configs.
+A row is one image with one prompt. Queries matched with an object learn box, mask and score; all
+others of a row *with* objects learn a low score; a row *without* objects teaches only the presence
+token. In the variant ``early``, the loss of the failing script, it pushes every score down.
 """
 
 from __future__ import annotations
@@ -46,13 +44,10 @@ def target_counts(targets):
 
 
 def loss_divisors(counts, num_parts=1):
-    """Turn counts, summed over the `num_parts` batches of an optimiser step, into `Divisors`.
-
-    The mean of the parts' losses is then the loss of one batch with all rows. No object counts as one.
-    """
+    """Turn counts, summed over the `num_parts` batches of an optimiser step, into `Divisors`."""
     boxes, rows, masked_rows = counts
-    divisors = max(boxes, 1.0), rows, masked_rows + EPSILON
-    return Divisors(*(divisor / num_parts for divisor in divisors))
+    sums = (max(boxes, 1.0), rows, masked_rows + EPSILON)  # no object counts as one
+    return Divisors(*(divisor / num_parts for divisor in sums))
 
 
 def box_terms(pred_boxes_cxcywh, targets, matches, num_boxes):
@@ -195,11 +190,8 @@ def sam3_losses(outputs, targets, variant="native", *, divisors=None):
     -------
     dict of str to torch.Tensor
         Float32 scalars: the unweighted terms of `WEIGHTS` of the final layer; for ``native`` also
-        ``aux0.loss_ce`` and so on for each earlier layer; and ``total``.
-
-    Notes
-    -----
-    Source: facebookresearch/sam3 at 99d02f2, ``sam3/train/loss/loss_fns.py``.
+        ``aux0.loss_ce`` and so on for each earlier layer; and ``total``. Their source is
+        ``sam3/train/loss/loss_fns.py`` of facebookresearch/sam3 at 99d02f2.
     """
     _check(outputs, targets, variant)
     if divisors is None:
@@ -224,7 +216,6 @@ def weighted_sum(terms, weights):
 
 
 def _layer_terms(layer, targets, matches, variant, divisors):
-    """Compute the four terms that every decoder layer has."""
     terms, ious = box_terms(layer["pred_boxes_cxcywh"], targets, matches, divisors.boxes)
     logits, presence = layer["pred_logits"], layer["presence_logits"]
     return terms | score_terms(logits, presence, targets, matches, ious, variant, divisors.rows)

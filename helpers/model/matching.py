@@ -35,10 +35,6 @@ def hungarian_match(outputs, targets):
     list of tuple of torch.Tensor
         B pairs ``(query_idx, target_idx)`` of int64 tensors of equal length min(n, Q), on the
         device of the logits, sorted by ``target_idx``.
-
-    Notes
-    -----
-    The cost is ``2 class + 5 L1 + 2 (-GIoU)``, see `matching_cost`.
     """
     pred_logits, pred_boxes = outputs["pred_logits"], outputs["pred_boxes_cxcywh"]
     matches = []
@@ -54,10 +50,9 @@ def hungarian_match(outputs, targets):
 
 
 def matching_cost(pred_logits, pred_boxes_cxcywh, target_boxes_cxcywh):
-    """Compute the cost of giving each of Q queries to each of n objects: (Q, n) float32.
+    """Compute the cost ``2 class + 5 L1 - 2 GIoU`` of each of Q queries for each of n objects: (Q, n).
 
-    Classification is the focal cost of DETR-like matchers, positive part minus negative part,
-    ``-a (1-p)^g log p + (1-a) p^g log(1-p)`` with a = 0.25 and g = 2. Boxes are in [0, 1].
+    The class cost is ``-a (1-p)^g log p + (1-a) p^g log(1-p)`` with a = 0.25 and g = 2.
     """
     logits = pred_logits.float()
     predicted, target = pred_boxes_cxcywh.float(), target_boxes_cxcywh.float()

@@ -31,8 +31,7 @@ _LAYER_OUTPUTS = ("pred_logits", "pred_boxes_cxcywh", "presence_logits")
 class Float32Positions(Sam3SinePositionEmbedding):
     """The position codes of the feature maps, always in float32; all images share one.
 
-    The port computes them in the type of the map: in bfloat16 a code of 72 x 72 cells is off by up to
-    0.034, where rounding the exact one would cost 0.002 (`tests/test_precision.py`).
+    In bfloat16, as the port has it, a code of 72 x 72 cells is off by up to 0.034.
     """
 
     def forward(self, shape, device, dtype, mask=None):
@@ -81,9 +80,8 @@ class PromptedSam3Output(Sam3ImageSegmentationOutput):
 class PromptedSam3(Sam3Model):
     """A `Sam3Model` that takes I images with B prompts and returns every decoder layer.
 
-    Parameters, modules and checkpoint keys are those of `Sam3Model`. Loaded in bfloat16, the two
-    encoders are kept in it, 96 % of the parameters of the full model, and matrix products run in it
-    through autocast. The rest stays in float32: a box in bfloat16 is rounded to 1/256 of the image.
+    Loaded in bfloat16, the two encoders are kept in it and matrix products run in it through
+    autocast. The rest stays in float32: a box in bfloat16 is rounded to 1/256 of the image.
     """
 
     _keep_in_fp32_modules_strict = (
@@ -196,10 +194,7 @@ class PromptedSam3(Sam3Model):
 
     @contextmanager
     def _capture_decoder(self):
-        """Collect what the decoder and its heads return inside `Sam3Model.forward`.
-
-        Computing again would draw another dropout. The last call of the box head is that of all layers.
-        """
+        """Collect the last outputs of decoder and heads; computing again would draw another dropout."""
         captured = {}
         modules = {
             "decoder": self.detr_decoder,
@@ -228,10 +223,7 @@ def loss_inputs(outputs):
 
 
 def checkpoint_activations(model):
-    """Compute the activations of vision, text and DETR layers again in the backward pass.
-
-    The library does it in the two encoders; the layers of the DETR are as large, once per prompt.
-    """
+    """Compute the activations of vision, text and DETR layers again in the backward pass."""
     settings = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
@@ -261,8 +253,7 @@ def model_inputs(batch, device):
 def outputs_by_rows(model, batch, device, autocast=nullcontext):
     """Run a batch of `PromptCollator` in parts of at most `ROWS_AT_ONCE` of its B rows.
 
-    Yields slices of the rows and their `PromptedSam3Output`. The vision encoder runs once per
-    image all the same; `autocast` returns the context in which the model runs.
+    Yields slices of the rows and their outputs; `autocast` returns the context of a run.
     """
     inputs = model_inputs(batch, device)
     seen = [inputs.pop(name, None) for name in _VISION_INPUTS]

@@ -38,10 +38,7 @@ def newest_revision(name_or_path):
 
 
 def base_dtype(mixed_precision):
-    """Return the type in which a frozen base is kept: bfloat16 for ``bf16``, else float32.
-
-    The range of float16 is too small for activations of a base that was trained in bfloat16.
-    """
+    """Return the type in which a frozen base is kept; the range of float16 would be too small."""
     return torch.bfloat16 if mixed_precision == "bf16" else torch.float32
 
 
@@ -51,7 +48,7 @@ def best_device():
 
 
 def load_base(name_or_path, revision=None, dtype=None, resolution=None):
-    """Load a SAM3 base and its processor, in eval mode, completely or not at all.
+    """Load a `PromptedSam3` and its processor, in eval mode, completely or not at all.
 
     Parameters
     ----------
@@ -63,12 +60,6 @@ def load_base(name_or_path, revision=None, dtype=None, resolution=None):
         Type of the weights, float32 by default; bfloat16 is that of the two encoders only.
     resolution : int, optional
         Side of the square input in pixels, the base's own by default; a multiple of its patch.
-
-    Returns
-    -------
-    model : PromptedSam3
-    processor : transformers.Sam3Processor
-        Set to the same resolution.
     """
     source, config = _locate(name_or_path), base_config(name_or_path, revision)
     if resolution is not None:

@@ -61,10 +61,7 @@ class Dataset:
 
 
 def load_dataset(config, data_dir=None):
-    """Open the `Dataset` of a config; a split is read when it is first asked for.
-
-    `data_dir` is another folder than ``data.data_dir``, to be read with the same settings.
-    """
+    """Open the `Dataset` of a config, or another folder with its settings; splits are read on demand."""
     root = resolve(config.data.data_dir if data_dir is None else data_dir)
     if not root.is_dir():
         raise InputError("no such folder", where=root, fix="check the path of the dataset")
@@ -116,7 +113,6 @@ class PromptDataset(torch.utils.data.Dataset):
     ----------
     split : helpers.data.records.Split
         Its images with a query become ``records``, those about which nothing is asked ``skipped``.
-    processor : transformers.Sam3Processor
     resolution, mask_size : int
         Side of the square input in pixels, and of the grid of predicted masks in cells.
     prompt : str, optional
@@ -250,11 +246,7 @@ def model_sizes(config, model=None):
 class PromptCollator:
     """Join items to a batch in which every query knows its image, so that each is encoded once.
 
-    Parameters
-    ----------
-    processor : transformers.Sam3Processor
-    text_states : dict of str to torch.Tensor, optional
-        From `helpers.model.cache.text_states`; takes the place of the token ids.
+    `text_states`, from `helpers.model.cache.text_states`, take the place of the token ids.
     """
 
     def __init__(self, processor, text_states=None):
@@ -300,18 +292,10 @@ class PromptCollator:
 
 
 def count_objects(loader_or_dataset):
-    """Count the objects that reach the loss.
+    """Count the objects that reach the loss, by a loader with a `PromptCollator` or a `PromptDataset`.
 
-    Parameters
-    ----------
-    loader_or_dataset : torch.utils.data.DataLoader or PromptDataset
-        A loader with a `PromptCollator`, or a dataset, of which no image is opened.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per query: ``image_id``, ``prompt``, ``is_positive``, ``num_objects``,
-        ``num_masks`` (of which with a usable mask).
+    A data frame with one row per query: ``image_id``, ``prompt``, ``is_positive``, ``num_objects``,
+    ``num_masks`` (of which with a usable mask). Of a dataset no image is opened.
     """
     if isinstance(loader_or_dataset, PromptDataset):
         indices = range(len(loader_or_dataset))

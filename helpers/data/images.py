@@ -41,10 +41,7 @@ class Picture:
 
 
 def open_upright(path):
-    """Open an image file, decode it fully, and apply its EXIF orientation: a `PIL.Image.Image`.
-
-    Its mode is RGB, transparent pixels are white.
-    """
+    """Decode an image file fully and turn it upright: a `PIL.Image.Image` of mode RGB."""
     with _opened(path, path) as image:
         return _on_background(ImageOps.exif_transpose(image))[0].convert("RGB")
 

@@ -66,11 +66,9 @@ def _rle_from_runs(segmentation):
 
 
 def compressed_runs(counts):
-    """Return the run lengths in COCO's compressed text, background first, down the columns.
-
-    A character carries 5 bits, lowest first, and a bit saying that more follow; from the fourth run
-    on, the difference to the run two before is stored.
-    """
+    """Return the run lengths in COCO's compressed text, background first, down the columns."""
+    # A character carries 5 bits, lowest first, and a bit saying that more follow; from the fourth run
+    # on, the difference to the run two before is stored.
     runs, value, shift = [], 0, 0
     for character in counts:
         bits = ord(character) - 48

@@ -95,21 +95,10 @@ def true_rle(record, item):
 
 
 def rename_categories(split, prompts_by_category):
-    """Give the categories of a split the nouns they are asked by.
+    """Give the categories of a `Split` the nouns they are asked by: ``{"0": "pothole"}``.
 
-    Parameters
-    ----------
-    split : helpers.data.records.Split
-        As read from its files.
-    prompts_by_category : dict of str to str
-        Category name to noun: ``{"cracks": "crack", "0": "pothole"}``. Names that the split lacks
-        make no difference.
-
-    Returns
-    -------
-    helpers.data.records.Split
-        Categories with one noun are one category. What an object is called in the files stays in
-        ``file_category`` and is never asked as absent.
+    Names that the split lacks make no difference. Categories with one noun are one category. What an
+    object is called in the files stays in ``file_category`` and is never asked as absent.
     """
     if not prompts_by_category:
         return split

@@ -108,10 +108,9 @@ def masks_at_image_size(mask_logits, height, width, mask_threshold):
 
 
 def output_table(raws):
-    """Describe `RawPrediction`s by the numbers that a zero detection is diagnosed with.
+    """Describe each `RawPrediction` by the numbers that a zero detection is diagnosed with.
 
-    A data frame with one row each: ``logit_*`` over the queries, the probabilities of presence and
-    of the best query, their product, and ``semantic_*`` over the pixels of the semantic map.
+    Columns ``logit_*`` are over the queries, ``semantic_*`` over the pixels of the semantic map.
     """
     rows = []
     for raw in raws:

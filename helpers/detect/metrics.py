@@ -29,13 +29,9 @@ def coco_ap(queries, iou_type="segm"):
     """Compute COCO average precision with faster-coco-eval, equal to pycocotools' numbers.
 
     Every prompt is a category, so a detection of an absent prompt costs precision only when that
-    prompt is present on another picture. The 100 best detections of each query count.
-
-    Returns
-    -------
-    dict
-        ``AP`` (mean over IoU 0.50:0.95), ``AP50``, ``AP75``; None when no query has an object, which
-        a fourth key, ``reason``, says.
+    prompt is present on another picture. The 100 best detections of each query count. Returns a dict of
+    ``AP`` (mean over IoU 0.50:0.95), ``AP50``, ``AP75``, None with a ``reason`` where no query has an
+    object.
     """
     if iou_type not in ("segm", "bbox"):
         raise InputError(f"unknown iou_type {iou_type!r}", fix="use 'segm' or 'bbox'")
@@ -119,11 +115,9 @@ def cgf1(queries, score_threshold=0.5):
         ``IL_precision``, ``IL_F1``: presence per query. The native numbers also where they have no
         meaning (0 or -1), which `evaluate_queries` refuses to report.
 
-    Notes
-    -----
-    Per query one assignment makes the summed mask IoU greatest; a pair is a hit at every threshold it
-    reaches. Source: ``sam3/eval/cgf1_eval.py`` of facebookresearch/sam3 at 99d02f2.
     """
+    # Per query one assignment makes the summed mask IoU greatest; a pair is a hit at every threshold it
+    # reaches. Source: ``sam3/eval/cgf1_eval.py`` of facebookresearch/sam3 at 99d02f2.
     queries = as_query_list(queries)
     check_probability(score_threshold, "score_threshold")
     exhaustive = [query for query in queries if query.exhaustive]
@@ -258,16 +252,12 @@ def threshold_sweep(queries, thresholds, iou_threshold=0.5):
 
 
 def evaluate_queries(queries, score_threshold):
-    """Compute the numbers that a report shows; `score_threshold` is for everything but AP.
+    """Compute the numbers that a report shows, a dict; `score_threshold` is for everything but AP.
 
-    Returns
-    -------
-    dict
-        ``AP``, ``AP50``, ``AP75`` (masks), ``box_AP``, ``box_AP50``, ``box_AP75``, ``cgF1``,
-        ``pmF1`` (positive_micro_F1), ``IL_MCC``, ``union_iou``; ``max_score_present`` and
-        ``max_score_absent``, means of the highest score of a query, each with ``_share_above``, the
-        share of them that reach the threshold; ``num_present``, ``num_absent``,
-        ``score_threshold``. A metric without meaning is None, and its ``_reason`` says why.
+    ``AP``, ``AP50``, ``AP75`` (masks), ``box_AP``, ``box_AP50``, ``box_AP75``, ``cgF1``, ``pmF1``
+    (positive_micro_F1), ``IL_MCC``, ``union_iou``; ``max_score_present`` and ``max_score_absent``, means
+    of the highest score of a query, each with ``_share_above``, the share that reaches the threshold;
+    ``num_present``, ``num_absent``, ``score_threshold``. Without meaning it is None, with a ``_reason``.
     """
     queries = as_query_list(queries)
     check_probability(score_threshold, "score_threshold")

@@ -43,10 +43,7 @@ class Prediction:
 
 
 class Predictor:
-    """Ask a `PromptedSam3`, with or without adapter, for prompts on images.
-
-    The model is used in eval mode where it is; the processor is set to its resolution.
-    """
+    """Ask a `PromptedSam3`, with or without adapter, for prompts on images, on the device where it is."""
 
     def __init__(self, model, processor):
         self.model, self.processor = model.eval(), processor
@@ -129,10 +126,7 @@ def raw_outputs(model, processor, records, prompts):
 
 
 def untrained_prompts(prompts, trained):
-    """Map each prompt that an adapter never saw to the closest of those it saw in training, or None.
-
-    Case and spaces make no difference, as they make none to the tokenizer; a plural does.
-    """
+    """Map each prompt that an adapter never saw to the closest of those it saw in training, or None."""
     known = {_plain(prompt): prompt for prompt in trained}
     closest = {}
     for prompt in prompts:
@@ -143,5 +137,5 @@ def untrained_prompts(prompts, trained):
 
 
 def _plain(prompt):
-    """Bring a prompt to lower case with single spaces."""
+    """Bring a prompt to lower case with single spaces, which is all the same to the tokenizer."""
     return " ".join(prompt.casefold().split())

@@ -14,13 +14,9 @@ from helpers.model.prompted import SCORE_LOGIT_CLAMP, base_of
 def adapter_report(model):
     """Count and measure the LoRA of every component of a `peft.PeftModel`, also on ``meta``.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per component and a row ``total``; index ``component``. ``modules`` (adapted linear
-        layers), ``parameters``, their ``share`` of the whole model, ``grad_norm`` (Euclidean; NaN
-        before a backward pass), ``B_norm`` and ``B_nonzero``, the share of modules whose B, zero at
-        the start, has moved (both NaN on ``meta``).
+    A data frame with one row per ``component`` and a row ``total``: ``modules`` (adapted linear layers),
+    ``parameters``, their ``share`` of the whole model, ``grad_norm`` (Euclidean; NaN before a backward
+    pass), ``B_norm`` and ``B_nonzero``, the share of modules whose B, zero at the start, has moved.
     """
     layers = lora_layers(model)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -70,12 +66,9 @@ def prompt_embeddings(model, processor, prompts):
 def prompt_embedding_change(model, processor, prompts):
     """Compare the embeddings of prompts with the adapter of a `peft.PeftModel` on and off.
 
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``prompt``. ``relative_change``: length of the difference over the length without
-        adapter, 0 when the text encoder has no LoRA; ``cosine`` of the two in [-1, 1]; ``nearest``
-        and ``nearest_cosine``: the most similar other prompt with the adapter on.
+    A data frame with index ``prompt``: ``relative_change``, the length of the difference over the
+    length without adapter; ``cosine`` of the two; ``nearest`` and ``nearest_cosine``, the most similar
+    other prompt with the adapter on.
     """
     tuned = prompt_embeddings(model, processor, prompts)
     with model.disable_adapter():

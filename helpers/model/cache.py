@@ -73,14 +73,18 @@ class BackboneCache:
             collate_fn=_load,
             generator=torch.Generator(),  # the global one gives LoRA its A, filled or not
         )
-        description = {  # tells a person which runs a folder serves
-            "base": self.model.name_or_path,
-            "resolution": self.model.resolution,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "bytes_per_image": self.bytes_per_image,
-        }
+        # Tells a person which runs a folder serves.
+        description = {"base": self.model.name_or_path, "resolution": self.model.resolution}
+        description["dtype"] = str(self.dtype).removeprefix("torch.")
         try:
-            self._check_room(len(missing))
+            needed = len(missing) * self.bytes_per_image
+            parent = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+            free = shutil.disk_usage(parent).free
+            if needed > free:
+                message = f"the features of {len(missing)} images need {needed / 1e9:.1f} GB"
+                message += f", the disk has {free / 1e9:.1f} GB left"
+                fix = f"name a folder on a larger disk {_ANOTHER_FOLDER}"
+                raise InputError(message, where=self.folder, fix=fix)
             with staged_folder(self.folder) as staging:
                 write_json(staging / "cache.json", description)
             with tqdm(total=len(own), desc="features", unit="image", disable=not progress) as bar:
@@ -130,19 +134,6 @@ class BackboneCache:
             digest = picture.digest if picture else file_digest(record.path)
             self._files[record.path] = self.folder / f"{digest[:32]}.safetensors"
         return self._files[record.path]
-
-    def _check_room(self, num_images):
-        """Refuse to start what the disk cannot hold."""
-        needed = num_images * self.bytes_per_image
-        parent = next(path for path in (self.folder, *self.folder.parents) if path.exists())
-        free = shutil.disk_usage(parent).free
-        if needed > free:
-            raise InputError(
-                f"the features of {num_images} images need {needed / 1e9:.1f} GB, the disk has "
-                f"{free / 1e9:.1f} GB left",
-                where=self.folder,
-                fix=f"name a folder on a larger disk {_ANOTHER_FOLDER}",
-            )
 
 
 def _checksum(tensor):

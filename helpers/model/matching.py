@@ -23,18 +23,9 @@ FOCAL_GAMMA = 2.0
 def hungarian_match(outputs, targets):
     """Assign to every object the query that explains it, at the least total cost.
 
-    Parameters
-    ----------
-    outputs : dict
-        ``pred_logits`` (B, Q) and ``pred_boxes_cxcywh`` (B, Q, 4) in [0, 1].
-    targets : list of dict
-        B dicts with ``boxes_cxcywh`` (n, 4) in [0, 1]; n may be 0.
-
-    Returns
-    -------
-    list of tuple of torch.Tensor
-        B pairs ``(query_idx, target_idx)`` of int64 tensors of equal length min(n, Q), on the
-        device of the logits, sorted by ``target_idx``.
+    Outputs are ``pred_logits`` (B, Q) and ``pred_boxes_cxcywh`` (B, Q, 4), the B targets hold
+    ``boxes_cxcywh`` (n, 4), both in [0, 1]. Returns B pairs ``(query_idx, target_idx)`` of int64 tensors
+    of length min(n, Q), on the device of the logits, sorted by ``target_idx``.
     """
     pred_logits, pred_boxes = outputs["pred_logits"], outputs["pred_boxes_cxcywh"]
     matches = []

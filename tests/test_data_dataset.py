@@ -23,7 +23,7 @@ from torchvision.ops import box_convert
 from helpers.data.coco import read_split
 from helpers.data.dataset import PromptCollator, PromptDataset, count_objects
 from helpers.data.masks import clip_box, rle_area, rle_box_xyxy
-from helpers.data.records import has_masks, true_objects, true_rle
+from helpers.data.records import true_objects, true_rle
 from helpers.detect.queries import as_queries
 from helpers.errors import InputError
 
@@ -336,16 +336,3 @@ def _answer(record):
         image=str(record.path), prompt="crack", detections=[],
         presence_prob=0.0, max_query_prob=0.0, max_score=0.0,
     )  # fmt: skip
-
-
-def test_a_split_of_boxes_only_has_no_masks(data_dir):
-    assert has_masks(read_split(data_dir, "train"))
-
-    def change(content):
-        for annotation in content["annotations"]:
-            annotation["segmentation"] = []
-
-    edit_coco(data_dir, "train", change)
-    assert not has_masks(read_split(data_dir, "train"))
-    edit_coco(data_dir, "train", lambda c: c["annotations"].clear())
-    assert not has_masks(read_split(data_dir, "train"))

@@ -1,10 +1,7 @@
-"""Read a split from either of two layouts into the same records.
+"""Read a split from either of two layouts into the same records; `helpers.checks` judges them.
 
 ``coco``: ``{split}/_annotations.coco.json`` with the images beside it or in ``images/``.
 ``per_image``: ``{split}/images/*.jpg`` with ``{split}/annotations/<stem>.json``.
-
-What makes reading impossible raises `InputError`. What can be read but is wrong is read as it is:
-`helpers.checks` finds it.
 """
 
 from __future__ import annotations
@@ -24,30 +21,17 @@ SPLIT_FOLDERS = {
     "train": ("train", "training", "trn"),
     "valid": ("valid", "val", "validation", "dev"),
     "test": ("test", "testing"),
-}
-"""Name of each split, and what its folder may be called in any case."""
+}  # name of each split, and what its folder may be called in any case
+_ID = int | float | str  # of images and annotations
 _EXPORT_AGAIN = "export the annotations again"
 _CONTRADICTION = "_contradiction"
 
 
 def find_splits(data_dir):
-    """List the splits of a dataset.
+    """List the splits of a dataset, a folder with one folder per split; at least one.
 
-    Parameters
-    ----------
-    data_dir : str or os.PathLike
-        A folder with one folder per split, see `helpers.files.resolve`.
-
-    Returns
-    -------
-    list of str
-        ``train``, ``valid`` (also for folders called ``val`` or ``Validation``) and ``test`` first,
-        then any other folder that holds annotations.
-
-    Raises
-    ------
-    InputError
-        If the folder is missing or no folder in it holds annotations.
+    ``train``, ``valid`` (also for folders called ``val`` or ``Validation``) and ``test`` come first,
+    then any other folder that holds annotations.
     """
     data_dir = resolve(data_dir)
     if not data_dir.is_dir():
@@ -60,11 +44,8 @@ def find_splits(data_dir):
     if (data_dir / COCO_FILE).is_file() or (
         split_name(data_dir.name) in SPLIT_FOLDERS and layouts_of(data_dir)
     ):
-        raise InputError(
-            "is one split and no dataset",
-            where=data_dir,
-            fix=f"name the folder above it, {data_dir.parent}",
-        )
+        fix = f"name the folder above it, {data_dir.parent}"
+        raise InputError("is one split and no dataset", where=data_dir, fix=fix)
     raise InputError(
         "holds no split",
         where=data_dir,
@@ -74,7 +55,7 @@ def find_splits(data_dir):
 
 
 def read_split(data_dir, split, layout=None):
-    """Read all images and objects of one split; image files are not opened.
+    """Read all images and objects of one split, a `Split`; image files are not opened.
 
     Parameters
     ----------
@@ -83,32 +64,46 @@ def read_split(data_dir, split, layout=None):
     split : str
         Name of the split; ``val`` and ``valid`` mean the same.
     layout : {"coco", "per_image"}, optional
-        By default the first of the two that is there.
-
-    Returns
-    -------
-    helpers.data.records.Split
-        Both layouts give the same records for the same annotations.
-
-    Raises
-    ------
-    InputError
-        If folder, file or layout is missing, or a file or an entry cannot be understood.
+        By default the first of the two that is there; both give the same records.
     """
     name, root = split_folder(resolve(data_dir), split)
     layouts = [known for known in layouts_of(root) if layout in (None, known)]
     if not layouts:
-        raise InputError(
-            f"holds no annotations in the layout {layout or 'coco or per_image'}",
-            where=root,
-            fix=f"put {COCO_FILE}, or annotations/<image name>.json, into this folder",
-        )
+        message = f"holds no annotations in the layout {layout or 'coco or per_image'}"
+        fix = f"put {COCO_FILE}, or annotations/<image name>.json, into this folder"
+        raise InputError(message, where=root, fix=fix)
     layout = layouts[0]
     records, table = [], {}
     for where, image, objects, categories in entries_of(root, layout):
         names = category_names(categories, where, table)
         records.append(image_record(where, image, objects, names, root))
-    return _assemble(name, root, layout, records, list(table.values()))
+    near = near_files([record.path for record in records if not record.path.is_file()])
+    records = [replace(record, path=near.get(record.path, record.path)) for record in records]
+    records.sort(key=lambda record: record.image_id)
+    for first, second in zip(records, records[1:], strict=False):
+        if first.image_id == second.image_id:
+            message = f"image {first.image_id} is listed twice"
+            raise InputError(message, where=root, fix="merge the two entries")
+    used = {item.category for record in records for item in record.objects}
+    parents = {entry.supercategory for entry in table.values() if entry.supercategory != entry.name}
+    categories = [
+        entry.name
+        for entry in table.values()
+        if entry.name in used or (entry.name not in parents and normalise_noun(entry.name))
+    ]
+    read = {record.path for record in records} | {root / COCO_FILE}
+    read |= {root / "annotations" / f"{record.path.stem}.json" for record in records}
+    others = [path for path in sorted(_visible_files(root, deep=True)) if path not in read]
+    return Split(
+        name=name,
+        root=root,
+        layout=layout,
+        categories=tuple(dict.fromkeys(categories)),
+        records=tuple(records),
+        category_table=tuple(table.values()),
+        unannotated=tuple(path for path in others if path.suffix.lower() in IMAGE_SUFFIXES),
+        unread=tuple(path for path in others if path.suffix.lower() not in IMAGE_SUFFIXES),
+    )
 
 
 def split_name(folder_name):
@@ -127,11 +122,8 @@ def split_folder(data_dir, split):
     annotated = [path for path in folders if layouts_of(path)]
     if len(annotated) > 1:
         listed = " and ".join(f"'{path.name}'" for path in annotated)
-        raise InputError(
-            f"{listed} both mean the split '{name}'",
-            where=data_dir,
-            fix="rename or remove one of them, or join their images and annotations",
-        )
+        fix = "rename or remove one of them, or join their images and annotations"
+        raise InputError(f"{listed} both mean the split '{name}'", where=data_dir, fix=fix)
     if folders:
         return name, (annotated or folders)[0]
     names = ", ".join(find_splits(data_dir))  # raises if the dataset itself is missing
@@ -154,20 +146,22 @@ def entries_of(root, layout):
 def coco_entries(where):
     """Yield what `entries_of` yields for one COCO file."""
     content = read_json(where, _EXPORT_AGAIN)
-    categories = _list_of(content, "categories", where)
-    by_image = {}
+    categories, by_image = _list_of(content, "categories", where), {}
     for image in _list_of(content, "images", where):
-        if not is_id(image.get("id")) or image["id"] in by_image:
-            raise InputError(
-                f"image id {image.get('id')!r} is missing or given twice",
-                where=where,
-                fix="give each image entry an id of its own",
-            )
+        if not isinstance(image.get("id"), _ID) or image["id"] in by_image:
+            message = f"image id {image.get('id')!r} is missing or given twice"
+            raise InputError(message, where=where, fix="give each image entry an id of its own")
         by_image[image["id"]] = (image, [])
     for annotation in _list_of(content, "annotations", where):
-        _refuse_other_tasks(annotation, where)
+        for key, task in (("segments_info", "panoptic segmentation"), ("caption", "captions")):
+            if key in annotation and "category_id" not in annotation:
+                raise InputError(
+                    f"is a COCO file for {task}: an annotation has '{key}' and no 'category_id'",
+                    where=where,
+                    fix="export instances, with 'bbox', 'segmentation' and 'category_id'",
+                )
         image_id = annotation.get("image_id")
-        if not is_id(image_id) or image_id not in by_image:
+        if not isinstance(image_id, _ID) or image_id not in by_image:
             raise InputError(
                 f"annotation {annotation.get('id')!r} belongs to image {image_id!r}, which the "
                 f"file does not list{_same_in_another_type(image_id, by_image)}",
@@ -177,17 +171,6 @@ def coco_entries(where):
         by_image[image_id][1].append(annotation)
     for image, objects in by_image.values():
         yield where, image, objects, categories
-
-
-def _refuse_other_tasks(annotation, where):
-    """Refuse the COCO files of tasks that hold neither boxes nor masks of objects."""
-    for key, task in (("segments_info", "panoptic segmentation"), ("caption", "captions")):
-        if key in annotation and "category_id" not in annotation:
-            raise InputError(
-                f"is a COCO file for {task}: an annotation has '{key}' and no 'category_id'",
-                where=where,
-                fix="export instances, with 'bbox', 'segmentation' and 'category_id'",
-            )
 
 
 def _same_in_another_type(value, known):
@@ -201,21 +184,20 @@ def _same_in_another_type(value, known):
 
 def _per_image_entries(root):
     """Yield what `entries_of` yields for the files of single images."""
-    images = {path.stem: path for path in _visible_files(root / "images") if _is_image(path)}
+    files = _visible_files(root / "images")
+    images = {path.stem: path for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
     for where in sorted(_visible_files(root / "annotations")):
         if where.suffix != ".json":
             continue
         content = read_json(where, _EXPORT_AGAIN)
         listed = content.get("images", [{}])
         if not isinstance(listed, list) or len(listed) != 1 or not isinstance(listed[0], dict):
-            raise InputError(
-                "'images' must list exactly one image", where=where, fix="write one file per image"
-            )
+            fix = "write one file per image"
+            raise InputError("'images' must list exactly one image", where=where, fix=fix)
         top = {key: content[key] for key in ("width", "height", "contents") if key in content}
         image = {**top, **listed[0]}
-        differing = [
-            f"'{key}' is {top[key]!r} and {image[key]!r}" for key in top if top[key] != image[key]
-        ]
+        pairs = ((key, top[key], image[key]) for key in top if top[key] != image[key])
+        differing = [f"'{key}' is {first!r} and {second!r}" for key, first, second in pairs]
         stated = image.get("file_name")
         if where.stem in images:
             image["file_name"] = images[where.stem].name
@@ -231,20 +213,13 @@ def _per_image_entries(root):
 def _list_of(content, key, where):
     """Return ``content[key]``, which must be a list of objects; a missing key is no empty list."""
     if key not in content:
-        raise InputError(
-            f"has no key '{key}' but only {', '.join(sorted(content)) or 'nothing'}",
-            where=where,
-            fix=f"write the COCO key '{key}'; a missing key must not pass for an empty picture",
-        )
+        message = f"has no key '{key}' but only {', '.join(sorted(content)) or 'nothing'}"
+        fix = f"write the COCO key '{key}'; a missing key must not pass for an empty picture"
+        raise InputError(message, where=where, fix=fix)
     values = content[key]
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise InputError(f"'{key}' is no list of objects", where=where, fix="write it as COCO does")
     return values
-
-
-def is_id(value):
-    """Return whether a JSON value can be an id: a number or a string."""
-    return isinstance(value, int | float | str)
 
 
 def category_names(entries, where, table):
@@ -253,24 +228,15 @@ def category_names(entries, where, table):
     for entry in entries:
         category_id, name, parent = entry.get("id"), entry.get("name"), entry.get("supercategory")
         if type(category_id) is not int:
-            raise InputError(
-                f"a category has the id {category_id!r}",
-                where=where,
-                fix="number the categories with whole numbers",
-            )
+            fix = "number the categories with whole numbers"
+            raise InputError(f"a category has the id {category_id!r}", where=where, fix=fix)
         if not isinstance(name, str) or not name.strip():
-            raise InputError(
-                f"category {category_id} has no name, so there is nothing to ask for",
-                where=where,
-                fix="give it the noun that a person would use",
-            )
+            message = f"category {category_id} has no name, so there is nothing to ask for"
+            raise InputError(message, where=where, fix="give it the noun that a person would use")
         name = name.strip()
         if names.setdefault(category_id, name) != name:
-            raise InputError(
-                f"category id {category_id} means both {names[category_id]!r} and {name!r}",
-                where=where,
-                fix="give each category an id of its own",
-            )
+            message = f"category id {category_id} means both {names[category_id]!r} and {name!r}"
+            raise InputError(message, where=where, fix="give each category an id of its own")
         parent = parent.strip() if isinstance(parent, str) and parent.strip() else None
         table.setdefault((category_id, name), Category(category_id, name, parent))
     return names
@@ -288,36 +254,29 @@ def image_record(where, image, annotations, names, root):
     width, height = image.get("width"), image.get("height")
     if width is None and height is None:
         (width, height), _ = upright_size(path)
+    message = f"the size is {width!r} x {height!r}"
     if not all(type(side) is int and side > 0 for side in (width, height)):
-        raise InputError(
-            f"the size is {width!r} x {height!r}",
-            where=place,
-            fix="write width and height in pixels as whole numbers",
-        )
+        fix = "write width and height in pixels as whole numbers"
+        raise InputError(message, where=place, fix=fix)
     if width * height > MAX_PIXELS:
-        raise InputError(
-            f"the size is {width} x {height}, more than {MAX_PIXELS / 1e6:.0f} megapixels",
-            where=place,
-            fix="correct width and height, or cut the image into several",
-        )
+        message += f", more than {MAX_PIXELS / 1e6:.0f} megapixels"
+        fix = "correct width and height, or cut the image into several"
+        raise InputError(message, where=place, fix=fix)
     contents = image.get("contents", [])
     if not isinstance(contents, list) or not all(isinstance(noun, str) for noun in contents):
-        raise InputError(
-            "'contents' is no list of nouns", where=place, fix='write "contents": ["joint"]'
-        )
-    objects = tuple(
-        _object(place, annotation, index, names, width, height)
-        for index, annotation in enumerate(annotations)
-    )
+        fix = 'write "contents": ["joint"]'
+        raise InputError("'contents' is no list of nouns", where=place, fix=fix)
+    size = (width, height)
+    objects = tuple(_object(place, *entry, names, *size) for entry in enumerate(annotations))
     contradiction = image.get(_CONTRADICTION)
     return ImageRecord(image_id, path, width, height, objects, frozenset(contents), contradiction)
 
 
-def _object(where, annotation, index, names, width, height):
+def _object(where, index, annotation, names, width, height):
     """Build one object from its annotation entry."""
     annotation_id, category_id = annotation.get("id", index), annotation.get("category_id")
     where = f"{where}, annotation {annotation_id}"
-    if not is_id(category_id) or category_id not in names:
+    if not isinstance(category_id, _ID) or category_id not in names:
         raise InputError(
             f"category_id {category_id!r} has no name in 'categories'"
             f"{_same_in_another_type(category_id, names)}",
@@ -325,9 +284,8 @@ def _object(where, annotation, index, names, width, height):
             fix=f"use one of {sorted(names)} or add the category with its name",
         )
     if annotation.get("iscrowd", 0) not in (0, 1):
-        raise InputError(
-            f"iscrowd is {annotation['iscrowd']!r}", where=where, fix="write 0 for an object"
-        )
+        message = f"iscrowd is {annotation['iscrowd']!r}"
+        raise InputError(message, where=where, fix="write 0 for an object")
     rle, mask_problem = None, None
     if annotation.get("segmentation") not in (None, [], {}):
         try:
@@ -336,9 +294,21 @@ def _object(where, annotation, index, names, width, height):
             mask_problem = str(error)
     box, area = annotation.get("bbox"), annotation.get("area")
     has_own_box = box not in (None, [])
+    if has_own_box:
+        are_numbers = isinstance(box, list) and all(type(n) in (int, float) for n in box)
+        if not are_numbers or len(box) != 4:
+            message = f"bbox is {box!r}, not [x, y, width, height]"
+            raise InputError(message, where=where, fix="write four numbers in pixels")
+        x, y, box_width, box_height = map(float, box)  # NaN is kept for the data checks to name
+        box_xyxy = (x, y, x + box_width, y + box_height)
+    elif rle is None or rle_area(rle) == 0:
+        fix = "add 'bbox': [x, y, width, height] in pixels or remove the annotation"
+        raise InputError("the annotation has neither a box nor a mask", where=where, fix=fix)
+    else:
+        box_xyxy = rle_box_xyxy(rle)
     return ObjectAnnotation(
         category=names[category_id],
-        box_xyxy=_box_xyxy(box, where) if has_own_box else _box_of_mask(rle, where),
+        box_xyxy=box_xyxy,
         rle=rle,
         is_crowd=bool(annotation.get("iscrowd", 0)),
         annotation_id=annotation_id,
@@ -348,67 +318,7 @@ def _object(where, annotation, index, names, width, height):
     )
 
 
-def _box_xyxy(box, where):
-    """Convert COCO's [x, y, width, height] in pixels; NaN is kept for the data checks to name."""
-    if not (isinstance(box, list) and len(box) == 4 and all(type(n) in (int, float) for n in box)):
-        raise InputError(
-            f"bbox is {box!r}, not [x, y, width, height]",
-            where=where,
-            fix="write four numbers in pixels",
-        )
-    x, y, width, height = (float(number) for number in box)
-    return (x, y, x + width, y + height)
-
-
-def _box_of_mask(rle, where):
-    """Take the tight box of the mask of an annotation without a box."""
-    if rle is None or rle_area(rle) == 0:
-        raise InputError(
-            "the annotation has neither a box nor a mask",
-            where=where,
-            fix="add 'bbox': [x, y, width, height] in pixels or remove the annotation",
-        )
-    return rle_box_xyxy(rle)
-
-
-def _assemble(name, root, layout, records, table):
-    """Put a split together: order the images, leave out empty parents, list unused files."""
-    near = near_files([record.path for record in records if not record.path.is_file()])
-    records = [replace(record, path=near.get(record.path, record.path)) for record in records]
-    records.sort(key=lambda record: record.image_id)
-    for first, second in zip(records, records[1:], strict=False):
-        if first.image_id == second.image_id:
-            raise InputError(
-                f"image {first.image_id} is listed twice", where=root, fix="merge the two entries"
-            )
-    used = {item.category for record in records for item in record.objects}
-    parents = {entry.supercategory for entry in table if entry.supercategory != entry.name}
-    categories = [
-        entry.name
-        for entry in table
-        if entry.name in used or (entry.name not in parents and normalise_noun(entry.name))
-    ]
-    read = {record.path for record in records} | {root / COCO_FILE}
-    read |= {root / "annotations" / f"{record.path.stem}.json" for record in records}
-    others = [path for path in sorted(_visible_files(root, deep=True)) if path not in read]
-    return Split(
-        name=name,
-        root=root,
-        layout=layout,
-        categories=tuple(dict.fromkeys(categories)),
-        records=tuple(records),
-        category_table=tuple(table),
-        unannotated=tuple(path for path in others if _is_image(path)),
-        unread=tuple(path for path in others if not _is_image(path)),
-    )
-
-
 def _visible_files(folder, deep=False):
     """List the files of a folder, or below it, but not hidden ones; none if it is missing."""
     paths = folder.rglob("*") if deep else folder.glob("*")
     return [path for path in paths if path.is_file() and not path.name.startswith(".")]
-
-
-def _is_image(path):
-    """Return whether a file's name ends as an image's that can be read."""
-    return path.suffix.lower() in IMAGE_SUFFIXES

@@ -61,18 +61,7 @@ class Dataset:
 
 
 def load_dataset(config, data_dir=None):
-    """Open the dataset of a config; a split is read when it is first asked for.
-
-    Parameters
-    ----------
-    config : helpers.config.Config
-    data_dir : os.PathLike, optional
-        Another folder than ``data.data_dir``, read with the same settings.
-
-    Returns
-    -------
-    Dataset
-    """
+    """Open the `Dataset` of a config, or another folder with its settings; splits are read on demand."""
     root = resolve(config.data.data_dir if data_dir is None else data_dir)
     if not root.is_dir():
         raise InputError("no such folder", where=root, fix="check the path of the dataset")
@@ -80,16 +69,11 @@ def load_dataset(config, data_dir=None):
 
 
 def object_targets(objects, record, mask_size):
-    """Return what the loss compares n objects of one image with.
-
-    ``boxes_cxcywh`` float32 (n, 4) in [0, 1], clipped to the image; ``masks`` uint8
-    (n, mask_size, mask_size), decoded only if ``mask_size`` is not 0; ``mask_valid`` bool (n,).
-    """
+    """Return what the loss compares n objects of an image with, see `PromptDataset.targets`."""
     boxes_xyxy = [clip_box(item.box_xyxy, record.width, record.height) for item in objects]
     scale = torch.tensor([record.width, record.height, record.width, record.height])
-    boxes_cxcywh = box_convert(
-        torch.tensor(boxes_xyxy, dtype=torch.float32).reshape(-1, 4) / scale, "xyxy", "cxcywh"
-    )
+    boxes = torch.tensor(boxes_xyxy, dtype=torch.float32).reshape(-1, 4) / scale
+    boxes_cxcywh = box_convert(boxes, "xyxy", "cxcywh")
     mask_valid = torch.tensor([has_mask(record, item) for item in objects], dtype=torch.bool)
     masks = torch.zeros((len(objects), mask_size, mask_size), dtype=torch.uint8)
     if mask_size:
@@ -101,8 +85,7 @@ def object_targets(objects, record, mask_size):
 def data_fingerprint(split, pictures=None):
     """Return 16 hex digits of the SHA-256 of what a split teaches, wherever it lies.
 
-    It changes with any byte of an image, any box, mask, noun or known content, and with the name of
-    a file, which decides the draw of absent prompts. Images not among ``pictures`` are read.
+    Also of file names: they decide the draw of absent prompts. Images not in ``pictures`` are read.
     """
     pictures = pictures or {}
     digest = hashlib.sha256(json.dumps(split.categories).encode("utf-8"))
@@ -114,14 +97,12 @@ def data_fingerprint(split, pictures=None):
         size = [record.width, record.height]
         description = [record.image_id, size, sorted(record.contents), objects]
         digest.update(json.dumps(description, sort_keys=True).encode("utf-8"))
-        picture = pictures.get(record.path)
-        known = picture.digest if picture else ""
+        known = getattr(pictures.get(record.path), "digest", "")
         digest.update((known or file_digest(record.path)).encode("ascii"))
     return digest.hexdigest()[:16]
 
 
-_TARGET_KEYS = ("boxes_cxcywh", "masks", "mask_valid")
-_QUERY_KEYS = ("image_id", "prompt", "category", "is_positive")
+_TARGETS = ("boxes_cxcywh", "masks", "mask_valid")
 MAX_TOKENS = 32  # context of SAM3's text encoder; its processor would cut or fail beyond it
 
 
@@ -131,27 +112,17 @@ class PromptDataset(torch.utils.data.Dataset):
     Parameters
     ----------
     split : helpers.data.records.Split
-    processor : transformers.Sam3Processor
-        Its ``image_processor`` resizes to a square, rescales and normalises.
+        Its images with a query become ``records``, those about which nothing is asked ``skipped``.
     resolution, mask_size : int
         Side of the square input in pixels, and of the grid of predicted masks in cells.
     prompt : str, optional
         Replaces every category name; one query then gets all objects of the image.
-    num_negatives : int
-        Absent prompts per image, see `helpers.data.prompts.absent_prompts`.
-    negative_prompts : sequence of str
-        Nouns to draw absent prompts from, beside the dataset's own absent categories.
-    seed : int
-        For the draw.
+    num_negatives, negative_prompts, seed
+        Count, further nouns and seed of `helpers.data.prompts.absent_prompts`.
     resample_negatives : bool
         True draws anew in each epoch (`set_epoch`), False always draws the same.
     backbone_cache : helpers.model.cache.BackboneCache, optional
         Filled with the images of the split; its features then take the place of the pixels.
-
-    Attributes
-    ----------
-    records, skipped : list of helpers.data.records.ImageRecord
-        The images with a query, and those left out because nothing is asked about them.
     """
 
     def __init__(
@@ -187,22 +158,15 @@ class PromptDataset(torch.utils.data.Dataset):
                 fix="annotate objects inside the images that are not marked as crowd",
             )
         if num_negatives > 0 and not any(absent_candidates(r, self.nouns) for r in self.records):
-            raise InputError(
-                f"num_negatives is {num_negatives}, but no noun is absent from any image",
-                where=split.root,
-                fix="list nouns in data.negative_prompts that the images do not show",
-            )
+            message = f"num_negatives is {num_negatives}, but no noun is absent from any image"
+            fix = "list nouns in data.negative_prompts that the images do not show"
+            raise InputError(message, where=split.root, fix=fix)
 
     @classmethod
     def from_config(cls, config, split, model=None, processor=None, **changes):
-        """Build the dataset that a config trains on; `targets` needs neither model nor processor.
-
-        ``changes`` are parameters of the class, for example a ``backbone_cache``.
-        """
-        resolution, mask_size = model_sizes(config, model)
+        """Build the dataset that a config trains on; `targets` needs neither model nor processor."""
         settings = {
-            "resolution": resolution,
-            "mask_size": mask_size,
+            **dict(zip(("resolution", "mask_size"), model_sizes(config, model), strict=True)),
             "prompt": config.data.prompt,
             "num_negatives": config.data.num_negatives,
             "negative_prompts": config.data.negative_prompts,
@@ -211,26 +175,21 @@ class PromptDataset(torch.utils.data.Dataset):
         return cls(split, processor, **settings | changes)
 
     @classmethod
-    def for_evaluation(
-        cls, split, model, processor, *, prompt=None, absent_prompts=(), backbone_cache=None
-    ):
+    def for_evaluation(cls, split, model, processor, *, prompt=None, absent_prompts=(), **changes):
         """Build the questions of an evaluation: every category and absent noun on every image."""
         num_nouns = len(split.categories if prompt is None else (prompt,)) + len(absent_prompts)
-        return cls(
-            split,
-            processor,
-            resolution=model.resolution,
-            mask_size=model.mask_size,
-            prompt=prompt,
+        settings = {
+            "resolution": model.resolution,
+            "mask_size": model.mask_size,
+            "prompt": prompt,
             # All there are. With a single noun and no other, only images without it can ask for it.
-            num_negatives=num_nouns if num_nouns > 1 else 0,
-            negative_prompts=tuple(absent_prompts),
-            resample_negatives=False,
-            backbone_cache=backbone_cache,
-        )
+            "num_negatives": num_nouns if num_nouns > 1 else 0,
+            "negative_prompts": absent_prompts,
+        }
+        return cls(split, processor, resample_negatives=False, **settings | changes)
 
     def __len__(self):
-        """Return the number of images with a query."""
+        """Count the images with a query."""
         return len(self.records)
 
     @property
@@ -243,11 +202,7 @@ class PromptDataset(torch.utils.data.Dataset):
         self.epoch = epoch
 
     def __getitem__(self, index):
-        """Load the image at a position in `records`.
-
-        The dict has ``pixel_values`` float32 (3, resolution, resolution), normalised, or with a
-        cache ``backbone_states`` (N, C); and ``queries``, see `targets`.
-        """
+        """Load ``pixel_values`` (3, S, S) or ``backbone_states`` (N, C), and ``queries`` (`targets`)."""
         queries, record = self.targets(index), self.records[index]
         if self.backbone_cache is not None:
             return {"backbone_states": self.backbone_cache.states(record), "queries": queries}
@@ -259,35 +214,25 @@ class PromptDataset(torch.utils.data.Dataset):
 
         Each is a dict of ``image_id``, ``prompt``, ``category`` (the name asked for),
         ``is_positive``, ``boxes_cxcywh`` float32 (n, 4) in [0, 1], ``masks`` uint8
-        (n, mask_size, mask_size) and ``mask_valid`` bool (n,), False where a box has no usable
-        mask. Positive queries come first and have n >= 1, the others n = 0.
+        (n, mask_size, mask_size) and ``mask_valid`` bool (n,). Positive queries come first.
         """
         record = self.records[index]
         mask_size = self.mask_size if mask_size is None else mask_size
-        return [
-            {
-                "image_id": record.image_id,
-                "prompt": prompt,
-                "category": prompt,
-                "is_positive": bool(objects),
-                **object_targets(objects, record, mask_size),
-            }
-            for prompt, objects in self._prompts(record).items()
-        ]
+        queries = []
+        for prompt, objects in self._prompts(record).items():
+            names = {"image_id": record.image_id, "prompt": prompt, "category": prompt}
+            targets = object_targets(objects, record, mask_size)
+            queries.append({**names, "is_positive": bool(objects), **targets})
+        return queries
 
     def _prompts(self, record):
         """Map each prompt of an image to its objects, absent prompts to none."""
         prompts = present_prompts(record, self.split.categories, self.prompt)
         # A replaced prompt means any object: it is absent only where nothing is annotated.
         own_names = self.own_names if self.prompt is None or not record.objects else ()
-        absent = absent_prompts(
-            record,
-            own_names,
-            self.negative_prompts,
-            self.num_negatives,
-            seed=self.seed,
-            epoch=self.epoch if self.resample_negatives else 0,
-        )
+        draw = {"seed": self.seed, "epoch": self.epoch if self.resample_negatives else 0}
+        nouns = (own_names, self.negative_prompts)
+        absent = absent_prompts(record, *nouns, self.num_negatives, **draw)
         return {**prompts, **{noun: [] for noun in absent}}
 
 
@@ -301,25 +246,19 @@ def model_sizes(config, model=None):
 class PromptCollator:
     """Join items to a batch in which every query knows its image, so that each is encoded once.
 
-    Parameters
-    ----------
-    processor : transformers.Sam3Processor
-        Its ``tokenizer`` turns prompts into 32 token ids.
-    text_states : dict of str to torch.Tensor, optional
-        From `helpers.model.cache.text_states`, for every prompt that is asked; takes the place
-        of the token ids.
+    `text_states`, from `helpers.model.cache.text_states`, take the place of the token ids.
     """
 
     def __init__(self, processor, text_states=None):
         self.processor, self.text_states = processor, text_states
 
     def __call__(self, items):
-        """Collate I items with B queries in all; InputError for a prompt beyond 32 tokens.
+        """Collate I items with B queries in all.
 
         The batch has ``pixel_values`` (I, 3, S, S) or ``backbone_states`` (I, N, C); ``input_ids``
-        int64 (B, 32) or ``text_states`` (B, 32, D); ``attention_mask`` int64 (B, 32);
-        ``image_index`` int64 (B,), the image of each query, ascending; ``targets``, B dicts of
-        ``boxes_cxcywh``, ``masks``, ``mask_valid``; ``queries``, B dicts of the rest.
+        (B, 32) or ``text_states`` (B, 32, D); ``attention_mask`` (B, 32); ``image_index`` (B,), the
+        image of each query, ascending; ``targets``, B dicts of ``boxes_cxcywh``, ``masks``,
+        ``mask_valid``; ``queries``, B dicts of the rest.
         """
         queries = [query for item in items for query in item["queries"]]
         prompts = [query["prompt"] for query in queries]
@@ -332,8 +271,8 @@ class PromptCollator:
         return {
             images: torch.stack([item[images] for item in items]),
             "image_index": torch.tensor(image_index, dtype=torch.long),
-            "targets": [{key: query[key] for key in _TARGET_KEYS} for query in queries],
-            "queries": [{key: query[key] for key in _QUERY_KEYS} for query in queries],
+            "targets": [{key: query[key] for key in _TARGETS} for query in queries],
+            "queries": [{k: v for k, v in query.items() if k not in _TARGETS} for query in queries],
             **tokens,
         }
 
@@ -341,53 +280,35 @@ class PromptCollator:
         """Turn B prompts into ``input_ids`` and ``attention_mask``, int64 (B, 32); none is cut."""
         for prompt in prompts:
             if any("\ud800" <= character <= "\udfff" for character in prompt):
-                raise InputError(
-                    f"the prompt {prompt!r} is no text: it holds bytes that are not UTF-8",
-                    fix="type the prompt in a terminal or file that uses UTF-8",
-                )
+                message = f"the prompt {prompt!r} is no text: it holds bytes that are not UTF-8"
+                fix = "type the prompt in a terminal or file that uses UTF-8"
+                raise InputError(message, fix=fix)
         tokens = self.processor.tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS)
         for prompt, ids in zip(prompts, tokens["input_ids"], strict=True):
             if len(ids) > MAX_TOKENS:
-                raise InputError(
-                    f"the prompt {prompt!r} has {len(ids)} tokens, SAM3 reads {MAX_TOKENS}",
-                    fix="use a short noun phrase",
-                )
+                message = f"the prompt {prompt!r} has {len(ids)} tokens, SAM3 reads {MAX_TOKENS}"
+                raise InputError(message, fix="use a short noun phrase")
         return {key: torch.tensor(tokens[key]) for key in ("input_ids", "attention_mask")}
 
 
 def count_objects(loader_or_dataset):
-    """Count the objects that reach the loss.
+    """Count the objects that reach the loss, by a loader with a `PromptCollator` or a `PromptDataset`.
 
-    Parameters
-    ----------
-    loader_or_dataset : torch.utils.data.DataLoader or PromptDataset
-        A loader with a `PromptCollator`, or a dataset, of which no image is opened.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per query: ``image_id``, ``prompt``, ``is_positive``, ``num_objects``,
-        ``num_masks`` (of which with a usable mask).
+    A data frame with one row per query: ``image_id``, ``prompt``, ``is_positive``, ``num_objects``,
+    ``num_masks`` (of which with a usable mask). Of a dataset no image is opened.
     """
     if isinstance(loader_or_dataset, PromptDataset):
-        prompts = loader_or_dataset
-        pairs = (
-            (query, query) for index in range(len(prompts)) for query in prompts.targets(index, 0)
-        )
+        indices = range(len(loader_or_dataset))
+        queries = (query for index in indices for query in loader_or_dataset.targets(index, 0))
     else:
-        pairs = (
-            pair
+        queries = (
+            query | target
             for batch in loader_or_dataset
-            for pair in zip(batch["queries"], batch["targets"], strict=True)
+            for query, target in zip(batch["queries"], batch["targets"], strict=True)
         )
-    return pd.DataFrame(
-        [
-            {
-                **{key: query[key] for key in ("image_id", "prompt", "is_positive")},
-                "num_objects": len(target["boxes_cxcywh"]),
-                "num_masks": int(target["mask_valid"].sum()),
-            }
-            for query, target in pairs
-        ],
-        columns=["image_id", "prompt", "is_positive", "num_objects", "num_masks"],
-    )
+    names = ["image_id", "prompt", "is_positive"]
+    rows = [
+        (*(query[name] for name in names), len(query["masks"]), int(query["mask_valid"].sum()))
+        for query in queries
+    ]
+    return pd.DataFrame(rows, columns=[*names, "num_objects", "num_masks"])

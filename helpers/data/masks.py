@@ -16,9 +16,8 @@ TOUCHED_BELOW = 0.5  # share of an object's area under which all cells that it t
 def segmentation_to_rle(segmentation, height, width):
     """Convert polygons ``[[x, y, ...], ...]`` or run lengths of COCO into compressed run lengths.
 
-    Run lengths keep their own size, even where it is wrong, so that the checks can name it. A
-    malformed segmentation is a ValueError with the reason: pycocotools itself decodes run lengths
-    that do not fill their size into arbitrary memory.
+    Run lengths keep their own size, even a wrong one, for the checks to name. A malformed one is a
+    ValueError: pycocotools decodes run lengths that do not fill their size into arbitrary memory.
     """
     if isinstance(segmentation, dict):
         return _rle_from_runs(segmentation)
@@ -30,20 +29,15 @@ def segmentation_to_rle(segmentation, height, width):
     for part in segmentation:
         if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
             raise ValueError("a polygon needs an even count of at least 6 numbers")
-        if not _are_numbers(part) or max(map(abs, part)) > limit:
+        are_numbers = set(map(type, part)) <= {int, float} and all(map(math.isfinite, part))
+        if not are_numbers or max(map(abs, part)) > limit:
             raise ValueError("a polygon holds something that is no coordinate of this image")
-    rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    return _as_text(rle)
+    return _as_text(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)))
 
 
 def _as_text(rle):
     """Return a compressed RLE of pycocotools with its counts as text."""
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
-
-
-def _are_numbers(values):
-    """Return whether all of some JSON values are finite numbers (booleans are none)."""
-    return set(map(type, values)) <= {int, float} and all(map(math.isfinite, values))
 
 
 def _rle_from_runs(segmentation):
@@ -63,21 +57,18 @@ def _rle_from_runs(segmentation):
         runs = counts
     else:
         raise ValueError("its counts are neither whole numbers nor compressed text")
-    if any(run < 0 for run in runs) or sum(runs) != math.prod(size):
-        raise ValueError(
-            f"its runs cover {sum(runs)} pixels, its size {size} has {math.prod(size)}"
-        )
+    area = math.prod(size)
+    if any(run < 0 for run in runs) or sum(runs) != area:
+        raise ValueError(f"its runs cover {sum(runs)} pixels, its size {size} has {area}")
     if isinstance(counts, list):
         return _as_text(coco_mask.frPyObjects({"size": size, "counts": counts}, *size))
     return {"size": list(size), "counts": counts}
 
 
 def compressed_runs(counts):
-    """Return the run lengths in COCO's compressed text, background first, down the columns.
-
-    Each character carries 5 bits of a run, lowest first, and a bit saying that more follow; from
-    the fourth run on, the difference to the run two before is stored.
-    """
+    """Return the run lengths in COCO's compressed text, background first, down the columns."""
+    # A character carries 5 bits, lowest first, and a bit saying that more follow; from the fourth run
+    # on, the difference to the run two before is stored.
     runs, value, shift = [], 0, 0
     for character in counts:
         bits = ord(character) - 48
@@ -97,13 +88,7 @@ def compressed_runs(counts):
 
 
 def mask_to_rle(mask):
-    """Encode a mask, a numpy.ndarray (height, width) of bool or 0 and 1, as compressed run lengths.
-
-    Returns
-    -------
-    dict
-        ``{"size": [height, width], "counts": str}``.
-    """
+    """Encode a mask (height, width) of bool or 0 and 1 as ``{"size": [height, width], "counts": str}``."""
     return _as_text(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
 
 
@@ -122,8 +107,7 @@ def masks_on_grid(rles, mask_size):
     """Decode n RLEs and shrink them to uint8 (n, mask_size, mask_size), of any size each.
 
     A cell is foreground if at least half of it is covered. Where this keeps less than half of an
-    object's area, as with a crack thinner than a cell, every cell the object touches is kept
-    instead: a target too wide by a fraction of a cell teaches more than one with holes or none.
+    object's area, as with a crack thinner than a cell, every cell the object touches is kept instead.
     """
     masks = torch.zeros((len(rles), mask_size, mask_size), dtype=torch.uint8)
     for index, rle in enumerate(rles):

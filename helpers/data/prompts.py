@@ -30,10 +30,7 @@ def _singular(word):
 
 
 def nouns_overlap(first, second):
-    """Return whether one noun may be true wherever the other is: "bricks" and "brick wall".
-
-    That is so if the words of one, normalised, are all among the words of the other.
-    """
+    """Return whether one noun may be true wherever the other is, like "bricks" and "brick wall"."""
     words, others = set(normalise_noun(first).split()), set(normalise_noun(second).split())
     if not words or not others:  # a name like "-" overlaps with itself only
         return first.strip() == second.strip()
@@ -43,9 +40,8 @@ def nouns_overlap(first, second):
 def present_prompts(record, categories, prompt=None):
     """Map prompts, in the order of the categories, to the objects of an image they ask for.
 
-    ``prompt`` replaces every category name, so that one query gets all objects. A prompt that loses
-    all its objects, because they are crowd regions or lie outside the image, is not asked at all:
-    asked as absent, it would teach the opposite.
+    ``prompt`` replaces every category name. A prompt that loses all its objects, because they are
+    crowd regions or lie outside the image, is not asked at all: as absent, it would teach the opposite.
     """
     objects = true_objects(record)
     if prompt is not None:
@@ -55,18 +51,9 @@ def present_prompts(record, categories, prompt=None):
 
 
 def absent_candidates(record, nouns):
-    """Keep the nouns that nothing in the picture answers to.
+    """List those of some nouns that overlap with nothing known to be in a picture.
 
-    Parameters
-    ----------
-    record : helpers.data.records.ImageRecord
-        Its ``contents`` and the names of its objects, crowd regions included, are in the picture.
-    nouns : sequence of str
-        Candidates; those that overlap (`nouns_overlap`) with what is in the picture are left out.
-
-    Returns
-    -------
-    list of str
+    Known are the ``contents`` of its `ImageRecord` and the names of its objects, of crowds too.
     """
     in_picture = {item.category for item in record.objects} | record.contents
     in_picture |= {item.file_category for item in record.objects if item.file_category}
@@ -78,9 +65,8 @@ def absent_candidates(record, nouns):
 def absent_prompts(record, own_names, other_nouns, count, *, seed, epoch):
     """Draw ``count`` distinct absent prompts of an image, or as many as there are.
 
-    An image without any object is asked for at least one of the dataset's own names, even at 0:
-    nothing else can come of it. The draw depends on seed, epoch and image only, so neither on the
-    number of workers nor on the order of the images.
+    An image without any object is asked for at least one of the dataset's own names, even at 0. The
+    draw depends on seed, epoch and image only, not on workers or the order of the images.
     """
     own = absent_candidates(record, own_names)
     others = [noun for noun in absent_candidates(record, other_nouns) if noun not in own]

@@ -68,11 +68,7 @@ class Split:
 
 
 def true_objects(record):
-    """List what counts as an object of an image, in training and evaluation alike.
-
-    That is all but crowd regions and boxes that keep no area inside the image; an object with a
-    box only is one.
-    """
+    """List the objects of an image but for crowd regions and boxes without area inside it."""
     return [
         item
         for item in record.objects
@@ -90,11 +86,6 @@ def has_mask(record, item):
     return mask_fits_image(record, item) and rle_area(item.rle) > 0
 
 
-def has_masks(split):
-    """Return whether any object of a split has a mask, without which no outline is learned."""
-    return any(has_mask(record, item) for record in split.records for item in true_objects(record))
-
-
 def true_rle(record, item):
     """Return the mask of an object from `true_objects`; without one, its filled box."""
     if has_mask(record, item):
@@ -104,51 +95,34 @@ def true_rle(record, item):
 
 
 def rename_categories(split, prompts_by_category):
-    """Give the categories of a split the nouns they are asked by.
+    """Give the categories of a `Split` the nouns they are asked by: ``{"0": "pothole"}``.
 
-    Parameters
-    ----------
-    split : helpers.data.records.Split
-        As read from its files.
-    prompts_by_category : dict of str to str
-        Category name to noun: ``{"cracks": "crack", "0": "pothole"}``. Names that the split lacks
-        make no difference.
-
-    Returns
-    -------
-    helpers.data.records.Split
-        Prompts built from it use the nouns. Categories with one noun are one category. What an
-        object is called in the files stays in ``file_category`` and is never asked as absent.
+    Names that the split lacks make no difference. Categories with one noun are one category. What an
+    object is called in the files stays in ``file_category`` and is never asked as absent.
     """
     if not prompts_by_category:
         return split
-    records = tuple(_renamed_record(record, prompts_by_category) for record in split.records)
-    categories = (prompts_by_category.get(name, name) for name in split.categories)
+    nouns = {name: noun for name, noun in prompts_by_category.items() if noun != name}
+    records = []
+    for record in split.records:
+        objects = [
+            replace(item, category=nouns[item.category], file_category=item.category)
+            if item.category in nouns
+            else item
+            for item in record.objects
+        ]
+        contents = record.contents | {nouns[noun] for noun in record.contents if noun in nouns}
+        records.append(replace(record, objects=tuple(objects), contents=contents))
     table = {}
     for entry in split.category_table:
-        name = prompts_by_category.get(entry.name, entry.name)
+        name = nouns.get(entry.name, entry.name)
         table.setdefault(name, replace(entry, name=name))
     return replace(
         split,
-        categories=tuple(dict.fromkeys(categories)),
-        records=records,
+        categories=tuple(dict.fromkeys(nouns.get(name, name) for name in split.categories)),
+        records=tuple(records),
         category_table=tuple(table.values()),
     )
-
-
-def _renamed_record(record, prompts_by_category):
-    """Rename the objects of an image, and add the nouns of its known contents."""
-    objects = tuple(_renamed(item, prompts_by_category) for item in record.objects)
-    nouns = {prompts_by_category[noun] for noun in record.contents if noun in prompts_by_category}
-    return replace(record, objects=objects, contents=record.contents | nouns)
-
-
-def _renamed(item, prompts_by_category):
-    """Rename one object, if its category is to be asked by another noun."""
-    noun = prompts_by_category.get(item.category, item.category)
-    if noun == item.category:
-        return item
-    return replace(item, category=noun, file_category=item.category)
 
 
 def refuse_unknown_categories(prompts_by_category, splits):
@@ -159,8 +133,5 @@ def refuse_unknown_categories(prompts_by_category, splits):
         if key not in names:
             close = difflib.get_close_matches(key, names, n=1)
             fix = f"did you mean '{close[0]}'?" if close else f"use one of {sorted(names)}"
-            raise InputError(
-                f"data.prompts_by_category names '{key}', which is no category of the dataset",
-                where=splits[0].root.parent if splits else None,
-                fix=fix,
-            )
+            message = f"data.prompts_by_category names '{key}', which is no category of the dataset"
+            raise InputError(message, where=splits[0].root.parent if splits else None, fix=fix)

@@ -1,9 +1,7 @@
 """From model outputs to detections: scores, boxes in pixels, masks at the size of the image.
 
-The score of a query is its probability times that of presence. Both are kept, because "no
-detection" has another cause when presence is low than when the queries are. A detection counts
-from the threshold on (`reaches`), as in Meta's cgF1 evaluator, in prediction and in evaluation.
-SAM3's own post-processing asks for more than the threshold.
+The score of a query is its probability times that of presence. A detection counts from the threshold
+on (`reaches`), as in Meta's cgF1 evaluator; SAM3's own post-processing asks for more than it.
 """
 
 from __future__ import annotations
@@ -17,8 +15,7 @@ import torch
 from helpers.data.masks import mask_to_rle
 from helpers.errors import check_probability
 
-PIXELS_AT_ONCE = 2**24
-"""Pixels of masks that are upsampled together, 64 MB of logits; one mask at least."""
+PIXELS_AT_ONCE = 2**24  # of masks that are upsampled together, 64 MB of logits; one mask at least
 
 
 @dataclass(frozen=True)
@@ -71,29 +68,19 @@ def raw_predictions(outputs, described):
     names = ("pred_logits", "presence_logits", "pred_boxes", "pred_masks", "semantic_logits")
     tensors = [outputs[name].detach().float().cpu() for name in names]
     predictions = []
-    for row, (image, prompt, height, width) in enumerate(described):
-        logits, presence, boxes, masks, semantic = (tensor[row] for tensor in tensors)
-        predictions.append(
-            RawPrediction(
-                image=image,
-                prompt=prompt,
-                height=height,
-                width=width,
-                query_logits=logits.numpy(),
-                presence_logit=presence.item(),
-                boxes_xyxy=(boxes * torch.tensor([width, height, width, height])).numpy(),
-                mask_logits=masks.numpy(),
-                semantic_logits=semantic[0].numpy(),
-            )
-        )
+    for (image, prompt, height, width), *row in zip(described, *tensors, strict=True):
+        logits, presence, boxes, masks, semantic = row
+        boxes_xyxy = (boxes * torch.tensor([width, height, width, height])).numpy()
+        numbers = (logits.numpy(), presence.item(), boxes_xyxy, masks.numpy(), semantic[0].numpy())
+        predictions.append(RawPrediction(image, prompt, height, width, *numbers))
     return predictions
 
 
 def detect(raw, score_threshold, mask_threshold=0.5, max_detections=None):
     """Keep the queries that reach a score and give them masks at the size of the image.
 
-    Both thresholds are in [0, 1]: a query is kept from its own on, a pixel above its own. Returns a
-    list as `Prediction.detections`, at most `max_detections`; duplicates stay, as in SAM3 itself.
+    A query is kept from its threshold on, a pixel above its own. Returns a list as
+    `Prediction.detections`, at most `max_detections`; duplicates stay, as in SAM3 itself.
     """
     check_probability(score_threshold, "score_threshold")
     check_probability(mask_threshold, "mask_threshold")
@@ -104,52 +91,34 @@ def detect(raw, score_threshold, mask_threshold=0.5, max_detections=None):
     detections = []
     step = max(1, PIXELS_AT_ONCE // (raw.height * raw.width))
     for start in range(0, len(best), step):
-        part = best[start : start + step]
+        part, boxes = best[start : start + step], boxes_xyxy[start : start + step]
         masks = masks_at_image_size(raw.mask_logits[part], raw.height, raw.width, mask_threshold)
         detections += [
             {"score": float(score), "box_xyxy": box.tolist(), "mask_rle": mask_to_rle(mask)}
-            for score, box, mask in zip(
-                scores[part], boxes_xyxy[start : start + step], masks, strict=True
-            )
+            for score, box, mask in zip(scores[part], boxes, masks, strict=True)
         ]
     return detections
 
 
 def masks_at_image_size(mask_logits, height, width, mask_threshold):
     """Upsample (n, h, w) logits bilinearly, then threshold them: (n, height, width) bool."""
-    upsampled = torch.nn.functional.interpolate(
-        torch.from_numpy(mask_logits)[None],
-        size=(height, width),
-        mode="bilinear",
-        align_corners=False,
-    )[0]
+    logits, settings = torch.from_numpy(mask_logits)[None], {"mode": "bilinear"}
+    upsampled = torch.nn.functional.interpolate(logits, size=(height, width), **settings)[0]
     return (upsampled.sigmoid() > mask_threshold).numpy()
 
 
 def output_table(raws):
-    """Describe `RawPrediction`s by the numbers that a zero detection is diagnosed with.
+    """Describe each `RawPrediction` by the numbers that a zero detection is diagnosed with.
 
-    A data frame with one row each: ``logit_*`` over the queries, the probabilities of presence and
-    of the best query, their product, and ``semantic_*`` over the pixels of the semantic map.
+    Columns ``logit_*`` are over the queries, ``semantic_*`` over the pixels of the semantic map.
     """
-    rows = [{name: number(raw) for name, number in _COLUMNS.items()} for raw in raws]
-    return pd.DataFrame(rows, columns=list(_COLUMNS))
-
-
-def _semantic_prob(raw):
-    """(h, w) float64 in [0, 1]."""
-    return 1 / (1 + np.exp(-raw.semantic_logits.astype(np.float64)))
-
-
-_COLUMNS = {
-    "image_id": lambda raw: raw.image,
-    "prompt": lambda raw: raw.prompt,
-    "logit_min": lambda raw: float(raw.query_logits.min()),
-    "logit_median": lambda raw: float(np.median(raw.query_logits)),
-    "logit_max": lambda raw: float(raw.query_logits.max()),
-    "presence_prob": lambda raw: raw.presence_prob,
-    "max_query_prob": lambda raw: raw.max_query_prob,
-    "max_score": lambda raw: raw.max_score,
-    "semantic_mean": lambda raw: float(_semantic_prob(raw).mean()),
-    "semantic_max": lambda raw: float(_semantic_prob(raw).max()),
-}
+    rows = []
+    for raw in raws:
+        logits = raw.query_logits
+        semantic = 1 / (1 + np.exp(-raw.semantic_logits.astype(np.float64)))
+        spread = (float(logits.min()), float(np.median(logits)), float(logits.max()))
+        highest = (raw.presence_prob, raw.max_query_prob, raw.max_score)
+        rows.append((raw.image, raw.prompt, *spread, *highest, semantic.mean(), semantic.max()))
+    columns = ["image_id", "prompt", "logit_min", "logit_median", "logit_max", "presence_prob"]
+    columns += ["max_query_prob", "max_score", "semantic_mean", "semantic_max"]
+    return pd.DataFrame(rows, columns=columns)

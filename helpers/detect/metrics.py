@@ -1,8 +1,4 @@
-"""Metrics of queries: cgF1, AP, union IoU, threshold sweep, and the summary of a report.
-
-Pure numbers, no model. A metric that has no meaning on the given queries is None here, with its
-reason; only `cgf1` itself keeps to the native numbers (0 and -1) there.
-"""
+"""Metrics of queries: cgF1, AP, union IoU, threshold sweep, and the summary of a report."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as coco_mask
 from scipy.optimize import linear_sum_assignment
 
+from helpers.data.masks import rle_box_xyxy
 from helpers.detect.detections import reaches
 from helpers.detect.queries import as_query_list
 from helpers.errors import InputError, check_probability
@@ -32,36 +29,23 @@ def coco_ap(queries, iou_type="segm"):
     """Compute COCO average precision with faster-coco-eval, equal to pycocotools' numbers.
 
     Every prompt is a category, so a detection of an absent prompt costs precision only when that
-    prompt is present on another picture (COCO leaves out categories without an object).
-
-    Parameters
-    ----------
-    queries : list of Query or of dict
-        With all scores, not only those above a threshold. The 100 best detections of each count.
-    iou_type : {"segm", "bbox"}
-
-    Returns
-    -------
-    dict
-        ``AP`` (mean over IoU 0.50:0.95), ``AP50``, ``AP75``, in [0, 1]. When no query has an
-        object they are None and a fourth key, ``reason``, says so.
+    prompt is present on another picture. The 100 best detections of each query count. Returns a dict of
+    ``AP`` (mean over IoU 0.50:0.95), ``AP50``, ``AP75``, None with a ``reason`` where no query has an
+    object.
     """
+    if iou_type not in ("segm", "bbox"):
+        raise InputError(f"unknown iou_type {iou_type!r}", fix="use 'segm' or 'bbox'")
     return _average_precisions(as_query_list(queries), (iou_type,))[0]
 
 
 def _average_precisions(queries, iou_types):
     """Compute what `coco_ap` returns for each of some IoU types."""
-    for iou_type in iou_types:
-        if iou_type not in ("segm", "bbox"):
-            raise InputError(f"unknown iou_type {iou_type!r}", fix="use 'segm' or 'bbox'")
     pairs = [(query.image_id, query.prompt) for query in queries]
     if len(set(pairs)) < len(pairs):
         image_id, prompt = next(pair for pair in pairs if pairs.count(pair) > 1)
-        raise InputError(
-            f"prompt {prompt!r} occurs twice on image {image_id!r}",
-            where="queries",
-            fix="merge the objects of one prompt on one picture into one query",
-        )
+        message = f"prompt {prompt!r} occurs twice on image {image_id!r}"
+        fix = "merge the objects of one prompt on one picture into one query"
+        raise InputError(message, where="queries", fix=fix)
     if not any(query.gt for query in queries):
         undefined = {"AP": None, "AP50": None, "AP75": None, "reason": NO_PRESENT_PROMPT}
         return [dict(undefined) for _ in iou_types]
@@ -79,22 +63,25 @@ def _average_precisions(queries, iou_types):
 
 
 def _coco_datasets(queries):
-    """Write objects and detections as two COCO data sets."""
+    """Write objects and detections as two COCO data sets, with boxes as x y w h in pixels."""
     image_ids = _numbered(query.image_id for query in queries)
     category_ids = _numbered(query.prompt for query in queries)
     objects, detections = [], []
     for query in queries:
-        ids = {
-            "image_id": image_ids[query.image_id],
-            "category_id": category_ids[query.prompt],
-            "iscrowd": 0,
-        }
-        objects += _annotations(ids, query.gt, query.gt_boxes_xyxy, len(objects))
-        boxes_xyxy = [detection.get("box_xyxy") for detection in query.pred]
-        own = _annotations(ids, query.rles(), boxes_xyxy, len(detections))
-        for annotation, score in zip(own, query.scores.tolist(), strict=True):
-            annotation["score"] = score
-        detections += own
+        ids = {"image_id": image_ids[query.image_id], "category_id": category_ids[query.prompt]}
+        boxes = [None] * len(query.gt) if query.gt_boxes_xyxy is None else query.gt_boxes_xyxy
+        gt = [{"rle": r, "box_xyxy": box} for r, box in zip(query.gt, boxes, strict=True)]
+        for items, entries in ((gt, objects), (query.pred, detections)):
+            for item in items:
+                box_xyxy = item.get("box_xyxy")
+                box_xyxy = rle_box_xyxy(item["rle"]) if box_xyxy is None else map(float, box_xyxy)
+                x0, y0, x1, y1 = box_xyxy
+                entry = {"id": len(entries) + 1, "segmentation": item["rle"], **ids}
+                entry |= {"bbox": [x0, y0, x1 - x0, y1 - y0], "iscrowd": 0}
+                entry["area"] = 1.0  # of the range "all", the only one that is evaluated
+                if items is query.pred:
+                    entry["score"] = float(item["score"])
+                entries.append(entry)
     size = {image_ids[query.image_id]: (query.height, query.width) for query in queries}
     images = [{"id": number, "height": h, "width": w} for number, (h, w) in size.items()]
     categories = [{"id": number} for number in category_ids.values()]
@@ -107,26 +94,6 @@ def _coco_datasets(queries):
 def _numbered(values):
     """Give each distinct value a number from 1, in order of appearance."""
     return {value: number for number, value in enumerate(dict.fromkeys(values), start=1)}
-
-
-def _annotations(ids, rles, boxes_xyxy, last_id):
-    """Describe masks and boxes as COCO does: RLE and x y w h in pixels."""
-    boxes_xyxy = [None] * len(rles) if boxes_xyxy is None else boxes_xyxy
-    common = {**ids, "area": 1.0}  # of the range "all", the only one that is evaluated
-    return [
-        {**common, "id": number, "segmentation": rle, "bbox": _box_xywh(rle, box_xyxy)}
-        for number, (rle, box_xyxy) in enumerate(
-            zip(rles, boxes_xyxy, strict=True), start=last_id + 1
-        )
-    ]
-
-
-def _box_xywh(rle, box_xyxy):
-    """Return a box as x y w h, by default that around the mask."""
-    if box_xyxy is None:
-        return coco_mask.toBbox(rle).tolist()
-    x0, y0, x1, y1 = map(float, box_xyxy)
-    return [x0, y0, x1 - x0, y1 - y0]
 
 
 def cgf1(queries, score_threshold=0.5):
@@ -142,22 +109,15 @@ def cgf1(queries, score_threshold=0.5):
     Returns
     -------
     dict of str to float
-        ``cgF1``, ``positive_micro_F1``, ``positive_macro_F1``, ``positive_micro_precision``,
-        ``precision``, ``recall``, ``F1``: means over IoU 0.50:0.95, and with ``@0.5`` and
-        ``@0.75`` at one IoU. ``IL_MCC``, ``IL_FPR``, ``IL_recall``, ``IL_precision``, ``IL_F1``:
-        presence per query, IoU-free. cgF1 and IL_MCC lie in [-1, 1], the rest in [0, 1].
+        ``cgF1 = positive_micro_F1 * IL_MCC``, ``positive_micro_F1``, ``positive_macro_F1``,
+        ``positive_micro_precision``, ``precision``, ``recall``, ``F1``: means over IoU 0.50:0.95,
+        and with ``@0.5`` and ``@0.75`` at one IoU. ``IL_MCC``, ``IL_FPR``, ``IL_recall``,
+        ``IL_precision``, ``IL_F1``: presence per query. The native numbers also where they have no
+        meaning (0 or -1), which `evaluate_queries` refuses to report.
 
-        These are the native numbers also where they have no meaning: without an absent or
-        without a present prompt IL_MCC and cgF1 are 0, and positive_macro_F1 is -1 when no query
-        has both objects and detections. `evaluate_queries` refuses to report them then.
-
-    Notes
-    -----
-    Per query one assignment makes the summed mask IoU greatest; a pair is a hit at every IoU
-    threshold it reaches. ``positive_micro_F1`` counts false positives only on queries with
-    objects. ``cgF1 = positive_micro_F1 * IL_MCC``. Source: facebookresearch/sam3 at 99d02f2,
-    ``sam3/eval/cgf1_eval.py``.
     """
+    # Per query one assignment makes the summed mask IoU greatest; a pair is a hit at every threshold it
+    # reaches. Source: ``sam3/eval/cgf1_eval.py`` of facebookresearch/sam3 at 99d02f2.
     queries = as_query_list(queries)
     check_probability(score_threshold, "score_threshold")
     exhaustive = [query for query in queries if query.exhaustive]
@@ -266,12 +226,9 @@ def union_iou(queries, score_threshold):
 def threshold_sweep(queries, thresholds, iou_threshold=0.5):
     """Count detections and compute precision and recall over score thresholds in [0, 1].
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per threshold: ``threshold``, ``count`` (detections, those of absent prompts too),
-        ``precision`` (NaN without a detection), ``recall`` (NaN without an object), ``f1`` = 2 hits /
-        (detections + objects) (NaN without either). A hit is a pair from `iou_threshold` on.
+    A data frame with one row per threshold: ``threshold``, ``count`` (detections, those of absent
+    prompts too), ``precision``, ``recall``, ``f1``, NaN where there is nothing to divide by. A hit is a
+    pair from `iou_threshold` on.
     """
     queries = as_query_list(queries)
     check_probability(iou_threshold, "iou_threshold")
@@ -287,31 +244,20 @@ def threshold_sweep(queries, thresholds, iou_threshold=0.5):
             kept = reaches(scores, threshold)
             count += int(kept.sum())
             hits += int((_matched(ious[kept]) >= iou_threshold).sum())
-        rows.append(
-            {
-                "threshold": float(threshold),
-                "count": count,
-                "precision": hits / count if count else np.nan,
-                "recall": hits / num_gt if num_gt else np.nan,
-                "f1": 2 * hits / (count + num_gt) if count + num_gt else np.nan,
-            }
-        )
+        precision = hits / count if count else np.nan
+        recall = hits / num_gt if num_gt else np.nan
+        f1 = 2 * hits / (count + num_gt) if count + num_gt else np.nan
+        rows.append((float(threshold), count, precision, recall, f1))
     return pd.DataFrame(rows, columns=["threshold", "count", "precision", "recall", "f1"])
 
 
 def evaluate_queries(queries, score_threshold):
-    """Compute the numbers that a report shows; `score_threshold` is for everything but AP.
+    """Compute the numbers that a report shows, a dict; `score_threshold` is for everything but AP.
 
-    Returns
-    -------
-    dict
-        ``AP``, ``AP50``, ``AP75`` (masks), ``box_AP``, ``box_AP50``, ``box_AP75``, ``cgF1``,
-        ``pmF1`` (positive_micro_F1), ``IL_MCC``, ``union_iou``; ``max_score_present`` and
-        ``max_score_absent``, means over the queries with and without objects of their highest
-        score, each with ``_share_above``, the share of them that reach the threshold;
-        ``num_present``, ``num_absent``, ``score_threshold``. A metric without meaning is None, and
-        the reason stands under its name with ``_reason`` (that of AP also for AP50 and AP75, that
-        of cgF1 also for IL_MCC).
+    ``AP``, ``AP50``, ``AP75`` (masks), ``box_AP``, ``box_AP50``, ``box_AP75``, ``cgF1``, ``pmF1``
+    (positive_micro_F1), ``IL_MCC``, ``union_iou``; ``max_score_present`` and ``max_score_absent``, means
+    of the highest score of a query, each with ``_share_above``, the share that reaches the threshold;
+    ``num_present``, ``num_absent``, ``score_threshold``. Without meaning it is None, with a ``_reason``.
     """
     queries = as_query_list(queries)
     check_probability(score_threshold, "score_threshold")
@@ -325,7 +271,12 @@ def evaluate_queries(queries, score_threshold):
     for prefix, ap in zip(("", "box_"), average_precisions, strict=True):
         ap["AP_reason"] = ap.pop("reason", None)
         result |= {prefix + name: value for name, value in ap.items()}
-    result |= _meaningful_cgf1(queries, score_threshold)
+    reason = undefined_cgf1(queries)
+    native = {} if reason == NO_EXHAUSTIVE_QUERY else cgf1(queries, score_threshold)
+    result |= {name: None if reason else native[name] for name in ("cgF1", "IL_MCC")}
+    result["cgF1_reason"] = reason
+    reason = None if reason == NO_ABSENT_PROMPT else reason
+    result |= {"pmF1": None if reason else native["positive_micro_F1"], "pmF1_reason": reason}
     result["union_iou"] = union_iou(queries, score_threshold)
     result["union_iou_reason"] = "no object has a pixel" if result["union_iou"] is None else None
     for presence, group in groups.items():
@@ -336,17 +287,3 @@ def evaluate_queries(queries, score_threshold):
         result[f"{name}_share_above"] = float(above.mean()) if group else None
         result[f"{name}_reason"] = None if group else f"there is no {presence} prompt"
     return {k: v for k, v in result.items() if v is not None or not k.endswith("_reason")}
-
-
-def _meaningful_cgf1(queries, score_threshold):
-    """Compute cgF1, IL_MCC and pmF1, each None with a reason where it has no meaning."""
-    cgf1_reason = undefined_cgf1(queries)
-    pmf1_reason = None if cgf1_reason == NO_ABSENT_PROMPT else cgf1_reason
-    native = {} if cgf1_reason == NO_EXHAUSTIVE_QUERY else cgf1(queries, score_threshold)
-    return {
-        "cgF1": None if cgf1_reason else native["cgF1"],
-        "IL_MCC": None if cgf1_reason else native["IL_MCC"],
-        "cgF1_reason": cgf1_reason,
-        "pmF1": None if pmf1_reason else native["positive_micro_F1"],
-        "pmF1_reason": pmf1_reason,
-    }

@@ -16,12 +16,9 @@ from helpers.detect.detections import detect, raw_predictions
 from helpers.errors import InputError, check_probability
 from helpers.model.prompted import outputs_by_rows
 
-GENERIC_PROMPT = "object"
-"""What is asked when no prompt is given: SAM3 has no promptless mode of its own."""
-PROMPTLESS_THRESHOLD = 1e-4
-"""Score threshold of the promptless mode, low enough to see anything at all."""
+GENERIC_PROMPT = "object"  # asked when no prompt is given: SAM3 has no promptless mode
+PROMPTLESS_THRESHOLD = 1e-4  # score threshold then, low enough to see anything at all
 PROBABILITIES = ("presence_prob", "max_query_prob", "max_score")
-"""What a prediction says about its prompt whatever the threshold."""
 _TAKEN_OVER = ("image", "prompt", "height", "width", *PROBABILITIES)
 
 
@@ -46,10 +43,7 @@ class Prediction:
 
 
 class Predictor:
-    """Ask a `PromptedSam3`, with or without adapter, for prompts on images.
-
-    The model is used in eval mode where it is; the processor is set to its resolution.
-    """
+    """Ask a `PromptedSam3`, with or without adapter, for prompts on images, on the device where it is."""
 
     def __init__(self, model, processor):
         self.model, self.processor = model.eval(), processor
@@ -78,29 +72,16 @@ class Predictor:
         ]
 
     def predict(self, images, prompts=None, threshold=None, mask_threshold=0.5):
-        """Detect prompts on images.
+        """Detect prompts on images: list of `Prediction`, all prompts of the first image first.
 
         Parameters
         ----------
         images : os.PathLike, PIL.Image.Image, or a sequence of them
-            I images.
         prompts : str or sequence of str, optional
-            P prompts. None is the promptless mode: the word "object" is asked, which means to the
-            model whatever it learned about that word, and no class comes back.
-        threshold : float, optional
-            Score threshold in [0, 1]; by default 0.3, in the promptless mode 0.0001.
-        mask_threshold : float
-            In [0, 1].
-
-        Returns
-        -------
-        list of Prediction
-            I * P, all prompts of the first image first.
-
-        Raises
-        ------
-        InputError
-            For an image, prompt or threshold that cannot be used.
+            None is the promptless mode: the word "object" is asked, which means to the model
+            whatever it learned about that word, and no class comes back.
+        threshold, mask_threshold : float
+            In [0, 1]; of scores by default 0.3, in the promptless mode 0.0001.
         """
         if threshold is None:
             threshold = PROMPTLESS_THRESHOLD if prompts is None else 0.3
@@ -145,10 +126,7 @@ def raw_outputs(model, processor, records, prompts):
 
 
 def untrained_prompts(prompts, trained):
-    """Map each prompt that an adapter never saw to the closest of those it saw in training, or None.
-
-    Case and spaces make no difference, as they make none to the tokenizer; a plural does.
-    """
+    """Map each prompt that an adapter never saw to the closest of those it saw in training, or None."""
     known = {_plain(prompt): prompt for prompt in trained}
     closest = {}
     for prompt in prompts:
@@ -159,5 +137,5 @@ def untrained_prompts(prompts, trained):
 
 
 def _plain(prompt):
-    """Bring a prompt to lower case with single spaces."""
+    """Bring a prompt to lower case with single spaces, which is all the same to the tokenizer."""
     return " ".join(prompt.casefold().split())

@@ -19,20 +19,14 @@ from helpers.detect.detections import detect, raw_predictions, reaches
 from helpers.errors import InputError, check_probability
 from helpers.model.prompted import base_of, outputs_by_rows
 
-SCORE_FLOOR = 1e-3
-"""Detections below are dropped; average precision needs the low scores, not the lowest."""
-MAX_DETECTIONS = 100
-"""Best detections kept per prompt and image, as many as COCO's average precision looks at."""
+SCORE_FLOOR = 1e-3  # average precision needs low scores, not the lowest
+MAX_DETECTIONS = 100  # per prompt and image, as many as COCO's average precision looks at
 _REQUIRED = ("image_id", "prompt", "height", "width", "gt", "pred")
 
 
 @dataclass(frozen=True)
 class Query:
-    """One prompt on one picture: the objects it asks for, and the detections.
-
-    Raises InputError for a mask that is no compressed RLE of the picture's size, a score that is no
-    probability, a box that is not four finite numbers, and numbers of boxes and objects that differ.
-    """
+    """One prompt on one picture: the objects it asks for, and the detections; checked when made."""
 
     image_id: object
     prompt: str
@@ -51,18 +45,25 @@ class Query:
         where = f"{self.prompt!r} on image {self.image_id!r}"
         size = [self.height, self.width]
         for rle in (*self.gt, *(detection.get("rle") for detection in self.pred)):
-            _check_rle(rle, size, where)
+            if not isinstance(rle, dict) or not isinstance(rle.get("counts"), str | bytes):
+                message, fix = "a mask is not a COCO compressed RLE", "use pycocotools.mask.encode"
+                raise InputError(message, where=where, fix=fix)
+            if list(rle.get("size", ())) != size:
+                stated = rle.get("size")
+                message = f"a mask has size {stated}, the picture has {size} (height, width)"
+                raise InputError(message, where=where)
         for detection in self.pred:
             check_probability(detection.get("score"), "score", where)
-        boxes_xyxy = [detection.get("box_xyxy") for detection in self.pred]
-        _check_boxes([box_xyxy for box_xyxy in boxes_xyxy if box_xyxy is not None], where)
         if self.max_score is not None:
             check_probability(self.max_score, "max_score", where)
-        if self.gt_boxes_xyxy is not None:
-            if len(self.gt_boxes_xyxy) != len(self.gt):
-                message = f"{len(self.gt_boxes_xyxy)} gt_boxes_xyxy for {len(self.gt)} objects"
-                raise InputError(message, where=where)
-            _check_boxes(self.gt_boxes_xyxy, where)
+        gt_boxes = [None] * len(self.gt) if self.gt_boxes_xyxy is None else self.gt_boxes_xyxy
+        if len(gt_boxes) != len(self.gt):
+            message = f"{len(gt_boxes)} gt_boxes_xyxy for {len(self.gt)} objects"
+            raise InputError(message, where=where)
+        for box_xyxy in (*gt_boxes, *(detection.get("box_xyxy") for detection in self.pred)):
+            if box_xyxy is not None and not _is_box(box_xyxy):
+                fix = "give x0, y0, x1, y1 in pixels"
+                raise InputError(f"a box is {box_xyxy!r}", where=where, fix=fix)
 
     @classmethod
     def from_dict(cls, mapping):
@@ -73,11 +74,8 @@ class Query:
         query = cls(**{name: mapping[name] for name in names})
         claim = mapping.get("is_positive", query.is_positive)
         if bool(claim) != query.is_positive:
-            raise InputError(
-                f"is_positive is {claim} with {len(query.gt)} objects",
-                where=f"{query.prompt!r} on image {query.image_id!r}",
-                fix="a present prompt has objects in gt",
-            )
+            message = f"is_positive is {claim} with {len(query.gt)} objects in gt"
+            raise InputError(message, where=f"{query.prompt!r} on image {query.image_id!r}")
         return query
 
     @property
@@ -101,31 +99,10 @@ class Query:
         return max(self.scores, default=0.0) if self.max_score is None else self.max_score
 
 
-def _check_rle(rle, size, where):
-    """Refuse a mask that is not a compressed RLE of the picture's size."""
-    if not isinstance(rle, dict) or not isinstance(rle.get("counts"), str | bytes):
-        raise InputError(
-            "a mask is not a COCO compressed RLE",
-            where=where,
-            fix="encode it with pycocotools.mask.encode",
-        )
-    if list(rle.get("size", ())) != size:
-        message = f"a mask has size {rle.get('size')}, the picture has {size} (height, width)"
-        raise InputError(message, where=where)
-
-
-def _check_boxes(boxes_xyxy, where):
-    """Refuse boxes that are not four finite numbers each."""
-    for box_xyxy in boxes_xyxy:
-        if np.shape(box_xyxy) != (4,) or not all(map(_is_finite, box_xyxy)):
-            fix = "give x0, y0, x1, y1 in pixels"
-            raise InputError(f"a box is {box_xyxy!r}", where=where, fix=fix)
-
-
-def _is_finite(value):
-    """True for a finite number."""
+def _is_box(values):
+    """Return whether values are four finite numbers."""
     try:
-        return math.isfinite(value)
+        return np.shape(values) == (4,) and all(map(math.isfinite, values))
     except TypeError:
         return False
 
@@ -145,28 +122,14 @@ def as_query_list(queries):
     return checked
 
 
-def evaluation_dataset(
-    split, processor, model, *, prompt=None, absent_prompts=(), backbone_cache=None
-):
+def evaluation_dataset(split, processor, model, *, prompt=None, absent_prompts=()):
     """Build the questions of an evaluation: a `PromptDataset` with the same ones in every epoch.
 
     Every category of the split, or `prompt` in their place, is asked on every image, and every absent
-    noun wherever the picture is not known to show it. The model gives resolution and grid.
+    noun wherever the picture is not known to show it.
     """
-    base = base_of(model)
-    num_nouns = len(split.categories if prompt is None else (prompt,)) + len(absent_prompts)
-    return PromptDataset(
-        split,
-        processor,
-        resolution=base.resolution,
-        mask_size=base.mask_size,
-        prompt=prompt,
-        # All there are. With a single noun and no other, only images without it can ask for it.
-        num_negatives=num_nouns if num_nouns > 1 else 0,
-        negative_prompts=tuple(absent_prompts),
-        resample_negatives=False,
-        backbone_cache=backbone_cache,
-    )
+    settings = {"prompt": prompt, "absent_prompts": absent_prompts}
+    return PromptDataset.for_evaluation(split, base_of(model), processor, **settings)
 
 
 @torch.no_grad()
@@ -183,18 +146,12 @@ def predict_split(
 ):
     """Ask a model about every image of a split: list of `Query`, one per image and prompt.
 
-    The model is put into eval mode; see `evaluation_dataset` for the prompts. InputError if an image
-    cannot be read or nothing can be asked.
+    The model is put into eval mode; see `evaluation_dataset` for the prompts.
     """
-    dataset = evaluation_dataset(
-        split, processor, model, prompt=prompt, absent_prompts=absent_prompts
-    )
-    loader = DataLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=PromptCollator(processor),
-    )
+    asked = {"prompt": prompt, "absent_prompts": absent_prompts}
+    dataset = evaluation_dataset(split, processor, model, **asked)
+    settings = {"batch_size": batch_size, "num_workers": num_workers}
+    loader = DataLoader(dataset, collate_fn=PromptCollator(processor), **settings)
     model.eval()
     device = next(model.parameters()).device
     queries = []
@@ -208,10 +165,8 @@ def predict_split(
 def queries_from_outputs(outputs, questions, dataset, mask_threshold):
     """Turn outputs of B rows into B queries; truth comes from the records, at image size."""
     records = {record.image_id: record for record in dataset.records}
-    described = []
-    for question in questions:
-        record = records[question["image_id"]]
-        described.append((record.image_id, question["prompt"], record.height, record.width))
+    asked = [(records[question["image_id"]], question["prompt"]) for question in questions]
+    described = [(r.image_id, prompt, r.height, r.width) for r, prompt in asked]
     queries = []
     for raw in raw_predictions(outputs, described):
         record = records[raw.image]
@@ -224,35 +179,29 @@ def queries_from_outputs(outputs, questions, dataset, mask_threshold):
 def as_queries(predictions, records):
     """Set predictions on the files of some records beside their objects: list of `Query`.
 
-    Every annotated object counts as what the prompt asked for, whatever its category: the question
-    is how much of what was marked is an object at all. InputError for a file without record.
+    Every annotated object counts as what the prompt asked for, whatever its category.
     """
     by_path = {str(record.path): record for record in records}
     queries = []
     for prediction in predictions:
         record = by_path.get(prediction.image)
         if record is None:
-            message = "no record of this image"
-            raise InputError(message, where=prediction.image, fix="pass its split")
-        objects = true_objects(record)
-        queries.append(_query(prediction, prediction.detections, record, objects))
+            fix = "pass the records of its split"
+            raise InputError("no record of this image", where=prediction.image, fix=fix)
+        queries.append(_query(prediction, prediction.detections, record, true_objects(record)))
     return queries
 
 
 def _query(answer, detections, record, objects):
     """Set an answer (raw or not) beside the objects that count as its ground truth."""
-    boxes_xyxy = [clip_box(item.box_xyxy, record.width, record.height) for item in objects]
+    gt = [true_rle(record, item) for item in objects]
+    pred = [
+        {"rle": d["mask_rle"], "score": d["score"], "box_xyxy": d["box_xyxy"]} for d in detections
+    ]
+    size = (record.height, record.width)
     return Query(
-        image_id=record.image_id,
-        prompt=answer.prompt,
-        height=record.height,
-        width=record.width,
-        gt=[true_rle(record, item) for item in objects],
-        gt_boxes_xyxy=boxes_xyxy,
-        pred=[
-            {"rle": item["mask_rle"], "score": item["score"], "box_xyxy": item["box_xyxy"]}
-            for item in detections
-        ],
+        *(record.image_id, answer.prompt, *size, gt, pred),
+        gt_boxes_xyxy=[clip_box(item.box_xyxy, record.width, record.height) for item in objects],
         presence_prob=answer.presence_prob,
         max_query_prob=answer.max_query_prob,
         max_score=answer.max_score,
@@ -262,25 +211,19 @@ def _query(answer, detections, record, objects):
 def prompt_scores(queries, score_threshold):
     """Summarise the highest score of every query, by prompt and by whether it is present.
 
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``prompt`` and ``shown`` ("present" or "absent"), present ones first. Columns
-        ``images``; the means ``presence``, ``max query`` and ``max score``, all in [0, 1]; and
-        ``reached``, the share of the images whose highest score reaches the threshold.
+    A data frame with index ``prompt`` and ``shown`` ("present" or "absent"). Columns ``images``, the
+    means ``presence``, ``max query`` and ``max score``, and ``reached``, the share of the images whose
+    highest score reaches the threshold.
     """
     check_probability(score_threshold, "score_threshold")
-    table = pd.DataFrame(
-        {
-            "prompt": query.prompt,
-            "shown": "present" if query.is_positive else "absent",
-            "presence": query.presence_prob,
-            "max query": query.max_query_prob,
-            "max score": query.max_score,
-            "reached": float(reaches(query.max_score, score_threshold)),
-        }
-        for query in as_query_list(queries)
-    )
+    rows = []
+    for query in as_query_list(queries):
+        shown = "present" if query.is_positive else "absent"
+        reached = float(reaches(query.max_score, score_threshold))
+        highest = (query.presence_prob, query.max_query_prob, query.max_score)
+        rows.append((query.prompt, shown, *highest, reached))
+    names = ["prompt", "shown", "presence", "max query", "max score", "reached"]
+    table = pd.DataFrame(rows, columns=names)
     groups = table.groupby(["prompt", "shown"])
     summary = groups.mean()
     summary.insert(0, "images", groups.size())

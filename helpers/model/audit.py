@@ -14,46 +14,41 @@ from helpers.model.prompted import SCORE_LOGIT_CLAMP, base_of
 def adapter_report(model):
     """Count and measure the LoRA of every component of a `peft.PeftModel`, also on ``meta``.
 
-    Returns
-    -------
-    pandas.DataFrame
-        One row per component and a row ``total``; index ``component``. Columns: ``modules``
-        (adapted linear layers), ``parameters`` (of A and B), ``share`` (of all parameters of the
-        model, the adapter included), ``grad_norm`` (Euclidean, of A and B together; NaN before a
-        backward pass), ``B_norm`` (Euclidean; NaN on ``meta``) and ``B_nonzero`` (share of modules
-        whose B is not all zero). B starts at zero: a module whose B stays zero does nothing.
+    A data frame with one row per ``component`` and a row ``total``: ``modules`` (adapted linear layers),
+    ``parameters``, their ``share`` of the whole model, ``grad_norm`` (Euclidean; NaN before a backward
+    pass), ``B_norm`` and ``B_nonzero``, the share of modules whose B, zero at the start, has moved.
     """
     layers = lora_layers(model)
     total = sum(parameter.numel() for parameter in model.parameters())
-    groups = {component: [] for component in COMPONENTS}
-    for name, layer in layers:
-        groups[component_of(name)].append(layer)
-    rows = {component: _measure(group, total) for component, group in groups.items()}
-    rows["total"] = _measure([layer for _, layer in layers], total)
+    groups = {
+        component: [layer for name, layer in layers if component_of(name) == component]
+        for component in COMPONENTS
+    }
+    groups["total"] = [layer for _, layer in layers]
+    rows = {name: _measure(group, total) for name, group in groups.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("component")
 
 
 def _measure(layers, total):
-    """Return the row of some adapted layers."""
-    matrices_b = [matrix.weight for layer in layers for matrix in layer.lora_B.values()]
     matrices_a = [matrix.weight for layer in layers for matrix in layer.lora_A.values()]
+    matrices_b = [matrix.weight for layer in layers for matrix in layer.lora_B.values()]
     parameters = sum(matrix.numel() for matrix in matrices_a + matrices_b)
-    gradients = [m.grad for m in matrices_a + matrices_b if m.grad is not None]
-    on_meta = any(matrix.is_meta for matrix in matrices_b)
-    known = bool(matrices_b) and not on_meta
-    nonzero = [bool(matrix.detach().any()) for matrix in matrices_b] if known else []
+    known_b = [] if any(matrix.is_meta for matrix in matrices_b) else matrices_b
+    nonzero = [bool(matrix.detach().any()) for matrix in known_b]
     return {
         "modules": len(layers),
         "parameters": parameters,
         "share": parameters / total,
-        "grad_norm": _norm(gradients) if gradients else float("nan"),
-        "B_norm": _norm(matrices_b) if known else float("nan"),
-        "B_nonzero": sum(nonzero) / len(nonzero) if known else float("nan"),
+        "grad_norm": _norm([m.grad for m in matrices_a + matrices_b if m.grad is not None]),
+        "B_norm": _norm(known_b),
+        "B_nonzero": sum(nonzero) / len(nonzero) if nonzero else float("nan"),
     }
 
 
 def _norm(tensors):
-    """Return the Euclidean norm of all entries of some tensors as a float."""
+    """Return the Euclidean norm of all entries of some tensors as a float; NaN without any."""
+    if not tensors:
+        return float("nan")
     norms = [torch.linalg.vector_norm(tensor.detach().float()) for tensor in tensors]
     return float(torch.linalg.vector_norm(torch.stack(norms)))
 
@@ -71,12 +66,9 @@ def prompt_embeddings(model, processor, prompts):
 def prompt_embedding_change(model, processor, prompts):
     """Compare the embeddings of prompts with the adapter of a `peft.PeftModel` on and off.
 
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``prompt``. ``relative_change``: length of the difference over the length without
-        adapter, exactly 0 when the text encoder has no LoRA; ``cosine`` of the two in [-1, 1];
-        ``nearest`` and ``nearest_cosine``: the most similar other prompt with the adapter on.
+    A data frame with index ``prompt``: ``relative_change``, the length of the difference over the
+    length without adapter; ``cosine`` of the two; ``nearest`` and ``nearest_cosine``, the most similar
+    other prompt with the adapter on.
     """
     tuned = prompt_embeddings(model, processor, prompts)
     with model.disable_adapter():
@@ -100,22 +92,13 @@ def prompt_embedding_change(model, processor, prompts):
 def query_logit_bounds(model, processor, prompts):
     """Compute the range of logits that the frozen scoring head lets each prompt get.
 
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``prompt``. ``lowest_dot_product`` and ``highest_dot_product``: the extremes over
-        all outputs of the decoder's layer norm; ``lowest_logit`` and ``highest_logit``: the same
-        after the model's clamp at -12 and 12, beyond which there is no gradient either.
-
-    Notes
-    -----
-    The logit is affine in the decoder state. The state comes out of a layer norm, so it lies in an
-    ellipsoid, and LoRA moves it only within: with the output ``gamma * n + beta``, where ``n`` has
-    mean 0 and a length below ``sqrt(d)``, and the logit ``a . h + b``, the extremes are
-    ``a . beta + b -/+ sqrt(d) |v - mean(v)|`` with ``v = a * gamma``.
+    A data frame with index ``prompt``: ``lowest_dot_product`` and ``highest_dot_product``, the extremes
+    over all outputs of the decoder's layer norm, and ``lowest_logit`` and ``highest_logit``, the same
+    after the model's clamp at -12 and 12. The logit ``a . h + b`` is affine in the decoder state
+    ``h = gamma * n + beta``, where ``n`` has mean 0 and a length below ``sqrt(d)``. So LoRA moves it
+    only between ``a . beta + b -/+ sqrt(d) |v - mean(v)|`` with ``v = a * gamma``.
     """
-    base = base_of(model)
-    base.eval()
+    base = base_of(model).eval()
     norm = base.detr_decoder.output_layer_norm
     head = copy(base.dot_product_scoring)
     head.clamp_logits = False
@@ -125,19 +108,13 @@ def query_logit_bounds(model, processor, prompts):
     width = norm.normalized_shape[0]
     probes = torch.cat([torch.zeros(1, width), torch.eye(width)]).to(features)
     probes = probes.expand(1, len(prompts), -1, -1)
-    offset, *rows = head(probes, features, mask)[0, ..., 0].T  # the head is affine in the state
+    offset, *rows = head(probes, features, mask)[0, ..., 0].T
     slope = torch.stack(rows) - offset
     tilted = slope * norm.weight[:, None]
     reach = width**0.5 * (tilted - tilted.mean(0)).norm(dim=0)
     middle = norm.bias @ slope + offset
-    lowest, highest = (middle - reach).float().cpu(), (middle + reach).float().cpu()
-    limit = SCORE_LOGIT_CLAMP
-    return pd.DataFrame(
-        {
-            "lowest_dot_product": lowest.tolist(),
-            "highest_dot_product": highest.tolist(),
-            "lowest_logit": lowest.clamp(-limit, limit).tolist(),
-            "highest_logit": highest.clamp(-limit, limit).tolist(),
-        },
-        index=pd.Index(list(prompts), name="prompt"),
-    )
+    bounds = {"lowest": (middle - reach).float().cpu(), "highest": (middle + reach).float().cpu()}
+    columns = {f"{name}_dot_product": value.tolist() for name, value in bounds.items()}
+    for name, value in bounds.items():
+        columns[f"{name}_logit"] = value.clamp(-SCORE_LOGIT_CLAMP, SCORE_LOGIT_CLAMP).tolist()
+    return pd.DataFrame(columns, index=pd.Index(list(prompts), name="prompt"))

@@ -1,7 +1,6 @@
 """Outputs of frozen encoders, computed once: image features on disk, text features in memory.
 
-Of the vision encoder the output of the backbone is kept, not the feature pyramid of the neck: at
-full size 10.6 MB per image in bfloat16 in place of 56 MB, and the neck is 4 % of the work.
+Kept is what the backbone gives, 10.6 MB per image in bfloat16; the pyramid of the neck has 56 MB.
 """
 
 from __future__ import annotations
@@ -26,16 +25,15 @@ from helpers.model.lora import write_tensors
 
 TENSOR = "backbone_states"
 CHECKSUM = "crc32"
-_DESCRIPTION = "cache.json"
 _PROMPTS_AT_ONCE = 32
+_ANOTHER_FOLDER = "in training.feature_cache, or set it to null"
 
 
 class BackboneCache:
     """Outputs of a frozen vision backbone without adapter, one memory-mapped file per image.
 
-    The folder is named by all that decides its content besides the image: the weights of the backbone
-    and their type, the preprocessing and the version of transformers. The files are named by the
-    content of the image and hold a checksum. So nothing stale or damaged is ever read, runs share the
+    The folder is named by all that decides its content besides the image, the files by the content
+    of the image, and they hold a checksum. So nothing stale or damaged is ever read, runs share the
     files, and each is there completely or not at all. Of `pictures` the digest is known.
     """
 
@@ -46,21 +44,16 @@ class BackboneCache:
         patch = backbone.config.patch_size
         self.shape = ((model.resolution // patch) ** 2, backbone.config.hidden_size)
         self.folder = resolve(folder) / _key(backbone, processor, model.resolution)
+        # Size of one file without its header of some 200 bytes.
+        self.bytes_per_image = self.shape[0] * self.shape[1] * self.dtype.itemsize
         self._pictures, self._files = pictures or {}, {}
-
-    @property
-    def bytes_per_image(self):
-        """Size of one file without its header of some 200 bytes."""
-        return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     def missing(self, records):
         """List the images that are not in the cache, one per content."""
-        missing = {}
+        files = {}
         for record in records:
-            file = self._file_of(record)
-            if not file.is_file():
-                missing.setdefault(file, record)
-        return list(missing.values())
+            files.setdefault(self._file_of(record), record)
+        return [record for file, record in files.items() if not file.is_file()]
 
     @torch.no_grad()
     def fill(self, records, *, batch_size=1, num_workers=0, progress=False):
@@ -80,22 +73,29 @@ class BackboneCache:
             collate_fn=_load,
             generator=torch.Generator(),  # the global one gives LoRA its A, filled or not
         )
+        # Tells a person which runs a folder serves.
+        description = {"base": self.model.name_or_path, "resolution": self.model.resolution}
+        description["dtype"] = str(self.dtype).removeprefix("torch.")
         try:
-            self._check_room(len(missing))
+            needed = len(missing) * self.bytes_per_image
+            parent = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+            free = shutil.disk_usage(parent).free
+            if needed > free:
+                message = f"the features of {len(missing)} images need {needed / 1e9:.1f} GB"
+                message += f", the disk has {free / 1e9:.1f} GB left"
+                fix = f"name a folder on a larger disk {_ANOTHER_FOLDER}"
+                raise InputError(message, where=self.folder, fix=fix)
             with staged_folder(self.folder) as staging:
-                write_json(staging / _DESCRIPTION, self._description())
+                write_json(staging / "cache.json", description)
             with tqdm(total=len(own), desc="features", unit="image", disable=not progress) as bar:
                 for batch, pixel_values in loader:
-                    self._write(
-                        batch, self.model.backbone_states(pixel_values.to(self.model.device))
-                    )
+                    states = self.model.backbone_states(pixel_values.to(self.model.device))
+                    self._write(batch, states)
                     bar.update(len(batch))
         except OSError as error:
-            raise InputError(
-                f"cannot be written ({error.strerror or error})",
-                where=self.folder,
-                fix="name a folder that can be written in training.feature_cache, or set it to null",
-            ) from error
+            message = f"cannot be written ({error.strerror or error})"
+            fix = f"name a folder that can be written {_ANOTHER_FOLDER}"
+            raise InputError(message, where=self.folder, fix=fix) from error
         processes.wait_for_everyone()
 
     def _write(self, records, states):
@@ -103,28 +103,28 @@ class BackboneCache:
         with staged_folder(self.folder) as staging:
             for record, tensor in zip(records, states.to(self.dtype).cpu(), strict=True):
                 if not tensor.isfinite().all():
-                    raise InputError(
-                        "the backbone gives NaN or infinity for this image",
-                        where=record.path,
-                        fix="check the image, or load the base in float32 (mixed_precision: no)",
-                    )
+                    message = "the backbone gives NaN or infinity for this image"
+                    fix = "check the image, or load the base in float32 (mixed_precision: no)"
+                    raise InputError(message, where=record.path, fix=fix)
                 file = staging / self._file_of(record).name
                 write_tensors(file, {TENSOR: tensor.clone()}, {CHECKSUM: _checksum(tensor)})
 
     def states(self, record):
         """Read the backbone's output (N, C) for an image; InputError names a missing or damaged file."""
-        file = self._file_of(record)
+        file, damage = self._file_of(record), None
         try:
             with safe_open(file, framework="pt") as content:
                 states = content.get_tensor(TENSOR)
                 checksum = (content.metadata() or {}).get(CHECKSUM)
         except (OSError, SafetensorError) as error:
-            raise self._damaged(file, error) from error
-        kind = (tuple(states.shape), states.dtype)
-        if kind != (self.shape, self.dtype):
-            raise self._damaged(file, f"it holds {kind}, not {(self.shape, self.dtype)}")
-        if checksum != _checksum(states):
-            raise self._damaged(file, "its numbers are not those that were written")
+            damage = error
+        else:
+            if checksum != _checksum(states):
+                damage = "its numbers are not those that were written"
+        if damage is not None:
+            raise InputError(
+                f"cannot be read ({damage})", where=file, fix="delete it and train again"
+            )
         return states
 
     def _file_of(self, record):
@@ -134,33 +134,6 @@ class BackboneCache:
             digest = picture.digest if picture else file_digest(record.path)
             self._files[record.path] = self.folder / f"{digest[:32]}.safetensors"
         return self._files[record.path]
-
-    def _check_room(self, num_images):
-        """Refuse to start what the disk cannot hold."""
-        needed = num_images * self.bytes_per_image
-        parent = next(path for path in (self.folder, *self.folder.parents) if path.exists())
-        free = shutil.disk_usage(parent).free
-        if needed > free:
-            raise InputError(
-                f"the features of {num_images} images need {needed / 1e9:.1f} GB, the disk has "
-                f"{free / 1e9:.1f} GB left",
-                where=self.folder,
-                fix="name a folder on a larger disk in training.feature_cache, or set it to null",
-            )
-
-    def _description(self):
-        """Return what tells a person which runs a folder serves."""
-        return {
-            "base": self.model.name_or_path,
-            "resolution": self.model.resolution,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "bytes_per_image": self.bytes_per_image,
-        }
-
-    @staticmethod
-    def _damaged(file, reason):
-        """Build the error for a file that cannot be used."""
-        return InputError(f"cannot be read ({reason})", where=file, fix="delete it and train again")
 
 
 def _checksum(tensor):
@@ -198,5 +171,4 @@ def _key(backbone, processor, resolution):
 
 def _load(items):
     """Collate records with their pixels."""
-    records = [record for record, *_ in items]
-    return records, torch.stack([load_pixels(*item) for item in items])
+    return [record for record, *_ in items], torch.stack([load_pixels(*item) for item in items])

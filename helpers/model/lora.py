@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from copy import deepcopy
@@ -24,7 +23,7 @@ from torch import nn
 from helpers.errors import InputError
 from helpers.files import file_digest, read_json, staged_folder, write_json
 from helpers.model.prompted import base_of
-from helpers.model.sam3 import base_fingerprint, is_lfs_pointer
+from helpers.model.sam3 import base_fingerprint, refuse_lfs_pointer
 
 COMPONENTS = {
     "vision_encoder": ("vision_encoder",),
@@ -37,16 +36,14 @@ COMPONENTS = {
     "mask_decoder": ("mask_decoder",),
 }
 """Component of a config flag ``apply_to_<component>``: the module names it covers."""
-
+# The output projection is `out_proj` in the text tower and `o_proj` elsewhere.
 SPELLINGS = {"out_proj": ("out_proj", "o_proj"), "o_proj": ("out_proj", "o_proj")}
-"""The output projection is ``out_proj`` in the text tower and ``o_proj`` elsewhere."""
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_FILE = "base.json"
+# Largest alpha / rank that is taken for a setting rather than for damage; the usual is 1 or 2.
 MAX_SCALE = 1e4
-"""Largest alpha / rank that is taken for a setting rather than for damage; the usual is 1 or 2."""
-
 _PLAIN_CLASS = {
     "base_model_class": "Sam3Model",
     "parent_library": "transformers.models.sam3.modeling_sam3",
@@ -63,17 +60,13 @@ def enabled_components(lora):
 def component_of(module_name):
     """Return the component a module belongs to, or None (scoring head, unused projection)."""
     for component, prefixes in COMPONENTS.items():
-        for prefix in prefixes:
-            if module_name == prefix or module_name.startswith(f"{prefix}."):
-                return component
+        if any(f"{module_name}.".startswith(f"{prefix}.") for prefix in prefixes):
+            return component
     return None
 
 
 def target_modules(model, lora):
-    """Map each enabled component to the full names of the linear layers that get LoRA.
-
-    InputError for a name that occurs in no enabled component, and for a component without any.
-    """
+    """Map each enabled component to the full names of the linear layers that get LoRA; none is empty."""
     names, used = {component: [] for component in enabled_components(lora)}, set()
     for name, module in model.named_modules():
         targets = _targets_of(name, lora.target_modules)
@@ -82,12 +75,9 @@ def target_modules(model, lora):
             used.update(targets)
     for target in lora.target_modules:
         if target not in used:
-            listed = ", ".join(names) or "any component"
-            raise InputError(
-                f"'{target}' matches no linear layer in {listed}",
-                where="lora.target_modules",
-                fix=_closest_fix(model, names, target),
-            )
+            message = f"'{target}' matches no linear layer in {', '.join(names) or 'any component'}"
+            fix = _closest_fix(model, names, target)
+            raise InputError(message, where="lora.target_modules", fix=fix)
     for component, modules in names.items():
         if not modules:
             raise InputError(
@@ -133,25 +123,10 @@ def _closest_fix(model, components, target):
 
 
 def add_lora(model, lora):
-    """Put LoRA on a base and freeze everything else.
+    """Put LoRA on a `PromptedSam3`, changed in place, and freeze everything else: a `peft.PeftModel`.
 
-    Parameters
-    ----------
-    model : helpers.model.sam3.PromptedSam3
-        Changed in place: PEFT wraps its linear layers.
-    lora : helpers.config.LoraSection
-        Rank, alpha, dropout, names and flags.
-
-    Returns
-    -------
-    peft.PeftModel
-        B is zero, so outputs equal those of the base until a step was taken. A is drawn from
-        torch's global generator: set the seed before.
-
-    Raises
-    ------
-    InputError
-        When a name or a component matches nothing, or the model already carries an adapter.
+    `lora` is a `helpers.config.LoraSection`. B is zero, so outputs equal those of the base until a
+    step was taken. A is drawn from torch's global generator: set the seed before.
     """
     if lora_layers(model):
         raise InputError("the model already carries LoRA", fix="load the base again")
@@ -182,10 +157,7 @@ def add_lora(model, lora):
 
 
 def save_adapter(model, folder, base_name, revision=None):
-    """Write an adapter that plain PEFT can load on a plain `Sam3Model`, completely or not at all.
-
-    ``base.json`` holds what tells damage later: fingerprint of the base, rank, alpha, and SHA-256.
-    """
+    """Write an adapter that plain PEFT can load on a plain `Sam3Model`, and what tells damage later."""
     config = deepcopy(model.peft_config[model.active_adapters[0]])
     config.inference_mode = True
     config.base_model_name_or_path = str(base_name)
@@ -214,19 +186,15 @@ def write_tensors(path, tensors, metadata=None):
     try:
         save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
-        raise InputError(
-            f"cannot be written ({error})",
-            where=path,
-            fix="make room on the disk, or name another folder",
-        ) from error
+        fix = "make room on the disk, or name another folder"
+        raise InputError(f"cannot be written ({error})", where=path, fix=fix) from error
 
 
 def load_adapter(model, folder, *, lora=None, is_trainable=False):
     """Put a saved adapter on its base, completely or not at all; in eval mode unless trainable.
 
-    InputError, by file, key and value, if the folder holds no adapter, a file is damaged (NaN, whole
-    numbers, other bytes than were saved, rank or alpha other than `lora` of the run says), or the
-    adapter was made for another base: keys, shapes or the base's weights differ.
+    InputError, by file, key and value, if a file is missing or damaged, rank or alpha are not those of
+    `lora` of the run, or the adapter was made for another base.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -234,9 +202,8 @@ def load_adapter(model, folder, *, lora=None, is_trainable=False):
     path = folder / CONFIG_FILE
     content = read_json(path, fix=_NAME_A_RUN)
     weights = read_adapter_weights(folder)
-    saved = {}
-    if (folder / BASE_FILE).is_file():
-        saved = read_json(folder / BASE_FILE, fix="save the adapter again")
+    identity = folder / BASE_FILE
+    saved = read_json(identity, fix="save the adapter again") if identity.is_file() else {}
     expected = saved if lora is None else {"r": lora.rank, "lora_alpha": lora.alpha}
     _check_config(content, expected, path)
     if saved and saved.get("fingerprint") != base_fingerprint(model):
@@ -244,19 +211,15 @@ def load_adapter(model, folder, *, lora=None, is_trainable=False):
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = not is_trainable
-        config.base_model_name_or_path = (
-            None  # not where the base lies, but where the writer had it
-        )
+        config.base_model_name_or_path = None  # it is where the writer had the base
         peft_model = _wrap(model, config)
     except Exception as error:  # PEFT raises what its many settings happen to break
-        raise _another_base(path, str(error).splitlines()[0][:200]) from error
+        raise _another_base(path, f"{error!s:.200}") from error
     load_adapter_weights(peft_model, weights, folder)
     if saved.get("weights_sha256") not in (None, file_digest(folder / WEIGHTS_FILE)):
-        raise InputError(
-            "its bytes are not those that were saved",
-            where=folder / WEIGHTS_FILE,
-            fix=f"{_RESTORE}; if you changed it on purpose, remove weights_sha256 from {BASE_FILE}",
-        )
+        message = "its bytes are not those that were saved"
+        fix = f"{_RESTORE}; if you changed it on purpose, remove weights_sha256 from {BASE_FILE}"
+        raise InputError(message, where=folder / WEIGHTS_FILE, fix=fix)
     return peft_model.train() if is_trainable else peft_model.eval()
 
 
@@ -301,12 +264,7 @@ def read_adapter_weights(folder):
     path = Path(folder) / WEIGHTS_FILE
     if not path.is_file():
         raise InputError(f"holds no {WEIGHTS_FILE}", where=folder, fix=_NAME_A_RUN)
-    if is_lfs_pointer(path):
-        raise InputError(
-            "is a Git LFS pointer, not the weights",
-            where=path,
-            fix="run 'git lfs pull' in the repository it came from",
-        )
+    refuse_lfs_pointer(path)
     try:
         return load_file(path)
     except Exception as error:  # safetensors raises a class of its own for damaged files
@@ -322,33 +280,20 @@ def _wrap(model, config):
 
 def _check_config(content, expected, path):
     """Refuse an adapter_config.json that is no LoRA, damaged, or not the one of the training."""
-
-    def refuse(key, reason):
-        message = f"{key} is {str(content.get(key))[:100]}, {reason}"
-        raise InputError(message, where=path, fix=_RESTORE)
-
-    if content.get("peft_type") != "LORA":
-        message = f"is an adapter of type {content.get('peft_type')!r}, expected 'LORA'"
+    kind, rank, alpha = (content.get(key) for key in ("peft_type", "r", "lora_alpha"))
+    if kind != "LORA":
+        message = f"is an adapter of type {kind!r}, expected 'LORA'"
         raise InputError(message, where=path, fix=_NAME_A_RUN)
-    rank, alpha = content.get("r"), content.get("lora_alpha")
-    if type(rank) is not int or rank < 1:
-        refuse("r", "not a whole number from 1")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        refuse("lora_alpha", "not a finite number")
-    if not 0 < alpha <= MAX_SCALE * rank:
-        refuse("lora_alpha", f"not between 0 and {MAX_SCALE:g} times r")
+    are_numbers = type(rank) is int and type(alpha) in (int, float)
+    if not are_numbers or not 0 < alpha <= MAX_SCALE * rank:
+        message = (
+            f"lora_alpha is {alpha!r:.100}, not between 0 and {MAX_SCALE:g} times r, {rank!r:.100}"
+        )
+        raise InputError(message, where=path, fix=_RESTORE)
     for key in ("r", "lora_alpha"):
         if expected.get(key) not in (None, content[key]):
-            refuse(key, f"but the adapter was trained with {expected[key]:g}")
-    targets = content.get("target_modules")
-    try:
-        re.compile(targets if isinstance(targets, str) else "|".join(map(re.escape, targets)))
-    except (re.error, TypeError) as error:
-        refuse("target_modules", f"neither names nor a pattern ({error})")
-    layers = content.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int | None) else layers
-    if not isinstance(layers, list) or not all(isinstance(n, int | None) for n in layers):
-        refuse("layers_to_transform", "not whole numbers")
+            message = f"{key} is {content[key]}, but the adapter was trained with {expected[key]:g}"
+            raise InputError(message, where=path, fix=_RESTORE)
 
 
 def _another_base(where, reason, name=None):

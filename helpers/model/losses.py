@@ -1,10 +1,8 @@
 """SAM3's training loss in PyTorch, equal to the numbers of Meta's own code.
 
-A row is one image with one prompt. Queries that a Hungarian matching gives to an object learn
-box, mask and score; all other queries of a row *with* objects learn a low score; a row *without*
-objects teaches only the presence token (variant ``native``). The variant ``early`` is the loss of
-the failing script: there rows without objects push every score down. Left out on purpose: the
-one-to-many branch, and the factor sqrt(B) of Meta's published configs.
+A row is one image with one prompt. Queries matched with an object learn box, mask and score; all
+others of a row *with* objects learn a low score; a row *without* objects teaches only the presence
+token. In the variant ``early``, the loss of the failing script, it pushes every score down.
 """
 
 from __future__ import annotations
@@ -31,11 +29,11 @@ EPSILON = 1e-6
 
 
 class Divisors(NamedTuple):
-    """Divisors of the sums: `boxes` of box and mask terms, `rows` of scores, `masked_rows` of semantics."""
+    """Divisors of the sums over objects and rows."""
 
-    boxes: float
-    rows: float
-    masked_rows: float
+    boxes: float  # of the box and mask terms
+    rows: float  # of the score terms
+    masked_rows: float  # of the semantic terms
 
 
 def target_counts(targets):
@@ -46,20 +44,14 @@ def target_counts(targets):
 
 
 def loss_divisors(counts, num_parts=1):
-    """Turn counts, summed over the `num_parts` batches of an optimiser step, into `Divisors`.
-
-    The mean of the parts' losses is then the loss of one batch with all rows. No object counts as one.
-    """
+    """Turn counts, summed over the `num_parts` batches of an optimiser step, into `Divisors`."""
     boxes, rows, masked_rows = counts
-    divisors = max(boxes, 1.0), rows, masked_rows + EPSILON
-    return Divisors(*(divisor / num_parts for divisor in divisors))
+    sums = (max(boxes, 1.0), rows, masked_rows + EPSILON)  # no object counts as one
+    return Divisors(*(divisor / num_parts for divisor in sums))
 
 
 def box_terms(pred_boxes_cxcywh, targets, matches, num_boxes):
-    """Compute L1 and GIoU loss of the matched boxes, and the IoU (pairs,) of each, without gradient.
-
-    Both are sums over the pairs, divided by `num_boxes`.
-    """
+    """Compute L1 and GIoU loss of the matched boxes, and the IoU (pairs,) of each, without gradient."""
     device = pred_boxes_cxcywh.device
     predicted = torch.cat([pred_boxes_cxcywh[b, q] for b, (q, _) in enumerate(matches)]).float()
     target = torch.cat(
@@ -79,9 +71,8 @@ def score_terms(pred_logits, presence_logits, targets, matches, ious, variant, n
     """Compute ``loss_ce`` of the query scores (B, Q) and ``presence_loss`` of the presence (B, 1).
 
     ``native``: matched ``10 BCE(z, t)``, others ``p^2 BCE(z, 0)``; rows without objects count as zeros
-    in the mean over B * max(Q, 200); presence is ``0.5 BCE`` averaged over all rows. ``early``: matched
-    ``0.5 BCE(z, t)``, others ``BCE(z, 0)``, divided by B * Q + 1e-6, all rows alike, no presence loss.
-    In both ``t = max(0.01, p^0.25 IoU^0.75)`` without gradient, and `num_rows` is B.
+    in the mean over B * max(Q, 200). ``early``: matched ``0.5 BCE(z, t)``, others ``BCE(z, 0)``, all
+    rows alike. In both ``t = max(0.01, p^0.25 IoU^0.75)`` without gradient, and `num_rows` is B.
     """
     logits = pred_logits.float()
     prob = logits.sigmoid()
@@ -99,7 +90,7 @@ def score_terms(pred_logits, presence_logits, targets, matches, ious, variant, n
         loss_ce = loss.sum() / (num_rows * loss.shape[1] + EPSILON)
         return {"loss_ce": loss_ce, "presence_loss": torch.zeros_like(loss_ce.detach())}
 
-    present = _present(targets).to(logits)
+    present = torch.stack([(t["boxes_cxcywh"][:, 2:] > 0).all(1).any() for t in targets]).to(logits)
     loss = torch.where(matched, POSITIVE_WEIGHT * bce, prob**NEGATIVE_GAMMA * bce)
     loss = loss * present[:, None]
     presence = F.binary_cross_entropy_with_logits(
@@ -112,63 +103,46 @@ def score_terms(pred_logits, presence_logits, targets, matches, ious, variant, n
 
 
 def mask_terms(pred_masks, targets, matches, num_boxes):
-    """Compute focal and dice loss of the matched masks, at the size of the targets.
-
-    Focal loss is averaged over pixels, dice is 1 - (2 sum(p y) + 1) / (sum p + sum y + 1); both are
-    summed over the pairs whose mask is valid and divided by `num_boxes`.
-    """
-    nothing = pred_masks[:0].float().sum()
-    loss_mask, loss_dice = [nothing], [nothing]
+    """Compute focal and dice loss of the valid matched masks, at the size of the targets."""
+    pairs = []
     for row, (target, (query_idx, target_idx)) in enumerate(zip(targets, matches, strict=True)):
         if "mask_valid" in target:
             valid = target["mask_valid"].to(target_idx.device)[target_idx] > 0
             query_idx, target_idx = query_idx[valid], target_idx[valid]
-        if len(query_idx) == 0:
-            continue
-        masks = target["masks"].to(pred_masks.device)[target_idx].float()
-        logits = _resize(pred_masks[row, query_idx][:, None], masks.shape[-2:])[:, 0]
-        loss_mask.append(sigmoid_focal_loss(logits, masks, **MASK_FOCAL).mean((1, 2)).sum())
-        loss_dice.append(_dice(logits, masks).sum())
-    return {
-        "loss_mask": torch.stack(loss_mask).sum() / num_boxes,
-        "loss_dice": torch.stack(loss_dice).sum() / num_boxes,
-    }
+        if len(query_idx):
+            masks = target["masks"].to(pred_masks.device)[target_idx].float()
+            pairs.append((pred_masks[row, query_idx][:, None], masks))
+    loss_mask, loss_dice = _map_losses(pairs, pred_masks, MASK_FOCAL)
+    return {"loss_mask": loss_mask / num_boxes, "loss_dice": loss_dice / num_boxes}
 
 
 def semantic_terms(semantic_logits, targets, num_rows=None):
     """Compute focal and dice loss of the (B, 1, h, w) map against the unions of masks; empty ones skip."""
-    nothing = semantic_logits[:0].float().sum()
-    focal, dice = [nothing], [nothing]
+    pairs = []
     for row, target in enumerate(targets):
         masks = target["masks"].to(semantic_logits.device)
-        if not masks.any():
-            continue
-        union = (masks > 0).any(0, keepdim=True).float()
-        logits = _resize(semantic_logits[row : row + 1], union.shape[-2:])[0]
-        focal.append(sigmoid_focal_loss(logits, union, **SEMANTIC_FOCAL).mean())
-        dice.append(_dice(logits, union).sum())
-    num_rows = len(focal) - 1 + EPSILON if num_rows is None else num_rows
-    return {
-        "loss_semantic_seg": torch.stack(focal).sum() / num_rows,
-        "loss_semantic_dice": torch.stack(dice).sum() / num_rows,
-    }
+        if masks.any():
+            union = (masks > 0).any(0, keepdim=True).float()
+            pairs.append((semantic_logits[row : row + 1], union))
+    focal, dice = _map_losses(pairs, semantic_logits, SEMANTIC_FOCAL)
+    num_rows = len(pairs) + EPSILON if num_rows is None else num_rows
+    return {"loss_semantic_seg": focal / num_rows, "loss_semantic_dice": dice / num_rows}
 
 
-def _present(targets):
-    """Tell for each row whether an object with positive width and height is there, (B,) bool."""
-    return torch.stack([(t["boxes_cxcywh"][:, 2:] > 0).all(1).any() for t in targets])
-
-
-def _resize(logits, size):
-    """Bring (n, 1, h, w) logits to `size` bilinearly, in float32."""
-    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
-
-
-def _dice(logits, masks):
-    """Compute the dice loss, smoothed by 1, of (n, H, W) logits, one value per mask."""
-    prob, masks = logits.sigmoid().flatten(1), masks.flatten(1)
-    intersection = (prob * masks).sum(1)
-    return 1 - (2 * intersection + 1) / (prob.sum(1) + masks.sum(1) + 1)
+def _map_losses(pairs, outputs, settings):
+    """Sum focal loss, a mean over cells, and dice loss over (n, 1, h, w) logits and (n, H, W) masks."""
+    nothing = outputs[:0].float().sum()  # can be differentiated also without a pair
+    focal, dice = [nothing], [nothing]
+    for logits, masks in pairs:
+        size = masks.shape[-2:]
+        logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)[
+            :, 0
+        ]
+        focal.append(sigmoid_focal_loss(logits, masks, **settings).mean((1, 2)).sum())
+        prob, true = logits.sigmoid().flatten(1), masks.flatten(1)
+        common = (prob * true).sum(1)
+        dice.append((1 - (2 * common + 1) / (prob.sum(1) + true.sum(1) + 1)).sum())
+    return torch.stack(focal).sum(), torch.stack(dice).sum()
 
 
 NATIVE_WEIGHTS = {
@@ -201,14 +175,12 @@ def sam3_losses(outputs, targets, variant="native", *, divisors=None):
     Parameters
     ----------
     outputs : dict
-        ``pred_logits`` (B, Q) logits; ``pred_boxes_cxcywh`` (B, Q, 4) in [0, 1];
-        ``presence_logits`` (B, 1); ``pred_masks`` (B, Q, h, w) logits; ``semantic_logits``
-        (B, 1, h, w); optionally ``aux``, a list of dicts with the first three, one for each
-        earlier decoder layer.
+        ``pred_logits`` (B, Q); ``pred_boxes_cxcywh`` (B, Q, 4) in [0, 1]; ``presence_logits`` (B, 1);
+        ``pred_masks`` (B, Q, h, w) logits; ``semantic_logits`` (B, 1, h, w); optionally ``aux``, a
+        list of dicts with the first three, one for each earlier decoder layer.
     targets : list of dict
         B dicts: ``boxes_cxcywh`` (n, 4) in [0, 1], ``masks`` (n, H, W) of 0 and 1, optionally
         ``mask_valid`` (n,), 0 where an object has no mask (its mask must then be all zero).
-        n may be 0; H, W may differ from h, w and between rows.
     variant : {"native", "early"}
         Meta's published setting, or that of the failing script.
     divisors : Divisors, optional
@@ -218,18 +190,8 @@ def sam3_losses(outputs, targets, variant="native", *, divisors=None):
     -------
     dict of str to torch.Tensor
         Float32 scalars: the unweighted terms of `WEIGHTS` of the final layer; for ``native`` also
-        ``aux0.loss_ce`` and so on (ce, presence, bbox, giou of each earlier layer); and ``total``,
-        which can always be differentiated, also when no row has an object.
-
-    Raises
-    ------
-    InputError
-        For an unknown variant, missing keys, shapes that disagree, boxes that are not fractions
-        of the image, and for matching costs that are not finite.
-
-    Notes
-    -----
-    Source: facebookresearch/sam3 at 99d02f2, ``sam3/train/loss/loss_fns.py``.
+        ``aux0.loss_ce`` and so on for each earlier layer; and ``total``. Their source is
+        ``sam3/train/loss/loss_fns.py`` of facebookresearch/sam3 at 99d02f2.
     """
     _check(outputs, targets, variant)
     if divisors is None:
@@ -249,16 +211,11 @@ def sam3_losses(outputs, targets, variant="native", *, divisors=None):
 
 def weighted_sum(terms, weights):
     """Add up terms times the weight of their name; ``aux0.loss_ce`` takes that of ``loss_ce``."""
-    weighted = [
-        weights[name.rpartition(".")[2]] * value
-        for name, value in terms.items()
-        if name.rpartition(".")[2] in weights
-    ]
-    return torch.stack(weighted).sum()
+    pairs = [(name.rpartition(".")[2], value) for name, value in terms.items()]
+    return torch.stack([weights[name] * value for name, value in pairs if name in weights]).sum()
 
 
 def _layer_terms(layer, targets, matches, variant, divisors):
-    """Compute the four terms that every decoder layer has."""
     terms, ious = box_terms(layer["pred_boxes_cxcywh"], targets, matches, divisors.boxes)
     logits, presence = layer["pred_logits"], layer["presence_logits"]
     return terms | score_terms(logits, presence, targets, matches, ious, variant, divisors.rows)
@@ -274,21 +231,24 @@ def _check(outputs, targets, variant):
     for index, layer in enumerate(outputs.get("aux") or ()):
         _check_shapes(layer, _LAYER_KEYS, len(targets), f"outputs['aux'][{index}]")
     for row, target in enumerate(targets):
-        where = f"targets[{row}]"
-        if missing := {"boxes_cxcywh", "masks"} - set(target):
-            raise InputError(f"missing {sorted(missing)}", where=where)
-        boxes = target["boxes_cxcywh"]
-        counts = {name: len(target[name]) for name in target if name in _PER_OBJECT}
-        if len(set(counts.values())) > 1:
-            raise InputError(f"numbers of objects differ: {counts}", where=where)
-        if boxes.shape[1:] != (4,):
-            raise InputError(f"boxes_cxcywh has shape {tuple(boxes.shape)}", where=where)
-        if len(boxes) and (boxes.min() < -0.01 or boxes.max() > 1.01):
-            raise InputError(
-                f"boxes_cxcywh reaches from {boxes.min():g} to {boxes.max():g}",
-                where=where,
-                fix="give centre, width and height as fractions of the image, in [0, 1]",
-            )
+        if problem := _problem_of(target):
+            raise InputError(problem, where=f"targets[{row}]")
+
+
+def _problem_of(target):
+    """Return what is wrong with the targets of a row, or None."""
+    if missing := {"boxes_cxcywh", "masks"} - set(target):
+        return f"missing {sorted(missing)}"
+    boxes = target["boxes_cxcywh"]
+    counts = {name: len(target[name]) for name in target if name in _PER_OBJECT}
+    if len(set(counts.values())) > 1:
+        return f"numbers of objects differ: {counts}"
+    if boxes.shape[1:] != (4,):
+        return f"boxes_cxcywh has shape {tuple(boxes.shape)}"
+    if len(boxes) and (boxes.min() < -0.01 or boxes.max() > 1.01):
+        reach = f"{boxes.min():g} to {boxes.max():g}"
+        return f"boxes_cxcywh reaches from {reach}; they are fractions of the image, in [0, 1]"
+    return None
 
 
 def _check_shapes(outputs, num_dims, num_rows, where):
@@ -298,7 +258,5 @@ def _check_shapes(outputs, num_dims, num_rows, where):
     for name, rank in num_dims.items():
         shape = tuple(outputs[name].shape)
         if len(shape) != rank or shape[0] != num_rows:
-            raise InputError(
-                f"{name} has shape {shape}, expected {rank} dimensions and {num_rows} rows",
-                where=where,
-            )
+            message = f"{name} has shape {shape}, expected {rank} dimensions and {num_rows} rows"
+            raise InputError(message, where=where)

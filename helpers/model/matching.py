@@ -1,7 +1,6 @@
-"""One-to-one assignment of queries to objects, as SAM3 does it in training.
+"""One-to-one assignment of queries to objects, as Meta's ``BinaryHungarianMatcherV2`` does it.
 
-These are the numbers of Meta's ``BinaryHungarianMatcherV2``. SAM3's one-to-many assignment (several
-queries per object, on duplicated queries) is left out: the Hugging Face model has no such branch.
+SAM3's one-to-many assignment is left out: the Hugging Face model has no such branch.
 """
 
 from __future__ import annotations
@@ -24,55 +23,27 @@ FOCAL_GAMMA = 2.0
 def hungarian_match(outputs, targets):
     """Assign to every object the query that explains it, at the least total cost.
 
-    Parameters
-    ----------
-    outputs : dict
-        ``pred_logits`` (B, Q), logits of the queries, and ``pred_boxes_cxcywh`` (B, Q, 4) in
-        [0, 1].
-    targets : list of dict
-        B dicts with ``boxes_cxcywh`` (n, 4) in [0, 1]; n may differ between rows and may be 0.
-
-    Returns
-    -------
-    list of tuple of torch.Tensor
-        B pairs ``(query_idx, target_idx)`` of int64 tensors of equal length min(n, Q), on the
-        device of the logits, sorted by ``target_idx``. A row without objects has empty tensors.
-
-    Raises
-    ------
-    InputError
-        When the cost of a row is not finite; the message names the row and what caused it.
-
-    Notes
-    -----
-    The cost is ``2 class + 5 L1 + 2 (-GIoU)``, see `matching_cost`.
+    Outputs are ``pred_logits`` (B, Q) and ``pred_boxes_cxcywh`` (B, Q, 4), the B targets hold
+    ``boxes_cxcywh`` (n, 4), both in [0, 1]. Returns B pairs ``(query_idx, target_idx)`` of int64 tensors
+    of length min(n, Q), on the device of the logits, sorted by ``target_idx``.
     """
     pred_logits, pred_boxes = outputs["pred_logits"], outputs["pred_boxes_cxcywh"]
     matches = []
     for row, target in enumerate(targets):
         boxes = target["boxes_cxcywh"].to(pred_boxes.device)
-        if len(boxes) == 0:
-            empty = torch.empty(0, dtype=torch.long, device=pred_logits.device)
-            matches.append((empty, empty.clone()))
-            continue
         cost = matching_cost(pred_logits[row], pred_boxes[row], boxes)
         if not torch.isfinite(cost).all():
             raise _not_finite(row, pred_logits[row], pred_boxes[row], boxes)
         target_idx, query_idx = linear_sum_assignment(cost.T.cpu().numpy())
-        matches.append(
-            tuple(
-                torch.as_tensor(idx, dtype=torch.long, device=pred_logits.device)
-                for idx in (query_idx, target_idx)
-            )
-        )
+        pair = (torch.from_numpy(index).to(pred_logits.device) for index in (query_idx, target_idx))
+        matches.append(tuple(pair))
     return matches
 
 
 def matching_cost(pred_logits, pred_boxes_cxcywh, target_boxes_cxcywh):
-    """Compute the cost of giving each of Q queries to each of n objects: (Q, n) float32.
+    """Compute the cost ``2 class + 5 L1 - 2 GIoU`` of each of Q queries for each of n objects: (Q, n).
 
-    Classification is the focal cost of DETR-like matchers, positive part minus negative part,
-    ``-a (1-p)^g log p + (1-a) p^g log(1-p)`` with a = 0.25 and g = 2. Boxes are in [0, 1].
+    The class cost is ``-a (1-p)^g log p + (1-a) p^g log(1-p)`` with a = 0.25 and g = 2.
     """
     logits = pred_logits.float()
     predicted, target = pred_boxes_cxcywh.float(), target_boxes_cxcywh.float()
@@ -89,21 +60,14 @@ def matching_cost(pred_logits, pred_boxes_cxcywh, target_boxes_cxcywh):
 
 def _not_finite(row, pred_logits, pred_boxes_cxcywh, target_boxes_cxcywh):
     """Build the error for a row whose cost holds NaN or infinity, naming the cause."""
-    named = {
-        "pred_logits": pred_logits,
-        "pred_boxes_cxcywh": pred_boxes_cxcywh,
-        "the target boxes_cxcywh": target_boxes_cxcywh,
-    }
+    named = {"pred_logits": pred_logits, "pred_boxes_cxcywh": pred_boxes_cxcywh}
     broken = [name for name, value in named.items() if not torch.isfinite(value).all()]
-    if "the target boxes_cxcywh" in broken:
+    fix = "training has diverged: lower training.learning_rate or use another mixed_precision"
+    if not torch.isfinite(target_boxes_cxcywh).all():
+        broken.append("the target boxes_cxcywh")
         fix = "run `python -m helpers check` on the data; a box of this row is not a number"
-    elif broken:
-        fix = "training has diverged: lower training.learning_rate or use another mixed_precision"
-    else:
+    elif not broken:
         broken = ["the overlap of a predicted and a target box that both have no area"]
         fix = "run `python -m helpers check` on the data and remove boxes without width or height"
-    return InputError(
-        f"the matching cost is not finite because of {' and '.join(broken)}",
-        where=f"row {row} of the batch",
-        fix=fix,
-    )
+    message = f"the matching cost is not finite because of {' and '.join(broken)}"
+    return InputError(message, where=f"row {row} of the batch", fix=fix)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
@@ -17,31 +17,27 @@ from transformers.models.sam3.modeling_sam3 import (
     inverse_sigmoid,
 )
 
+# Logits are clamped to plus or minus these values; beyond them their gradient is zero.
+SCORE_LOGIT_CLAMP = 12.0
+PRESENCE_LOGIT_CLAMP = 10.0
+# Prompts that pass through DETR and mask decoder together. At full size a prompt takes about 0.3 GB
+# while it passes, and its masks 66 MB; an image of a dataset may bring eighty prompts.
+ROWS_AT_ONCE = 16
+_VISION_INPUTS = ("pixel_values", "backbone_states")
+_MODEL_INPUTS = (*_VISION_INPUTS, "image_index", "input_ids", "text_states", "attention_mask")
+_LAYER_OUTPUTS = ("pred_logits", "pred_boxes_cxcywh", "presence_logits")
+
 
 class Float32Positions(Sam3SinePositionEmbedding):
     """The position codes of the feature maps, always in float32; all images share one.
 
-    The port computes them in the type of the map: in bfloat16 a code of 72 x 72 cells is off by up to
-    0.034, where rounding the exact one would cost 0.002 (`tests/test_precision.py`).
+    In bfloat16, as the port has it, a code of 72 x 72 cells is off by up to 0.034.
     """
 
     def forward(self, shape, device, dtype, mask=None):
         """Return the codes of a map of `shape` (I, C, h, w), float32 whatever `dtype` says."""
         codes = super().forward((1, *shape[1:]), device, torch.float32, mask)
         return codes.expand(shape[0], -1, -1, -1)
-
-
-def embeds_of_states(vision_encoder, backbone_states):
-    """Run the neck on backbone states (I, N, C) of square images: the output of the encoder."""
-    num_images, num_patches, _ = backbone_states.shape
-    side = round(num_patches**0.5)
-    spatial = backbone_states.view(num_images, side, side, -1).permute(0, 3, 1, 2)
-    maps, positions = vision_encoder.neck(spatial)
-    return Sam3VisionEncoderOutput(
-        last_hidden_state=backbone_states,
-        fpn_hidden_states=maps,
-        fpn_position_encoding=positions,
-    )
 
 
 def repeat_vision_embeds(vision_embeds, image_index, num_prompts):
@@ -63,42 +59,29 @@ def repeat_vision_embeds(vision_embeds, image_index, num_prompts):
             f"{num_images} images"
         )
     index = image_index.to(features[0].device)
+    # Position encodings depend on the size of the map only, so all rows are equal.
     positions = vision_embeds.fpn_position_encoding
     return replace(
         vision_embeds,
         fpn_hidden_states=tuple(level[index] for level in features),
-        # Position encodings depend on the size of the map only, so all rows are equal.
-        fpn_position_encoding=tuple(
-            level[:1].expand(num_prompts, -1, -1, -1) for level in positions
-        ),
+        fpn_position_encoding=tuple(p[:1].expand(num_prompts, -1, -1, -1) for p in positions),
     )
-
-
-SCORE_LOGIT_CLAMP = 12.0
-"""Query logits are clamped to plus or minus this value; beyond it their gradient is zero."""
-PRESENCE_LOGIT_CLAMP = 10.0
-"""Presence logits are clamped to plus or minus this value; beyond it their gradient is zero."""
 
 
 @dataclass
 class PromptedSam3Output(Sam3ImageSegmentationOutput):
-    """`Sam3ImageSegmentationOutput` with the names that `helpers.model.losses.sam3_losses` reads.
-
-    ``aux`` holds ``pred_logits`` (B, Q), ``pred_boxes_cxcywh`` (B, Q, 4) and ``presence_logits``
-    (B, 1) of every decoder layer but the last, first layer first.
-    """
+    """`Sam3ImageSegmentationOutput` with the names that `sam3_losses` reads."""
 
     pred_boxes_cxcywh: torch.Tensor | None = None  # (B, Q, 4) of the last layer, in [0, 1]
     semantic_logits: torch.Tensor | None = None  # (B, 1, h, w), the same as semantic_seg
-    aux: list | None = None
+    aux: list | None = None  # dicts of `_LAYER_OUTPUTS` of the layers before, first layer first
 
 
 class PromptedSam3(Sam3Model):
     """A `Sam3Model` that takes I images with B prompts and returns every decoder layer.
 
-    Parameters, modules and checkpoint keys are those of `Sam3Model`. Loaded in bfloat16, the two
-    encoders are kept in it, 96 % of the parameters of the full model, and matrix products run in it
-    through autocast. The rest stays in float32: a box in bfloat16 is rounded to 1/256 of the image.
+    Loaded in bfloat16, the two encoders are kept in it and matrix products run in it through
+    autocast. The rest stays in float32: a box in bfloat16 is rounded to 1/256 of the image.
     """
 
     _keep_in_fp32_modules_strict = (
@@ -109,7 +92,6 @@ class PromptedSam3(Sam3Model):
         "mask_decoder",
         "dot_product_scoring",
     )
-
     # The ViT and text layers can be checkpointed, the class just does not say so.
     supports_gradient_checkpointing = True
     # Our losses are means over the batch: the trainer has to divide them by the accumulation steps.
@@ -118,9 +100,8 @@ class PromptedSam3(Sam3Model):
     def __init__(self, config):
         super().__init__(config)
         neck = self.vision_encoder.neck
-        neck.position_encoding = Float32Positions(
-            neck.position_encoding.num_position_features, normalize=True
-        )
+        num_features = neck.position_encoding.num_position_features
+        neck.position_encoding = Float32Positions(num_features, normalize=True)
 
     @property
     def mask_size(self):
@@ -150,6 +131,23 @@ class PromptedSam3(Sam3Model):
             tokens = {"input_ids": input_ids, "attention_mask": attention_mask}
             return self.get_text_features(**tokens).pooler_output
 
+    def vision_embeds(self, pixel_values=None, backbone_states=None):
+        """Return the feature pyramids of I images, or of their backbone states (I, N, C)."""
+        with self.precision():
+            if backbone_states is None:
+                if pixel_values is None:
+                    raise ValueError("pass pixel_values, backbone_states or vision_embeds")
+                return self.vision_encoder(pixel_values)
+            num_images, num_patches, _ = backbone_states.shape
+            side = round(num_patches**0.5)
+            spatial = backbone_states.view(num_images, side, side, -1).permute(0, 3, 1, 2)
+            maps, positions = self.vision_encoder.neck(spatial)
+            return Sam3VisionEncoderOutput(
+                last_hidden_state=backbone_states,
+                fpn_hidden_states=maps,
+                fpn_position_encoding=positions,
+            )
+
     def forward(
         self,
         pixel_values=None,
@@ -161,33 +159,14 @@ class PromptedSam3(Sam3Model):
         text_states=None,
         **kwargs,
     ):
-        """Segment B prompts on I images.
+        """Segment B prompts on I images: a `PromptedSam3Output`, whose rows are prompts.
 
-        Parameters
-        ----------
-        pixel_values, vision_embeds, backbone_states : optional
-            One of: images (I, 3, S, S) as the processor makes them, the feature pyramids of I images,
-            or the output of their backbone (I, N, C).
-        input_ids, text_states : torch.Tensor, optional
-            One of: tokens (B, T) of the prompts, or their states (B, T, D).
-        attention_mask : torch.Tensor
-            (B, T). Required: without it the padding would be read as part of the prompt.
-        image_index : torch.Tensor, optional
-            (B,) int64, the image of each prompt. Without it I must equal B, or be 1.
-        **kwargs
-            Passed on to `Sam3Model.forward` (for example ``input_boxes``).
-
-        Returns
-        -------
-        PromptedSam3Output
-            Rows are prompts. ``pred_masks`` (B, Q, h, w), ``pred_boxes`` (B, Q, 4) xyxy in [0, 1],
-            ``pred_logits`` (B, Q), ``presence_logits`` (B, 1), ``semantic_logits`` (B, 1, h, w),
-            and the fields of `PromptedSam3Output`.
+        Images are `pixel_values` (I, 3, S, S) as the processor makes them, `vision_embeds` or
+        `backbone_states` (I, N, C); prompts are `input_ids` (B, T) or `text_states` (B, T, D), with
+        their `attention_mask` (B, T). For `image_index` see `repeat_vision_embeds`.
         """
         if attention_mask is None:
-            raise ValueError(
-                "pass attention_mask with the prompts: padding would change the scores"
-            )
+            raise ValueError("pass attention_mask: padding would change the scores of the prompts")
         with self.precision(), self._capture_decoder() as captured:
             if vision_embeds is None:
                 vision_embeds = self.vision_embeds(pixel_values, backbone_states)
@@ -199,70 +178,57 @@ class PromptedSam3(Sam3Model):
                 attention_mask=attention_mask,
                 **{**kwargs, "return_dict": True},
             )
-            layers = _decoder_layers(captured)
+            decoder = captured["decoder"]
+            reference_logits = inverse_sigmoid(decoder.reference_boxes)
+            boxes_cxcywh = (reference_logits + captured["box_offsets"]).sigmoid()
+        stacked = (captured["logits"].squeeze(-1), boxes_cxcywh, decoder.presence_logits)
+        *aux, last = (
+            dict(zip(_LAYER_OUTPUTS, layer, strict=True)) for layer in zip(*stacked, strict=True)
+        )
         return PromptedSam3Output(
             **{field.name: getattr(outputs, field.name) for field in fields(outputs)},
-            pred_boxes_cxcywh=layers[-1]["pred_boxes_cxcywh"],
+            pred_boxes_cxcywh=last["pred_boxes_cxcywh"],
             semantic_logits=outputs.semantic_seg,
-            aux=layers[:-1],
+            aux=aux,
         )
-
-    def vision_embeds(self, pixel_values=None, backbone_states=None):
-        """Return the feature pyramids of I images, or of their backbone states."""
-        with self.precision():
-            if backbone_states is not None:
-                return embeds_of_states(self.vision_encoder, backbone_states)
-            if pixel_values is not None:
-                return self.vision_encoder(pixel_values)
-        raise ValueError("pass pixel_values, backbone_states or vision_embeds")
 
     @contextmanager
     def _capture_decoder(self):
-        """Collect what the decoder and its heads return inside `Sam3Model.forward`.
-
-        Computing again would draw another dropout. The last call of the box head is that of all layers.
-        """
+        """Collect the last outputs of decoder and heads; computing again would draw another dropout."""
         captured = {}
         modules = {
             "decoder": self.detr_decoder,
             "box_offsets": self.detr_decoder.box_head,
             "logits": self.dot_product_scoring,
         }
-        handles = [
-            module.register_forward_hook(
-                lambda _module, _args, output, name=name: captured.__setitem__(name, output)
-            )
-            for name, module in modules.items()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for name, module in modules.items():
+                hook = partial(_keep_output, captured, name)
+                hooks.enter_context(module.register_forward_hook(hook))
             yield captured
-        finally:
-            for handle in handles:
-                handle.remove()
+
+
+def _keep_output(captured, name, module, args, output):
+    captured[name] = output
 
 
 def loss_inputs(outputs):
     """Pick what `sam3_losses` reads out of the outputs, in float32: a dict of tensors and ``aux``."""
-    names = ("pred_logits", "pred_boxes_cxcywh", "presence_logits")
     final, *aux = [
-        {name: layer[name].float() for name in names} for layer in (outputs, *outputs["aux"])
+        {name: layer[name].float() for name in _LAYER_OUTPUTS}
+        for layer in (outputs, *outputs["aux"])
     ]
     final |= {name: outputs[name].float() for name in ("pred_masks", "semantic_logits")}
     return final | {"aux": aux}
 
 
 def checkpoint_activations(model):
-    """Compute the activations of vision, text and DETR layers again in the backward pass.
-
-    The library checkpoints the layers of the two encoders. Those of the DETR are as large, once
-    per prompt.
-    """
+    """Compute the activations of vision, text and DETR layers again in the backward pass."""
+    settings = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
-        model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False}
-        )
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     for layer in (*model.detr_encoder.layers, *model.detr_decoder.layers):
         layer.forward = partial(_checkpointed, layer.forward)
 
@@ -272,31 +238,6 @@ def _checkpointed(forward, *args, **kwargs):
     if torch.is_grad_enabled():
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
     return forward(*args, **kwargs)
-
-
-def _decoder_layers(captured):
-    """Return one dict of logits, boxes and presence for each decoder layer, first layer first."""
-    reference_logits = inverse_sigmoid(captured["decoder"].reference_boxes)
-    boxes_cxcywh = (reference_logits + captured["box_offsets"]).sigmoid()
-    stacked = (captured["logits"].squeeze(-1), boxes_cxcywh, captured["decoder"].presence_logits)
-    names = ("pred_logits", "pred_boxes_cxcywh", "presence_logits")
-    return [dict(zip(names, layer, strict=True)) for layer in zip(*stacked, strict=True)]
-
-
-ROWS_AT_ONCE = 16
-"""Prompts that pass through DETR and mask decoder together; each is asked on one image.
-
-At full size a prompt takes about 0.3 GB while it passes, and its masks 66 MB. An image of a dataset
-with eighty categories brings eighty prompts.
-"""
-_MODEL_INPUTS = (
-    "pixel_values",
-    "backbone_states",
-    "image_index",
-    "input_ids",
-    "text_states",
-    "attention_mask",
-)
 
 
 def base_of(model):
@@ -312,20 +253,15 @@ def model_inputs(batch, device):
 def outputs_by_rows(model, batch, device, autocast=nullcontext):
     """Run a batch of `PromptCollator` in parts of at most `ROWS_AT_ONCE` of its B rows.
 
-    Yields slices of the rows and their `PromptedSam3Output`. The vision encoder runs once per
-    image all the same; `autocast` returns the context in which the model runs.
+    Yields slices of the rows and their outputs; `autocast` returns the context of a run.
     """
     inputs = model_inputs(batch, device)
-    num_rows = len(inputs["attention_mask"])
-    if num_rows > ROWS_AT_ONCE:
-        seen = [inputs.pop(name, None) for name in ("pixel_values", "backbone_states")]
+    seen = [inputs.pop(name, None) for name in _VISION_INPUTS]
+    with autocast():
+        vision_embeds = base_of(model).vision_embeds(*seen)
+    for start in range(0, len(inputs["attention_mask"]), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        part = {name: tensor[rows] for name, tensor in inputs.items()}
         with autocast():
-            vision_embeds = base_of(model).vision_embeds(*seen)
-    for start in range(0, num_rows, ROWS_AT_ONCE):
-        rows, part = slice(start, start + ROWS_AT_ONCE), inputs
-        if num_rows > ROWS_AT_ONCE:
-            part = {name: tensor[rows] for name, tensor in inputs.items()}
-            part["vision_embeds"] = vision_embeds
-        with autocast():
-            outputs = model(**part)
+            outputs = model(**part, vision_embeds=vision_embeds)
         yield rows, outputs

@@ -14,47 +14,18 @@ from helpers.files import DATA
 CAUSES_TABLE = DATA / "causes.csv"
 NOT_TESTED = "not tested here: "
 """Start of the column ``test`` where this project cannot show a cause; the reason follows."""
-STAGES = (
-    "files",
-    "data",
-    "prompts",
-    "base",
-    "adapter",
-    "loss",
-    "training",
-    "checkpoint",
-    "prediction",
-    "evaluation",
-)
-"""Where a cause lives, in the order in which data flows: an earlier one explains later oddities."""
 
 
 class Cause(NamedTuple):
-    """One row of the catalogue.
+    """One row of the catalogue."""
 
-    Attributes
-    ----------
-    stage : str
-        One of `STAGES`.
-    title, symptom : str
-        What is wrong, and what one sees of it.
-    test : str
-        Gate, finding or command that shows it.
-    fix : str
-        What to do.
-    source : str
-        Public reports of it, separated by spaces.
-    confusable : str
-        Another cause that looks the same, and what tells them apart; empty if there is none.
-    """
-
-    stage: str
+    stage: str  # one of `STAGES`
     title: str
-    symptom: str
-    test: str
+    symptom: str  # what one sees of it
+    test: str  # gate, finding or command that shows it
     fix: str
-    source: str
-    confusable: str
+    source: str  # public reports of it, separated by spaces
+    confusable: str  # another cause that looks the same, and what tells them apart; may be empty
 
     @property
     def row(self):
@@ -62,13 +33,10 @@ class Cause(NamedTuple):
         return ""
 
 
-def _read_table():
-    """Return the rows of the table, a dict of key to `Cause` in the order of the stages."""
-    with CAUSES_TABLE.open(encoding="utf-8", newline="") as file:
-        return {row.pop("cause"): Cause(**row) for row in csv.DictReader(file)}
-
-
-_TABLE = _read_table()
+with CAUSES_TABLE.open(encoding="utf-8", newline="") as _file:
+    _TABLE = {row.pop("cause"): Cause(**row) for row in csv.DictReader(_file)}
+STAGES = tuple(dict.fromkeys(cause.stage for cause in _TABLE.values()))
+"""Where a cause lives, in the order in which data flows: an earlier one explains later oddities."""
 CAUSES = {key: cause for key, cause in _TABLE.items() if not cause.test.startswith(NOT_TESTED)}
 """The causes that this project can show, by key."""
 LEFT_OUT = {

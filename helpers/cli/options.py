@@ -5,13 +5,13 @@ from __future__ import annotations
 from helpers.files import in_current_folder
 
 
-def profile_name(text):
+def _profile(text):
     """Turn a profile that is a file in the current folder into its path."""
     path = in_current_folder(text)
     return str(path) if path.is_file() else text
 
 
-def base_name(text):
+def _base(text):
     """Turn a base that is a folder in the current folder into its path."""
     path = in_current_folder(text)
     return str(path) if path.is_dir() else text
@@ -30,11 +30,11 @@ def _flag(text):
 OPTIONS = {
     # what to work on
     "--adapter": _path("RUN", "run folder"),
-    "--base": {"type": base_name, "metavar": "NAME", "help": "base model: a folder or a hub name"},
+    "--base": {"type": _base, "metavar": "NAME", "help": "base model: a folder or a hub name"},
     "--config": _path("FILE", "a configuration, such as those in configs/"),
     "--data": _path("DIR", "dataset, by default that of the run or config"),
     "--output": _path("DIR", "folder to write"),
-    "--profile": {"type": profile_name, "help": "tiny, sam3 or a file"},
+    "--profile": {"type": _profile, "help": "tiny, sam3 or a file"},
     "--set": {
         "action": "append",
         "default": [],
@@ -81,7 +81,6 @@ OPTIONS = {
         "auto (default): pixels if all are whole numbers",
     },
     "--seed": {"type": int, "default": 42, "help": "of the division, default 42"},
-    "--copy": _flag("accepted for old command lines; images are always copied"),
     # what to give away
     "--dtype": {"help": "float32 or bfloat16, by default that of the base's files"},
     "--repo": {"metavar": "OWNER/NAME", "help": "name on the Hub"},
@@ -89,10 +88,9 @@ OPTIONS = {
 }
 
 
-def add_options(command, *names, required=(), **changes):
-    """Add options to a parser; `changes` replaces settings of one, ``data={"help": ...}``."""
+def add_options(command, *names, required=(), **helps):
+    """Add options to a parser; `helps` replaces the help of one, ``data="a folder"``."""
     for name in (*required, *names):
-        settings = OPTIONS[name] | changes.get(name.strip("-"), {})
-        if name in required:
-            settings = settings | {"required": True}
+        settings = OPTIONS[name] | ({"required": True} if name in required else {})
+        settings["help"] = helps.get(name.strip("-"), settings["help"])
         command.add_argument(name, **settings)

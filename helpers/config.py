@@ -60,7 +60,6 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _refuse_duplicates(words, key):
-    """Raise ValueError if two words differ only in case or surrounding space."""
     folded = [word.strip().casefold() for word in words]
     doubles = sorted({word for word in folded if folded.count(word) > 1})
     if doubles:
@@ -265,10 +264,7 @@ class Config(Section):
         return type(self).model_validate(values)
 
     def fingerprint(self):
-        """Return 12 hexadecimal digits of the SHA-256 of what decides the result of a run.
-
-        Equal for configs that give the same result on the same data, whatever files they came from.
-        """
+        """Return 12 hexadecimal digits, equal for configs that give the same result on the same data."""
         values = self.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
         for key in ScaleSection.model_fields:
             values["training"][key] = getattr(self, f"effective_{key}")
@@ -277,25 +273,14 @@ class Config(Section):
 
 
 def load_config(path, profile=None, overrides=()):
-    """Read a config file, lay a profile and overrides over it, and check everything.
+    """Read a config file, lay a profile and overrides over it, and return the checked `Config`.
 
-    Parameters
-    ----------
-    path : str or os.PathLike
-        The YAML file, see `helpers.files.resolve`.
-    profile : str or os.PathLike, optional
-        Name of a file in ``configs/profiles`` without its ending, or a path.
-    overrides : mapping, or sequence of str or (str, object)
-        ``{"training.num_epochs": 3}``, or pairs of name and value. A text
-        ``"training.num_epochs=3"`` has its value in YAML: no place for a path, as ``#`` starts a
-        comment.
-
-    Returns
-    -------
-    Config
+    `path` is a YAML file, see `helpers.files.resolve`; `profile` the name of a file in
+    ``configs/profiles`` without its ending, or a path; `overrides` a mapping such as
+    ``{"training.num_epochs": 3}``, or a sequence of such pairs and of texts
+    ``"training.num_epochs=3"``, whose value is YAML: no place for a path, as ``#`` starts a comment.
     """
-    path = resolve(path)
-    values, origins = {}, {}
+    path, values, origins = resolve(path), {}, {}
     _overlay(values, origins, read_yaml(path), path)
     if profile is not None:
         profile_path = _profile_path(profile)
@@ -339,9 +324,8 @@ def read_yaml(path):
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        problem = getattr(error, "strerror", None) or error
-        if isinstance(error, UnicodeDecodeError):
-            problem = "it is not UTF-8 text"
+        is_text = not isinstance(error, UnicodeDecodeError)
+        problem = getattr(error, "strerror", None) or error if is_text else "it is not UTF-8 text"
         raise InputError(f"cannot be read ({problem})", where=path, fix="check the path") from error
     content = parse_yaml(text, where=path)
     if content is None:
@@ -389,7 +373,7 @@ def _parse_override(override):
 
 
 def _overlay(values, origins, layer, where):
-    """Merge one layer into ``values`` in place; ``origins`` maps (section, key) to who set it last."""
+    """Merge a layer into ``values`` in place; ``origins`` maps (section, key) to who set it last."""
     for section, keys in layer.items():
         if section not in Config.model_fields:
             raise _unknown_key(str(section), str(section), Config.model_fields, where)

@@ -12,8 +12,8 @@ _UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats, surrogates, 
 class InputError(Exception):
     """Unusable input: a wrong file, value or combination that the user can put right.
 
-    Libraries' errors are translated into it, so that the command line prints one line and exits
-    with status 2: `where`, the file, key or row; `message`, which names the value; `fix`.
+    `where` is the file, key or row, `message` names the value, `fix` mends it; the command line
+    prints one line and exits with status 2.
     """
 
     def __init__(self, message, *, where=None, fix=None):

@@ -75,9 +75,9 @@ def write_text(path, text):
     return path
 
 
-def write_json(path, content):
+def write_json(path, content, default=None):
     """Write `content` as indented JSON, see `write_text`; NaN and infinity are refused."""
-    return write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    return write_text(path, json.dumps(content, indent=2, allow_nan=False, default=default) + "\n")
 
 
 def read_json(path, fix="export the file again"):

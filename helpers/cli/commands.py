@@ -44,10 +44,9 @@ def add_commands(add):
     add_options(source, "--adapter", "--config", adapter=adapter, config=config)
     add_options(model, "--base", "--profile", profile="tiny (default) or sam3: whose base to use")
 
-    own = ("--profile", "--data", "--output", "--set", "--resume", "--overwrite")
     output = "run folder, by default output.output_dir"
-    own += ("--retry-smaller", "--dry-run")
-    add_options(add(train), *own, required=["--config"], output=output)
+    own = ("--profile", "--data", "--set", "--resume", "--overwrite", "--retry-smaller")
+    add_options(add(train), *own, "--output", "--dry-run", required=["--config"], output=output)
 
     command = add(predict, model)
     text = "files or folders"
@@ -61,8 +60,8 @@ def add_commands(add):
     add_options(add(report), required=["--adapter"])
     add_options(add(diagnose), "--data", "--image", "--prompt", required=["--adapter"])
     add_options(add(merge), "--dtype", "--base", required=["--adapter", "--output"])
-    adapter = "run folder, or folder of a merged model"
-    add_options(add(push), "--yes", required=["--adapter", "--repo"], adapter=adapter)
+    merged = "run folder, or folder of a merged model"
+    add_options(add(push), "--yes", required=["--adapter", "--repo"], adapter=merged)
 
 
 def check(args):
@@ -164,11 +163,18 @@ def predict(args):
         tiles, predictions = {"tile": args.tile, "overlap": args.overlap}, []
         for path in images:
             predictions += predict_tiled(predictor, path, prompts, **tiles, **thresholds)
-    document = [prediction.to_dict() for prediction in predictions]
+    document, lines = [prediction.to_dict() for prediction in predictions], []
     for image, path in paths.items():
         entries = [entry for entry in document if entry["image"] == str(image)]
         save_prediction_figure(path, image, entries, software=_SIGNATURE)
-    return 0, document, "\n".join(_line(entry) for entry in document)
+    for entry in document:
+        count = len(entry["detections"])
+        lines.append(
+            f"{entry['image']}  '{entry['prompt']}': {count} detection{'' if count == 1 else 's'}, "
+            f"max score {entry['max_score']:.3f} = presence {entry['presence_prob']:.3f} x "
+            f"query {entry['max_query_prob']:.3f}"
+        )
+    return 0, document, "\n".join(lines)
 
 
 def evaluate(args):
@@ -188,9 +194,8 @@ def evaluate(args):
         words = [args.prompt] if args.prompt else split.categories
         for prompt in untrained_prompts(words, run.prompts["prompts"]):
             _say(f"warning: '{prompt}' was never trained as a present prompt")
-    asked = {"prompt": args.prompt, "absent_prompts": settings.absent_prompts}
-    asked["mask_threshold"] = settings.mask_threshold
-    queries = predict_split(model, processor, split, **asked)
+    asked = {key: getattr(settings, key) for key in ("absent_prompts", "mask_threshold")}
+    queries = predict_split(model, processor, split, prompt=args.prompt, **asked)
     threshold = settings.score_threshold if args.threshold is None else args.threshold
     metrics = evaluate_queries(queries, threshold)
     document = {"model": name, "data": str(data_dir), "split": split.name, **metrics}
@@ -398,16 +403,6 @@ def _is_own_picture(path):
             return picture.info.get("Software") == _SIGNATURE
     except (OSError, ValueError):
         return False
-
-
-def _line(entry):
-    """Describe one prediction in a line."""
-    count = len(entry["detections"])
-    return (
-        f"{entry['image']}  '{entry['prompt']}': {count} detection{'' if count == 1 else 's'}, "
-        f"max score {entry['max_score']:.3f} = presence {entry['presence_prob']:.3f} x "
-        f"query {entry['max_query_prob']:.3f}"
-    )
 
 
 def _say(text):

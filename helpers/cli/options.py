@@ -5,25 +5,22 @@ from __future__ import annotations
 from helpers.files import in_current_folder
 
 
+# A profile that is a file in the current folder, or a base that is a folder in it, becomes its path.
 def _profile(text):
-    """Turn a profile that is a file in the current folder into its path."""
     path = in_current_folder(text)
     return str(path) if path.is_file() else text
 
 
 def _base(text):
-    """Turn a base that is a folder in the current folder into its path."""
     path = in_current_folder(text)
     return str(path) if path.is_dir() else text
 
 
 def _path(metavar, text):
-    """Return the settings of an option that takes a file or folder."""
     return {"type": in_current_folder, "metavar": metavar, "help": text}
 
 
 def _flag(text):
-    """Return the settings of an option without value."""
     return {"action": "store_true", "help": text}
 
 
@@ -55,13 +52,8 @@ OPTIONS = {
     # how to train
     "--resume": _flag("continue an interrupted run"),
     "--overwrite": _flag("replace a run in the folder"),
-    "--retry-smaller": _flag(
-        "when memory runs out, start again with checkpointing, then with smaller batches"
-    ),
-    "--dry-run": _flag(
-        "take one step on the fullest batch, print memory and seconds, and write nothing; "
-        "status 1 if memory runs out"
-    ),
+    "--retry-smaller": _flag("when memory runs out, checkpoint, then use smaller batches"),
+    "--dry-run": _flag("one step on the fullest batch, nothing written; 1 if memory runs out"),
     # how to convert
     "--format": {
         "choices": ("coco", "yolo", "voc", "masks", "labelme"),
@@ -71,14 +63,12 @@ OPTIONS = {
     "--objects": {
         "choices": ("components", "whole", "values"),
         "default": "components",
-        "help": "what is one object of a mask picture: a connected component (default), all of a "
-        "class, or each value",
+        "help": "one object of a mask picture: a component (default), all of a class, each value",
     },
     "--polygons": {
         "choices": ("auto", "outline", "pixels"),
         "default": "auto",
-        "help": "whether corners (YOLO, LabelMe) lie on the outline or are pixels of the object; "
-        "auto (default): pixels if all are whole numbers",
+        "help": "what corners (YOLO, LabelMe) are; auto (default): pixels if all are whole numbers",
     },
     "--seed": {"type": int, "default": 42, "help": "of the division, default 42"},
     # what to give away

@@ -49,9 +49,9 @@ def write_example(folder, data_dir=WALL_CRACKS):
     """Write a dataset of one category as a YOLO export: one folder, a number for a name, no holes."""
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)
-    records = [
-        record for name in find_splits(data_dir) for record in read_split(data_dir, name).records
-    ]
+    records = []
+    for name in find_splits(data_dir):
+        records += read_split(data_dir, name).records
     order = np.random.default_rng(0).permutation(len(records))
     shots = [(records[index], False) for index in order]
     shots += [(records[index], True) for index in order[::TWICE]]
@@ -141,20 +141,10 @@ def queries_by_category(predictions, record):
 
 @torch.no_grad()
 def losses_beside_silence(model, dataset, collator):
-    """Compute the mean loss of a model and of the same model with all its scores at the bottom.
+    """Compute the mean loss of a model, put into eval mode, and of one with all scores at the bottom.
 
-    Parameters
-    ----------
-    model : helpers.model.sam3.PromptedSam3 or peft.PeftModel
-        Put into eval mode.
-    dataset : helpers.data.dataset.PromptDataset
-    collator : helpers.data.dataset.PromptCollator
-
-    Returns
-    -------
-    pandas.DataFrame
-        Rows ``model`` and ``silent``, whose highest score is below 1e-9; columns ``native`` and
-        ``early``: the mean over the images of the weighted total.
+    Returns a DataFrame with rows ``model`` and ``silent``, whose highest score is below 1e-9, and columns
+    ``native`` and ``early``: the mean of the weighted total over the images of a `PromptDataset`.
     """
     model.eval()
     device = next(model.parameters()).device

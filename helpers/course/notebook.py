@@ -6,7 +6,6 @@ text. `start` refuses such a value before anything is computed with it.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -16,27 +15,21 @@ from transformers import set_seed
 from helpers.config import load_config
 from helpers.environment import quieten, require, versions_line
 from helpers.errors import InputError
-from helpers.files import CONFIGS, ROOT, resolve, write_text
+from helpers.files import CONFIGS, ROOT, resolve, write_json
 
 NOTEBOOKS = ROOT / "notebooks"
 RESULTS_FILE = "results.json"
 
 
 def _data_folder(data_dir):
-    """Return the dataset folder as an absolute path, or say how to get one."""
-    places = (resolve(data_dir), NOTEBOOKS / data_dir) if isinstance(data_dir, str) else ()
-    folder = next((place for place in places if place.is_dir()), None)
-    if folder is None:
-        raise InputError(
-            f"data_dir is {data_dir!r}, which is no folder",
-            where="parameters",
-            fix="name a folder with one folder per split, or run `make data` for data/wall_cracks",
-        )
-    return folder.resolve()
+    for place in (resolve(data_dir), NOTEBOOKS / data_dir) if isinstance(data_dir, str) else ():
+        if place.is_dir():
+            return place.resolve()
+    fix = "name a folder with one folder per split, or run `make data` for data/wall_cracks"
+    raise InputError(f"data_dir is {data_dir!r}, which is no folder", where="parameters", fix=fix)
 
 
 def _output_folder(output_dir):
-    """Return the folder to write to as an absolute path; it need not exist."""
     if not isinstance(output_dir, str):
         raise ValueError("Input should be text")
     is_seen_from_notebooks = Path(output_dir).parts[:1] == ("..",)
@@ -76,18 +69,13 @@ class NotebookRun(BaseModel):
         """Return the folder that the notebook of this stem wrote; `InputError` if it did not."""
         folder = self.output_dir / name
         if not (folder / RESULTS_FILE).is_file():
-            raise InputError(
-                f"notebook {name} has not finished with this output_dir",
-                where=folder,
-                fix=f"run notebooks/{name}.ipynb first, or `make course` for all of them",
-            )
+            message = f"notebook {name} has not finished with this output_dir"
+            fix = f"run notebooks/{name}.ipynb first, or `make course` for all of them"
+            raise InputError(message, where=folder, fix=fix)
         return folder
 
     def config(self, name, *overrides):
-        """Load ``configs/<name>_config.yaml`` with the profile, data and seed of this notebook.
-
-        Overrides such as ``"lora.rank=4"`` or ``("lora.rank", 4)`` win over everything else.
-        """
+        """Load ``configs/<name>_config.yaml`` with profile, data and seed of this run; overrides win."""
         settings = [("data.data_dir", self.data_dir), ("training.seed", self.seed)]
         if not self.fast_run:
             settings += [("scale.num_epochs", 1.0), ("scale.warmup_steps", 1.0)]
@@ -96,8 +84,7 @@ class NotebookRun(BaseModel):
 
     def save_results(self, results):
         """Write the headline numbers of this notebook (NumPy's and torch's too) as JSON; return the path."""
-        text = json.dumps(results, indent=2, allow_nan=False, default=_plain)
-        return write_text(self.folder / RESULTS_FILE, text + "\n")
+        return write_json(self.folder / RESULTS_FILE, results, default=_plain)
 
 
 def start(name, *, profile, data_dir, seed, output_dir, fast_run, **thresholds):
@@ -121,12 +108,11 @@ def start(name, *, profile, data_dir, seed, output_dir, fast_run, **thresholds):
     except ValidationError as error:
         problem = error.errors()[0]
         name, value = problem["loc"][-1], problem["input"]
-        hint = " (papermill reads numbers after -p and leaves text after -r)"
-        raise InputError(
-            f"{name} is {value!r}: {problem['msg'].removeprefix('Value error, ')}",
-            where="parameters",
-            fix=f"correct {name}{hint if isinstance(value, str) else ''}",
-        ) from None
+        message = f"{name} is {value!r}: {problem['msg'].removeprefix('Value error, ')}"
+        fix = f"correct {name}"
+        if isinstance(value, str):
+            fix += " (papermill reads numbers after -p and leaves text after -r)"
+        raise InputError(message, where="parameters", fix=fix) from None
     run.config("crack_detection")  # an unusable profile is reported here, not ten cells later
     set_seed(seed)
     quieten()
@@ -138,15 +124,11 @@ def answered(**answers):
     """Refuse to go on while an answer to a task of an exercise, given by name, is still ``...``."""
     missing = [name for name, value in answers.items() if value is ...]
     if missing:
-        raise InputError(
-            f"not answered yet: {', '.join(missing)}",
-            where="exercise",
-            fix="do the task in the cell above and replace the ...",
-        )
+        fix = "do the task in the cell above and replace the ..."
+        raise InputError(f"not answered yet: {', '.join(missing)}", where="exercise", fix=fix)
 
 
 def _plain(value):
-    """Convert a NumPy or torch value to what JSON knows."""
     if not hasattr(value, "tolist"):
         raise TypeError(f"results hold a {type(value).__name__}, which JSON cannot store")
     return value.tolist()

@@ -76,21 +76,14 @@ def notebooks_read_by(path):
 def execute(path, output_path, parameters=None, *, cell_timeout=None):
     """Execute a notebook with papermill, in its own folder, and write the executed copy.
 
-    An error that a widget hid raises `NotebookError`; papermill would only log it, like an unknown
-    parameter.
+    An error that a widget hid and an unknown parameter, which papermill would only log, are raised.
     """
     parameters = dict(parameters or {})
     _refuse_unknown(parameters, parameter_names(path), "no parameter", path)
     Path(output_path).parent.mkdir(parents=True, exist_ok=True)
-    notebook = papermill.execute_notebook(
-        path,
-        output_path,
-        parameters,
-        kernel_name="python3",
-        cwd=Path(path).parent,
-        progress_bar=False,
-        execution_timeout=cell_timeout,
-    )
+    settings = {"kernel_name": "python3", "cwd": Path(path).parent, "progress_bar": False}
+    settings["execution_timeout"] = cell_timeout
+    notebook = papermill.execute_notebook(path, output_path, parameters, **settings)
     if errors := hidden_errors(notebook):
         listed = "; ".join(f"{error['ename']}: {error['evalue']}" for error in errors)
         raise NotebookError(f"{path}: a widget hid {listed}")
@@ -154,7 +147,6 @@ def run_side_by_side(paths, output_dir, parameters=None, *, jobs=None):
 
 
 def _place_in_line(path):
-    """Sort key of a notebook: what takes longest first."""
     number = path.stem[:2]
     return (LONGEST_FIRST.index(number) if number in LONGEST_FIRST else len(LONGEST_FIRST), path)
 
@@ -181,10 +173,9 @@ def _attempt(path, output_path, parameters):
 
 
 def run_course(output_dir=COURSE_RUN, parameters=None, *, folder=NOTEBOOKS, jobs=None):
-    """Execute the notebooks of a folder into another one, and write and return the summary.
+    """Execute the notebooks of a folder into another one; write and return the summary.
 
-    Every notebook gets those of the parameters that it has. The summary holds ``versions``,
-    ``seconds`` (the sum) and ``notebooks``: name to seconds and results.
+    Every notebook gets those of the parameters that it has. The summary: versions, seconds, notebooks.
     """
     output_dir, paths = Path(output_dir), find_notebooks(folder)
     parameters = {"output_dir": str(output_dir), **(parameters or {})}
@@ -219,13 +210,10 @@ def refresh(folder=NOTEBOOKS, *, jobs=None):
 
 
 def strip(paths, *, verify=False):
-    """Remove widget state and timings from notebooks, keeping outputs, counts and ids.
-
-    With `verify`, change nothing and return whether they have this form already.
-    """
-    command = [sys.executable, "-m", "nbstripout", *STRIP_ARGUMENTS]
+    """Remove widget state and timings from notebooks; with `verify`, only say if there are none."""
+    command = [sys.executable, "-m", "nbstripout", *STRIP_ARGUMENTS, *map(str, paths)]
     command += ["--verify"] if verify else []
-    done = subprocess.run([*command, *map(str, paths)], check=not verify)
+    done = subprocess.run(command, check=not verify)
     return done.returncode == 0
 
 
@@ -267,8 +255,10 @@ def write_exercises(solutions=SOLUTIONS, exercises=EXERCISES):
     """Write the exercise of every solution in a folder; return the paths written."""
     Path(exercises).mkdir(parents=True, exist_ok=True)
     made = {path.name: exercise_from(nbformat.read(path, 4)) for path in find_notebooks(solutions)}
-    texts = {name: nbformat.writes(exercise) + "\n" for name, exercise in made.items()}
-    return [write_text(Path(exercises) / name, text) for name, text in texts.items()]
+    return [
+        write_text(Path(exercises) / name, nbformat.writes(exercise) + "\n")
+        for name, exercise in made.items()
+    ]
 
 
 def _setting(text):
@@ -310,12 +300,9 @@ def main(arguments=None):
             run_course(options.output, dict(options.set), jobs=options.jobs)
             print(f"summary: {options.output / SUMMARY_FILE}")
         print(f"{time.perf_counter() - started:.0f} s in all")
-    except InputError as error:
+    except (InputError, NotebookError) as error:
         print(error, file=sys.stderr)
-        return 2
-    except NotebookError as error:
-        print(error, file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print("stopped; the notebooks that had finished are kept", file=sys.stderr)
         return 130

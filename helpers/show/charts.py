@@ -126,7 +126,7 @@ def _mark_threshold(ax, score_threshold):
 
 
 def _number(value):
-    """Write a value beside its bar: whole thousands in full, else three significant digits."""
+    # whole thousands in full, else three significant digits
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
@@ -146,9 +146,7 @@ def history_frame(log_history):
     """Return the log of a trainer, a list of dicts with ``step``, as a table indexed by step."""
     if any("step" not in entry for entry in log_history):
         raise InputError("an entry of the log has no step", fix="pass trainer.state.log_history")
-    if not log_history:
-        return pd.DataFrame(index=pd.Index([], name="step"))
-    return pd.DataFrame(log_history).groupby("step").last()
+    return pd.DataFrame(log_history or {"step": []}).groupby("step").last()
 
 
 def draw_lines(ax, table, columns, *, xlabel, ylabel, log=False):
@@ -210,12 +208,8 @@ def schedule_frame(configs, num_images, num_processes=1):
 def runs_figure(histories, names):
     """Draw logged numbers of several runs by epoch; losses on a logarithmic axis.
 
-    Parameters
-    ----------
-    histories : dict of str to list of dict
-        Name of a run to its ``trainer.state.log_history``.
-    names : dict of str to str
-        Logged name to the label of its axis, one panel each.
+    `histories` maps the name of a run to its ``trainer.state.log_history``, a list of dicts; `names` a
+    logged name, for example ``"eval_AP50"``, to the label of its axis, one panel each.
     """
     figure = Figure(figsize=(1 + 3.4 * len(names), 4.2), layout="constrained")
     axes = figure.subplots(1, len(names), squeeze=False)[0]

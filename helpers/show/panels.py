@@ -54,6 +54,8 @@ class StrictSlider(widgets.FloatSlider):
 def threshold_panel(image, raws, *, score_threshold=0.3, mask_threshold=0.5):
     """Make a panel that redraws computed detections as the thresholds move.
 
+    Its parts are ``widget`` to show, the controls ``score``, ``mask`` and ``prompt``, ``detections``.
+
     Parameters
     ----------
     image : PIL.Image.Image, numpy.ndarray or os.PathLike
@@ -61,11 +63,6 @@ def threshold_panel(image, raws, *, score_threshold=0.3, mask_threshold=0.5):
         Outputs for this image, one per prompt.
     score_threshold, mask_threshold : float
         In [0, 1]; an impossible value is refused, also when a slider is set from code.
-
-    Returns
-    -------
-    types.SimpleNamespace
-        ``widget`` to show, its parts ``score``, ``mask`` and ``prompt``, and the ``detections``.
     """
     if not raws:
         fix = "pass Predictor.raw(...)"
@@ -101,10 +98,7 @@ def threshold_panel(image, raws, *, score_threshold=0.3, mask_threshold=0.5):
 
 
 class LossPanel(TrainerCallback):
-    """Curves of the training loss and the validation metrics that grow while training runs.
-
-    A callback of `transformers.Trainer` that prints nothing; show `widget` before training starts.
-    """
+    """Curves of training loss and validation metrics; a callback of a trainer that shows `widget`."""
 
     def __init__(self):
         self.log = []
@@ -168,7 +162,6 @@ def target_picture(batch, row, image_processor):
     row : int
         Query, from 0 to B - 1.
     image_processor : transformers.Sam3ImageProcessor
-        Turns the tensor back into colours.
     """
     pixel_values, target = batch["pixel_values"][batch["image_index"][row]], batch["targets"][row]
     mean, std = (
@@ -204,10 +197,7 @@ def targets_figure(batch, image_processor):
 
 
 def browse_panel(batch, image_processor):
-    """Make a panel that shows the targets of a collated batch, one query at a time.
-
-    The arguments are those of `target_picture`; the result has ``image``, ``prompt`` and ``widget``.
-    """
+    """Make a panel of `target_picture` with the parts ``image``, ``prompt`` and ``widget``."""
     if not batch["queries"]:
         raise InputError("the batch has no query", fix="collate at least one image with a prompt")
     rows = {}

@@ -76,7 +76,7 @@ def annotate(image, boxes_xyxy, masks=None, labels=None, colour=PREDICTION_COLOU
     masks : array_like, optional
         (n, H, W) bool at the size of the image.
     labels : sequence of str, optional
-        n texts, moved apart where they would overlap; an empty one is not drawn.
+        n texts; an empty one is not drawn.
     colour : str
         Hexadecimal.
     """
@@ -154,12 +154,8 @@ def _panels(image, objects, predictions):
 def prediction_figure(image, predictions, objects=None):
     """Draw a panel per prompt for one image, after the ground truth where it is known.
 
-    Parameters
-    ----------
-    image : PIL.Image.Image, numpy.ndarray or os.PathLike
-    predictions : sequence of dict
-        From `Prediction.to_dict`.
-    objects : sequence of helpers.data.records.ObjectAnnotation, optional
+    `predictions` are of `Prediction.to_dict`, `objects` of `helpers.data.records.ObjectAnnotation`; an
+    image is a path, a PIL image or an (H, W, 3) uint8 array.
     """
     return _grid(_panels(image, objects, predictions))
 

@@ -16,8 +16,7 @@ from helpers.files import CONFIGS, in_current_folder, resolve
 
 DEFAULT_CONFIG = CONFIGS / "crack_detection_config.yaml"
 LARGE = 2  # sides of the model's input from which an image should be cut into tiles
-_SIGNATURE = "sam3-lora-workbook predict"
-"""Stored in a picture, so that a later call knows it may replace it."""
+_SIGNATURE = "sam3-lora-workbook predict"  # in a picture: a later call may replace it
 _HEADLINES = "AP AP50 AP75 cgF1 pmF1 IL_MCC union_iou max_score_present max_score_absent".split()
 
 
@@ -51,8 +50,7 @@ def add_commands(add):
     command = add(predict, model)
     text = "files or folders"
     command.add_argument("--image", nargs="+", action="extend", required=True, help=text)
-    text = "noun; may be repeated"
-    command.add_argument("--prompt", action="append", default=[], help=text)
+    command.add_argument("--prompt", action="append", default=[], help="noun; may be repeated")
     command.add_argument("--output", metavar="PNG", help="picture to draw")
     add_options(command, "--threshold", "--mask-threshold", "--tile", "--overlap")
 
@@ -322,11 +320,8 @@ def _image_files(paths):
     for text in paths:
         path = Path(text).expanduser()
         if path.is_dir():
-            inside = sorted(
-                entry
-                for entry in path.iterdir()
-                if entry.suffix.lower() in IMAGE_SUFFIXES and not entry.name.startswith(".")
-            )
+            inside = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
+            inside = [entry for entry in inside if entry.suffix.lower() in IMAGE_SUFFIXES]
             if not inside:
                 raise InputError("the folder holds no image", where=path, fix="name image files")
             files += inside

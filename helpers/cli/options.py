@@ -42,10 +42,7 @@ OPTIONS = {
     # what to ask
     "--image": _path("IMG", "a picture in which nothing is found"),
     "--prompt": {"help": "ask for this word in place of the category names"},
-    "--threshold": {
-        "type": float,
-        "help": "score in [0, 1]; by default that of the run's config, 0.3 without a run",
-    },
+    "--threshold": {"type": float, "help": "in [0, 1]; by default as the config says, 0.3"},
     "--mask-threshold": {"type": float, "help": "in [0, 1]; by default as the config says, 0.5"},
     "--tile": {"type": int, "metavar": "PIXELS", "help": "cut larger images into tiles"},
     "--overlap": {"type": float, "default": 0.2, "help": "of tiles, default 0.2"},
@@ -53,7 +50,7 @@ OPTIONS = {
     "--resume": _flag("continue an interrupted run"),
     "--overwrite": _flag("replace a run in the folder"),
     "--retry-smaller": _flag("when memory runs out, checkpoint, then use smaller batches"),
-    "--dry-run": _flag("one step on the fullest batch, nothing written; 1 if memory runs out"),
+    "--dry-run": _flag("one step on the fullest batch, no files; status 1 if memory runs out"),
     # how to convert
     "--format": {
         "choices": ("coco", "yolo", "voc", "masks", "labelme"),

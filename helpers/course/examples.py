@@ -45,13 +45,13 @@ def source_of(source, data_dir, folder):
     return write_example(folder), EXAMPLE_NOUNS
 
 
-def write_example(folder, data_dir=WALL_CRACKS):
+def write_example(folder):
     """Write a dataset of one category as a YOLO export: one folder, a number for a name, no holes."""
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)
     records = []
-    for name in find_splits(data_dir):
-        records += read_split(data_dir, name).records
+    for name in find_splits(WALL_CRACKS):
+        records += read_split(WALL_CRACKS, name).records
     order = np.random.default_rng(0).permutation(len(records))
     shots = [(records[index], False) for index in order]
     shots += [(records[index], True) for index in order[::TWICE]]

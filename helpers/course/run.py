@@ -41,13 +41,8 @@ SOLUTIONS, EXERCISES = NOTEBOOKS / "solutions", NOTEBOOKS / "exercises"
 SUMMARY_FILE = "summary.json"
 LONGEST_FIRST = ("04", "03", "02", "07")  # the lessons that train; the order only saves time
 # Settings of nbstripout: outputs, counts and ids stay; widget state and timings go.
-STRIP_ARGUMENTS = (
-    "--keep-output",
-    "--keep-count",
-    "--keep-id",
-    "--extra-keys",
-    "metadata.papermill cell.metadata.papermill",
-)
+_TIMINGS = "metadata.papermill cell.metadata.papermill"
+STRIP_ARGUMENTS = ("--keep-output", "--keep-count", "--keep-id", "--extra-keys", _TIMINGS)
 _WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 
 

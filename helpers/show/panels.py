@@ -35,8 +35,7 @@ from helpers.show.pictures import (
 
 _WIDE = {"style": {"description_width": "initial"}, "layout": {"width": "32em"}}
 _REDRAW_SECONDS = 2.0
-_PANEL_METRICS = ("eval_AP50", "eval_cgF1", "eval_max_score_present_share_above")
-"""Shares from 0 to 1, drawn on one axis while a training runs."""
+_PANEL_METRICS = ("eval_AP50", "eval_cgF1", "eval_max_score_present_share_above")  # 0 to 1
 
 
 class StrictSlider(widgets.FloatSlider):
@@ -164,10 +163,8 @@ def target_picture(batch, row, image_processor):
     image_processor : transformers.Sam3ImageProcessor
     """
     pixel_values, target = batch["pixel_values"][batch["image_index"][row]], batch["targets"][row]
-    mean, std = (
-        torch.tensor(values).reshape(3, 1, 1)
-        for values in (image_processor.image_mean, image_processor.image_std)
-    )
+    mean = torch.tensor(image_processor.image_mean).reshape(3, 1, 1)
+    std = torch.tensor(image_processor.image_std).reshape(3, 1, 1)
     colours = ((pixel_values * std + mean) * 255).round().clip(0, 255)
     picture = to_pil_image(colours.to(torch.uint8))
     width, height = picture.size
@@ -204,9 +201,8 @@ def browse_panel(batch, image_processor):
     for row, query in enumerate(batch["queries"]):
         rows.setdefault(query["image_id"], {})[query["prompt"]] = row
     panel = SimpleNamespace(readout=widgets.Label(), picture=widgets.HTML())
-    panel.image = widgets.SelectionSlider(
-        options=list(rows), description="image", continuous_update=False, **_WIDE
-    )
+    look = {"description": "image", "continuous_update": False, **_WIDE}
+    panel.image = widgets.SelectionSlider(options=list(rows), **look)
     first = list(rows[panel.image.value])
     panel.prompt = widgets.Dropdown(options=first, description="prompt", **_WIDE)
     panel.widget = widgets.VBox([panel.image, panel.prompt, panel.readout, panel.picture])

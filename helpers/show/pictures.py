@@ -29,13 +29,10 @@ from helpers.files import staged_folder
 
 TRUTH_COLOUR = "#0072B2"
 PREDICTION_COLOUR = "#D55E00"
-MAX_LABELS = 8
-"""Only the best detections of a picture get a label with their score; its title gives the count."""
+MAX_LABELS = 8  # only the best detections get a label with their score; a title gives the count
 _CANVAS_PIXELS = 720
-_LABEL_PIXELS = 31
-"""Height of letters on the canvas: 10.5 points when it is shown 3.4 inches wide."""
+_LABEL_PIXELS = 31  # high on the canvas: 10.5 points when it is shown 3.4 inches wide
 _PANEL_INCHES = 3.4
-_MAX_COLUMNS = 3
 
 
 def as_picture(image):
@@ -56,11 +53,8 @@ def decode_mask(rle, size, where):
     if rle is None:
         return np.zeros(shape, dtype=bool)
     if list(rle["size"]) != shape:
-        raise InputError(
-            f"a mask of {rle['size']} (height, width) does not fit an image of {shape}",
-            where=where,
-            fix="draw predictions on the image they were made on",
-        )
+        message = f"a mask of {rle['size']} (height, width) does not fit an image of {shape}"
+        raise InputError(message, where=where, fix="draw predictions on their own image")
     return coco_mask.decode(dict(rle)).astype(bool)
 
 
@@ -98,14 +92,9 @@ def annotate(image, boxes_xyxy, masks=None, labels=None, colour=PREDICTION_COLOU
     canvas = sv.BoxAnnotator(color=colour, thickness=3).annotate(canvas, detections)
     labelled = [number for number, label in enumerate(labels or ()) if label]
     if labelled:
-        annotator = sv.RichLabelAnnotator(
-            color=colour,
-            text_color=text_colour,
-            font_path=font_manager.findfont("DejaVu Sans"),
-            font_size=_LABEL_PIXELS,
-            text_padding=4,
-            smart_position=True,
-        )
+        look = {"font_size": _LABEL_PIXELS, "text_padding": 4, "smart_position": True}
+        look["font_path"] = font_manager.findfont("DejaVu Sans")
+        annotator = sv.RichLabelAnnotator(color=colour, text_color=text_colour, **look)
         texts = [printable(labels[number]) for number in labelled]
         canvas = annotator.annotate(canvas, detections[labelled], labels=texts)
     return canvas
@@ -122,9 +111,8 @@ def annotate_detections(image, detections):
     picture = as_picture(image)
     detections = sorted(detections, key=lambda item: item["score"], reverse=True)
     masks = [decode_mask(item["mask_rle"], picture.size, "detection") for item in detections]
-    labels = [
-        f"{item['score']:.2f}" if rank < MAX_LABELS else "" for rank, item in enumerate(detections)
-    ]
+    labels = [f"{item['score']:.2f}" for item in detections[:MAX_LABELS]]
+    labels += [""] * (len(detections) - len(labels))
     return annotate(picture, [item["box_xyxy"] for item in detections], masks, labels)
 
 
@@ -203,7 +191,7 @@ def describe(figure, sentence):
     plt.close(figure)
 
 
-def _grid(panels, columns=_MAX_COLUMNS):
+def _grid(panels, columns=3):
     """Lay ``(picture, *title lines)`` out in a grid; None leaves a place empty.
 
     A title is a user's text: it is no mathematics, and what cannot be drawn is escaped.

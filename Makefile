@@ -87,4 +87,4 @@ lock: ## write requirements.lock from the newest versions the ranges in pyprojec
 	rm -rf .venv-lock
 
 newest: $(STAMP) ## upgrade .venv past the lock and the ranges, to see what the future breaks
-	$(RUN) -m helpers.environment names | xargs $(RUN) -m pip install --quiet --upgrade --upgrade-strategy eager
+	$(RUN) -m helpers.environment | xargs $(RUN) -m pip install --quiet --upgrade --upgrade-strategy eager

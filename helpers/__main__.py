@@ -35,25 +35,23 @@ _REMEDIES = {
 
 def build_parser():
     """Return the argparse.ArgumentParser of all commands."""
+    form = {"epilog": _EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(
         prog="python -m helpers",
         description="SAM3 with LoRA: check data, train, detect, evaluate.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **form,
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    as_json = argparse.ArgumentParser(add_help=False)
-    as_json.add_argument("--json", action="store_true", help="print one JSON document")
 
     def add(function, *parents):
         command = subparsers.add_parser(
             function.__name__,
-            parents=[as_json, *parents],
+            parents=parents,
             help=function.__doc__.splitlines()[0],
             description=function.__doc__,
-            epilog=_EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **form,
         )
+        command.add_argument("--json", action="store_true", help="print one JSON document")
         command.set_defaults(function=function)
         return command
 
@@ -62,22 +60,13 @@ def build_parser():
 
 
 def main(arguments=None):
-    """Run one command.
-
-    Parameters
-    ----------
-    arguments : list of str, optional
-        Without the program name; by default those of the process.
-
-    Returns
-    -------
-    int
-        The exit status, see ``--help``.
-    """
+    """Run a command of a list of str, by default that of the process; return the exit status."""
     args = build_parser().parse_args(arguments)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints is no result
-            _quieten()
+            from helpers.environment import quieten  # loads torch, which --help does not need
+
+            quieten()
             status, document, text = args.function(args)
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
             print(_as_json(document) if args.json else printable(text), flush=True)
@@ -89,27 +78,24 @@ def main(arguments=None):
         print("interrupted", file=sys.stderr)
         return 130
     except (InputError, OSError, MemoryError, RuntimeError) as error:
-        line = _one_line(error)
-        if line is None:
+        problem = _as_input_error(error)
+        if problem is None:
             raise
         if isinstance(error, OSError):
             _silence_stdout()  # a full disk behind stdout must not be tried again at exit
-        print(f"error: {printable(line)}".replace("\n", "\\n"), file=sys.stderr)
+        print(f"error: {printable(problem)}".replace("\n", "\\n"), file=sys.stderr)
         return 2
 
 
-def _one_line(error):
-    """Return the line that says what was wrong and what mends it; None for a fault of our own."""
-    if isinstance(error, InputError):
-        return str(error)
+def _as_input_error(error):
+    """Return an InputError that says what was wrong and what mends it; None for a fault of our own."""
     if isinstance(error, OSError):
         fix = _REMEDIES.get(error.errno, "check the path and the disk")
-        reason = error.strerror or str(error)
-        return str(InputError(reason, where=error.filename, fix=fix))
+        return InputError(error.strerror or str(error), where=error.filename, fix=fix)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         message = f"out of memory: {str(error) or 'no details'}".splitlines()[0]
-        return str(InputError(message, fix="ask fewer prompts or images at once, or use --tile"))
-    return None
+        return InputError(message, fix="ask fewer prompts or images at once, or use --tile")
+    return error if isinstance(error, InputError) else None
 
 
 def _as_json(document):
@@ -127,18 +113,6 @@ def _silence_stdout():
     """Send what is still buffered for stdout nowhere, so that Python's exit does not fail."""
     with contextlib.suppress(OSError, ValueError):  # a replaced stdout may have no descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _quieten():
-    """Silence the progress bars and notices of the libraries."""
-    from huggingface_hub.utils import disable_progress_bars
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()
-    disable_progress_bars()
 
 
 if __name__ == "__main__":

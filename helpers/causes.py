@@ -1,7 +1,7 @@
 """The catalogue of causes: what can be wrong with a run that detects nothing.
 
-`helpers.lab` plants a cause, `helpers.diagnose` names it, and `helpers.train` stops it, by its key in
-the table ``data/causes.csv``.
+A cause is planted by `helpers.lab`, named by `helpers.diagnose` and stopped by `helpers.train`. All
+three speak of it by its key in the table ``data/causes.csv``.
 """
 
 from __future__ import annotations
@@ -12,36 +12,26 @@ from typing import NamedTuple
 from helpers.files import DATA
 
 CAUSES_TABLE = DATA / "causes.csv"
-NOT_TESTED = "not tested here: "  # in the column `test`, before the reason
-STAGES = (
-    "files",
-    "data",
-    "prompts",
-    "base",
-    "adapter",
-    "loss",
-    "training",
-    "checkpoint",
-    "prediction",
-    "evaluation",
-)
-"""Where a cause lives, in the order in which data flows: an earlier one explains later oddities."""
+NOT_TESTED = "not tested here: "
+"""Start of the column ``test`` where this project cannot show a cause; the reason follows."""
 
 
 class Cause(NamedTuple):
     """One row of the catalogue."""
 
     stage: str  # one of `STAGES`
-    title: str  # what is wrong
+    title: str
     symptom: str  # what one sees of it
     test: str  # gate, finding or command that shows it
     fix: str
     source: str  # public reports of it, separated by spaces
-    confusable: str  # a cause that looks the same and what tells them apart; may be empty
+    confusable: str  # another cause that looks the same, and what tells them apart; may be empty
 
 
 with CAUSES_TABLE.open(encoding="utf-8", newline="") as _file:
     _TABLE = {row.pop("cause"): Cause(**row) for row in csv.DictReader(_file)}
+STAGES = tuple(dict.fromkeys(cause.stage for cause in _TABLE.values()))
+"""Where a cause lives, in the order in which data flows: an earlier one explains later oddities."""
 CAUSES = {key: cause for key, cause in _TABLE.items() if not cause.test.startswith(NOT_TESTED)}
 """The causes that this project can show, by key."""
 LEFT_OUT = {

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path, PurePath
@@ -15,15 +14,13 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
 from helpers.errors import InputError
-from helpers.files import CONFIGS, resolve
+from helpers.files import CONFIGS, resolve, write_text
 
 _MAX_CHARACTERS = 1_000_000  # of a YAML file; a config has 4,000
-_MAX_DEPTH = 50  # of nested brackets; a config has 1
-_BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
+_MAX_BRACKETS = 1000  # opened in it; how long nested ones take grows with their square
 _SYSTEM_FOLDERS = ("dev", "proc", "sys")
 
 
@@ -63,7 +60,6 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _refuse_duplicates(words, key):
-    """Raise ValueError if two words differ only in case or surrounding space."""
     folded = [word.strip().casefold() for word in words]
     doubles = sorted({word for word in folded if folded.count(word) > 1})
     if doubles:
@@ -121,13 +117,10 @@ class DataSection(Section):
     def _splits_and_prompts_differ(self):
         if self.train_split == self.val_split:
             raise ValueError("train_split and val_split are the same, so nothing would be judged")
-        _refuse_duplicates(self.negative_prompts, "negative_prompts")
         if self.prompt is not None and self.prompts_by_category:
-            raise ValueError(
-                "prompt replaces every category name, so prompts_by_category must be {}"
-            )
-        if self.prompt is not None:
-            _refuse_duplicates((self.prompt, *self.negative_prompts), "prompt and negative_prompts")
+            raise ValueError("prompt replaces every category, so prompts_by_category must be {}")
+        own = () if self.prompt is None else (self.prompt,)
+        _refuse_duplicates((*own, *self.negative_prompts), "prompt and negative_prompts")
         return self
 
 
@@ -221,13 +214,7 @@ _WITHOUT_EFFECT = {
 
 
 class Config(Section):
-    """A resolved configuration, read-only; `load_config` builds it.
-
-    Attributes
-    ----------
-    model, lora, data, training, loss, evaluation, guards, output, scale : Section
-        The sections of the YAML file; ``config.training.num_epochs`` is a value in it.
-    """
+    """A resolved configuration, read-only, section by section; `load_config` builds it."""
 
     model: ModelSection
     lora: LoraSection
@@ -266,8 +253,7 @@ class Config(Section):
         """Write the resolved configuration to a file, whose folder is made, and return its path."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_yaml(), encoding="utf-8")
-        return path
+        return write_text(path, self.to_yaml())
 
     def replace(self, changes):
         """Return a checked copy with other values, from ``"section.key"`` to value."""
@@ -278,60 +264,29 @@ class Config(Section):
         return type(self).model_validate(values)
 
     def fingerprint(self):
-        """Return 12 hexadecimal digits of the SHA-256 of what decides the result of a run.
-
-        Returns
-        -------
-        str
-            Equal for configurations that give the same result on the same data, whatever files and
-            overlays they came from: learning rate, epochs and warm-up count with their multipliers.
-            Not counted are where data, run and cache lie, workers, logging, kept checkpoints,
-            gradient checkpointing and the guards.
-        """
+        """Return 12 hexadecimal digits, equal for configs that give the same result on the same data."""
         values = self.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
-        values["training"] |= {
-            "learning_rate": self.effective_learning_rate,
-            "num_epochs": self.effective_num_epochs,
-            "warmup_steps": self.effective_warmup_steps,
-        }
+        for key in ScaleSection.model_fields:
+            values["training"][key] = getattr(self, f"effective_{key}")
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
 
 
 def load_config(path, profile=None, overrides=()):
-    """Read a config file, lay a profile and overrides over it, and check everything.
+    """Read a config file, lay a profile and overrides over it, and return the checked `Config`.
 
-    Parameters
-    ----------
-    path : str or os.PathLike
-        The YAML file, see `helpers.files.resolve`.
-    profile : str or os.PathLike, optional
-        Name of a file in ``configs/profiles`` without its ending, or a path.
-    overrides : mapping, or sequence of str or (str, object)
-        ``{"training.num_epochs": 3}``, or pairs of such a name and a value, which is taken as it
-        is. A text ``"training.num_epochs=3"`` has its value in YAML; that is the form of the
-        command line. Never paste a path into it: ``#`` starts a comment there.
-
-    Returns
-    -------
-    Config
-        The resolved configuration.
-
-    Raises
-    ------
-    InputError
-        If a file is missing or no YAML, a key is unknown (the closest valid one is named) or
-        missing, or a value has the wrong type or is impossible.
+    `path` is a YAML file, see `helpers.files.resolve`; `profile` the name of a file in
+    ``configs/profiles`` without its ending, or a path; `overrides` a mapping such as
+    ``{"training.num_epochs": 3}``, or a sequence of such pairs and of texts
+    ``"training.num_epochs=3"``, whose value is YAML: no place for a path, as ``#`` starts a comment.
     """
-    path = resolve(path)
-    values, origins = {}, {}
+    path, values, origins = resolve(path), {}, {}
     _overlay(values, origins, read_yaml(path), path)
     if profile is not None:
         profile_path = _profile_path(profile)
         _overlay(values, origins, read_yaml(profile_path), profile_path)
     for override in overrides.items() if isinstance(overrides, Mapping) else overrides:
-        layer, text = _parse_override(override)
-        _overlay(values, origins, layer, f"override {_short(text)}")
+        _overlay(values, origins, *_parse_override(override))
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -350,24 +305,14 @@ def parse_yaml(text, *, where):
 
     An InputError names `where`, line and column if it is no YAML or gives a key twice.
     """
-    if len(text) > _MAX_CHARACTERS or _depth_of(text) > _MAX_DEPTH:
+    if len(text) > _MAX_CHARACTERS or text.count("[") + text.count("{") > _MAX_BRACKETS:
         raise InputError("too long or too deep for a configuration", where=where, fix="shorten it")
     try:
         return YAML(typ="safe", pure=True).load(text)
-    except DuplicateKeyError as error:
-        key = re.search('duplicate key "(.*?)" with value', str(error), re.DOTALL)
-        problem, mark = (
-            f"the key {_short(key[1] if key else '')} is given twice",
-            error.problem_mark,
-        )
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-    except (
-        RecursionError,
-        ValueError,
-        TypeError,
-    ) as error:  # too deep, 10,000 digits, a list as key
+    except (RecursionError, ValueError, TypeError) as error:  # 10,000 digits, a list as key
         mark, problem = None, str(error) or type(error).__name__
     place = where if mark is None else f"{where}, line {mark.line + 1}, column {mark.column + 1}"
     raise InputError(f"not valid YAML ({problem[:200]})", where=place, fix="mend this line")
@@ -379,9 +324,8 @@ def read_yaml(path):
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        problem = getattr(error, "strerror", None) or error
-        if isinstance(error, UnicodeDecodeError):
-            problem = "it is not UTF-8 text"
+        is_text = not isinstance(error, UnicodeDecodeError)
+        problem = getattr(error, "strerror", None) or error if is_text else "it is not UTF-8 text"
         raise InputError(f"cannot be read ({problem})", where=path, fix="check the path") from error
     content = parse_yaml(text, where=path)
     if content is None:
@@ -393,15 +337,6 @@ def read_yaml(path):
             fix="write 'section:' with indented 'key: value' lines",
         )
     return content
-
-
-def _depth_of(text):
-    """Return how deep brackets are nested, those in quotes included."""
-    depth = deepest = 0
-    for bracket in re.findall(r"[\[\]{}]", text):
-        depth = max(depth + _BRACKETS[bracket], 0)
-        deepest = max(deepest, depth)
-    return deepest
 
 
 def _short(value):
@@ -417,32 +352,28 @@ def _profile_path(profile):
     for path in (named, resolve(profile)):
         if path.is_file():
             return path
-    names = sorted(file.stem for file in named.parent.glob("*.yaml"))
-    raise InputError(
-        f"there is no profile {_short(str(profile))}", fix=f"use one of {', '.join(names)}"
-    )
+    fix = f"use one of {', '.join(sorted(file.stem for file in named.parent.glob('*.yaml')))}"
+    raise InputError(f"there is no profile {_short(str(profile))}", fix=fix)
 
 
 def _parse_override(override):
-    """Turn ``section.key=value`` or (name, value) into ``{section: {key: value}}`` and its text."""
+    """Turn ``section.key=value`` or (name, value) into ``{section: {key: value}}`` and its place."""
     is_text = isinstance(override, str)
     name, equals, value = override.partition("=") if is_text else (override[0], "=", override[1])
-    text = override if is_text else f"{name}={value}"
+    where = f"override {_short(override if is_text else f'{name}={value}')}"
     section, dot, key = str(name).strip().partition(".")
     if not (equals and dot and section and key):
-        raise InputError(
-            f"the override {_short(text)} is not understood",
-            fix="write section.key=value, for example training.num_epochs=3",
-        )
+        fix = "write section.key=value, for example training.num_epochs=3"
+        raise InputError(f"the {where} is not understood", fix=fix)
     if is_text:
-        value = parse_yaml(value, where=f"override {_short(text)}")
+        value = parse_yaml(value, where=where)
     elif isinstance(value, os.PathLike):
         value = os.fspath(value)
-    return {section: {key: value}}, text
+    return {section: {key: value}}, where
 
 
 def _overlay(values, origins, layer, where):
-    """Merge one layer into ``values`` in place; ``origins`` maps (section, key) to who set it last."""
+    """Merge a layer into ``values`` in place; ``origins`` maps (section, key) to who set it last."""
     for section, keys in layer.items():
         if section not in Config.model_fields:
             raise _unknown_key(str(section), str(section), Config.model_fields, where)
@@ -456,23 +387,9 @@ def _overlay(values, origins, layer, where):
         for key, value in keys.items():
             if key not in valid:
                 raise _unknown_key(f"{section}.{key}", str(key), valid, where)
-            _refuse_nested(f"{section}.{key}", value, where)
             values.setdefault(section, {})[key] = value
             origins.pop((section, key), None)  # the newest setter comes last in the dict
             origins[section, key] = where
-
-
-def _refuse_nested(name, value, where):
-    """Raise InputError for a list or dict in another, which no key takes and which may be endless."""
-    parts = value.values() if isinstance(value, dict) else value
-    if isinstance(value, dict | list | tuple) and any(
-        isinstance(part, dict | list | tuple | set) for part in parts
-    ):
-        raise InputError(
-            f"'{name}' is {_short(value)}, a list or mapping inside another",
-            where=where,
-            fix=f"correct the value of '{name}'",
-        )
 
 
 def _unknown_key(full_name, key, valid, where):

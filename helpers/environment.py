@@ -1,7 +1,6 @@
 """What the workbook runs on: versions, device, and a refusal when something needed is missing.
 
-``python -m helpers.environment`` prints the table, ``python -m helpers.environment names`` the
-direct dependencies, one per line.
+``python -m helpers.environment`` prints the direct dependencies, one per line.
 """
 
 from __future__ import annotations
@@ -44,23 +43,17 @@ def package_status(installed, specifier):
 
 
 def report():
-    """Return a row per direct dependency.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``package``; columns ``installed``, ``declared`` and ``status``, see `package_status`.
-    """
-    rows = []
+    """Return a DataFrame by ``package`` with columns ``installed``, ``declared`` and ``status``."""
+    rows = {}
     for requirement in declared_requirements():
         try:
             installed = version(requirement.name)
         except PackageNotFoundError:
             installed = None
-        status = package_status(installed, requirement.specifier)
-        rows.append((requirement.name, installed, str(requirement.specifier), status))
-    columns = ["package", "installed", "declared", "status"]
-    return pd.DataFrame(rows, columns=columns).set_index("package").sort_index()
+        declared = str(requirement.specifier)
+        status = package_status(installed, declared)
+        rows[requirement.name] = {"installed": installed, "declared": declared, "status": status}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("package").sort_index()
 
 
 def require():
@@ -68,10 +61,9 @@ def require():
     table = report()
     broken = table[table["status"].isin(["missing", "too old"])]
     if len(broken):
-        names = ", ".join(
-            f"{row.Index} {row.declared} is {row.status}" for row in broken.itertuples()
-        )
-        raise InputError(f"the environment does not fit: {names}", where=sys.prefix, fix=_SETUP)
+        listed = [f"{row.Index} {row.declared} is {row.status}" for row in broken.itertuples()]
+        message = f"the environment does not fit: {', '.join(listed)}"
+        raise InputError(message, where=sys.prefix, fix=_SETUP)
     return table
 
 
@@ -81,14 +73,7 @@ def versions_line():
 
 
 def device():
-    """Describe the machine.
-
-    Returns
-    -------
-    dict
-        ``python``, ``system``, ``device`` ("cuda", "mps" or "cpu"), ``name``,
-        ``memory_gib`` (float, of the accelerator, else None), ``cpu_count``, ``torch_threads``.
-    """
+    """Return a dict on the machine; ``device`` is "cuda", "mps" or "cpu", ``memory_gib`` of "cuda"."""
     facts = {"python": platform.python_version(), "system": platform.system(), "device": "cpu"}
     facts |= {"name": platform.machine(), "memory_gib": None}
     if torch.cuda.is_available():
@@ -100,20 +85,17 @@ def device():
     return facts | {"cpu_count": os.cpu_count(), "torch_threads": torch.get_num_threads()}
 
 
-def main(arguments=None):
-    """Print versions and device, or with ``["names"]`` the dependencies; return the exit status."""
-    if (sys.argv[1:] if arguments is None else arguments) == ["names"]:
-        print("\n".join(requirement.name for requirement in declared_requirements()))
-        return 0
-    print(report().to_string())
-    print(", ".join(f"{name}: {value}" for name, value in device().items()))
-    try:
-        require()
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+def quieten():
+    """Silence the progress bars and notices of the libraries."""
+    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    for library in (logging, hub_logging):
+        library.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    print("\n".join(requirement.name for requirement in declared_requirements()))

@@ -12,8 +12,8 @@ _UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats, surrogates, 
 class InputError(Exception):
     """Unusable input: a wrong file, value or combination that the user can put right.
 
-    Library tracebacks are translated into this error, so that the command line prints one line and
-    exits with status 2: `where`, the file, key or row; `message`, which names the value; `fix`.
+    `where` is the file, key or row, `message` names the value, `fix` mends it; the command line
+    prints one line and exits with status 2.
     """
 
     def __init__(self, message, *, where=None, fix=None):
@@ -29,15 +29,6 @@ class InputError(Exception):
             return line
         end = "" if line.endswith((".", "!", "?")) else "."
         return f"{line}{end} Fix: {self.fix}"
-
-    def __reduce__(self):
-        """Keep place and fix when the error crosses a process border (data loader workers)."""
-        return _rebuild, (self.message, self.where, self.fix)
-
-
-def _rebuild(message, where, fix):
-    """Build an `InputError` from the three parts `InputError.__reduce__` stored."""
-    return InputError(message, where=where, fix=fix)
 
 
 def printable(text):

@@ -26,15 +26,22 @@ WALL_CRACKS = DATA / "wall_cracks"
 PROGRESS_DELAY = 3  # seconds that work may take in silence
 
 
+_OWN_STAGING = f".partial-{platform.node()}-"
+
+
 @contextmanager
 def staged_folder(folder):
     """Yield a hidden folder in `folder`, and move its files into place only if the block succeeds.
 
-    The destination is made if need be; files of the same name are replaced, others stay.
+    The destination is made if need be; files of the same name are replaced, others stay. Staging
+    folders that killed processes of this machine left behind are removed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_dead_staging(folder)
+    for path in folder.glob(f"{glob.escape(_OWN_STAGING)}*-*"):
+        pid = path.name.removeprefix(_OWN_STAGING).partition("-")[0]
+        if pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=f"{_OWN_STAGING}{os.getpid()}-", dir=folder))
     try:
         yield staging
@@ -44,27 +51,15 @@ def staged_folder(folder):
         shutil.rmtree(staging, ignore_errors=True)
 
 
-_OWN_STAGING = f".partial-{platform.node()}-"
-
-
-def _remove_dead_staging(folder):
-    """Remove staging folders that killed processes of this machine left behind."""
-    for path in folder.glob(f"{glob.escape(_OWN_STAGING)}*-*"):
-        pid = path.name.removeprefix(_OWN_STAGING).partition("-")[0]
-        if pid.isdigit() and not _is_running(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def _is_running(pid):
     """Return False only if no process has this number; Windows has no harmless question."""
-    if os.name == "nt":
-        return True
     try:
-        os.kill(pid, 0)
+        if os.name != "nt":
+            os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass  # somebody else's
     return True
 
 
@@ -80,9 +75,9 @@ def write_text(path, text):
     return path
 
 
-def write_json(path, content):
+def write_json(path, content, default=None):
     """Write `content` as indented JSON, see `write_text`; NaN and infinity are refused."""
-    return write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    return write_text(path, json.dumps(content, indent=2, allow_nan=False, default=default) + "\n")
 
 
 def read_json(path, fix="export the file again"):
@@ -112,11 +107,8 @@ def file_digest(path):
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(
-            f"cannot be read ({error.strerror or error})",
-            where=path,
-            fix="restore the file or remove its entry",
-        ) from error
+        reason, fix = error.strerror or error, "restore the file or remove its entry"
+        raise InputError(f"cannot be read ({reason})", where=path, fix=fix) from error
 
 
 class _LinePerUpdate:
@@ -134,35 +126,16 @@ class _LinePerUpdate:
 
 def progress_bar(total, title, unit="image", *, disable=False):
     """Return a `tqdm.tqdm` on stderr for work of seconds: a bar, or a line every ten seconds."""
-    settings = {
-        "total": total,
-        "desc": title,
-        "unit": unit,
-        "delay": PROGRESS_DELAY,
-        "disable": disable,
-    }
-    if sys.stderr.isatty():
-        return tqdm(**settings)
-    return tqdm(**settings, file=_LinePerUpdate(), mininterval=10, ncols=80)
+    look = {} if sys.stderr.isatty() else {"file": _LinePerUpdate(), "mininterval": 10, "ncols": 80}
+    look |= {"delay": PROGRESS_DELAY, "disable": disable}
+    return tqdm(total=total, desc=title, unit=unit, **look)
 
 
 def resolve(path):
-    """Turn a path from a config, a notebook or Python into an absolute one.
+    """Turn a path from a config, a notebook or Python into an absolute one; it need not exist.
 
-    There is one rule. A relative path on the command line lies in the current folder, which is for
-    `in_current_folder` to say before anything else sees it. Every other relative path, in a config
-    and its overrides, a notebook, or an argument of a function, lies in the repository, whatever
-    the current folder is and whatever exists.
-
-    Parameters
-    ----------
-    path : str or os.PathLike
-        ``~`` is expanded; an absolute path is kept as it is.
-
-    Returns
-    -------
-    pathlib.Path
-        Absolute. It need not exist.
+    A relative path lies in the repository, whatever the current folder is and whatever exists. Only
+    one on the command line lies in the current folder: `in_current_folder` says so first.
     """
     return ROOT / _expand(path)
 

@@ -309,7 +309,7 @@ def test_nothing_to_adapt_is_refused():
     ("old", "new", "expected"),
     [
         ("  rank: 16", "  rnak: 16", "did you mean 'rank'"),
-        ("  rank: 16", "  rank: 16\n  rank: 8", "given twice"),
+        ("  rank: 16", "  rank: 16\n  rank: 8", 'duplicate key "rank"'),
         ("  seed: 42", "  # seed: 42", "'training.seed' is missing"),
         ("lora:", "lora: 3\nlora2:", "holds 3 and no keys"),
         ("model:", "model: [", "not valid YAML"),

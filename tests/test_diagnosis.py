@@ -47,6 +47,9 @@ def test_the_catalogue_is_complete_and_in_the_order_of_the_stages():
     assert len(rows) == len(CAUSES) + len(LEFT_OUT)
     stages = [STAGES.index(row["stage"]) for row in rows]
     assert stages == sorted(stages)
+    assert " ".join(STAGES) == (
+        "files data prompts base adapter loss training checkpoint prediction evaluation"
+    )
     for row in rows:
         assert all(value for key, value in row.items() if key != "confusable"), row["cause"]
         assert all(text.startswith("https://") for text in row["source"].split())

@@ -6,16 +6,15 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from helpers.course.exercises import (
+from helpers.course.notebook import answered
+from helpers.course.run import (
     EXERCISES,
     SOLUTIONS,
     asked_names,
     exercise_from,
-    exercise_text,
+    find_notebooks,
     write_exercises,
 )
-from helpers.course.notebook import answered
-from helpers.course.run import find_notebooks
 from helpers.errors import InputError
 
 SOLVED = find_notebooks(SOLUTIONS)
@@ -119,7 +118,8 @@ def test_there_is_one_exercise_per_solution():
 @each_solution
 def test_exercise_is_what_its_solution_gives(path):
     committed = (EXERCISES / path.name).read_text(encoding="utf-8")
-    assert committed == exercise_text(path), "run `python -m helpers.course.exercises`"
+    made = nbformat.writes(exercise_from(read(path))) + "\n"
+    assert committed == made, "run `python -m helpers.course.run exercises`"
 
 
 @each_solution

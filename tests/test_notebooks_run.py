@@ -10,10 +10,10 @@ from filelock import FileLock
 from source_builders import blob, write_with_supervision
 from tiny_random import write_dataset
 
-from helpers.course.exercises import SOLUTIONS
 from helpers.course.run import (
     LONGEST_FIRST,
     NOTEBOOKS,
+    SOLUTIONS,
     execute,
     find_notebooks,
     notebooks_read_by,

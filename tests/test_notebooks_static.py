@@ -7,8 +7,14 @@ from functools import cache
 import nbformat
 import pytest
 
-from helpers.course.exercises import EXERCISES, SOLUTIONS
-from helpers.course.run import NOTEBOOKS, find_notebooks, parameter_names, strip
+from helpers.course.run import (
+    EXERCISES,
+    NOTEBOOKS,
+    SOLUTIONS,
+    find_notebooks,
+    parameter_names,
+    strip,
+)
 
 LESSONS = find_notebooks(NOTEBOOKS)
 SOLVED, OPEN = find_notebooks(SOLUTIONS), find_notebooks(EXERCISES)

@@ -6,7 +6,7 @@ import pytest
 from helpers.detect.detections import RawPrediction
 from helpers.errors import InputError
 from helpers.show import panels
-from helpers.show.panels import LivePlotCallback, LossPanel, threshold_panel
+from helpers.show.panels import LossPanel, threshold_panel
 
 HEIGHT, WIDTH = 30, 40
 
@@ -127,14 +127,13 @@ def test_loss_panel_does_not_redraw_at_every_step(monkeypatch):
     assert panel.picture.value != first
 
 
-def test_callback_feeds_the_panel_silently(capsys):
+def test_loss_panel_follows_a_trainer_silently(capsys):
     class State:
         global_step = 7
 
     panel = LossPanel()
-    callback = LivePlotCallback(panel)
-    callback.on_log(None, State, None, logs={"loss": 1.25})
-    callback.on_train_end(None, State, None)
+    panel.on_log(None, State, None, logs={"loss": 1.25})
+    panel.on_train_end(None, State, None)
     assert panel.log == [{"loss": 1.25, "step": 7}]
     assert panel.readout.value == "step 7: training loss 1.250"
     assert capsys.readouterr() == ("", "")

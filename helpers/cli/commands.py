@@ -7,96 +7,59 @@ Libraries are imported inside, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 from helpers.cli.options import add_options
 from helpers.errors import InputError, printable
 from helpers.files import CONFIGS, in_current_folder, resolve
 
 DEFAULT_CONFIG = CONFIGS / "crack_detection_config.yaml"
-LARGE = 2
-"""Longest side of an image, in sides of the model's input, from which it should be cut into tiles."""
-_SIGNATURE = "sam3-lora-workbook predict"
-"""Stored in a picture, so that a later call knows it may replace it."""
-_HEADLINES = (
-    "AP",
-    "AP50",
-    "AP75",
-    "cgF1",
-    "pmF1",
-    "IL_MCC",
-    "union_iou",
-    "max_score_present",
-    "max_score_absent",
-)
-
-
-class Loaded(NamedTuple):
-    """A model ready to be asked, and the run it came from if there is one."""
-
-    model: object
-    processor: object
-    run: object
-    name: str
+LARGE = 2  # sides of the model's input from which an image should be cut into tiles
+_SIGNATURE = "sam3-lora-workbook predict"  # in a picture: a later call may replace it
+_HEADLINES = "AP AP50 AP75 cgF1 pmF1 IL_MCC union_iou max_score_present max_score_absent".split()
 
 
 def add_commands(add):
     """Add the parser of every command."""
     command = add(check)
-    command.add_argument(
-        "data",
-        nargs="?",
-        type=in_current_folder,
-        metavar="DATA",
-        help="folder with one folder per split, by default data.data_dir of --config",
-    )
-    config = {"help": "check as its training would read it"}
-    profile = {"help": "tiny, sam3 or a file; without --config tiny by default"}
-    add_options(command, "--config", "--profile", "--set", config=config, profile=profile)
+    text = "folder with one folder per split, by default data.data_dir of --config"
+    command.add_argument("data", nargs="?", type=in_current_folder, metavar="DATA", help=text)
+    profile = "tiny, sam3 or a file; without --config tiny by default"
+    own = {"config": "check as its training would read it", "profile": profile}
+    add_options(command, "--config", "--profile", "--set", **own)
 
     command = add(convert)
     command.add_argument("source", metavar="SRC", help="dataset: a folder, or a COCO file")
     command.add_argument("output", metavar="DST", help="new folder, one folder per split in it")
-    split = {
-        "nargs": "+",
-        "type": float,
-        "default": None,
-        "metavar": "SHARE",
-        "help": "divide anew into train, valid and test, for example 0.8 0.1 0.1",
-    }
-    own = ("--format", "--category", "--objects", "--polygons", "--split", "--seed")
-    add_options(command, *own, "--tile", "--overlap", "--copy", split=split)
+    text = "divide anew into train, valid and test, for example 0.8 0.1 0.1"
+    command.add_argument("--split", nargs="+", type=float, metavar="SHARE", help=text)
+    own = ("--format", "--category", "--objects", "--polygons", "--seed")
+    add_options(command, *own, "--tile", "--overlap")
 
     model = argparse.ArgumentParser(add_help=False)
     source = model.add_mutually_exclusive_group()
-    adapter = {"help": "run folder, or folder of a PEFT adapter"}
-    config = {"help": "find the run in its output.output_dir"}
+    adapter, config = "run folder, or folder of a PEFT adapter", "find its output.output_dir"
     add_options(source, "--adapter", "--config", adapter=adapter, config=config)
-    profile = {"help": "tiny (default) or sam3: whose base to use"}
-    add_options(model, "--base", "--profile", profile=profile)
+    add_options(model, "--base", "--profile", profile="tiny (default) or sam3: whose base to use")
 
-    own = ("--profile", "--data", "--output", "--set", "--resume", "--overwrite")
-    output = {"metavar": "RUN", "help": "run folder, by default output.output_dir"}
-    own += ("--retry-smaller", "--dry-run")
-    add_options(add(train), *own, required=["--config"], output=output)
+    output = "run folder, by default output.output_dir"
+    own = ("--profile", "--data", "--set", "--resume", "--overwrite", "--retry-smaller")
+    add_options(add(train), *own, "--output", "--dry-run", required=["--config"], output=output)
 
-    own = ("--prompt", "--threshold", "--mask-threshold", "--tile", "--overlap", "--output")
-    image = {"nargs": "+", "action": "extend", "type": str, "help": "files or folders"}
-    prompt = {"action": "append", "default": [], "help": "noun; may be repeated"}
-    output = {"type": str, "metavar": "PNG", "help": "picture to draw"}
     command = add(predict, model)
-    add_options(command, *own, required=["--image"], image=image, prompt=prompt, output=output)
+    text = "files or folders"
+    command.add_argument("--image", nargs="+", action="extend", required=True, help=text)
+    command.add_argument("--prompt", action="append", default=[], help="noun; may be repeated")
+    command.add_argument("--output", metavar="PNG", help="picture to draw")
+    add_options(command, "--threshold", "--mask-threshold", "--tile", "--overlap")
 
     add_options(add(evaluate, model), "--data", "--split", "--prompt", "--threshold")
     add_options(add(report), required=["--adapter"])
     add_options(add(diagnose), "--data", "--image", "--prompt", required=["--adapter"])
     add_options(add(merge), "--dtype", "--base", required=["--adapter", "--output"])
-    adapter = {"help": "run folder, or folder of a merged model"}
-    add_options(add(push), "--yes", required=["--adapter", "--repo"], adapter=adapter)
+    merged = "run folder, or folder of a merged model"
+    add_options(add(push), "--yes", required=["--adapter", "--repo"], adapter=merged)
 
 
 def check(args):
@@ -122,18 +85,9 @@ def convert(args):
     from helpers.convert.conversion import convert as run_conversion
     from helpers.convert.conversion import summary_text
 
-    summary = run_conversion(
-        args.source,
-        args.output,
-        format=args.format,
-        category=args.category,
-        objects=args.objects,
-        polygons=args.polygons,
-        split=args.split,
-        seed=args.seed,
-        tile=args.tile,
-        overlap=args.overlap,
-    )
+    names = "format", "category", "objects", "polygons", "split", "seed", "tile", "overlap"
+    settings = {name: getattr(args, name) for name in names}
+    summary = run_conversion(args.source, args.output, **settings)
     return 0, summary, summary_text(summary)
 
 
@@ -152,15 +106,14 @@ def train(args):
     if args.dry_run:
         result = dry_run(config)
         return (0 if result["fits"] else 1), result, dry_run_text(result)
-    output_dir = args.output
-    settings = {"output_dir": output_dir, "resume": args.resume, "overwrite": args.overwrite}
+    settings = {"output_dir": args.output, "resume": args.resume, "overwrite": args.overwrite}
     try:
         if args.retry_smaller:
             result = train_within_memory(config, on_retry=_say, **settings)
         else:
             result = run_training(config, **settings)
     except KeyboardInterrupt:
-        if (resolve(output_dir or config.output.output_dir) / RUN_CONFIG).is_file():
+        if (resolve(args.output or config.output.output_dir) / RUN_CONFIG).is_file():
             _say("continue with --resume")
         raise
     content = report(result)
@@ -169,48 +122,57 @@ def train(args):
 
 def predict(args):
     """Detect prompts on images, and draw them if asked to."""
-    from helpers.detect.predictor import GENERIC_PROMPT, PROMPTLESS_THRESHOLD, Predictor
-    from helpers.detect.predictor import untrained_prompts as untrained
+    from helpers.config import load_config
+    from helpers.detect.predictor import (
+        GENERIC_PROMPT,
+        PROMPTLESS_THRESHOLD,
+        Predictor,
+        untrained_prompts,
+    )
     from helpers.detect.tiles import predict_tiled
+    from helpers.show.pictures import save_prediction_figure
 
     images = _image_files(args.image)
-    paths = None if args.output is None else _picture_paths(args.output, images)
-    loaded = load_model(args)
-    settings = loaded.run.config.evaluation if loaded.run else None
-    threshold, mask_threshold = args.threshold, args.mask_threshold
-    if not args.prompt:
-        threshold = PROMPTLESS_THRESHOLD if threshold is None else threshold
+    paths = {} if args.output is None else _picture_paths(args.output, images)
+    model, processor, run, _ = load_model(args)
+    settings = run.config.evaluation if run else load_config(DEFAULT_CONFIG).evaluation
+    prompts, threshold, mask_threshold = args.prompt, args.threshold, args.mask_threshold
+    if threshold is None:
+        threshold = settings.score_threshold if prompts else PROMPTLESS_THRESHOLD
+    if not prompts:
+        prompts = [GENERIC_PROMPT]
         _say(
             f"no prompt given: asking for '{GENERIC_PROMPT}' at threshold {threshold:g}. The model "
             "outlines what that word means to it; no class comes back, and scores near 0 mean "
             "that it found nothing"
         )
-    elif threshold is None:
-        threshold = settings.score_threshold if settings else 0.3
-    if mask_threshold is None:
-        mask_threshold = settings.mask_threshold if settings else 0.5
-    if loaded.run:
-        known = [*loaded.run.prompts["prompts"], *loaded.run.prompts["negatives"]]
-        for prompt, close in untrained(args.prompt or [GENERIC_PROMPT], known).items():
+    if run:
+        known = [*run.prompts["prompts"], *run.prompts["negatives"]]
+        for prompt, close in untrained_prompts(prompts, known).items():
             hint = f"; the closest trained prompt is '{close}'" if close else ""
             _say(f"warning: '{prompt}' was never asked in training{hint}")
-    predictor = Predictor(loaded.model, loaded.processor)
+    predictor = Predictor(model, processor)
+    mask_threshold = settings.mask_threshold if mask_threshold is None else mask_threshold
     thresholds = {"threshold": threshold, "mask_threshold": mask_threshold}
     if args.tile is None:
-        _hint_at_tiles(images, loaded.model)
-        predictions = predictor.predict(images, args.prompt or None, **thresholds)
+        _hint_at_tiles(images, model)
+        predictions = predictor.predict(images, prompts, **thresholds)
     else:
-        tiles = {"tile": args.tile, "overlap": args.overlap}
-        prompts = args.prompt or [GENERIC_PROMPT]
-        predictions = [
-            prediction
-            for path in images
-            for prediction in predict_tiled(predictor, path, prompts, **tiles, **thresholds)
-        ]
-    document = [prediction.to_dict() for prediction in predictions]
-    if paths is not None:
-        _draw(paths, document)
-    return 0, document, "\n".join(_line(entry) for entry in document)
+        tiles, predictions = {"tile": args.tile, "overlap": args.overlap}, []
+        for path in images:
+            predictions += predict_tiled(predictor, path, prompts, **tiles, **thresholds)
+    document, lines = [prediction.to_dict() for prediction in predictions], []
+    for image, path in paths.items():
+        entries = [entry for entry in document if entry["image"] == str(image)]
+        save_prediction_figure(path, image, entries, software=_SIGNATURE)
+    for entry in document:
+        count = len(entry["detections"])
+        lines.append(
+            f"{entry['image']}  '{entry['prompt']}': {count} detection{'' if count == 1 else 's'}, "
+            f"max score {entry['max_score']:.3f} = presence {entry['presence_prob']:.3f} x "
+            f"query {entry['max_query_prob']:.3f}"
+        )
+    return 0, document, "\n".join(lines)
 
 
 def evaluate(args):
@@ -218,34 +180,27 @@ def evaluate(args):
     from helpers.config import load_config
     from helpers.data.dataset import load_dataset
     from helpers.detect.metrics import evaluate_queries
-    from helpers.detect.predictor import untrained_prompts as untrained
+    from helpers.detect.predictor import untrained_prompts
     from helpers.detect.queries import predict_split
 
-    loaded = load_model(args)
-    config = loaded.run.config if loaded.run else load_config(DEFAULT_CONFIG)
+    model, processor, run, name = load_model(args)
+    config = run.config if run else load_config(DEFAULT_CONFIG)
     settings = config.evaluation
     data_dir = args.data or config.data.data_dir
     split = load_dataset(config, data_dir).split(args.split)
-    if loaded.run:
+    if run:
         words = [args.prompt] if args.prompt else split.categories
-        for prompt in untrained(words, loaded.run.prompts["prompts"]):
+        for prompt in untrained_prompts(words, run.prompts["prompts"]):
             _say(f"warning: '{prompt}' was never trained as a present prompt")
-    queries = predict_split(
-        loaded.model,
-        loaded.processor,
-        split,
-        prompt=args.prompt,
-        absent_prompts=settings.absent_prompts,
-        mask_threshold=settings.mask_threshold,
-    )
+    asked = {key: getattr(settings, key) for key in ("absent_prompts", "mask_threshold")}
+    queries = predict_split(model, processor, split, prompt=args.prompt, **asked)
     threshold = settings.score_threshold if args.threshold is None else args.threshold
     metrics = evaluate_queries(queries, threshold)
-    document = {"model": loaded.name, "data": str(data_dir), "split": split.name, **metrics}
-    lines = [f"{loaded.name} on {data_dir}, {split.name}: {len(split.records)} images"]
-    for name in _HEADLINES:
-        value = metrics[name]
-        reason = metrics.get(f"{name}_reason", "")
-        lines.append(f"  {name:<18}{'undefined  ' + reason if value is None else f'{value:.4f}'}")
+    document = {"model": name, "data": str(data_dir), "split": split.name, **metrics}
+    lines = [f"{name} on {data_dir}, {split.name}: {len(split.records)} images"]
+    for metric in _HEADLINES:
+        value, reason = metrics[metric], metrics.get(f"{metric}_reason", "")
+        lines.append(f"  {metric:<18}{'undefined  ' + reason if value is None else f'{value:.4f}'}")
     return (0 if metrics["num_present"] else 1), document, "\n".join(lines)
 
 
@@ -263,13 +218,8 @@ def diagnose(args):
     """Say why a run detects nothing; status 1 for causes, 3 if too little could be examined."""
     from helpers.diagnose.diagnosis import diagnose as examine
 
-    diagnosis = examine(
-        args.adapter,
-        data_dir=args.data,
-        image=args.image,
-        prompt=args.prompt,
-        progress=True,
-    )
+    own = {"data_dir": args.data, "image": args.image, "prompt": args.prompt}
+    diagnosis = examine(args.adapter, **own, progress=True)
     status = {"healthy": 0, "causes": 1, "undecided": 3}[diagnosis.verdict]
     return status, diagnosis.to_json(), diagnosis.summary()
 
@@ -287,21 +237,16 @@ def merge(args):
         f"compared with base and adapter on {document['num_images']} images "
         f"({document['images']}), {document['written']['num_questions']} questions:"
     ]
-    for name, title in (
-        ("merged", "merged, float32"),
-        ("written", f"written, {document['dtype']}"),
-    ):
-        numbers = document[name]
+    for name, dtype in (("merged", "float32"), ("written", document["dtype"])):
+        title, numbers = f"{name}, {dtype}", document[name]
         lines.append(
             f"  {title:<18}{numbers['num_detections']} detections, {numbers['num_changed']} changed; "
             f"logits differ by at most {numbers['max_logit_difference']:.2g}, scores by "
             f"{numbers['max_score_difference']:.2g}; masks agree to an IoU of at least "
             f"{numbers['min_mask_iou']:.3f}"
         )
-    if status:
-        lines.append("not the same: nothing was written")
-    else:
-        lines.append(f"the same: {args.output} is a full model in {document['dtype']}")
+    same = f"the same: {args.output} is a full model in {document['dtype']}"
+    lines.append("not the same: nothing was written" if status else same)
     return status, document, "\n".join(lines)
 
 
@@ -327,8 +272,9 @@ def push(args):
 
 
 def load_model(args):
-    """Return what ``--adapter``, ``--config``, ``--base`` and ``--profile`` describe, on its device."""
+    """Return the model that the arguments describe, on its device, its processor, run and name."""
     from helpers.config import load_config
+    from helpers.model.lora import load_adapter
     from helpers.model.sam3 import best_device
     from helpers.train.run import is_bare_adapter, load_run
 
@@ -339,14 +285,12 @@ def load_model(args):
         model, processor, name = _base(args)
         run, name = None, f"base {name}"
     elif is_bare_adapter(resolve(folder)):
-        from helpers.model.lora import load_adapter
-
         model, processor, _ = _base(args, adapter=resolve(folder))
         model, run, name = load_adapter(model, resolve(folder)), None, str(folder)
     else:
         run = load_run(folder, base=args.base)
         model, processor, name = run.model, run.processor, str(folder)
-    return Loaded(model.to(best_device()), processor, run, name)
+    return model.to(best_device()), processor, run, name
 
 
 def _base(args, adapter=None):
@@ -376,11 +320,8 @@ def _image_files(paths):
     for text in paths:
         path = Path(text).expanduser()
         if path.is_dir():
-            inside = sorted(
-                entry
-                for entry in path.iterdir()
-                if entry.suffix.lower() in IMAGE_SUFFIXES and not entry.name.startswith(".")
-            )
+            inside = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
+            inside = [entry for entry in inside if entry.suffix.lower() in IMAGE_SUFFIXES]
             if not inside:
                 raise InputError("the folder holds no image", where=path, fix="name image files")
             files += inside
@@ -392,20 +333,20 @@ def _image_files(paths):
 
 
 def _hint_at_tiles(images, model):
-    """Say of which images the model sees so little that thin objects vanish."""
+    """Say which images the model sees so small that thin objects vanish."""
     from helpers.data.images import upright_size
     from helpers.model.prompted import base_of
 
     resolution = base_of(model).resolution
     sizes = {path: max(upright_size(path)[0]) for path in images}
-    large = {path: side for path, side in sizes.items() if side > LARGE * resolution}
+    large = [path for path, side in sizes.items() if side > LARGE * resolution]
     if large:
-        path, side = max(large.items(), key=lambda item: item[1])
+        path = max(large, key=sizes.get)
         others = f" and {len(large) - 1} more" if len(large) > 1 else ""
         _say(
-            f"hint: {path}{others} is shrunk from {side} pixels to {resolution}, and what is thin may "
-            f"vanish; --tile {resolution} looks at every pixel, --tile with the side of the training "
-            "images shows objects as large as they were there"
+            f"hint: {path}{others} is shrunk from {sizes[path]} pixels to {resolution}, and what is "
+            f"thin may vanish; --tile {resolution} looks at every pixel, --tile with the side of the "
+            "training images shows objects as large as they were there"
         )
 
 
@@ -422,17 +363,13 @@ def _picture_paths(output, images):
     for image, label in zip(images, _labels(images), strict=True):
         name = output.name if label is None else f"{output.stem}_{label}{output.suffix}"
         path = output.with_name(name)
-        for other in images:
-            if path.exists() and path.samefile(other):
-                raise InputError(
-                    "would overwrite the image", where=path, fix="choose another --output"
-                )
-        if path.exists() and not _is_own_picture(path):
-            raise InputError(
-                "exists, and was not drawn by predict",
-                where=path,
-                fix="choose another --output, or remove the file",
-            )
+        problem = None
+        if path.exists() and any(path.samefile(other) for other in images):
+            problem = "would overwrite the image"
+        elif path.exists() and not _is_own_picture(path):
+            problem = "exists, and was not drawn by predict"
+        if problem:
+            raise InputError(problem, where=path, fix="choose another --output")
         paths[image] = path
     return paths
 
@@ -461,29 +398,6 @@ def _is_own_picture(path):
             return picture.info.get("Software") == _SIGNATURE
     except (OSError, ValueError):
         return False
-
-
-def _draw(paths, document):
-    """Write the picture of each image, whole or not at all."""
-    from helpers.show.pictures import save_prediction_figure
-
-    for image, path in paths.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
-            staged = Path(folder) / path.name
-            entries = [entry for entry in document if entry["image"] == str(image)]
-            save_prediction_figure(staged, image, entries, software=_SIGNATURE)
-            os.replace(staged, path)
-
-
-def _line(entry):
-    """Describe one prediction in a line."""
-    count = len(entry["detections"])
-    return (
-        f"{entry['image']}  '{entry['prompt']}': {count} detection{'' if count == 1 else 's'}, "
-        f"max score {entry['max_score']:.3f} = presence {entry['presence_prob']:.3f} x "
-        f"query {entry['max_query_prob']:.3f}"
-    )
 
 
 def _say(text):

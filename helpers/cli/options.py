@@ -5,36 +5,33 @@ from __future__ import annotations
 from helpers.files import in_current_folder
 
 
-def profile_name(text):
-    """Turn a profile that is a file in the current folder into its path."""
+# A profile that is a file in the current folder, or a base that is a folder in it, becomes its path.
+def _profile(text):
     path = in_current_folder(text)
     return str(path) if path.is_file() else text
 
 
-def base_name(text):
-    """Turn a base that is a folder in the current folder into its path."""
+def _base(text):
     path = in_current_folder(text)
     return str(path) if path.is_dir() else text
 
 
 def _path(metavar, text):
-    """Return the settings of an option that takes a file or folder."""
     return {"type": in_current_folder, "metavar": metavar, "help": text}
 
 
 def _flag(text):
-    """Return the settings of an option without value."""
     return {"action": "store_true", "help": text}
 
 
 OPTIONS = {
     # what to work on
     "--adapter": _path("RUN", "run folder"),
-    "--base": {"type": base_name, "metavar": "NAME", "help": "base model: a folder or a hub name"},
+    "--base": {"type": _base, "metavar": "NAME", "help": "base model: a folder or a hub name"},
     "--config": _path("FILE", "a configuration, such as those in configs/"),
     "--data": _path("DIR", "dataset, by default that of the run or config"),
     "--output": _path("DIR", "folder to write"),
-    "--profile": {"type": profile_name, "help": "tiny, sam3 or a file"},
+    "--profile": {"type": _profile, "help": "tiny, sam3 or a file"},
     "--set": {
         "action": "append",
         "default": [],
@@ -45,23 +42,15 @@ OPTIONS = {
     # what to ask
     "--image": _path("IMG", "a picture in which nothing is found"),
     "--prompt": {"help": "ask for this word in place of the category names"},
-    "--threshold": {
-        "type": float,
-        "help": "score in [0, 1]; by default that of the run's config, 0.3 without a run",
-    },
+    "--threshold": {"type": float, "help": "in [0, 1]; by default as the config says, 0.3"},
     "--mask-threshold": {"type": float, "help": "in [0, 1]; by default as the config says, 0.5"},
     "--tile": {"type": int, "metavar": "PIXELS", "help": "cut larger images into tiles"},
     "--overlap": {"type": float, "default": 0.2, "help": "of tiles, default 0.2"},
     # how to train
     "--resume": _flag("continue an interrupted run"),
     "--overwrite": _flag("replace a run in the folder"),
-    "--retry-smaller": _flag(
-        "when memory runs out, start again with checkpointing, then with smaller batches"
-    ),
-    "--dry-run": _flag(
-        "take one step on the fullest batch, print memory and seconds, and write nothing; "
-        "status 1 if memory runs out"
-    ),
+    "--retry-smaller": _flag("when memory runs out, checkpoint, then use smaller batches"),
+    "--dry-run": _flag("one step on the fullest batch, no files; status 1 if memory runs out"),
     # how to convert
     "--format": {
         "choices": ("coco", "yolo", "voc", "masks", "labelme"),
@@ -71,17 +60,14 @@ OPTIONS = {
     "--objects": {
         "choices": ("components", "whole", "values"),
         "default": "components",
-        "help": "what is one object of a mask picture: a connected component (default), all of a "
-        "class, or each value",
+        "help": "one object of a mask picture: a component (default), all of a class, each value",
     },
     "--polygons": {
         "choices": ("auto", "outline", "pixels"),
         "default": "auto",
-        "help": "whether corners (YOLO, LabelMe) lie on the outline or are pixels of the object; "
-        "auto (default): pixels if all are whole numbers",
+        "help": "what corners (YOLO, LabelMe) are; auto (default): pixels if all are whole numbers",
     },
     "--seed": {"type": int, "default": 42, "help": "of the division, default 42"},
-    "--copy": _flag("accepted for old command lines; images are always copied"),
     # what to give away
     "--dtype": {"help": "float32 or bfloat16, by default that of the base's files"},
     "--repo": {"metavar": "OWNER/NAME", "help": "name on the Hub"},
@@ -89,10 +75,9 @@ OPTIONS = {
 }
 
 
-def add_options(command, *names, required=(), **changes):
-    """Add options to a parser; `changes` replaces settings of one, ``data={"help": ...}``."""
+def add_options(command, *names, required=(), **helps):
+    """Add options to a parser; `helps` replaces the help of one, ``data="a folder"``."""
     for name in (*required, *names):
-        settings = OPTIONS[name] | changes.get(name.strip("-"), {})
-        if name in required:
-            settings = settings | {"required": True}
+        settings = OPTIONS[name] | ({"required": True} if name in required else {})
+        settings["help"] = helps.get(name.strip("-"), settings["help"])
         command.add_argument(name, **settings)

@@ -32,17 +32,12 @@ from helpers.model.prompted import (
     model_inputs,
 )
 
-EXAMPLE_NOUNS = {"0": "crack"}
-"""The category of the example, and what its objects are."""
-TWICE = 12
-"""Every 12th picture of the example is added a second time, brighter."""
+EXAMPLE_NOUNS = {"0": "crack"}  # the category of the example, and what its objects are
+TWICE = 12  # every 12th picture of the example is added a second time, brighter
 
 
 def source_of(source, data_dir, folder):
-    """Return the folder to start from, and the nouns of its categories where they are known.
-
-    That is the reader's own `source` or `data_dir`, else an example, which is written to `folder`.
-    """
+    """Return `source`, else `data_dir` of one's own, else an example in `folder`; and known nouns."""
     if source:
         return resolve(source), {}
     if data_dir.resolve() != WALL_CRACKS.resolve():
@@ -50,13 +45,13 @@ def source_of(source, data_dir, folder):
     return write_example(folder), EXAMPLE_NOUNS
 
 
-def write_example(folder, data_dir=WALL_CRACKS):
+def write_example(folder):
     """Write a dataset of one category as a YOLO export: one folder, a number for a name, no holes."""
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)
-    records = [
-        record for name in find_splits(data_dir) for record in read_split(data_dir, name).records
-    ]
+    records = []
+    for name in find_splits(WALL_CRACKS):
+        records += read_split(WALL_CRACKS, name).records
     order = np.random.default_rng(0).permutation(len(records))
     shots = [(records[index], False) for index in order]
     shots += [(records[index], True) for index in order[::TWICE]]
@@ -89,16 +84,12 @@ def _yolo_line(rle):
 def import_dataset(source, output, *, shares, seed, category=None, tile=None):
     """Convert a dataset into a folder, which is replaced, and divide it unless it has three splits.
 
-    The arguments are those of `helpers.convert.conversion.convert`; `shares` are those of train,
-    valid and test. `InputError` if the source lies in the folder that would be replaced.
+    The arguments are those of `helpers.convert.convert`; `shares` of train, valid and test.
     """
     source, output = resolve(source).resolve(), Path(output).resolve()
     if source == output or output in source.parents:
-        raise InputError(
-            "the source lies in the folder that its conversion replaces",
-            where=source,
-            fix="copy it to another place",
-        )
+        message = "the source lies in the folder that its conversion replaces"
+        raise InputError(message, where=source, fix="copy it to another place")
     splits = read_source(source, category=category).splits
     split = None if set(SPLIT_FOLDERS) <= set(splits) else shares
     shutil.rmtree(output, ignore_errors=True)
@@ -119,9 +110,12 @@ def lay_out(records, path, columns=3):
     for index, record in enumerate(chosen):
         x, y = index % columns * width, index // columns * height
         photograph.paste(open_upright(record.path), (x, y))
-        objects += [
-            _moved(item, x, y, photograph.size) for item in record.objects if item.rle is not None
-        ]
+        for item in record.objects:
+            if item.rle is not None:
+                mask = np.zeros(photograph.size[::-1], dtype=bool)
+                mask[y : y + height, x : x + width] = coco_mask.decode(item.rle)
+                rle = mask_to_rle(mask)
+                objects.append(replace(item, rle=rle, box_xyxy=rle_box_xyxy(rle)))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     photograph.save(path)
@@ -136,15 +130,6 @@ def open_photograph(path):
     return ImageRecord(path.name, path, width, height, ())
 
 
-def _moved(item, x, y, size):
-    """Move an object into a picture of another size (width, height)."""
-    part = coco_mask.decode(item.rle).astype(bool)
-    mask = np.zeros(size[::-1], dtype=bool)
-    mask[y : y + part.shape[0], x : x + part.shape[1]] = part
-    rle = mask_to_rle(mask)
-    return replace(item, rle=rle, box_xyxy=rle_box_xyxy(rle))
-
-
 def queries_by_category(predictions, record):
     """Set predictions on one image beside the objects of the category that each asked for."""
     queries = []
@@ -156,25 +141,10 @@ def queries_by_category(predictions, record):
 
 @torch.no_grad()
 def losses_beside_silence(model, dataset, collator):
-    """Compute the mean loss of a model and of the same model with all its scores at the bottom.
+    """Compute the mean loss of a model, put into eval mode, and of one with all scores at the bottom.
 
-    Two questions about a validation loss can be answered with these numbers: on which scale it is,
-    and whether it may choose a checkpoint, since a detector of nothing may have the lower one.
-
-    Parameters
-    ----------
-    model : helpers.model.sam3.PromptedSam3 or peft.PeftModel
-        Put into eval mode.
-    dataset : helpers.data.dataset.PromptDataset
-        For example from `helpers.detect.queries.evaluation_dataset`.
-    collator : helpers.data.dataset.PromptCollator
-
-    Returns
-    -------
-    pandas.DataFrame
-        Rows ``model`` and ``silent``: boxes and masks are the same, but all query and presence
-        logits stand at the model's lower clamps, so that the highest score is below 1e-9. Columns
-        ``native`` and ``early``: the mean over the images of the weighted total.
+    Returns a DataFrame with rows ``model`` and ``silent``, whose highest score is below 1e-9, and columns
+    ``native`` and ``early``: the mean of the weighted total over the images of a `PromptDataset`.
     """
     model.eval()
     device = next(model.parameters()).device

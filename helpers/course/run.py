@@ -2,12 +2,14 @@
 
 ``python -m helpers.course.run run`` executes every notebook into ``runs/course/`` and writes
 ``summary.json`` there; ``refresh`` stores fresh outputs in ``notebooks/``; ``verify`` says whether
-the stored notebooks have the form that ``refresh`` leaves.
+the stored notebooks have the form that ``refresh`` leaves; ``exercises`` makes the exercises from
+their solutions, so that the two cannot drift apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import multiprocessing
 import os
 import re
@@ -18,32 +20,29 @@ import tempfile
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from copy import deepcopy
 from pathlib import Path
 
 import joblib
+import nbformat
 import papermill
 import torch
+from nbconvert.preprocessors import ClearOutputPreprocessor, TagRemovePreprocessor
 from papermill.exceptions import PapermillExecutionError
 
 from helpers.config import parse_yaml
-from helpers.course.notebook import NOTEBOOKS, RESULTS_FILE
+from helpers.course.notebook import NOTEBOOKS, RESULTS_FILE, answered
 from helpers.environment import versions_line
 from helpers.errors import InputError
-from helpers.files import RUNS, read_json, resolve, write_json
+from helpers.files import RUNS, read_json, resolve, write_json, write_text
 
 COURSE_RUN = RUNS / "course"
+SOLUTIONS, EXERCISES = NOTEBOOKS / "solutions", NOTEBOOKS / "exercises"
 SUMMARY_FILE = "summary.json"
-LONGEST_FIRST = ("04", "03", "02", "07")
-"""The lessons that train, by the seconds of their chain; the order only saves time."""
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-STRIP_ARGUMENTS = (
-    "--keep-output",
-    "--keep-count",
-    "--keep-id",
-    "--extra-keys",
-    "metadata.papermill cell.metadata.papermill",
-)
-"""Settings of nbstripout: outputs, counts and ids stay; widget state and timings go."""
+LONGEST_FIRST = ("04", "03", "02", "07")  # the lessons that train; the order only saves time
+# Settings of nbstripout: outputs, counts and ids stay; widget state and timings go.
+_TIMINGS = "metadata.papermill cell.metadata.papermill"
+STRIP_ARGUMENTS = ("--keep-output", "--keep-count", "--keep-id", "--extra-keys", _TIMINGS)
 _WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 
 
@@ -72,31 +71,24 @@ def notebooks_read_by(path):
 def execute(path, output_path, parameters=None, *, cell_timeout=None):
     """Execute a notebook with papermill, in its own folder, and write the executed copy.
 
-    A failing cell raises `PapermillExecutionError`, an error that a widget hid `NotebookError`,
-    and an unknown parameter `InputError`: papermill would only log it.
+    An error that a widget hid and an unknown parameter, which papermill would only log, are raised.
     """
     parameters = dict(parameters or {})
-    known = parameter_names(path)
-    if unknown := sorted(set(parameters) - known):
-        raise InputError(
-            f"no parameter {', '.join(unknown)}",
-            where=path,
-            fix=f"choose from {', '.join(sorted(known))}",
-        )
+    _refuse_unknown(parameters, parameter_names(path), "no parameter", path)
     Path(output_path).parent.mkdir(parents=True, exist_ok=True)
-    notebook = papermill.execute_notebook(
-        path,
-        output_path,
-        parameters,
-        kernel_name="python3",
-        cwd=Path(path).parent,
-        progress_bar=False,
-        execution_timeout=cell_timeout,
-    )
+    settings = {"kernel_name": "python3", "cwd": Path(path).parent, "progress_bar": False}
+    settings["execution_timeout"] = cell_timeout
+    notebook = papermill.execute_notebook(path, output_path, parameters, **settings)
     if errors := hidden_errors(notebook):
         listed = "; ".join(f"{error['ename']}: {error['evalue']}" for error in errors)
         raise NotebookError(f"{path}: a widget hid {listed}")
     return notebook
+
+
+def _refuse_unknown(parameters, known, message, where):
+    if unknown := sorted(set(parameters) - known):
+        fix = f"choose from {', '.join(sorted(known))}"
+        raise InputError(f"{message} {', '.join(unknown)}", where=where, fix=fix)
 
 
 def hidden_errors(notebook):
@@ -109,12 +101,13 @@ def hidden_errors(notebook):
 def run_side_by_side(paths, output_dir, parameters=None, *, jobs=None):
     """Execute notebooks side by side, each as soon as those that it reads are done.
 
-    Prints a line when a notebook starts and when it ends, and returns name to seconds. One that
-    fails stops only those that read its results; `NotebookError` names all failures at the end.
+    Returns name to seconds. One that fails stops only those that read its results; `NotebookError`
+    names all failures at the end.
     """
     waiting = sorted(paths, key=_place_in_line)
     names = {path.stem for path in waiting}
-    jobs = min(jobs or default_jobs(), len(waiting))
+    cores = 1 if torch.accelerator.is_available() else joblib.cpu_count()  # a GPU is shared
+    jobs = min(jobs or cores, len(waiting))
     running, seconds, failures = {}, {}, {}
     with ProcessPoolExecutor(jobs, initializer=_use_one_thread) as pool:
         try:
@@ -148,28 +141,19 @@ def run_side_by_side(paths, output_dir, parameters=None, *, jobs=None):
     return seconds
 
 
-def default_jobs():
-    """Return how many notebooks run at a time: one per core, or one where they share a GPU."""
-    return 1 if torch.accelerator.is_available() else joblib.cpu_count()
-
-
 def _place_in_line(path):
-    """Sort key of a notebook: what takes longest first."""
     number = path.stem[:2]
     return (LONGEST_FIRST.index(number) if number in LONGEST_FIRST else len(LONGEST_FIRST), path)
 
 
 def _use_one_thread():
     """Let the kernels of this process compute with one thread, unless the user chose a number."""
-    for name in THREAD_VARIABLES:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, "1")
 
 
 def _attempt(path, output_path, parameters):
-    """Execute a notebook with those of the parameters that it has.
-
-    Returns the seconds it took, and in one line why it failed, or None.
-    """
+    """Execute a notebook with its own parameters; return seconds, and a line if it failed."""
     started, failure = time.perf_counter(), None
     try:
         known = parameter_names(path)
@@ -184,40 +168,28 @@ def _attempt(path, output_path, parameters):
 
 
 def run_course(output_dir=COURSE_RUN, parameters=None, *, folder=NOTEBOOKS, jobs=None):
-    """Execute the notebooks of a folder into another one and write the summary, which is returned.
+    """Execute the notebooks of a folder into another one; write and return the summary.
 
-    Every notebook gets those of the parameters that it has; `InputError` if none has one of them.
+    Every notebook gets those of the parameters that it has. The summary: versions, seconds, notebooks.
     """
     output_dir, paths = Path(output_dir), find_notebooks(folder)
     parameters = {"output_dir": str(output_dir), **(parameters or {})}
     known = set().union(*map(parameter_names, paths))
-    if unknown := set(parameters) - known:
-        raise InputError(
-            f"no notebook has a parameter {', '.join(sorted(unknown))}",
-            where=folder,
-            fix=f"choose from {', '.join(sorted(known))}",
-        )
+    _refuse_unknown(parameters, known, "no notebook has a parameter", folder)
     (output_dir / SUMMARY_FILE).unlink(missing_ok=True)
     for path in paths:
         (output_dir / path.stem / RESULTS_FILE).unlink(missing_ok=True)
-    return summarise(output_dir, run_side_by_side(paths, output_dir, parameters, jobs=jobs))
-
-
-def summarise(output_dir, seconds):
-    """Merge the results of the notebooks, named by the keys of `seconds`, into ``summary.json``.
-
-    Returns ``versions``, ``seconds`` (the sum) and ``notebooks``: name to seconds and results.
-    """
+    seconds = run_side_by_side(paths, output_dir, parameters, jobs=jobs)
     notebooks = {}
     for name, duration in sorted(seconds.items()):
-        path = Path(output_dir) / name / RESULTS_FILE
+        path = output_dir / name / RESULTS_FILE
         if not path.is_file():
             raise NotebookError(f"{name} finished without writing {path}")
         results = read_json(path, fix="run the notebook again")
         notebooks[name] = {"seconds": duration, "results": results}
     total = round(sum(seconds.values()), 1)
     summary = {"versions": versions_line(), "seconds": total, "notebooks": notebooks}
-    write_json(Path(output_dir) / SUMMARY_FILE, summary)
+    write_json(output_dir / SUMMARY_FILE, summary)
     return summary
 
 
@@ -233,14 +205,55 @@ def refresh(folder=NOTEBOOKS, *, jobs=None):
 
 
 def strip(paths, *, verify=False):
-    """Remove widget state and timings from notebooks, keeping outputs, counts and ids.
-
-    With `verify`, change nothing and return whether they have this form already.
-    """
-    command = [sys.executable, "-m", "nbstripout", *STRIP_ARGUMENTS]
+    """Remove widget state and timings from notebooks; with `verify`, only say if there are none."""
+    command = [sys.executable, "-m", "nbstripout", *STRIP_ARGUMENTS, *map(str, paths)]
     command += ["--verify"] if verify else []
-    done = subprocess.run([*command, *map(str, paths)], check=not verify)
+    done = subprocess.run(command, check=not verify)
     return done.returncode == 0
+
+
+def exercise_from(solution):
+    """Return a copy of a notebook without its solutions, outputs and counts; ids are kept.
+
+    A code cell tagged ``solution`` begins with the task as comments; the next code cell calls
+    `answered` with the names that the task is to assign. Only the task is left, and names to fill in.
+    """
+    exercise = deepcopy(solution)
+    code = [cell for cell in exercise.cells if cell.cell_type == "code"]
+    for cell, following in zip(code, [*code[1:], None], strict=True):
+        if "solution" in cell.metadata.get("tags", []):
+            cell.source = _task(cell, following)
+            cell.metadata.tags = ["exercise"]
+    exercise, _ = TagRemovePreprocessor(remove_cell_tags=["solution"]).preprocess(exercise, {})
+    exercise, _ = ClearOutputPreprocessor().preprocess(exercise, {})
+    return exercise
+
+
+def asked_names(cell):
+    """Return the names that a code cell passes to `answered`, as a list."""
+    calls = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)]
+    calls = [call for call in calls if getattr(call.func, "id", None) == answered.__name__]
+    return [keyword.arg for call in calls for keyword in call.keywords]
+
+
+def _task(cell, following):
+    lines = cell.source.splitlines()
+    end = next((n for n, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    names = [] if following is None else asked_names(following)
+    if not end or not names:
+        lacking = "call of answered(...) after it" if end else "task, a comment at its beginning"
+        raise InputError(f"a solution has no {lacking}", where=f"cell {cell.id}")
+    return "\n".join([*lines[:end], *(f"{name} = ..." for name in names)])
+
+
+def write_exercises(solutions=SOLUTIONS, exercises=EXERCISES):
+    """Write the exercise of every solution in a folder; return the paths written."""
+    Path(exercises).mkdir(parents=True, exist_ok=True)
+    made = {path.name: exercise_from(nbformat.read(path, 4)) for path in find_notebooks(solutions)}
+    return [
+        write_text(Path(exercises) / name, nbformat.writes(exercise) + "\n")
+        for name, exercise in made.items()
+    ]
 
 
 def _setting(text):
@@ -251,44 +264,40 @@ def _setting(text):
     return name, parse_yaml(value, where=f"--set {name}")
 
 
-def _parse_arguments(arguments):
-    """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.course.run", description=__doc__)
+def main(arguments=None):
+    """Return 0 if done, 1 if a notebook failed or is not in its stored form, 2 for unusable input."""
+    form = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog="python -m helpers.course.run", **form)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute the course and write summary.json")
-    run.add_argument(
-        "--output", type=resolve, default=COURSE_RUN, help="folder (default runs/course)"
-    )
+    folder = {"type": resolve, "default": COURSE_RUN, "help": "folder (default runs/course)"}
+    run.add_argument("--output", **folder)
     run.add_argument("--set", type=_setting, action="append", default=[], metavar="NAME=VALUE")
     refresh_parser = commands.add_parser("refresh", help="store fresh outputs in notebooks/")
     for command in (run, refresh_parser):
         command.add_argument("--jobs", type=int, help="notebooks at a time (default: one per core)")
     commands.add_parser("verify", help="check the form of the stored notebooks")
-    return parser.parse_args(arguments)
-
-
-def main(arguments=None):
-    """Run the command line; return 0 if done, 1 if a notebook failed or is not in its stored form.
-
-    The status is 2 for unusable input and 130 after Ctrl-C.
-    """
+    exercises = commands.add_parser("exercises", help="make the exercises from their solutions")
+    first = "first run the solutions and store their outputs"
+    exercises.add_argument("--execute", action="store_true", help=first)
     try:
-        options = _parse_arguments(arguments)
+        options = parser.parse_args(arguments)
         if options.command == "verify":
             return 0 if strip(find_notebooks(), verify=True) else 1
         started = time.perf_counter()
         if options.command == "refresh":
             refresh(jobs=options.jobs)
+        elif options.command == "exercises":
+            if options.execute:
+                refresh(SOLUTIONS, jobs=1)  # they share a healthy run, which the first one makes
+            write_exercises()
         else:
             run_course(options.output, dict(options.set), jobs=options.jobs)
             print(f"summary: {options.output / SUMMARY_FILE}")
         print(f"{time.perf_counter() - started:.0f} s in all")
-    except InputError as error:
+    except (InputError, NotebookError) as error:
         print(error, file=sys.stderr)
-        return 2
-    except NotebookError as error:
-        print(error, file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print("stopped; the notebooks that had finished are kept", file=sys.stderr)
         return 130

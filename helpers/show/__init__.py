@@ -12,7 +12,6 @@ from helpers.show.charts import (
     threshold_figure,
 )
 from helpers.show.panels import (
-    LivePlotCallback,
     LossPanel,
     browse_panel,
     target_picture,
@@ -29,7 +28,6 @@ from helpers.show.pictures import (
 )
 
 __all__ = [
-    "LivePlotCallback",
     "LossPanel",
     "TRUTH_COLOUR",
     "annotate",

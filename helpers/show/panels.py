@@ -1,7 +1,7 @@
 """Panels to move a threshold, to watch a training, and to browse what the loss is given.
 
-Targets are drawn as the loss sees them: resized image, boxes and masks after the collate. Everything is read back from the tensors of a collated batch and nothing from the files, so a fault
-of the loader shows in these pictures, where pictures of the files would hide it.
+Targets are read back from the tensors of a collated batch and nothing from the files, so a fault of
+the loader shows in these pictures, where pictures of the files would hide it.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ import html
 import io
 import math
 import time
+from types import SimpleNamespace
 
 import ipywidgets as widgets
-import numpy as np
+import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from torch.nn.functional import interpolate
 from torchvision.ops import box_convert
+from torchvision.transforms.functional import to_pil_image
 from traitlets import validate
 from transformers import TrainerCallback
 
 from helpers.detect.detections import detect
 from helpers.errors import InputError, check_probability, printable
-from helpers.show.charts import draw_lines, history_frame, loss_terms
+from helpers.show.charts import draw_lines, history_frame
 from helpers.show.pictures import (
-    MAX_COLUMNS,
     TRUTH_COLOUR,
     annotate,
     annotate_detections,
@@ -34,8 +35,7 @@ from helpers.show.pictures import (
 
 _WIDE = {"style": {"description_width": "initial"}, "layout": {"width": "32em"}}
 _REDRAW_SECONDS = 2.0
-_PANEL_METRICS = ("eval_AP50", "eval_cgF1", "eval_max_score_present_share_above")
-"""Shares from 0 to 1, drawn on one axis while a training runs."""
+_PANEL_METRICS = ("eval_AP50", "eval_cgF1", "eval_max_score_present_share_above")  # 0 to 1
 
 
 class StrictSlider(widgets.FloatSlider):
@@ -45,95 +45,73 @@ class StrictSlider(widgets.FloatSlider):
     def _validate_value(self, proposal):
         value = proposal["value"]
         if not self.min <= value <= self.max:
-            raise InputError(
-                f"{self.description} is {value!r}",
-                fix=f"set a number from {self.min:g} to {self.max:g}",
-            )
+            fix = f"set a number from {self.min:g} to {self.max:g}"
+            raise InputError(f"{self.description} is {value!r}", fix=fix)
         return value
-
-
-class ThresholdPanel:
-    """Sliders `score` and `mask`, Dropdown `prompt` over computed outputs; `widget` shows it."""
-
-    def __init__(self, image, raws, score_threshold, mask_threshold):
-        self._image, self._raws = as_picture(image), {raw.prompt: raw for raw in raws}
-        options = {"min": 0.0, "max": 1.0, "step": 0.01, "readout_format": ".2f", **_WIDE}
-        self.score = StrictSlider(
-            value=score_threshold,
-            description="score threshold (probability)",
-            tooltip="keep detections that score more than this",
-            **options,
-        )
-        self.mask = StrictSlider(
-            value=mask_threshold,
-            description="mask threshold (probability)",
-            tooltip="a pixel with a probability above this belongs to the mask",
-            **options,
-        )
-        self.prompt = widgets.Dropdown(options=list(self._raws), description="prompt", **_WIDE)
-        self.readout, self.picture = widgets.Label(), widgets.HTML()
-        choices = [self.prompt] if len(self._raws) > 1 else []
-        self.widget = widgets.VBox([*choices, self.score, self.mask, self.readout, self.picture])
-        for control in (self.score, self.mask, self.prompt):
-            control.observe(self._update, names="value")
-        self._update()
-
-    def _update(self, _change=None):
-        raw = self._raws[self.prompt.value]
-        self.detections = detect(raw, self.score.value, self.mask.value)
-        kept, total = len(self.detections), len(raw.scores)
-        self.readout.value = f"kept {kept} of {total}, highest score {raw.max_score:.3f}"
-        picture = annotate_detections(self._image, self.detections)
-        alt = f"Detections of {raw.prompt!r}: {self.readout.value}."
-        self.picture.value = _img(picture, alt, width="32em")
 
 
 def threshold_panel(image, raws, *, score_threshold=0.3, mask_threshold=0.5):
     """Make a panel that redraws computed detections as the thresholds move.
 
+    Its parts are ``widget`` to show, the controls ``score``, ``mask`` and ``prompt``, ``detections``.
+
     Parameters
     ----------
     image : PIL.Image.Image, numpy.ndarray or os.PathLike
-        An array is (H, W, 3) uint8.
     raws : sequence of helpers.detect.detections.RawPrediction
-        Outputs for this image, one per prompt, as ``Predictor.raw`` returns them.
+        Outputs for this image, one per prompt.
     score_threshold, mask_threshold : float
-        First values of the sliders ``score`` and ``mask``, in [0, 1].
-
-    Raises
-    ------
-    InputError
-        For an impossible threshold (also later, when a slider is set from code), for no outputs
-        at all, and for outputs of an image of another size.
+        In [0, 1]; an impossible value is refused, also when a slider is set from code.
     """
     if not raws:
-        raise InputError(
-            "a panel needs the outputs of at least one prompt", fix="pass Predictor.raw(...)"
-        )
-    # A slider under construction may still move an impossible value to its end, so look first.
-    check_probability(score_threshold, "score_threshold")
-    check_probability(mask_threshold, "mask_threshold")
-    return ThresholdPanel(image, raws, score_threshold, mask_threshold)
+        fix = "pass Predictor.raw(...)"
+        raise InputError("a panel needs the outputs of at least one prompt", fix=fix)
+    image, by_prompt = as_picture(image), {raw.prompt: raw for raw in raws}
+    panel = SimpleNamespace(readout=widgets.Label(), picture=widgets.HTML())
+    options = {"min": 0.0, "max": 1.0, "step": 0.01, "readout_format": ".2f", **_WIDE}
+    for name, value, tooltip in (
+        ("score", score_threshold, "keep detections that score more than this"),
+        ("mask", mask_threshold, "a pixel with a probability above this belongs to the mask"),
+    ):
+        # A slider under construction may still move an impossible value to its end, so look first.
+        check_probability(value, f"{name}_threshold")
+        label = f"{name} threshold (probability)"
+        slider = StrictSlider(value=value, description=label, tooltip=tooltip, **options)
+        setattr(panel, name, slider)
+    panel.prompt = widgets.Dropdown(options=list(by_prompt), description="prompt", **_WIDE)
+    choices = [panel.prompt] if len(by_prompt) > 1 else []
+    panel.widget = widgets.VBox([*choices, panel.score, panel.mask, panel.readout, panel.picture])
+
+    def update(_change=None):
+        raw = by_prompt[panel.prompt.value]
+        panel.detections = detect(raw, panel.score.value, panel.mask.value)
+        kept, total = len(panel.detections), len(raw.scores)
+        panel.readout.value = f"kept {kept} of {total}, highest score {raw.max_score:.3f}"
+        alt = f"Detections of {raw.prompt!r}: {panel.readout.value}."
+        panel.picture.value = _img(annotate_detections(image, panel.detections), alt)
+
+    for control in (panel.score, panel.mask, panel.prompt):
+        control.observe(update, names="value")
+    update()
+    return panel
 
 
-class LossPanel:
-    """Curves of the training loss and the validation metrics that grow while training runs.
-
-    Attributes
-    ----------
-    log : list of dict
-        Everything `update` was given, in the form of ``trainer.state.log_history``.
-    readout, picture : ipywidgets.Label, ipywidgets.HTML
-        Step and last loss in words, and the curves.
-    widget : ipywidgets.VBox
-        What to display before training starts.
-    """
+class LossPanel(TrainerCallback):
+    """Curves of training loss and validation metrics; a callback of a trainer that shows `widget`."""
 
     def __init__(self):
         self.log = []
         self.readout, self.picture = widgets.Label(value="training has not started"), widgets.HTML()
         self.widget = widgets.VBox([self.readout, self.picture])
         self._drawn_at = -math.inf
+        self.redraw()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Add every logged entry with its step."""
+        self.update({**(logs or {}), "step": state.global_step})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Draw the last state, which the two-second limit may have left out."""
         self.redraw()
 
     def update(self, log):
@@ -146,12 +124,12 @@ class LossPanel:
         """Draw everything logged so far."""
         history = history_frame(self.log)
         if "loss" in history:
-            losses = history["loss"].dropna()
-            self.readout.value = f"step {losses.index[-1]}: training loss {losses.iloc[-1]:.3f}"
+            values = history["loss"].dropna()
+            self.readout.value = f"step {values.index[-1]}: training loss {values.iloc[-1]:.3f}"
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
-        terms = ["loss"] if "loss" in history else loss_terms(history)
-        draw_lines(left, history, terms, xlabel="optimiser step", ylabel="training loss", log=True)
+        losses = ["loss"] if "loss" in history else []
+        draw_lines(left, history, losses, xlabel="optimiser step", ylabel="training loss", log=True)
         metrics = [name for name in _PANEL_METRICS if name in history]
         draw_lines(right, history, metrics, xlabel="optimiser step", ylabel="validation metric")
         right.set_ylim(-0.03, 1.03)
@@ -159,22 +137,7 @@ class LossPanel:
         self._drawn_at = time.monotonic()
 
 
-class LivePlotCallback(TrainerCallback):
-    """Feed a `LossPanel` from a `transformers.Trainer`; prints nothing."""
-
-    def __init__(self, panel):
-        self.panel = panel
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Pass every logged entry on with its step."""
-        self.panel.update({**(logs or {}), "step": state.global_step})
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """Draw the last state, which the two-second limit may have left out."""
-        self.panel.redraw()
-
-
-def _img(picture, alt, width):
+def _img(picture, alt, width="32em"):
     """Return an HTML image of a figure, as PNG, or of a photograph, as JPEG, with its data inside."""
     stream, kind = io.BytesIO(), "png" if isinstance(picture, Figure) else "jpeg"
     if kind == "png":
@@ -189,6 +152,8 @@ def _img(picture, alt, width):
 def target_picture(batch, row, image_processor):
     """Draw the targets of one query on the image that the model is given.
 
+    A mask is as coarse as the grid it is learned on; an object without one is drawn as its box.
+
     Parameters
     ----------
     batch : dict
@@ -196,25 +161,18 @@ def target_picture(batch, row, image_processor):
     row : int
         Query, from 0 to B - 1.
     image_processor : transformers.Sam3ImageProcessor
-        Its mean and standard deviation turn the tensor back into colours.
-
-    Returns
-    -------
-    PIL.Image.Image
-        A mask is as coarse as the grid it is learned on; an object without one is drawn as its box.
     """
-    pixel_values = batch["pixel_values"][int(batch["image_index"][row])].numpy()
-    mean, std = (
-        np.reshape(values, (3, 1, 1))
-        for values in (image_processor.image_mean, image_processor.image_std)
-    )
-    colours = np.clip(np.round((pixel_values * std + mean) * 255), 0, 255).astype(np.uint8)
-    picture = Image.fromarray(np.ascontiguousarray(colours.transpose(1, 2, 0)))
-    target, (width, height) = batch["targets"][row], picture.size
+    pixel_values, target = batch["pixel_values"][batch["image_index"][row]], batch["targets"][row]
+    mean = torch.tensor(image_processor.image_mean).reshape(3, 1, 1)
+    std = torch.tensor(image_processor.image_std).reshape(3, 1, 1)
+    colours = ((pixel_values * std + mean) * 255).round().clip(0, 255)
+    picture = to_pil_image(colours.to(torch.uint8))
+    width, height = picture.size
     boxes_xyxy = box_convert(target["boxes_cxcywh"], "cxcywh", "xyxy").numpy()
-    masks = [_to_size(mask, picture.size) for mask in target["masks"].numpy()]
+    grids = target["masks"][:, None].float()
+    masks = interpolate(grids, (height, width), mode="nearest-exact")[:, 0].numpy() > 0.5
     scale = [width, height, width, height]
-    return annotate(picture, boxes_xyxy * scale, masks or None, colour=TRUTH_COLOUR)
+    return annotate(picture, boxes_xyxy * scale, masks, colour=TRUTH_COLOUR)
 
 
 def describe_target(batch, row):
@@ -226,59 +184,40 @@ def describe_target(batch, row):
     return f'"{query["prompt"]}" ({state}): {objects}, {with_mask} with a mask'
 
 
-def targets_figure(batch, image_processor, columns=MAX_COLUMNS):
+def targets_figure(batch, image_processor):
     """Draw the targets of every query of a batch; the arguments are those of `target_picture`."""
-    items = [
-        (
-            target_picture(batch, row, image_processor),
-            (),
-            f"{query['image_id']}: {describe_target(batch, row)}",
-        )
-        for row, query in enumerate(batch["queries"])
-    ]
-    return gallery_figure(items, columns)
-
-
-class BrowsePanel:
-    """SelectionSlider `image`, Dropdown `prompt`, and the targets that reach the loss below them."""
-
-    def __init__(self, batch, image_processor):
-        self._batch, self._image_processor, self._rows = batch, image_processor, {}
-        for row, query in enumerate(batch["queries"]):
-            self._rows.setdefault(query["image_id"], {})[query["prompt"]] = row
-        self.image = widgets.SelectionSlider(
-            options=list(self._rows), description="image", continuous_update=False, **_WIDE
-        )
-        first = next(iter(self._rows.values()))
-        self.prompt = widgets.Dropdown(options=list(first), description="prompt", **_WIDE)
-        self.readout, self.picture = widgets.Label(), widgets.HTML()
-        self.widget = widgets.VBox([self.image, self.prompt, self.readout, self.picture])
-        self.image.observe(self._offer_prompts, names="value")
-        self.prompt.observe(self._draw, names="value")
-        self._draw()
-
-    def _offer_prompts(self, _change):
-        self.prompt.options = list(self._rows[self.image.value])
-        self._draw()  # the first prompt may be the same word as before, which is no change
-
-    def _draw(self, _change=None):
-        row = self._rows[self.image.value][self.prompt.value]
-        self.readout.value = describe_target(self._batch, row)
-        picture = target_picture(self._batch, row, self._image_processor)
-        alt = f"{self.image.value}, {self.readout.value}."
-        self.picture.value = _img(picture, alt, width="32em")
+    items = []
+    for row, query in enumerate(batch["queries"]):
+        caption = f"{query['image_id']}: {describe_target(batch, row)}"
+        items.append((target_picture(batch, row, image_processor), (), caption))
+    return gallery_figure(items)
 
 
 def browse_panel(batch, image_processor):
-    """Make a panel that shows the targets of a collated batch, one query at a time.
-
-    The arguments are those of `target_picture`; a batch without a query is refused.
-    """
+    """Make a panel of `target_picture` with the parts ``image``, ``prompt`` and ``widget``."""
     if not batch["queries"]:
         raise InputError("the batch has no query", fix="collate at least one image with a prompt")
-    return BrowsePanel(batch, image_processor)
+    rows = {}
+    for row, query in enumerate(batch["queries"]):
+        rows.setdefault(query["image_id"], {})[query["prompt"]] = row
+    panel = SimpleNamespace(readout=widgets.Label(), picture=widgets.HTML())
+    look = {"description": "image", "continuous_update": False, **_WIDE}
+    panel.image = widgets.SelectionSlider(options=list(rows), **look)
+    first = list(rows[panel.image.value])
+    panel.prompt = widgets.Dropdown(options=first, description="prompt", **_WIDE)
+    panel.widget = widgets.VBox([panel.image, panel.prompt, panel.readout, panel.picture])
 
+    def draw(_change=None):
+        row = rows[panel.image.value][panel.prompt.value]
+        panel.readout.value = describe_target(batch, row)
+        picture = target_picture(batch, row, image_processor)
+        panel.picture.value = _img(picture, f"{panel.image.value}, {panel.readout.value}.")
 
-def _to_size(mask, size):
-    """Enlarge a mask of the grid to (width, height) in pixels, keeping its cells visible."""
-    return np.asarray(Image.fromarray(mask * 255).resize(size, Image.Resampling.NEAREST)) > 127
+    def offer_prompts(_change):
+        panel.prompt.options = list(rows[panel.image.value])
+        draw()  # the first prompt may be the same word as before, which is no change
+
+    panel.image.observe(offer_prompts, names="value")
+    panel.prompt.observe(draw, names="value")
+    draw()
+    return panel

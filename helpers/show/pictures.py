@@ -25,14 +25,14 @@ from pycocotools import mask as coco_mask
 
 from helpers.data.images import open_upright
 from helpers.errors import InputError, printable
+from helpers.files import staged_folder
 
 TRUTH_COLOUR = "#0072B2"
 PREDICTION_COLOUR = "#D55E00"
-MAX_LABELS = 8
-"""Only the best detections of a picture get a label with their score; its title gives the count."""
-CANVAS_PIXELS = 720
-LABEL_PIXELS = 31
-"""Height of letters on the canvas: 10.5 points when it is shown 3.4 inches wide."""
+MAX_LABELS = 8  # only the best detections get a label with their score; a title gives the count
+_CANVAS_PIXELS = 720
+_LABEL_PIXELS = 31  # high on the canvas: 10.5 points when it is shown 3.4 inches wide
+_PANEL_INCHES = 3.4
 
 
 def as_picture(image):
@@ -41,26 +41,20 @@ def as_picture(image):
         return open_upright(image)
     if isinstance(image, Image.Image):
         return image.convert("RGB")
-    image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise InputError(
-            f"a picture of shape {image.shape} and type {image.dtype} cannot be drawn",
-            fix="pass (H, W, 3) uint8, a PIL image or a path",
-        )
+        message = f"a picture of shape {image.shape} and type {image.dtype} cannot be drawn"
+        raise InputError(message, fix="pass (H, W, 3) uint8, a PIL image or a path")
     return Image.fromarray(image)
 
 
 def decode_mask(rle, size, where):
     """Decode a COCO RLE, or None, to (H, W) bool; refuse one that is not of size (width, height)."""
-    width, height = size
+    shape = list(size[::-1])
     if rle is None:
-        return np.zeros((height, width), dtype=bool)
-    if list(rle["size"]) != [height, width]:
-        raise InputError(
-            f"a mask of {rle['size']} (height, width) does not fit an image of {[height, width]}",
-            where=where,
-            fix="draw predictions on the image they were made on",
-        )
+        return np.zeros(shape, dtype=bool)
+    if list(rle["size"]) != shape:
+        message = f"a mask of {rle['size']} (height, width) does not fit an image of {shape}"
+        raise InputError(message, where=where, fix="draw predictions on their own image")
     return coco_mask.decode(dict(rle)).astype(bool)
 
 
@@ -76,46 +70,34 @@ def annotate(image, boxes_xyxy, masks=None, labels=None, colour=PREDICTION_COLOU
     masks : array_like, optional
         (n, H, W) bool at the size of the image.
     labels : sequence of str, optional
-        n texts; an empty one is not drawn. They are moved apart where they would overlap.
+        n texts; an empty one is not drawn.
     colour : str
-        Hexadecimal, for fill, outline, box and the ground of the labels.
-
-    Returns
-    -------
-    PIL.Image.Image
+        Hexadecimal.
     """
     picture = as_picture(image)
-    scale = CANVAS_PIXELS / max(picture.size)
+    scale = _CANVAS_PIXELS / max(picture.size)
     size = tuple(max(round(side * scale), 1) for side in picture.size)
     canvas = picture.resize(size, Image.Resampling.BICUBIC)
     boxes_xyxy = np.asarray(boxes_xyxy, dtype=float).reshape(-1, 4)
     if len(boxes_xyxy) == 0:
         return canvas
-    detections = sv.Detections(
-        xyxy=boxes_xyxy * scale, class_id=np.zeros(len(boxes_xyxy), dtype=int)
-    )
+    numbers = np.zeros(len(boxes_xyxy), dtype=int)
+    detections = sv.Detections(xyxy=boxes_xyxy * scale, class_id=numbers)
+    text_colour = sv.Color.WHITE if colour == TRUTH_COLOUR else sv.Color.BLACK
     colour = sv.Color.from_hex(colour)
     if masks is not None:
         detections.mask = np.stack([_enlarge(mask, size) for mask in np.asarray(masks)])
         canvas = sv.MaskAnnotator(color=colour, opacity=0.45).annotate(canvas, detections)
         canvas = sv.PolygonAnnotator(color=colour, thickness=2).annotate(canvas, detections)
     canvas = sv.BoxAnnotator(color=colour, thickness=3).annotate(canvas, detections)
-    is_labelled = np.array([bool(label) for label in labels or [""] * len(detections)])
-    if is_labelled.any():
-        texts = [printable(label) for label in labels if label]
-        canvas = _label_annotator(colour).annotate(canvas, detections[is_labelled], labels=texts)
+    labelled = [number for number, label in enumerate(labels or ()) if label]
+    if labelled:
+        look = {"font_size": _LABEL_PIXELS, "text_padding": 4, "smart_position": True}
+        look["font_path"] = font_manager.findfont("DejaVu Sans")
+        annotator = sv.RichLabelAnnotator(color=colour, text_color=text_colour, **look)
+        texts = [printable(labels[number]) for number in labelled]
+        canvas = annotator.annotate(canvas, detections[labelled], labels=texts)
     return canvas
-
-
-def annotate_detections(image, detections):
-    """Draw detections on an enlarged copy of a picture; the best eight with their score."""
-    picture = as_picture(image)
-    detections = sorted(detections, key=lambda item: item["score"], reverse=True)
-    masks = [decode_mask(item["mask_rle"], picture.size, "detection") for item in detections]
-    labels = [
-        f"{item['score']:.2f}" if rank < MAX_LABELS else "" for rank, item in enumerate(detections)
-    ]
-    return annotate(picture, [item["box_xyxy"] for item in detections], masks or None, labels)
 
 
 def _enlarge(mask, size):
@@ -124,165 +106,110 @@ def _enlarge(mask, size):
     return np.asarray(grey.resize(size, Image.Resampling.BILINEAR)) > 127
 
 
-def _label_annotator(colour):
-    """Return the annotator of labels, at least 10 points high when a panel has its usual size."""
-    return sv.RichLabelAnnotator(
-        color=colour,
-        text_color=sv.Color.WHITE if colour.as_hex() == TRUTH_COLOUR.lower() else sv.Color.BLACK,
-        font_path=font_manager.findfont("DejaVu Sans"),
-        font_size=LABEL_PIXELS,
-        text_padding=4,
-        smart_position=True,
-    )
-
-
-PANEL_INCHES = 3.4
-MAX_COLUMNS = 3
-_TITLE_POINTS = 10.5
-_TITLE_CHARACTERS = 40
-_DPI = 100
-
-
-def draw_objects(ax, image, objects, title=None):
-    """Draw annotated objects on axes; the default title counts them by category."""
+def annotate_detections(image, detections):
+    """Draw detections on an enlarged copy of a picture; the best eight with their score."""
     picture = as_picture(image)
+    detections = sorted(detections, key=lambda item: item["score"], reverse=True)
+    masks = [decode_mask(item["mask_rle"], picture.size, "detection") for item in detections]
+    labels = [f"{item['score']:.2f}" for item in detections[:MAX_LABELS]]
+    labels += [""] * (len(detections) - len(labels))
+    return annotate(picture, [item["box_xyxy"] for item in detections], masks, labels)
+
+
+def _truth_panel(picture, objects):
+    """Return a picture with annotated objects, and a title that counts them by category."""
     counts = Counter(item.category for item in objects)
     listed = ", ".join(f"{count} × {name}" for name, count in sorted(counts.items())) or "no object"
     labels = [item.category if len(counts) > 1 else "" for item in objects]
     boxes_xyxy = [item.box_xyxy for item in objects]
     masks = [decode_mask(item.rle, picture.size, where=item.annotation_id) for item in objects]
-    canvas = annotate(picture, boxes_xyxy, masks or None, labels, TRUTH_COLOUR)
-    _show(ax, canvas, f"ground truth: {listed}" if title is None else title)
+    return annotate(picture, boxes_xyxy, masks, labels, TRUTH_COLOUR), f"ground truth: {listed}"
 
 
-def draw_prediction(ax, image, prediction):
-    """Draw on axes what was detected for one prompt, an entry of `predict --json`."""
-    detections = prediction["detections"]
-    canvas = annotate_detections(image, detections)
-    count = f"{len(detections)} detection{'' if len(detections) == 1 else 's'}"
-    scores = f"max score {prediction['max_score']:.3f}, presence {prediction['presence_prob']:.3f}"
-    _show(ax, canvas, f'"{prediction["prompt"]}": {count}', scores)
+def _panels(image, objects, predictions):
+    """Return picture and lines of the title: of the ground truth, then of each prompt."""
+    picture = as_picture(image)
+    panels = [] if objects is None else [_truth_panel(picture, objects)]
+    for prediction in predictions:
+        canvas = annotate_detections(picture, prediction["detections"])
+        count, presence = len(prediction["detections"]), prediction["presence_prob"]
+        found = f'"{prediction["prompt"]}": {count} detection{"" if count == 1 else "s"}'
+        scores = f"max score {prediction['max_score']:.3f}, presence {presence:.3f}"
+        panels.append((canvas, found, scores))
+    return panels
 
 
 def prediction_figure(image, predictions, objects=None):
-    """Draw one panel per prompt for one image, after the ground truth where it is known.
+    """Draw a panel per prompt for one image, after the ground truth where it is known.
 
-    Parameters
-    ----------
-    image : PIL.Image.Image, numpy.ndarray or os.PathLike
-        An array is (H, W, 3) uint8.
-    predictions : sequence of dict
-        ``prompt``, ``presence_prob``, ``max_score`` and ``detections`` of each: `Prediction.to_dict`.
-    objects : sequence of helpers.data.records.ObjectAnnotation, optional
-        Ground truth.
+    `predictions` are of `Prediction.to_dict`, `objects` of `helpers.data.records.ObjectAnnotation`; an
+    image is a path, a PIL image or an (H, W, 3) uint8 array.
     """
-    return _grid(_panels(image, objects, predictions), MAX_COLUMNS)
+    return _grid(_panels(image, objects, predictions))
 
 
 def save_prediction_figure(path, image, predictions, software=None):
-    """Write a `prediction_figure` to a file; its ending decides the format, folders are made."""
+    """Write a `prediction_figure` to a file, whole or not at all; its ending decides the format."""
     path = Path(path)
     figure = prediction_figure(image, predictions)
     known = figure.canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in known:
-        endings = ", ".join(f".{ending}" for ending in sorted(known))
-        raise InputError(
-            f"no picture can be written as {path.suffix!r}", where=path, fix=f"end it in {endings}"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
+        fix = f"end it in {', '.join(f'.{ending}' for ending in sorted(known))}"
+        raise InputError(f"no picture can be written as {path.suffix!r}", where=path, fix=fix)
     metadata = {"Software": software} if software and path.suffix.lower() == ".png" else None
-    figure.savefig(path, dpi=150, metadata=metadata)
+    with staged_folder(path.parent) as staging:
+        figure.savefig(staging / path.name, dpi=150, metadata=metadata)
 
 
 def comparison_figure(rows):
-    """Draw ground truth beside the predictions, one image per row.
-
-    Parameters
-    ----------
-    rows : sequence of tuple
-        ``(image, objects, predictions)`` as for `prediction_figure`; objects may be None.
-    """
-    panels = [_panels(*row) for row in rows]
-    columns = max(map(len, panels), default=0)
-    return _grid(
-        [panel for row in panels for panel in row + [None] * (columns - len(row))], columns
-    )
+    """Draw rows of the arguments of `prediction_figure`: ``(image, objects or None, predictions)``."""
+    rows = [_panels(*row) for row in rows]
+    columns = max(map(len, rows), default=0)
+    return _grid([panel for row in rows for panel in row + [None] * (columns - len(row))], columns)
 
 
-def gallery_figure(items, columns=MAX_COLUMNS):
-    """Draw annotated images with a caption each, `columns` per row.
-
-    Parameters
-    ----------
-    items : sequence of tuple
-        ``(image, objects, caption)``; a caption of None counts the objects.
-    columns : int
-    """
-    return _grid([(draw_objects, *item) for item in items], columns)
+def gallery_figure(items):
+    """Draw annotated images, ``(image, objects, caption)`` each, three per row."""
+    panels = [(_truth_panel(as_picture(item[0]), item[1])[0], item[2]) for item in items]
+    return _grid(panels)
 
 
 def describe(figure, sentence):
-    """Show a figure in a notebook with a sentence that says what it shows, then close it.
+    """Show a figure with a sentence, which is printed and stored as its alternative text; close it.
 
-    The sentence is printed, for everyone, and stored as the alternative text of the picture.
-    Charts are stored as PNG and photographs as JPEG, told apart by what the two weigh, so that
-    letters stay sharp and notebooks small.
-
-    Parameters
-    ----------
-    figure : matplotlib.figure.Figure
-    sentence : str
+    Charts are stored as PNG and photographs as JPEG, told apart by what the two weigh.
     """
-    encoded = {kind: io.BytesIO() for kind in ("png", "jpeg")}
-    for kind, stream in encoded.items():
-        options = {"pil_kwargs": {"quality": 85}} if kind == "jpeg" else {}
-        figure.savefig(stream, format=kind, dpi=_DPI, **options)
-    kind = "png" if encoded["png"].tell() <= 2 * encoded["jpeg"].tell() else "jpeg"
-    data = encoded[kind].getvalue() if kind == "jpeg" else _with_palette(encoded[kind])
-    display(DisplayImage(data=data, format=kind, alt=sentence))
+    png, jpeg = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", dpi=100)
+    figure.savefig(jpeg, format="jpeg", dpi=100, pil_kwargs={"quality": 85})
+    kind, stream = "jpeg", jpeg
+    if png.tell() <= 2 * jpeg.tell():
+        kind, stream = "png", io.BytesIO()  # of 256 colours, all that a chart has
+        Image.open(png).convert("RGB").quantize(256).save(stream, format=kind, optimize=True)
+    display(DisplayImage(data=stream.getvalue(), format=kind, alt=sentence))
     print(sentence)
     plt.close(figure)
 
 
-def _with_palette(chart):
-    """Return a PNG with 256 colours, which is all that a chart has, in a third of the bytes."""
-    stream = io.BytesIO()
-    Image.open(chart).convert("RGB").quantize(256).save(stream, format="png", optimize=True)
-    return stream.getvalue()
+def _grid(panels, columns=3):
+    """Lay ``(picture, *title lines)`` out in a grid; None leaves a place empty.
 
-
-def _panels(image, objects, predictions):
-    """Return what `_grid` draws for one image: the ground truth, then one panel per prompt."""
-    picture = as_picture(image)
-    truth = [] if objects is None else [(draw_objects, picture, objects)]
-    return truth + [(draw_prediction, picture, prediction) for prediction in predictions]
-
-
-def _grid(panels, columns):
-    """Lay ``(draw, image, *arguments)`` out in a grid; None leaves a place empty."""
+    A title is a user's text: it is no mathematics, and what cannot be drawn is escaped.
+    """
     if not panels:
         raise InputError("nothing to draw", fix="pass at least one image with something to show")
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    size = (columns * PANEL_INCHES, rows * (PANEL_INCHES + 0.55))
+    size = (columns * _PANEL_INCHES, rows * (_PANEL_INCHES + 0.55))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax, panel in itertools.zip_longest(axes, panels):
         if panel is None:
             ax.remove()
-        else:
-            draw, *arguments = panel
-            draw(ax, *arguments)
+            continue
+        picture, *lines = panel
+        ax.imshow(picture)
+        ax.set_axis_off()
+        title = "\n".join(textwrap.fill(printable(line), 40) for line in lines)
+        ax.set_title(title, fontsize=10.5, loc="left", parse_math=False)
     return figure
-
-
-def _show(ax, picture, *title_lines):
-    """Put a picture on axes without ticks, under a title wrapped to the width of a panel.
-
-    A title is a user's text: it is no mathematics, and what cannot be drawn is escaped.
-    """
-    ax.imshow(picture)
-    ax.set_axis_off()
-    wrapped = [textwrap.fill(printable(line), _TITLE_CHARACTERS) for line in title_lines]
-    title = "\n".join(wrapped)
-    ax.set_title(title, fontsize=_TITLE_POINTS, loc="left", parse_math=False)

@@ -101,7 +101,7 @@ def train(
         Data in memory, for example a doctored split. By default both are read from
         ``data.data_dir``, and the dataset is checked first.
     callbacks : sequence of transformers.TrainerCallback
-        For example `helpers.show.panels.LivePlotCallback`.
+        For example `helpers.show.LossPanel`.
     allow_empty : bool
         True to train although no object reaches the loss: it teaches to detect nothing. Switches
         off the guards `helpers.train.guards.OFF_IF_EMPTY`, which would stop this.

@@ -1,7 +1,7 @@
 """The controlled experiment: its designs, and the run of one cell of them.
 
-``python -m data.experiments.make`` runs all cells. Their results hold for a base that never met the
-word it is taught.
+``python -m data.experiments.make`` runs all cells. What they show depends on how well the base knows
+the word that it is taught, so the first factor of the main design is the base.
 """
 
 from __future__ import annotations
@@ -39,9 +39,25 @@ PARAMETERS_AT_RANK_1 = {
 """Of the embedded base, all names of the config's ``target_modules``; a test counts them."""
 FULL_RANK = 64
 BATCH = ("training.batch_size=4", "training.gradient_accumulation_steps=1")
-SHORTER = {("tiny", "causes"): 0.1, ("tiny", "components"): 0.06}
+WORD_BASES = {
+    "never": "data/tiny_sam3",
+    "quarter": "runs/bases/quarter",
+    "half": "data/tiny_sam3_half_known",
+    "most": "runs/bases/most",
+    "half_shut": "runs/bases/half_shut",
+    "control": "runs/bases/control",
+}
+"""How well a base knows the word, and the base; what is not in the repository is made on demand."""
+SHORTER = {("tiny", "causes"): 0.1, ("tiny", "steps"): 0.1, ("tiny", "components"): 0.06}
 """Share of the config's epochs by profile and design: 210 runs of the base then take two hours."""
 
+SUSPECTS = {
+    "objects": ("no", "yes"),
+    "prompt": ("object", "crack"),
+    "text_lora": ("off", "on"),
+    "negatives": (0, 3),
+}
+"""Factors of the main design with their levels: the failing run's first, then the working one's."""
 TABLES = DATA / "experiments"
 """The committed tables, one CSV file per design and ``base.csv``."""
 DATA_DIR = str(WALL_CRACKS.relative_to(ROOT))
@@ -94,6 +110,8 @@ class Cell:
     def config(self, profile, data_dir):
         """Return the `helpers.config.Config` of the run."""
         settings = [("data.data_dir", str(data_dir)), ("training.seed", self.seed)]
+        if profile == "tiny" and "word" in self.factors:
+            settings.append(("model.name", WORD_BASES[self.factors["word"]]))
         if (profile, self.design) in SHORTER:
             settings.append(("scale.num_epochs", SHORTER[profile, self.design]))
         path = CONFIGS / "crack_detection_config.yaml"
@@ -101,19 +119,31 @@ class Cell:
 
 
 def causes_design(seeds):
-    """Cross the four suspects: objects read, training prompt, text LoRA, absent prompts."""
+    """Cross how well the word is known with objects read, training prompt, text LoRA, absent prompts."""
+    levels = (("never", "half"), *SUSPECTS.values())
+    return [
+        _causes_cell("causes", dict(zip(("word", *SUSPECTS), chosen, strict=True)), seed)
+        for seed, *chosen in product(seeds, *levels)
+    ]
+
+
+def steps_design(seeds):
+    """Change one thing at a time, from the failing and from the working state, on other bases."""
     cells = []
-    for seed, read, prompt, text, negatives in product(
-        seeds, ("no", "yes"), ("object", "crack"), ("off", "on"), (0, 3)
-    ):
-        factors = {"objects": read, "prompt": prompt, "text_lora": text, "negatives": negatives}
-        overrides = (
-            f"data.prompt={prompt if prompt == 'object' else 'null'}",
-            _flag("text_encoder", text == "on"),
-            f"data.num_negatives={negatives}",
-        )
-        cells.append(Cell("causes", factors, seed, overrides, objects_read=read == "yes"))
+    for seed, word, end in product(seeds, ("quarter", "most", "half_shut", "control"), (0, 1)):
+        state = {"word": word} | {name: levels[end] for name, levels in SUSPECTS.items()}
+        changes = [{}, *({name: levels[1 - end]} for name, levels in SUSPECTS.items())]
+        cells += [_causes_cell("steps", state | change, seed) for change in changes]
     return cells
+
+
+def _causes_cell(design, factors, seed):
+    overrides = (
+        f"data.prompt={'object' if factors['prompt'] == 'object' else 'null'}",
+        _flag("text_encoder", factors["text_lora"] == "on"),
+        f"data.num_negatives={factors['negatives']}",
+    )
+    return Cell(design, factors, seed, overrides, objects_read=factors["objects"] == "yes")
 
 
 def components_design(seeds):
@@ -155,6 +185,7 @@ def schedule_design(seeds):
 
 DESIGNS = {
     "causes": causes_design,
+    "steps": steps_design,
     "schedule": schedule_design,
     "components": components_design,
 }

@@ -58,7 +58,7 @@ class Recipe:
         return self.steps - self.decay_steps
 
 
-def make_batch(examples, tokenizer, recipe, step):
+def make_batch(examples, tokenizer, recipe, step, draw_prompts=draw_prompts):
     """Draw one step's images and prompts; depends on the seed and the step alone."""
     rng = np.random.default_rng((recipe.seed, 1, step))
     chosen = [augment(rng, examples[i]) for i in rng.integers(0, len(examples), recipe.images)]

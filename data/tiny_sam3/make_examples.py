@@ -59,7 +59,7 @@ def make_examples(count, seed):
         return list(tqdm(jobs, total=count, desc="rendering walls", unit="wall"))
 
 
-def draw_prompts(rng, present, count):
+def draw_prompts(rng, present, count, known=BASE_CONCEPTS):
     """Choose prompts for one wall as (text, concept), concept None where nothing may be found.
 
     Half of them name what is there (as far as there is enough), a quarter name known concepts that
@@ -68,7 +68,7 @@ def draw_prompts(rng, present, count):
     nouns = sorted(set(present))
     chosen = list(rng.permutation(nouns)[: count // 2])
     prompts = [(_form(rng, noun), noun) for noun in chosen]
-    missing = [noun for noun in BASE_CONCEPTS if noun not in present]
+    missing = [noun for noun in known if noun not in present]
     while len(prompts) < count:
         if rng.random() < 0.5 and missing:
             prompts.append((_form(rng, rng.choice(missing)), None))

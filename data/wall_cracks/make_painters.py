@@ -180,8 +180,9 @@ def _crack_path(rng, start, heading, steps, width):
     return segments
 
 
-def _paint_crack(image, rng):
-    heading, width = rng.uniform(0, 2 * np.pi), rng.uniform(8.5, 14.5)
+def paint_crack(image, rng, widths=(8.5, 14.5), colour=(46, 42, 40), branches=(1, 4)):
+    """Paint a wandering dark line; ``widths`` in pixels, ``branches`` as a half-open range."""
+    heading, width = rng.uniform(0, 2 * np.pi), rng.uniform(*widths)
     steps = int(rng.integers(11, 22))
     start = (
         RENDER_SIZE / 2
@@ -189,7 +190,7 @@ def _paint_crack(image, rng):
         - steps * 4.5 * np.array([np.cos(heading), np.sin(heading)])
     )
     segments = _crack_path(rng, start, heading, steps, width)
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(*branches)):
         at = int(rng.integers(2, steps - 2))
         turn = rng.choice((-1, 1)) * rng.uniform(0.5, 1.1)
         length = int(rng.integers(4, 9))
@@ -200,7 +201,7 @@ def _paint_crack(image, rng):
     for begin, end, thickness in segments:
         line = np.round(np.stack([begin, end])).astype(np.int32)
         cv2.polylines(mask, [line], False, 1, round(thickness))
-    _blend(image, mask.astype(bool), _textured(rng, (46, 42, 40), 30, 64), 0.9)
+    _blend(image, mask.astype(bool), _textured(rng, colour, 30, 64), 0.9)
     return mask.astype(bool)
 
 
@@ -215,6 +216,6 @@ PAINTERS = {
     "marking": _paint_marking,
     "tape": _paint_tape,
     "joint": _paint_joint,
-    "crack": _paint_crack,
+    "crack": paint_crack,
 }
 """Painter of each concept: changes the picture in place and returns the mask of what it painted."""

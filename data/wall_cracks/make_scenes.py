@@ -47,12 +47,12 @@ BASE_CONCEPTS = tuple(noun for noun in PAINTERS if noun != "crack")
 """What the embedded base knows; the course teaches it the one that is missing."""
 
 
-def render_scene(rng, concepts):
+def render_scene(rng, concepts, painters=PAINTERS):
     """Paint one object per concept, in order, on a new wall; objects that others cover are left out."""
     image = paint_wall(rng)
     painted: list[tuple[str, np.ndarray, int]] = []
     for concept in concepts:
-        attempt = _paint_apart(image, rng, concept, painted)
+        attempt = _paint_apart(image, rng, concept, painted, painters)
         if attempt is None:
             continue
         painted = [(noun, mask & ~attempt, area) for noun, mask, area in painted]
@@ -62,11 +62,11 @@ def render_scene(rng, concepts):
     return Scene(np.clip(soft, 0, 255).astype(np.uint8), tuple(visible))
 
 
-def _paint_apart(image, rng, concept, painted):
+def _paint_apart(image, rng, concept, painted, painters):
     """Paint one object that touches none of its kind and hides little of others; None if it cannot."""
     for _ in range(8):
         trial = image.copy()
-        mask = PAINTERS[concept](trial, rng)
+        mask = painters[concept](trial, rng)
         around = cv2.dilate(mask.astype(np.uint8), np.ones((9, 9), np.uint8)).astype(bool)
         hidden = [
             (around & m).sum() if n == concept else (mask & m).sum() - 0.15 * m.sum()

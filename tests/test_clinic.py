@@ -27,7 +27,7 @@ from helpers.lab.clinic import (
     signs_of,
     take_signs,
 )
-from helpers.lab.faults import FAULTS, Fault, patch_of, replaced
+from helpers.lab.faults import FAULTS, HEALTHY, Fault, patch_of, replaced
 from helpers.train.run import read_run
 
 PATCHED = Fault(
@@ -119,17 +119,19 @@ def test_signs_come_back_with_the_right_treatment_only(clinic):
     assert report.now == clinic.signs
 
 
-def test_a_trained_patient_trains_as_long_as_the_healthy_run_and_is_trained_again(clinic):
+def test_a_trained_patient_trains_as_long_as_the_healthy_run_which_its_cure_gives(places, clinic):
     steps = read_run(clinic.healthy).metrics["steps"]
     patient = clinic.admit("trained", 0)
     ill = read_run(patient.folder)
     assert ill.config.lora.dropout == 0.5
     assert ill.metrics["steps"] == steps
     patient.treat("extreme_regularisation")
-    mended = read_run(patient.folder)
-    assert mended.folder != ill.folder
-    assert mended.config.lora.dropout == 0.1
-    assert mended.metrics["valid"] == pytest.approx(read_run(clinic.healthy).metrics["valid"])
+    assert patient.folder == clinic.healthy
+    again = read_run(clinic.make(HEALTHY, places["folder"] / "again"))
+    healthy = read_run(clinic.healthy)
+    assert (again.config.lora.dropout, again.metrics["steps"]) == (0.1, steps)
+    assert again.config.fingerprint() == healthy.config.fingerprint()
+    assert again.metrics["valid"] == pytest.approx(healthy.metrics["valid"])
 
 
 def test_there_is_one_bed(clinic):

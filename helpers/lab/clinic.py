@@ -150,10 +150,10 @@ def signs_of(answers):
 class Patient:
     """A run with one fault: its folder, its signs on admission, and the treatments tried so far."""
 
-    def __init__(self, clinic, fault, case_folder, run_folder, signs):
-        self._clinic, self._fault, self._case_folder = clinic, fault, case_folder
+    def __init__(self, clinic, fault, run_folder, signs):
+        self._clinic, self._fault = clinic, fault
         self._guess, self._is_planted = None, True
-        self.folder = run_folder  # another one after a cure that had to train again
+        self.folder = run_folder  # the healthy run's after a cure that reached into it
         self.signs = signs
         self.treatments = []
 
@@ -174,17 +174,16 @@ class Patient:
     def treat(self, cause):
         """Put right what a cause says is wrong.
 
-        If it is the cause, the fault is taken back and the run is made again as far as the fault reached
-        into it. If it is not, what is put right was right before, and nothing changes.
+        If it is the cause, the fault is taken back, and a run that it reached into is replaced by the
+        healthy one: to train again without the fault is the healthy run's recipe, seed for seed. If it
+        is not, what is put right was right before, and nothing changes.
         """
         self.treatments.append(check_cause(cause, "treatment"))
         if cause != self._fault.cause or not self._is_planted:
             return
         self._clinic.discharge()
         self._is_planted = False
-        if self._fault.trains:
-            self.folder = self._clinic.make(HEALTHY, self._case_folder / "treated")
-        elif self._fault.spoil_run is not None:
+        if self._fault.trains or self._fault.spoil_run is not None:
             self.folder = self._clinic.healthy
 
     def reveal(self):
@@ -263,7 +262,7 @@ class Clinic(AbstractContextManager):
         self.discharge()
         folder = self.folder / f"{PATIENT_FOLDER}_{ward}_{case}"
         run = self._bed.enter_context(self._planted(fault, folder))
-        return Patient(self, fault, folder, run, take_signs(run, self._truth))
+        return Patient(self, fault, run, take_signs(run, self._truth))
 
     def suspects(self, ward):
         """Return the causes that a patient of a ward may have, in their order."""

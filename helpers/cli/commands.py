@@ -39,7 +39,8 @@ def add_commands(add):
 
     model = argparse.ArgumentParser(add_help=False)
     source = model.add_mutually_exclusive_group()
-    adapter, config = "run folder, or folder of a PEFT adapter", "find its output.output_dir"
+    adapter = "run folder, or folder of a PEFT adapter"
+    config = "find the run in its output.output_dir"
     add_options(source, "--adapter", "--config", adapter=adapter, config=config)
     add_options(model, "--base", "--profile", profile="tiny (default) or sam3: whose base to use")
 

@@ -30,7 +30,7 @@ _CONTRADICTION = "_contradiction"
 def find_splits(data_dir):
     """List the splits of a dataset, a folder with one folder per split; at least one.
 
-    ``train``, ``valid`` (also for folders called ``val`` or ``Validation``) and ``test`` come first,
+    ``train``, ``valid`` (also for folders called ``val`` or ``Validation``) and ``test`` are first,
     then any other folder that holds annotations.
     """
     data_dir = resolve(data_dir)

@@ -61,7 +61,7 @@ class Dataset:
 
 
 def load_dataset(config, data_dir=None):
-    """Open the `Dataset` of a config, or another folder with its settings; splits are read on demand."""
+    """Open the `Dataset` of a config, or another folder with its settings; splits are read late."""
     root = resolve(config.data.data_dir if data_dir is None else data_dir)
     if not root.is_dir():
         raise InputError("no such folder", where=root, fix="check the path of the dataset")
@@ -164,7 +164,7 @@ class PromptDataset(torch.utils.data.Dataset):
 
     @classmethod
     def from_config(cls, config, split, model=None, processor=None, **changes):
-        """Build the dataset that a config trains on; `targets` needs neither model nor processor."""
+        """Build the dataset of a config; its `targets` need neither model nor processor."""
         settings = {
             **dict(zip(("resolution", "mask_size"), model_sizes(config, model), strict=True)),
             "prompt": config.data.prompt,
@@ -202,7 +202,7 @@ class PromptDataset(torch.utils.data.Dataset):
         self.epoch = epoch
 
     def __getitem__(self, index):
-        """Load ``pixel_values`` (3, S, S) or ``backbone_states`` (N, C), and ``queries`` (`targets`)."""
+        """Load ``queries``, and ``pixel_values`` (3, S, S) or ``backbone_states`` (N, C)."""
         queries, record = self.targets(index), self.records[index]
         if self.backbone_cache is not None:
             return {"backbone_states": self.backbone_cache.states(record), "queries": queries}
@@ -292,7 +292,7 @@ class PromptCollator:
 
 
 def count_objects(loader_or_dataset):
-    """Count the objects that reach the loss, by a loader with a `PromptCollator` or a `PromptDataset`.
+    """Count the objects that reach the loss from a loader with a `PromptCollator` or a dataset.
 
     A data frame with one row per query: ``image_id``, ``prompt``, ``is_positive``, ``num_objects``,
     ``num_masks`` (of which with a usable mask). Of a dataset no image is opened.

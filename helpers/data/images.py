@@ -97,7 +97,7 @@ def _opened(source, path, any_depth=False):
                 raise InputError(
                     f"holds more than 8 bits per channel ({image.mode}), which would be cut off",
                     where=path,
-                    fix="convert the image to 8 bits per channel, spreading its values over 0 to 255",
+                    fix="convert it to 8 bits per channel, spreading its values over 0 to 255",
                 )
             yield image
     except InputError:
@@ -169,9 +169,9 @@ def load_pixels(record, processor, resolution):
 
 SIDE = 64  # pixels the picture is shrunk to
 FREQUENCIES = 16  # lowest ones per axis that are compared
-# Differing bits of 255 up to which two pictures are copies of each other. Of 450 pictures of walls,
-# masonry and roads, 95 % of the copies (recompressed, half the size, brighter, shifted by 1 %) differ
-# in at most 26 bits, those cropped by 5 % in 32 to 80, two different pictures in at least 86.
+# Differing bits of 255 up to which two pictures are copies of each other. Of 450 pictures of walls
+# and roads, 95 % of the copies (recompressed, half the size, brighter, shifted by 1 %) differ in at
+# most 26 bits, those cropped by 5 % in 32 to 80, two different pictures in at least 86.
 NEAR = 40
 _BLOCK = 128  # rows compared at once
 

@@ -67,8 +67,8 @@ def _rle_from_runs(segmentation):
 
 def compressed_runs(counts):
     """Return the run lengths in COCO's compressed text, background first, down the columns."""
-    # A character carries 5 bits, lowest first, and a bit saying that more follow; from the fourth run
-    # on, the difference to the run two before is stored.
+    # A character carries 5 bits, lowest first, and a bit saying that more follow; from the fourth
+    # run on, the difference to the run two before is stored.
     runs, value, shift = [], 0, 0
     for character in counts:
         bits = ord(character) - 48
@@ -88,7 +88,7 @@ def compressed_runs(counts):
 
 
 def mask_to_rle(mask):
-    """Encode a mask (height, width) of bool or 0 and 1 as ``{"size": [height, width], "counts": str}``."""
+    """Encode a mask (h, w) of bool or 0 and 1 as ``{"size": [h, w], "counts": str}``."""
     return _as_text(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
 
 
@@ -107,7 +107,7 @@ def masks_on_grid(rles, mask_size):
     """Decode n RLEs and shrink them to uint8 (n, mask_size, mask_size), of any size each.
 
     A cell is foreground if at least half of it is covered. Where this keeps less than half of an
-    object's area, as with a crack thinner than a cell, every cell the object touches is kept instead.
+    object's area, as with a crack thinner than a cell, every cell it touches is kept instead.
     """
     masks = torch.zeros((len(rles), mask_size, mask_size), dtype=torch.uint8)
     for index, rle in enumerate(rles):

@@ -40,8 +40,8 @@ def nouns_overlap(first, second):
 def present_prompts(record, categories, prompt=None):
     """Map prompts, in the order of the categories, to the objects of an image they ask for.
 
-    ``prompt`` replaces every category name. A prompt that loses all its objects, because they are
-    crowd regions or lie outside the image, is not asked at all: as absent, it would teach the opposite.
+    ``prompt`` replaces every category name. A prompt that loses all its objects, as crowd regions or
+    outside the image, is not asked at all: as absent, it would teach the opposite.
     """
     objects = true_objects(record)
     if prompt is not None:

@@ -1,7 +1,7 @@
 """From model outputs to detections: scores, boxes in pixels, masks at the size of the image.
 
-The score of a query is its probability times that of presence. A detection counts from the threshold
-on (`reaches`), as in Meta's cgF1 evaluator; SAM3's own post-processing asks for more than it.
+The score of a query is its probability times that of presence. A detection counts from the
+threshold on, as in Meta's cgF1 evaluator; SAM3's own post-processing asks for more than it.
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ def coco_ap(queries, iou_type="segm"):
     """Compute COCO average precision with faster-coco-eval, equal to pycocotools' numbers.
 
     Every prompt is a category, so a detection of an absent prompt costs precision only when that
-    prompt is present on another picture. The 100 best detections of each query count. Returns a dict of
-    ``AP`` (mean over IoU 0.50:0.95), ``AP50``, ``AP75``, None with a ``reason`` where no query has an
-    object.
+    prompt is present on another picture. The 100 best detections of each query count. Returns a
+    dict of ``AP`` (mean over IoU 0.50:0.95), ``AP50``, ``AP75``, None with a ``reason`` where no
+    query has an object.
     """
     if iou_type not in ("segm", "bbox"):
         raise InputError(f"unknown iou_type {iou_type!r}", fix="use 'segm' or 'bbox'")
@@ -116,8 +116,8 @@ def cgf1(queries, score_threshold=0.5):
         meaning (0 or -1), which `evaluate_queries` refuses to report.
 
     """
-    # Per query one assignment makes the summed mask IoU greatest; a pair is a hit at every threshold it
-    # reaches. Source: ``sam3/eval/cgf1_eval.py`` of facebookresearch/sam3 at 99d02f2.
+    # Per query one assignment makes the summed mask IoU greatest; a pair is a hit at every threshold
+    # it reaches. Source: ``sam3/eval/cgf1_eval.py`` of facebookresearch/sam3 at 99d02f2.
     queries = as_query_list(queries)
     check_probability(score_threshold, "score_threshold")
     exhaustive = [query for query in queries if query.exhaustive]
@@ -227,8 +227,8 @@ def threshold_sweep(queries, thresholds, iou_threshold=0.5):
     """Count detections and compute precision and recall over score thresholds in [0, 1].
 
     A data frame with one row per threshold: ``threshold``, ``count`` (detections, those of absent
-    prompts too), ``precision``, ``recall``, ``f1``, NaN where there is nothing to divide by. A hit is a
-    pair from `iou_threshold` on.
+    prompts too), ``precision``, ``recall``, ``f1``, NaN where there is nothing to divide by. A hit
+    is a pair from `iou_threshold` on.
     """
     queries = as_query_list(queries)
     check_probability(iou_threshold, "iou_threshold")
@@ -255,9 +255,9 @@ def evaluate_queries(queries, score_threshold):
     """Compute the numbers that a report shows, a dict; `score_threshold` is for everything but AP.
 
     ``AP``, ``AP50``, ``AP75`` (masks), ``box_AP``, ``box_AP50``, ``box_AP75``, ``cgF1``, ``pmF1``
-    (positive_micro_F1), ``IL_MCC``, ``union_iou``; ``max_score_present`` and ``max_score_absent``, means
-    of the highest score of a query, each with ``_share_above``, the share that reaches the threshold;
-    ``num_present``, ``num_absent``, ``score_threshold``. Without meaning it is None, with a ``_reason``.
+    (positive_micro_F1), ``IL_MCC``, ``union_iou``; ``max_score_present``, ``max_score_absent``, means
+    of a query's highest score, with ``_share_above``, the share that reaches the threshold;
+    ``num_present``, ``num_absent``, ``score_threshold``. None stands with a ``_reason``.
     """
     queries = as_query_list(queries)
     check_probability(score_threshold, "score_threshold")

@@ -43,7 +43,7 @@ class Prediction:
 
 
 class Predictor:
-    """Ask a `PromptedSam3`, with or without adapter, for prompts on images, on the device where it is."""
+    """Ask a `PromptedSam3`, with or without adapter, for prompts on images, where it is."""
 
     def __init__(self, model, processor):
         self.model, self.processor = model.eval(), processor
@@ -126,7 +126,7 @@ def raw_outputs(model, processor, records, prompts):
 
 
 def untrained_prompts(prompts, trained):
-    """Map each prompt that an adapter never saw to the closest of those it saw in training, or None."""
+    """Map each prompt that an adapter never saw to the closest of those it saw, or None."""
     known = {_plain(prompt): prompt for prompt in trained}
     closest = {}
     for prompt in prompts:

@@ -211,8 +211,8 @@ def _query(answer, detections, record, objects):
 def prompt_scores(queries, score_threshold):
     """Summarise the highest score of every query, by prompt and by whether it is present.
 
-    A data frame with index ``prompt`` and ``shown`` ("present" or "absent"). Columns ``images``, the
-    means ``presence``, ``max query`` and ``max score``, and ``reached``, the share of the images whose
+    A data frame with index ``prompt`` and ``shown`` ("present" or "absent"): ``images``, the means
+    ``presence``, ``max query`` and ``max score``, and ``reached``, the share of the images whose
     highest score reaches the threshold.
     """
     check_probability(score_threshold, "score_threshold")

@@ -14,9 +14,9 @@ from helpers.model.prompted import SCORE_LOGIT_CLAMP, base_of
 def adapter_report(model):
     """Count and measure the LoRA of every component of a `peft.PeftModel`, also on ``meta``.
 
-    A data frame with one row per ``component`` and a row ``total``: ``modules`` (adapted linear layers),
-    ``parameters``, their ``share`` of the whole model, ``grad_norm`` (Euclidean; NaN before a backward
-    pass), ``B_norm`` and ``B_nonzero``, the share of modules whose B, zero at the start, has moved.
+    A data frame with one row per ``component`` and a row ``total``: ``modules`` (adapted linear
+    layers), ``parameters``, their ``share`` of the whole model, ``grad_norm`` (NaN before a backward
+    pass), ``B_norm`` and ``B_nonzero``, the share of modules whose B, first zero, has moved.
     """
     layers = lora_layers(model)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -67,8 +67,8 @@ def prompt_embedding_change(model, processor, prompts):
     """Compare the embeddings of prompts with the adapter of a `peft.PeftModel` on and off.
 
     A data frame with index ``prompt``: ``relative_change``, the length of the difference over the
-    length without adapter; ``cosine`` of the two; ``nearest`` and ``nearest_cosine``, the most similar
-    other prompt with the adapter on.
+    length without adapter; ``cosine`` of the two; ``nearest`` and ``nearest_cosine``, the most
+    similar other prompt with the adapter on.
     """
     tuned = prompt_embeddings(model, processor, prompts)
     with model.disable_adapter():
@@ -92,11 +92,11 @@ def prompt_embedding_change(model, processor, prompts):
 def query_logit_bounds(model, processor, prompts):
     """Compute the range of logits that the frozen scoring head lets each prompt get.
 
-    A data frame with index ``prompt``: ``lowest_dot_product`` and ``highest_dot_product``, the extremes
-    over all outputs of the decoder's layer norm, and ``lowest_logit`` and ``highest_logit``, the same
-    after the model's clamp at -12 and 12. The logit ``a . h + b`` is affine in the decoder state
-    ``h = gamma * n + beta``, where ``n`` has mean 0 and a length below ``sqrt(d)``. So LoRA moves it
-    only between ``a . beta + b -/+ sqrt(d) |v - mean(v)|`` with ``v = a * gamma``.
+    A data frame with index ``prompt``: ``lowest_dot_product`` and ``highest_dot_product`` over all
+    outputs of the decoder's layer norm, and ``lowest_logit`` and ``highest_logit``, the same after
+    the model's clamp at -12 and 12. The logit ``a . h + b`` is affine in the decoder state
+    ``h = gamma * n + beta``, where ``n`` has mean 0 and a length below ``sqrt(d)``. So LoRA moves
+    it only between ``a . beta + b -/+ sqrt(d) |v - mean(v)|`` with ``v = a * gamma``.
     """
     base = base_of(model).eval()
     norm = base.detr_decoder.output_layer_norm

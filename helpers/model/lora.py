@@ -66,7 +66,7 @@ def component_of(module_name):
 
 
 def target_modules(model, lora):
-    """Map each enabled component to the full names of the linear layers that get LoRA; none is empty."""
+    """Map each enabled component to the full names of its linear layers that get LoRA."""
     names, used = {component: [] for component in enabled_components(lora)}, set()
     for name, module in model.named_modules():
         targets = _targets_of(name, lora.target_modules)
@@ -123,7 +123,7 @@ def _closest_fix(model, components, target):
 
 
 def add_lora(model, lora):
-    """Put LoRA on a `PromptedSam3`, changed in place, and freeze everything else: a `peft.PeftModel`.
+    """Put LoRA on a `PromptedSam3`, in place, and freeze all else: a `peft.PeftModel`.
 
     `lora` is a `helpers.config.LoraSection`. B is zero, so outputs equal those of the base until a
     step was taken. A is drawn from torch's global generator: set the seed before.
@@ -157,7 +157,7 @@ def add_lora(model, lora):
 
 
 def save_adapter(model, folder, base_name, revision=None):
-    """Write an adapter that plain PEFT can load on a plain `Sam3Model`, and what tells damage later."""
+    """Write an adapter that PEFT can load on a plain `Sam3Model`, and what tells damage later."""
     config = deepcopy(model.peft_config[model.active_adapters[0]])
     config.inference_mode = True
     config.base_model_name_or_path = str(base_name)
@@ -193,8 +193,8 @@ def write_tensors(path, tensors, metadata=None):
 def load_adapter(model, folder, *, lora=None, is_trainable=False):
     """Put a saved adapter on its base, completely or not at all; in eval mode unless trainable.
 
-    InputError, by file, key and value, if a file is missing or damaged, rank or alpha are not those of
-    `lora` of the run, or the adapter was made for another base.
+    InputError, by file, key and value, if a file is missing or damaged, rank or alpha are not those
+    of `lora` of the run, or the adapter was made for another base.
     """
     folder = Path(folder)
     if not folder.is_dir():

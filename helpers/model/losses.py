@@ -51,7 +51,7 @@ def loss_divisors(counts, num_parts=1):
 
 
 def box_terms(pred_boxes_cxcywh, targets, matches, num_boxes):
-    """Compute L1 and GIoU loss of the matched boxes, and the IoU (pairs,) of each, without gradient."""
+    """Compute L1 and GIoU loss of the matched boxes, and the IoU (pairs,), without gradient."""
     device = pred_boxes_cxcywh.device
     predicted = torch.cat([pred_boxes_cxcywh[b, q] for b, (q, _) in enumerate(matches)]).float()
     target = torch.cat(
@@ -70,8 +70,8 @@ def box_terms(pred_boxes_cxcywh, targets, matches, num_boxes):
 def score_terms(pred_logits, presence_logits, targets, matches, ious, variant, num_rows):
     """Compute ``loss_ce`` of the query scores (B, Q) and ``presence_loss`` of the presence (B, 1).
 
-    ``native``: matched ``10 BCE(z, t)``, others ``p^2 BCE(z, 0)``; rows without objects count as zeros
-    in the mean over B * max(Q, 200). ``early``: matched ``0.5 BCE(z, t)``, others ``BCE(z, 0)``, all
+    ``native``: matched ``10 BCE(z, t)``, others ``p^2 BCE(z, 0)``; rows without objects are zeros in
+    the mean over B * max(Q, 200). ``early``: matched ``0.5 BCE(z, t)``, others ``BCE(z, 0)``, all
     rows alike. In both ``t = max(0.01, p^0.25 IoU^0.75)`` without gradient, and `num_rows` is B.
     """
     logits = pred_logits.float()
@@ -130,7 +130,7 @@ def semantic_terms(semantic_logits, targets, num_rows=None):
 
 
 def _map_losses(pairs, outputs, settings):
-    """Sum focal loss, a mean over cells, and dice loss over (n, 1, h, w) logits and (n, H, W) masks."""
+    """Sum focal (mean over cells) and dice loss of (n, 1, h, w) logits and (n, H, W) masks."""
     nothing = outputs[:0].float().sum()  # can be differentiated also without a pair
     focal, dice = [nothing], [nothing]
     for logits, masks in pairs:
@@ -175,9 +175,9 @@ def sam3_losses(outputs, targets, variant="native", *, divisors=None):
     Parameters
     ----------
     outputs : dict
-        ``pred_logits`` (B, Q); ``pred_boxes_cxcywh`` (B, Q, 4) in [0, 1]; ``presence_logits`` (B, 1);
-        ``pred_masks`` (B, Q, h, w) logits; ``semantic_logits`` (B, 1, h, w); optionally ``aux``, a
-        list of dicts with the first three, one for each earlier decoder layer.
+        ``pred_logits`` (B, Q); ``pred_boxes_cxcywh`` (B, Q, 4) in [0, 1]; ``presence_logits``
+        (B, 1); ``pred_masks`` (B, Q, h, w) logits; ``semantic_logits`` (B, 1, h, w); optionally
+        ``aux``, a list of dicts with the first three, one for each earlier decoder layer.
     targets : list of dict
         B dicts: ``boxes_cxcywh`` (n, 4) in [0, 1], ``masks`` (n, H, W) of 0 and 1, optionally
         ``mask_valid`` (n,), 0 where an object has no mask (its mask must then be all zero).

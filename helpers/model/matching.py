@@ -24,8 +24,8 @@ def hungarian_match(outputs, targets):
     """Assign to every object the query that explains it, at the least total cost.
 
     Outputs are ``pred_logits`` (B, Q) and ``pred_boxes_cxcywh`` (B, Q, 4), the B targets hold
-    ``boxes_cxcywh`` (n, 4), both in [0, 1]. Returns B pairs ``(query_idx, target_idx)`` of int64 tensors
-    of length min(n, Q), on the device of the logits, sorted by ``target_idx``.
+    ``boxes_cxcywh`` (n, 4), both in [0, 1]. Returns B pairs ``(query_idx, target_idx)`` of int64
+    tensors of length min(n, Q), on the device of the logits, sorted by ``target_idx``.
     """
     pred_logits, pred_boxes = outputs["pred_logits"], outputs["pred_boxes_cxcywh"]
     matches = []
@@ -41,7 +41,7 @@ def hungarian_match(outputs, targets):
 
 
 def matching_cost(pred_logits, pred_boxes_cxcywh, target_boxes_cxcywh):
-    """Compute the cost ``2 class + 5 L1 - 2 GIoU`` of each of Q queries for each of n objects: (Q, n).
+    """Compute the cost ``2 class + 5 L1 - 2 GIoU`` of Q queries for n objects: (Q, n) float32.
 
     The class cost is ``-a (1-p)^g log p + (1-a) p^g log(1-p)`` with a = 0.25 and g = 2.
     """

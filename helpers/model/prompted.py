@@ -194,7 +194,7 @@ class PromptedSam3(Sam3Model):
 
     @contextmanager
     def _capture_decoder(self):
-        """Collect the last outputs of decoder and heads; computing again would draw another dropout."""
+        """Collect the last outputs of decoder and heads; again means another dropout."""
         captured = {}
         modules = {
             "decoder": self.detr_decoder,

@@ -674,3 +674,19 @@ def test_module_runs_as_a_command(data_dir):
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
     assert np.char.count(done.stderr, "\n") == 1
+
+
+def test_knows_tells_a_locked_word_from_a_known_one(capfd):
+    data = ("--data", ROOT / "data" / "known_things", "--base", ROOT / "data" / "tiny_sam3")
+    status, out, _ = call(capfd, "knows", *data, "--words", "tape, crack", "--json")
+    words = json.loads(out)["words"]
+    assert status == 1
+    assert {word: row["knowledge"] for word, row in words.items()} == {
+        "tape": "known",
+        "crack": "locked",
+    }
+    assert words["tape"]["images"] == 2
+    status, out, _ = call(capfd, "knows", *data, "--words", "tape")
+    assert status == 0
+    assert "tape: detected on 100% of 2 images [34%, 100%]" in out
+    refused(capfd, "knows", *data, "--words", "tape,,", naming="the prompt '' is empty")

@@ -269,7 +269,7 @@ def test_names_of_files_do_not_give_the_fault_away(clinic, monkeypatch):
     assert str(patient.folder.relative_to(clinic.folder)) == "patient_05_3/run"
 
 
-HEALTHY = VitalSigns(found=1.0, outlined=0.8, false_alarms=0.0, AP50=0.6)
+HEALTHY_SIGNS = VitalSigns(found=1.0, outlined=0.8, false_alarms=0.0, AP50=0.6)
 
 
 @pytest.mark.parametrize(
@@ -283,21 +283,21 @@ HEALTHY = VitalSigns(found=1.0, outlined=0.8, false_alarms=0.0, AP50=0.6)
     ],
 )
 def test_each_sign_beyond_its_margin_is_named(signs, text):
-    [message] = deviations(signs, HEALTHY).values()
+    [message] = deviations(signs, HEALTHY_SIGNS).values()
     assert message.startswith(text)
 
 
 def test_as_healthy_or_better_is_no_deviation():
-    assert deviations(HEALTHY, HEALTHY) == {}
-    assert deviations(VitalSigns(1.0, 1.0, 0.0, 0.9), HEALTHY) == {}
+    assert deviations(HEALTHY_SIGNS, HEALTHY_SIGNS) == {}
+    assert deviations(VitalSigns(1.0, 1.0, 0.0, 0.9), HEALTHY_SIGNS) == {}
 
 
 def test_the_report_says_whether_detections_came_back():
     ill = VitalSigns(found=0.2)
-    still = CureReport(HEALTHY, ill, ill)
+    still = CureReport(HEALTHY_SIGNS, ill, ill)
     assert not still.cured
     assert still.sentence.startswith("Still ill: found is 0.20, at least 0.90 is healthy; outlined")
-    back = CureReport(HEALTHY, ill, HEALTHY)
+    back = CureReport(HEALTHY_SIGNS, ill, HEALTHY_SIGNS)
     assert back.cured
     assert back.sentence == (
         "Cured: every sign is healthy again (found 0.20 to 1.00, outlined 0.00 to 0.80, AP50 0.00 to 0.60)."

@@ -55,6 +55,7 @@ def add_commands(add):
     command.add_argument("--output", metavar="PNG", help="picture to draw")
     add_options(command, "--threshold", "--mask-threshold", "--tile", "--overlap")
 
+    add_options(add(knows, model), "--words", "--data", "--split", "--threshold")
     add_options(add(evaluate, model), "--data", "--split", "--prompt", "--threshold")
     add_options(add(report), required=["--adapter"])
     add_options(add(diagnose), "--data", "--image", "--prompt", required=["--adapter"])
@@ -203,6 +204,30 @@ def evaluate(args):
         value, reason = metrics[metric], metrics.get(f"{metric}_reason", "")
         lines.append(f"  {metric:<18}{'undefined  ' + reason if value is None else f'{value:.4f}'}")
     return (0 if metrics["num_present"] else 1), document, "\n".join(lines)
+
+
+def knows(args):
+    """Say how well a model knows words on images that show them; status 1 if one is locked."""
+    from helpers.config import load_config
+    from helpers.data.dataset import load_dataset
+    from helpers.detect.knowledge import ADVICE, word_knowledge
+
+    model, processor, run, name = load_model(args)
+    config = run.config if run else load_config(DEFAULT_CONFIG)
+    split = load_dataset(config, args.data or config.data.data_dir).split(args.split)
+    words = None if args.words is None else [word.strip() for word in args.words.split(",")]
+    own = {} if args.threshold is None else {"threshold": args.threshold}
+    table = word_knowledge(model, processor, split, words, **own)
+    lines = [f"{name} on {split.root}, {split.name}:"]
+    for word, row in table.iterrows():
+        lines.append(
+            f"  {printable(word)}: detected on {row['detected']:.0%} of {row['images']} images "
+            f"[{row['low']:.0%}, {row['high']:.0%}], presence {row['presence_prob']:.4f}, "
+            f"best query {row['max_query_prob']:.3f}"
+        )
+        lines.append(f"    {ADVICE[row['knowledge']]}")
+    document = {"model": name, "split": split.name, "words": table.to_dict(orient="index")}
+    return int((table["knowledge"] == "locked").any()), document, "\n".join(lines)
 
 
 def report(args):

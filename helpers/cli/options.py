@@ -41,6 +41,7 @@ OPTIONS = {
     "--split": {"default": "test", "help": "split, by default test"},
     # what to ask
     "--image": _path("IMG", "a picture in which nothing is found"),
+    "--words": {"metavar": "WORD,...", "help": "by default the categories of the dataset"},
     "--prompt": {"help": "ask for this word in place of the category names"},
     "--threshold": {"type": float, "help": "in [0, 1]; by default as the config says, 0.3"},
     "--mask-threshold": {"type": float, "help": "in [0, 1]; by default as the config says, 0.5"},

@@ -270,8 +270,8 @@ def test_helpers_import_nothing_from_the_scripts_beside_the_data():
         assert "data" not in set(imports_of(path)), path
 
 
-LINES, FILES, DOCSTRING_SHARE = 17_131, 77, 0.2
-"""What is reached; the budget is 14,000 lines and 75 files. Lower these with a change, never raise them."""
+LINES, FILES, DOCSTRING_SHARE = 14_000, 75, 0.2
+"""The budget of ``helpers/``: a new feature pays by simplifying an old one."""
 
 
 def docstring_lines(tree):

@@ -23,6 +23,7 @@ from helpers.lab.experiment import (
     PARTS,
     RESPONSES,
     SEEDS,
+    SEEDS_OF,
     Cell,
     cells_of,
 )
@@ -33,19 +34,29 @@ DATA_DIR = "data/wall_cracks"
 
 
 @pytest.mark.parametrize(
-    ("design", "per_seed"), [("causes", 16), ("schedule", 4), ("components", 22)]
+    ("design", "per_seed"),
+    [("causes", 16), ("half_known", 16), ("schedule", 4), ("components", 22)],
 )
 def test_designs_are_complete_and_every_cell_is_another(design, per_seed):
     cells = cells_of(design)
-    assert len(cells) == per_seed * len(SEEDS)
+    seeds = SEEDS_OF.get(design, SEEDS)
+    assert len(cells) == per_seed * len(seeds)
     assert len({cell.name for cell in cells}) == len(cells)
-    for seed in SEEDS:
+    for seed in seeds:
         configs = {
             (cell.config("tiny", DATA_DIR).fingerprint(), cell.objects_read)
             for cell in cells
             if cell.seed == seed
         }
         assert len(configs) == per_seed - (1 if design == "components" else 0)
+
+
+def test_half_known_differs_from_the_main_design_in_the_base_only():
+    for cell, other in zip(cells_of("causes", [2]), cells_of("half_known", [2]), strict=True):
+        assert (cell.factors, cell.objects_read) == (other.factors, other.objects_read)
+        config, half = (one.config("tiny", DATA_DIR) for one in (cell, other))
+        assert half.model.name == "data/tiny_sam3_half_known"
+        assert half.replace({"model.name": config.model.name}) == config
 
 
 def test_text_alone_has_the_same_rank_in_both_passes():

@@ -6,7 +6,7 @@ from helpers.data.coco import read_split
 from helpers.data.prompts import absent_candidates
 from helpers.errors import InputError
 from helpers.files import CONFIGS, ROOT, WALL_CRACKS
-from helpers.lab.experiment import DATA_DIR, DESIGNS, RESPONSES, SEEDS, TABLES, cells_of
+from helpers.lab.experiment import DATA_DIR, DESIGNS, RESPONSES, TABLES, cells_of
 from helpers.lab.statistics import (
     FACTORS,
     SHARES,
@@ -75,7 +75,7 @@ def test_the_folder_is_found_from_the_notebooks(monkeypatch):
 @pytest.mark.parametrize("design", list(DESIGNS))
 def test_the_committed_tables_are_whole_and_of_this_code(design):
     table = load_table(design)
-    assert len(table) == len(cells_of(design, SEEDS))
+    assert len(table) == len(cells_of(design))
     assert not table["code_version"].str.endswith("-dirty").any()
     assert table[list(RESPONSES)].min(axis=None) >= -1
     assert table[list(RESPONSES)].max(axis=None) <= 1

@@ -1,6 +1,6 @@
 """The committed tables of experiment and diagnosis: checked, compared and drawn.
 
-What they show holds for a base that never met the word it is taught.
+What they show holds for a base that never met the word it is taught, but for ``half_known``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from helpers.lab.experiment import (
     DATA_DIR,
     FACTORS,
     RESPONSES,
-    SEEDS,
     TABLES,
     TEXT_COLUMNS,
     cells_of,
@@ -229,7 +228,7 @@ def load_table(design, folder=TABLES, *, profile="tiny"):
     ``design`` is a key of `helpers.lab.experiment.DESIGNS`, ``profile`` that of the configs. Returns
     one row per run: factors, ``seed``, `helpers.lab.experiment.RESPONSES` and what was run.
     """
-    table, cells = _read(folder, design), cells_of(design, SEEDS)
+    table, cells = _read(folder, design), cells_of(design)
     keys = [*cells[0].factors, "seed"]
     rows = sorted(table[keys].astype(str).itertuples(index=False, name=None))
     hashes = {cell.config(profile, DATA_DIR).fingerprint() for cell in cells}
@@ -254,7 +253,7 @@ def load_base_row(folder=TABLES):
 def steps_table(table, outcome):
     """Show what one change does from the failing state, and one fault from the working one.
 
-    ``table`` is the design ``causes``, from `load_table`; ``outcome`` is a response.
+    ``table`` is the design ``causes`` or ``half_known``, from `load_table`; ``outcome`` a response.
 
     Returns one row per ``state`` (failing, working) and factor ``changed``: ``change`` (the levels),
     ``before`` and ``after`` (means over the seeds), and the 95 % interval of their difference.

@@ -157,7 +157,9 @@ def test_interrupt_stops_every_kernel(tmp_path):
             tmp_path / "in", name, command.format(str(tmp_path), name), "time.sleep(600)"
         )
     code = (
-        "import pathlib, sys; from helpers.course import run; "
+        "import pathlib, signal, sys; from helpers.course import run; "
+        # A shell starts what it sends to the background with the signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         f"run.NOTEBOOKS = pathlib.Path({str(tmp_path / 'in')!r}); "
         "run.run_course.__kwdefaults__['folder'] = run.NOTEBOOKS; "
         f"sys.exit(run.main(['run', '--output', {str(tmp_path / 'out')!r}, '--jobs', '2']))"

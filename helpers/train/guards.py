@@ -37,6 +37,10 @@ SKIPPED_STEPS = 20
 CHANCE = 1e-6
 # Guards that training on purpose without objects (``allow_empty``) would set off.
 OFF_IF_EMPTY = ("no_objects", "vanishing_loss", "at_clamp")
+_LOOK_AT_IMAGES = (
+    "look at these images with 'python -m helpers check', or lower training.learning_rate; "
+    "with fp16 try bf16"
+)
 
 
 class GuardStop(InputError):
@@ -140,10 +144,7 @@ class Guards(TrainerCallback):
                     chosen = [ids for ids, is_bad in batches if is_bad or not step["bad_losses"]]
                     names = {name for ids in gather_object(chosen) for name in ids}
                     where = ", ".join(sorted(names))
-                    fix = (
-                        "look at these images with 'python -m helpers check', or lower "
-                        "training.learning_rate; with fp16 try bf16"
-                    )
+                    fix = _LOOK_AT_IMAGES
                 raise GuardStop(cause, text, where=where, fix=fix)
 
     def _mean(self, name):

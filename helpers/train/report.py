@@ -85,8 +85,7 @@ def checklist_frame(run, words=None):
     Returns
     -------
     pandas.DataFrame
-        Index ``item``; columns ``document says``, ``measured``, ``verdict``: "yes", "no" or
-        "not checkable".
+        Index ``item``; columns ``document says``, ``measured`` and ``verdict``, of `VERDICTS`.
     """
     table = pd.DataFrame(checklist(run, words)).set_index("item")
     table["passed"] = [VERDICTS[passed] for passed in table["passed"]]

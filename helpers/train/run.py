@@ -29,7 +29,6 @@ AUDIT_FILE = "adapter_report.csv"
 VERSIONS_FILE = "environment.json"
 CARD_FILE = "README.md"
 STOPPED_FILE = "stopped.json"  # why training stopped on its own; gone when the run goes on
-_WIDE_AT_CLAMP = 0.5
 _TRAIN_AGAIN = "restore the file, or train again with --overwrite"
 _TRAIN_FIRST = "name the folder of a finished run, or train one with 'python -m helpers train'"
 # Keys that change how a step is computed, not what; the number of its images is compared.
@@ -375,7 +374,7 @@ def run_notes(state, config, best_step, report):
             idle = round((1 - row["B_nonzero"]) * row["modules"])
             notes.append(f"{idle} of {row['modules']:.0f} modules of {component} never moved")
     clamped = _first_and_last(state.log_history, "train_share_at_clamp")["last"]
-    if clamped > _WIDE_AT_CLAMP:
+    if clamped > 0.5:
         notes.append(
             f"{clamped:.0%} of the logits stand at the model's clamps, where there is no gradient: "
             "start again from the base, training on cannot mend this"

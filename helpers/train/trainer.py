@@ -32,23 +32,27 @@ def training_arguments(config, folder, **changes):
     try:
         if training.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise ValueError("it needs a GPU")
-        # Accumulation, weight decay, Adam, clipping, seed and logging have the library's names;
-        # checkpointing has too, but is done by `checkpoint_activations`.
-        shared = set(TrainingArguments.__dataclass_fields__) - {"gradient_checkpointing"}
-        same = {name: value for name, value in training if name in shared}
-        settings = same | {
+        settings = {
             "output_dir": str(folder / CHECKPOINTS),
             "per_device_train_batch_size": training.batch_size,
+            "gradient_accumulation_steps": training.gradient_accumulation_steps,
             "num_train_epochs": config.effective_num_epochs,
             "learning_rate": config.effective_learning_rate,
             "warmup_steps": config.effective_warmup_steps,
             "lr_scheduler_type": training.lr_scheduler,
+            "weight_decay": training.weight_decay,
+            "adam_beta1": training.adam_beta1,
+            "adam_beta2": training.adam_beta2,
+            "adam_epsilon": training.adam_epsilon,
+            "max_grad_norm": training.max_grad_norm,
             "use_cpu": not torch.accelerator.is_available(),
             "bf16": training.mixed_precision == "bf16",
             "fp16": training.mixed_precision == "fp16",
             "dataloader_num_workers": training.num_workers,
             "dataloader_pin_memory": torch.cuda.is_available(),
+            "seed": training.seed,
             "data_seed": training.seed,
+            "logging_steps": training.logging_steps,
             "logging_first_step": True,
             "logging_nan_inf_filter": False,
             "eval_strategy": "epoch",
@@ -169,7 +173,6 @@ class Sam3Trainer(Trainer):
             write_text(path, table[names].to_csv(index=False))
 
     def _save(self, output_dir=None, state_dict=None):
-        """Write the adapter of a checkpoint so that plain PEFT can read it."""
         if self.args.should_save:
             base = self.config.model
             save_adapter(self.model, output_dir or self.args.output_dir, base.name, base.revision)

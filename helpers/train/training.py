@@ -103,8 +103,7 @@ def train(
     callbacks : sequence of transformers.TrainerCallback
         For example `helpers.show.LossPanel`.
     allow_empty : bool
-        True to train although no object reaches the loss: it teaches to detect nothing. Switches
-        off the guards `helpers.train.guards.OFF_IF_EMPTY`, which would stop this.
+        True to train, without the guards `OFF_IF_EMPTY`, although no object reaches the loss.
     progress : bool, optional
         Progress bar on stderr; by default if stderr is a terminal.
 

@@ -100,6 +100,10 @@ def start(name, *, profile, data_dir, seed, output_dir, fast_run, **thresholds):
         Folder for what the course writes. One that begins with ``..`` is seen from ``notebooks/``.
     **thresholds : float
         Probabilities such as ``score_threshold``, each in [0, 1].
+
+    Returns
+    -------
+    NotebookRun
     """
     require()
     parameters = {"profile": profile, "data_dir": data_dir, "seed": seed, "output_dir": output_dir}
@@ -121,7 +125,13 @@ def start(name, *, profile, data_dir, seed, output_dir, fast_run, **thresholds):
 
 
 def answered(**answers):
-    """Refuse to go on while an answer to a task of an exercise, given by name, is still ``...``."""
+    """Refuse to go on while an answer to a task of an exercise is still ``...``.
+
+    Parameters
+    ----------
+    **answers
+        Name to value, of what the task asked for; `InputError` names those not yet given.
+    """
     missing = [name for name, value in answers.items() if value is ...]
     if missing:
         fix = "do the task in the cell above and replace the ..."

@@ -55,7 +55,7 @@ def find_splits(data_dir):
 
 
 def read_split(data_dir, split, layout=None):
-    """Read all images and objects of one split, a `Split`; image files are not opened.
+    """Read all images and objects of one split; image files are not opened.
 
     Parameters
     ----------
@@ -64,7 +64,12 @@ def read_split(data_dir, split, layout=None):
     split : str
         Name of the split; ``val`` and ``valid`` mean the same.
     layout : {"coco", "per_image"}, optional
-        By default the first of the two that is there; both give the same records.
+        By default the first of the two that is there.
+
+    Returns
+    -------
+    helpers.data.records.Split
+        Both layouts give the same records.
     """
     name, root = split_folder(resolve(data_dir), split)
     layouts = [known for known in layouts_of(root) if layout in (None, known)]

@@ -61,7 +61,18 @@ class Dataset:
 
 
 def load_dataset(config, data_dir=None):
-    """Open the `Dataset` of a config, or another folder with its settings; splits are read late."""
+    """Open the dataset of a config; a split is read when it is first asked for.
+
+    Parameters
+    ----------
+    config : helpers.config.Config
+    data_dir : os.PathLike, optional
+        Another folder than ``data.data_dir``, read with the same settings.
+
+    Returns
+    -------
+    Dataset
+    """
     root = resolve(config.data.data_dir if data_dir is None else data_dir)
     if not root.is_dir():
         raise InputError("no such folder", where=root, fix="check the path of the dataset")
@@ -246,7 +257,12 @@ def model_sizes(config, model=None):
 class PromptCollator:
     """Join items to a batch in which every query knows its image, so that each is encoded once.
 
-    `text_states`, from `helpers.model.cache.text_states`, take the place of the token ids.
+    Parameters
+    ----------
+    processor : transformers.Sam3Processor
+        Its ``tokenizer`` turns prompts into 32 token ids.
+    text_states : dict of str to torch.Tensor, optional
+        From `helpers.model.cache.text_states`; takes the place of the token ids.
     """
 
     def __init__(self, processor, text_states=None):
@@ -292,10 +308,18 @@ class PromptCollator:
 
 
 def count_objects(loader_or_dataset):
-    """Count the objects that reach the loss from a loader with a `PromptCollator` or a dataset.
+    """Count the objects that reach the loss.
 
-    A data frame with one row per query: ``image_id``, ``prompt``, ``is_positive``, ``num_objects``,
-    ``num_masks`` (of which with a usable mask). Of a dataset no image is opened.
+    Parameters
+    ----------
+    loader_or_dataset : torch.utils.data.DataLoader or PromptDataset
+        A loader with a `PromptCollator`, or a dataset, of which no image is opened.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per query: ``image_id``, ``prompt``, ``is_positive``, ``num_objects``,
+        ``num_masks`` (of which with a usable mask).
     """
     if isinstance(loader_or_dataset, PromptDataset):
         indices = range(len(loader_or_dataset))

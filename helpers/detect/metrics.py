@@ -224,11 +224,21 @@ def union_iou(queries, score_threshold):
 
 
 def threshold_sweep(queries, thresholds, iou_threshold=0.5):
-    """Count detections and compute precision and recall over score thresholds in [0, 1].
+    """Count detections and compute precision and recall over score thresholds.
 
-    A data frame with one row per threshold: ``threshold``, ``count`` (detections, those of absent
-    prompts too), ``precision``, ``recall``, ``f1``, NaN where there is nothing to divide by. A hit
-    is a pair from `iou_threshold` on.
+    Parameters
+    ----------
+    queries : sequence of helpers.detect.queries.Query
+    thresholds : sequence of float
+        Scores in [0, 1].
+    iou_threshold : float
+        In (0, 1]; a pair of masks from it on is a hit.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per threshold: ``threshold``, ``count`` (detections, those of absent prompts too),
+        ``precision``, ``recall``, ``f1``; NaN where there is nothing to divide by.
     """
     queries = as_query_list(queries)
     check_probability(iou_threshold, "iou_threshold")
@@ -252,12 +262,22 @@ def threshold_sweep(queries, thresholds, iou_threshold=0.5):
 
 
 def evaluate_queries(queries, score_threshold):
-    """Compute the numbers that a report shows, a dict; `score_threshold` is for everything but AP.
+    """Compute the numbers that a report shows.
 
-    ``AP``, ``AP50``, ``AP75`` (masks), ``box_AP``, ``box_AP50``, ``box_AP75``, ``cgF1``, ``pmF1``
-    (positive_micro_F1), ``IL_MCC``, ``union_iou``; ``max_score_present``, ``max_score_absent``, means
-    of a query's highest score, with ``_share_above``, the share that reaches the threshold;
-    ``num_present``, ``num_absent``, ``score_threshold``. None stands with a ``_reason``.
+    Parameters
+    ----------
+    queries : sequence of helpers.detect.queries.Query
+    score_threshold : float
+        In [0, 1]; for everything but AP.
+
+    Returns
+    -------
+    dict
+        ``AP``, ``AP50``, ``AP75`` (masks), ``box_AP``, ``box_AP50``, ``box_AP75``, ``cgF1``,
+        ``pmF1`` (positive_micro_F1), ``IL_MCC``, ``union_iou``; ``max_score_present`` and
+        ``max_score_absent``, means of a query's highest score, each with ``_share_above``, the
+        share that reaches the threshold; ``num_present``, ``num_absent``, ``score_threshold``. A
+        metric without meaning is None, and the reason stands under its name with ``_reason``.
     """
     queries = as_query_list(queries)
     check_probability(score_threshold, "score_threshold")

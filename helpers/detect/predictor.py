@@ -43,7 +43,15 @@ class Prediction:
 
 
 class Predictor:
-    """Ask a `PromptedSam3`, with or without adapter, for prompts on images, where it is."""
+    """Ask a model for prompts on images, on the device where it is.
+
+    Parameters
+    ----------
+    model : helpers.model.sam3.PromptedSam3 or peft.PeftModel
+        Put into eval mode.
+    processor : transformers.Sam3Processor
+        Of the same base, from `helpers.model.load_base` or a run.
+    """
 
     def __init__(self, model, processor):
         self.model, self.processor = model.eval(), processor
@@ -112,9 +120,20 @@ def check_prompts(prompts):
 
 
 def raw_outputs(model, processor, records, prompts):
-    """Ask a model the same prompts, or those of each ``image_id`` in a dict, on many records.
+    """Ask a model prompts on many images.
 
-    Returns one `RawPrediction` per image and prompt; its ``image`` is the ``image_id``.
+    Parameters
+    ----------
+    model, processor
+        See `Predictor`.
+    records : sequence of helpers.data.records.ImageRecord
+    prompts : sequence of str, or dict
+        The same for all, or ``image_id`` to those of the image.
+
+    Returns
+    -------
+    list of helpers.detect.detections.RawPrediction
+        One per image and prompt; its ``image`` is the ``image_id``.
     """
     predictor = Predictor(model, processor)
     raws = []

@@ -144,9 +144,23 @@ def predict_split(
     batch_size=4,
     num_workers=0,
 ):
-    """Ask a model about every image of a split: list of `Query`, one per image and prompt.
+    """Ask a model about every image of a split.
 
-    The model is put into eval mode; see `evaluation_dataset` for the prompts.
+    Parameters
+    ----------
+    model, processor
+        See `helpers.detect.predictor.Predictor`.
+    split : helpers.data.records.Split
+    prompt, absent_prompts
+        See `evaluation_dataset`.
+    mask_threshold : float
+        In [0, 1]; a pixel with a higher probability belongs to the mask.
+    batch_size, num_workers : int
+
+    Returns
+    -------
+    list of Query
+        One per image and prompt, with the 100 best detections that score at least 0.001.
     """
     asked = {"prompt": prompt, "absent_prompts": absent_prompts}
     dataset = evaluation_dataset(split, processor, model, **asked)

@@ -104,10 +104,21 @@ class Diagnosis:
 
 
 def diagnose(folder, *, data_dir=None, image=None, prompt=None, progress=False):
-    """Examine a run and name the causes of what is wrong with it, in a `Diagnosis`.
+    """Examine a run and name the causes of what is wrong with it.
 
-    An interrupted run is examined as far as it goes. For ``data_dir``, ``image`` and ``prompt`` see
-    `Examination`; ``progress`` shows the gate at work on stderr.
+    Parameters
+    ----------
+    folder : os.PathLike
+        Run folder; an interrupted run is examined as far as it goes.
+    data_dir, image, prompt : optional
+        Another dataset, a picture and a word to ask about it, see `Examination`.
+    progress : bool
+        Show the gate at work on stderr.
+
+    Returns
+    -------
+    Diagnosis
+        ``causes``, the most likely first, ``gates`` with what each measured, and ``verdict``.
     """
     examination = Examination(folder, data_dir, image, prompt)
     results = []

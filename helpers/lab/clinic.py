@@ -98,7 +98,17 @@ class CureReport:
 
 
 def signs_table(signs):
-    """Set signs below one another: from a dict of name to `VitalSigns`, one row per name."""
+    """Set signs below one another.
+
+    Parameters
+    ----------
+    signs : dict of str to VitalSigns
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per name; the columns are the shares in [0, 1] of `VitalSigns`.
+    """
     table = pd.DataFrame([asdict(value) for value in signs.values()], index=list(signs))
     return table.drop(columns="remark")
 
@@ -212,8 +222,14 @@ class Clinic(AbstractContextManager):
     The healthy run is made once for a folder and is used by all exercises. A clinic is also a
     context manager; leaving it, deleting it, or opening another takes its fault out of the code.
 
-    Runs go to ``folder``; ``data_dir`` is the dataset, ``profile`` and ``settings`` are overlay and
-    overrides of the config, ``seed`` is that of every training.
+    Parameters
+    ----------
+    folder, data_dir : os.PathLike
+        Where runs go, and the dataset.
+    profile, settings : str, sequence of str
+        Overlay and overrides of the config.
+    seed : int
+        Of every training.
     """
 
     def __init__(self, folder, *, data_dir=WALL_CRACKS, profile="tiny", seed=42, settings=()):

@@ -124,10 +124,21 @@ def effect_weights(cells, factors):
 def effect_table(table, factors, outcome, block="seed"):
     """Estimate every main effect and interaction of an outcome.
 
-    ``table`` has one row per run; each ``block`` holds every combination of levels exactly once.
-    ``factors`` maps a name to its two levels, the reference first. Returns one row per ``effect``:
-    ``value``, 95 % interval ``low``, ``high``, ``count`` of blocks, ``is_clear``. An interaction,
-    ``"a x b"``, is the effect of b at the second level of a minus that at its first.
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        One row per run; each ``block`` holds every combination of levels exactly once.
+    factors : dict of str to tuple
+        Factor to its two levels, the reference first.
+    outcome, block : str
+        A numeric column without gaps; the column of the repetition.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per ``effect``: ``value``, 95 % interval ``low``, ``high``, ``count`` of blocks,
+        ``is_clear``. An interaction, ``"a x b"``, is the effect of b at the second level of a
+        minus that at its first.
     """
     cells = list(product(*factors.values()))
     values = []
@@ -152,10 +163,20 @@ def _runs_of(table, levels):
 
 
 def paired_difference(table, outcome, reference, other, block="seed"):
-    """Estimate by how much an outcome of two kinds of runs, rows of a table, differs.
+    """Estimate how an outcome of two kinds of runs differs within the same block.
 
-    ``reference`` and ``other`` are dicts of column to value; each must pick one run per ``block``.
-    Returns the `Estimate` of other minus reference, within the same block.
+    Parameters
+    ----------
+    table : pandas.DataFrame
+    outcome, block : str
+        A numeric column; the column of the repetition.
+    reference, other : dict
+        Column to value; each must pick exactly one run per ``block``.
+
+    Returns
+    -------
+    Estimate
+        Of other minus reference, with its 95 % interval.
     """
     runs = [_runs_of(table, levels).set_index(block) for levels in (reference, other)]
     sides = [chosen[outcome].astype(float).sort_index() for chosen in runs]
@@ -170,9 +191,16 @@ def paired_difference(table, outcome, reference, other, block="seed"):
 def main_effects(cells):
     """Compute what each of two factors changes in a single repetition, and how they interact.
 
-    ``cells`` is a table of four rows with a MultiIndex of two named levels of two values each, the
-    reference first, and numeric outcomes without gaps. The result has the same columns and the index
-    ``effect``: the two factors and ``interaction``.
+    Parameters
+    ----------
+    cells : pandas.DataFrame
+        Four rows with a MultiIndex of two named levels of two values each, the reference first;
+        numeric outcomes without gaps.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Index ``effect``: the two factors and ``interaction``; columns as in ``cells``.
     """
     names = list(cells.index.names)
     levels = {name: tuple(cells.index.get_level_values(name).unique()) for name in names}

@@ -123,10 +123,20 @@ def _closest_fix(model, components, target):
 
 
 def add_lora(model, lora):
-    """Put LoRA on a `PromptedSam3`, in place, and freeze all else: a `peft.PeftModel`.
+    """Put LoRA on a base and freeze everything else.
 
-    `lora` is a `helpers.config.LoraSection`. B is zero, so outputs equal those of the base until a
-    step was taken. A is drawn from torch's global generator: set the seed before.
+    Parameters
+    ----------
+    model : helpers.model.sam3.PromptedSam3
+        Changed in place.
+    lora : helpers.config.LoraSection
+        Rank, alpha, dropout, names and flags.
+
+    Returns
+    -------
+    peft.PeftModel
+        B is zero, so outputs equal those of the base until a step was taken. A is drawn from
+        torch's global generator: set the seed before.
     """
     if lora_layers(model):
         raise InputError("the model already carries LoRA", fix="load the base again")

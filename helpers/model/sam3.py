@@ -48,7 +48,7 @@ def best_device():
 
 
 def load_base(name_or_path, revision=None, dtype=None, resolution=None):
-    """Load a `PromptedSam3` and its processor, in eval mode, completely or not at all.
+    """Load a SAM3 base and its processor, in eval mode, completely or not at all.
 
     Parameters
     ----------
@@ -60,6 +60,11 @@ def load_base(name_or_path, revision=None, dtype=None, resolution=None):
         Type of the weights, float32 by default; bfloat16 is that of the two encoders only.
     resolution : int, optional
         Side of the square input in pixels, the base's own by default; a multiple of its patch.
+
+    Returns
+    -------
+    model : PromptedSam3
+    processor : transformers.Sam3Processor
     """
     source, config = _locate(name_or_path), base_config(name_or_path, revision)
     if resolution is not None:

@@ -143,7 +143,18 @@ def dress(ax, xlabel, ylabel):
 
 
 def history_frame(log_history):
-    """Return the log of a trainer, a list of dicts with ``step``, as a table indexed by step."""
+    """Return the log of a trainer as a table.
+
+    Parameters
+    ----------
+    log_history : list of dict
+        ``trainer.state.log_history``; each entry has ``step``.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Index ``step``, one column per logged name; NaN where a name was not logged.
+    """
     if any("step" not in entry for entry in log_history):
         raise InputError("an entry of the log has no step", fix="pass trainer.state.log_history")
     return pd.DataFrame(log_history or {"step": []}).groupby("step").last()
@@ -208,8 +219,12 @@ def schedule_frame(configs, num_images, num_processes=1):
 def runs_figure(histories, names):
     """Draw logged numbers of several runs by epoch; losses on a logarithmic axis.
 
-    `histories` maps the name of a run to its ``trainer.state.log_history``, a list of dicts; `names` a
-    logged name, for example ``"eval_AP50"``, to the label of its axis, one panel each.
+    Parameters
+    ----------
+    histories : dict of str to list of dict
+        Name of a run to its ``trainer.state.log_history``.
+    names : dict of str to str
+        Logged name, for example ``"eval_AP50"``, to the label of its axis; one panel each.
     """
     figure = Figure(figsize=(1 + 3.4 * len(names), 4.2), layout="constrained")
     axes = figure.subplots(1, len(names), squeeze=False)[0]

@@ -34,7 +34,7 @@ from helpers.show.pictures import (
 )
 
 _WIDE = {"style": {"description_width": "initial"}, "layout": {"width": "32em"}}
-_REDRAW_SECONDS = 2.0
+_REDRAW_SECONDS, _REDRAW_SHARE = 2.0, 0.05  # at most so often, and at most this share of the time
 _PANEL_METRICS = ("eval_AP50", "eval_cgF1", "eval_max_score_present_share_above")  # 0 to 1
 
 
@@ -70,7 +70,7 @@ def threshold_panel(image, raws, *, score_threshold=0.3, mask_threshold=0.5):
     panel = SimpleNamespace(readout=widgets.Label(), picture=widgets.HTML())
     options = {"min": 0.0, "max": 1.0, "step": 0.01, "readout_format": ".2f", **_WIDE}
     for name, value, tooltip in (
-        ("score", score_threshold, "keep detections that score more than this"),
+        ("score", score_threshold, "keep detections from this score on"),
         ("mask", mask_threshold, "a pixel with a probability above this belongs to the mask"),
     ):
         # A slider under construction may still move an impossible value to its end, so look first.
@@ -103,7 +103,7 @@ class LossPanel(TrainerCallback):
         self.log = []
         self.readout, self.picture = widgets.Label(value="training has not started"), widgets.HTML()
         self.widget = widgets.VBox([self.readout, self.picture])
-        self._drawn_at = -math.inf
+        self._next = -math.inf
         self.redraw()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -111,17 +111,18 @@ class LossPanel(TrainerCallback):
         self.update({**(logs or {}), "step": state.global_step})
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Draw the last state, which the two-second limit may have left out."""
+        """Draw the last state, which `update` may have left out."""
         self.redraw()
 
     def update(self, log):
-        """Add one entry, names to numbers, and redraw if the last time was two seconds ago."""
+        """Add one entry, names to numbers, and redraw unless that would take time from the training."""
         self.log.append(dict(log))
-        if time.monotonic() - self._drawn_at >= _REDRAW_SECONDS:
+        if time.monotonic() >= self._next:
             self.redraw()
 
     def redraw(self):
         """Draw everything logged so far."""
+        started = time.monotonic()
         history = history_frame(self.log)
         if "loss" in history:
             values = history["loss"].dropna()
@@ -134,7 +135,8 @@ class LossPanel(TrainerCallback):
         draw_lines(right, history, metrics, xlabel="optimiser step", ylabel="validation metric")
         right.set_ylim(-0.03, 1.03)
         self.picture.value = _img(figure, self.readout.value, width="100%")
-        self._drawn_at = time.monotonic()
+        ended = time.monotonic()
+        self._next = ended + max(_REDRAW_SECONDS, (ended - started) / _REDRAW_SHARE)
 
 
 def _img(picture, alt, width="32em"):

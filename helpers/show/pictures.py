@@ -142,8 +142,13 @@ def _panels(image, objects, predictions):
 def prediction_figure(image, predictions, objects=None):
     """Draw a panel per prompt for one image, after the ground truth where it is known.
 
-    `predictions` are of `Prediction.to_dict`, `objects` of `helpers.data.records.ObjectAnnotation`; an
-    image is a path, a PIL image or an (H, W, 3) uint8 array.
+    Parameters
+    ----------
+    image : PIL.Image.Image, numpy.ndarray or os.PathLike
+        An array is (H, W, 3) uint8.
+    predictions : sequence of dict
+        ``prompt``, ``presence_prob``, ``max_score`` and ``detections``: `Prediction.to_dict`.
+    objects : sequence of helpers.data.records.ObjectAnnotation, optional
     """
     return _grid(_panels(image, objects, predictions))
 
@@ -162,14 +167,26 @@ def save_prediction_figure(path, image, predictions, software=None):
 
 
 def comparison_figure(rows):
-    """Draw rows of the arguments of `prediction_figure`: ``(image, objects or None, predictions)``."""
+    """Draw ground truth beside the predictions, one image per row.
+
+    Parameters
+    ----------
+    rows : sequence of tuple
+        ``(image, objects, predictions)`` as for `prediction_figure`; objects may be None.
+    """
     rows = [_panels(*row) for row in rows]
     columns = max(map(len, rows), default=0)
     return _grid([panel for row in rows for panel in row + [None] * (columns - len(row))], columns)
 
 
 def gallery_figure(items):
-    """Draw annotated images, ``(image, objects, caption)`` each, three per row."""
+    """Draw annotated images, three per row.
+
+    Parameters
+    ----------
+    items : sequence of tuple
+        ``(image, objects, caption)`` each, see `prediction_figure`; objects may be empty.
+    """
     panels = [(_truth_panel(as_picture(item[0]), item[1])[0], item[2]) for item in items]
     return _grid(panels)
 
@@ -177,7 +194,12 @@ def gallery_figure(items):
 def describe(figure, sentence):
     """Show a figure with a sentence, which is printed and stored as its alternative text; close it.
 
-    Charts are stored as PNG and photographs as JPEG, told apart by what the two weigh.
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+        Stored as PNG, or as JPEG where that weighs less than half, as photographs do.
+    sentence : str
+        What the figure shows, with its numbers.
     """
     png, jpeg = io.BytesIO(), io.BytesIO()
     figure.savefig(png, format="png", dpi=100)

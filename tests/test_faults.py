@@ -108,7 +108,7 @@ def test_a_fault_in_files_is_found_by_the_data_check(tmp_path, walls, intact_cod
 
 @pytest.mark.parametrize("name", GATE_OF)
 def test_a_fault_of_a_run_is_named_by_its_gate_and_taken_back(
-    tmp_path, walls, base, run_folder, name
+    tmp_path, walls, base, run_folder, name, capsys
 ):
     fault = FAULTS[name]
     settings = [text for text in fault.settings if not text.startswith("scale.num_epochs")]
@@ -119,7 +119,9 @@ def test_a_fault_of_a_run_is_named_by_its_gate_and_taken_back(
                      "scale.num_epochs=0.02"),
     }  # fmt: skip
     before = functions()
+    capsys.readouterr()
     with planted(replace(fault, settings=tuple(settings)), tmp_path / "lab", **options) as run:
+        assert "note:" not in capsys.readouterr().err, "the training gives the fault away"
         result = pass_gate(GATE[GATE_OF[name]], Examination(run))
     assert result.status == FAILED, result.measured
     assert {evidence.cause for evidence in result.evidence} == {fault.cause}

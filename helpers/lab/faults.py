@@ -6,10 +6,11 @@ A fault lies in files, in settings, or in a function of the pipeline that is rep
 from __future__ import annotations
 
 import importlib
+import io
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
@@ -84,7 +85,8 @@ def _train(fault, run, data_dir, settings, profile):
     overrides += [*GUARDS_OFF, *fault.settings]
     config = load_config(CONFIGS / "crack_detection_config.yaml", profile, overrides)
     try:
-        train(config, output_dir=run, overwrite=True, allow_empty=True, progress=False)
+        with redirect_stderr(io.StringIO()):  # a note would give the fault away
+            train(config, output_dir=run, overwrite=True, allow_empty=True, progress=False)
     except Exception:
         if fault == HEALTHY:
             raise

@@ -36,8 +36,11 @@ def test_the_interval_of_no_detection_is_that_of_wilson(unknown):
     assert unknown.loc["crack", "high"] == pytest.approx(0.24249, abs=1e-5)
 
 
-def test_half_known_is_neither_locked_nor_known(walls):
-    row = word_knowledge(*load_base(DATA / "tiny_sam3_half_known"), walls).loc["crack"]
+def test_half_known_is_neither_locked_nor_known_and_a_word_detected_nowhere_is_open(walls):
+    table = word_knowledge(*load_base(DATA / "tiny_sam3_half_known"), walls, ["crack", "object"])
+    assert table.loc["object", "detected"] == 0
+    assert table.loc["object", "knowledge"] == "open"
+    row = table.loc["crack"]
     assert row["knowledge"] == "half known"
     assert row["presence_prob"] > 100 * LOCKED_PRESENCE
     assert 0.3 < row["detected"] < 0.85

@@ -151,18 +151,15 @@ def mixture(one, other, share):
 
 def find_state(recipe, grade, knowledge, steps):
     """Return the state of a grade, and (step, share of the later snapshot, share detected)."""
-    previous = None
+    earlier = None
     for step, state in snapshots(recipe, grade, steps):
         detected = knowledge(state)
         tqdm.write(f"step {step}: {detected:.2f} of the held-out crack walls detected")
-        if grade.detected_share is None:
-            previous = step, state
-        elif detected >= grade.detected_share:
-            return _bisect(previous, (step, state), grade.detected_share, knowledge)
-        else:
-            previous = step, state
+        if grade.detected_share is not None and detected >= grade.detected_share:
+            return _bisect(earlier, (step, state), grade.detected_share, knowledge)
+        earlier = step, state
     if grade.detected_share is None:
-        return previous[1], (previous[0], 1.0, knowledge(previous[1]))
+        return state, (step, 1.0, detected)
     raise InputError(
         f"{grade.detected_share:.0%} was not reached in {steps} steps", fix="allow more --steps"
     )

@@ -17,6 +17,7 @@ KNOWN_SHARE = 0.85
 ADVICE = {
     "known": "known: detected without training; if your run detects nothing, it destroyed this",
     "half known": "half known: a run that reads its objects learns it, text encoder frozen or not",
+    "open": "open: detected nowhere, but not locked; what a run needs then was not measured",
     "locked": "locked: it takes objects, the same word in training, and LoRA on the text encoder "
     "or the DETR encoder, all at once",
 }
@@ -41,7 +42,7 @@ def word_knowledge(model, processor, split, words=None, *, threshold=0.3):
     pandas.DataFrame
         Index ``word``; ``images``, ``presence_prob`` and ``max_query_prob`` (means), ``detected``
         (share of the images) with its 95 % interval (Wilson) ``low`` and ``high``, and
-        ``knowledge``: "known", "half known" or "locked".
+        ``knowledge``: "known", "half known", "open" (neither detected nor locked) or "locked".
 
     Raises
     ------
@@ -78,7 +79,7 @@ def word_knowledge(model, processor, split, words=None, *, threshold=0.3):
         interval = binomtest(hits, count).proportion_ci(method="wilson")
         means = answered[["presence_prob", "max_query_prob"]].mean()
         locked = means["presence_prob"] < LOCKED_PRESENCE and means["max_query_prob"] < LOCKED_QUERY
-        known = "known" if hits / count >= KNOWN_SHARE else "half known"
+        known = "known" if hits / count >= KNOWN_SHARE else "half known" if hits else "open"
         rows[word] = {"images": count, **means, "detected": hits / count}
         rows[word] |= {"low": interval.low, "high": interval.high}
         rows[word]["knowledge"] = "locked" if locked else known

@@ -103,7 +103,7 @@ class LossPanel(TrainerCallback):
         self.log = []
         self.readout, self.picture = widgets.Label(value="training has not started"), widgets.HTML()
         self.widget = widgets.VBox([self.readout, self.picture])
-        self._next = -math.inf
+        self._next_drawing = -math.inf
         self.redraw()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -117,7 +117,7 @@ class LossPanel(TrainerCallback):
     def update(self, log):
         """Add one entry, names to numbers, and redraw unless that would take time from the training."""
         self.log.append(dict(log))
-        if time.monotonic() >= self._next:
+        if time.monotonic() >= self._next_drawing:
             self.redraw()
 
     def redraw(self):
@@ -136,7 +136,7 @@ class LossPanel(TrainerCallback):
         right.set_ylim(-0.03, 1.03)
         self.picture.value = _img(figure, self.readout.value, width="100%")
         ended = time.monotonic()
-        self._next = ended + max(_REDRAW_SECONDS, (ended - started) / _REDRAW_SHARE)
+        self._next_drawing = ended + max(_REDRAW_SECONDS, (ended - started) / _REDRAW_SHARE)
 
 
 def _img(picture, alt, width="32em"):

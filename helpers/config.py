@@ -112,6 +112,7 @@ class DataSection(Section):
     prompts_by_category: dict[Noun, Noun] = {}
     num_negatives: Annotated[int, Field(ge=0, le=100)]
     negative_prompts: Names
+    replay_words: Names = ()
 
     @model_validator(mode="after")
     def _splits_and_prompts_differ(self):
@@ -119,8 +120,11 @@ class DataSection(Section):
             raise ValueError("train_split and val_split are the same, so nothing would be judged")
         if self.prompt is not None and self.prompts_by_category:
             raise ValueError("prompt replaces every category, so prompts_by_category must be {}")
+        if self.prompt is not None and self.replay_words:
+            raise ValueError("prompt replaces every category, so replay_words must be []")
         own = () if self.prompt is None else (self.prompt,)
         _refuse_duplicates((*own, *self.negative_prompts), "prompt and negative_prompts")
+        _refuse_duplicates(self.replay_words, "replay_words")
         return self
 
 
@@ -268,6 +272,8 @@ class Config(Section):
         values = self.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
         for key in ScaleSection.model_fields:
             values["training"][key] = getattr(self, f"effective_{key}")
+        if not self.data.replay_words:  # runs from before there were any keep their fingerprint
+            del values["data"]["replay_words"]
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
 

@@ -53,10 +53,12 @@ def add_commands(add):
     command.add_argument("--image", nargs="+", action="extend", required=True, help=text)
     command.add_argument("--prompt", action="append", default=[], help="noun; may be repeated")
     command.add_argument("--output", metavar="PNG", help="picture to draw")
-    add_options(command, "--threshold", "--mask-threshold", "--tile", "--overlap")
+    own = ("--threshold", "--mask-threshold", "--tile", "--overlap", "--routing")
+    add_options(command, *own)
 
     add_options(add(knows, model), "--words", "--data", "--split", "--threshold")
-    add_options(add(evaluate, model), "--data", "--split", "--prompt", "--threshold")
+    own = ("--data", "--split", "--prompt", "--threshold", "--routing", "--retention")
+    add_options(add(evaluate, model), *own)
     add_options(add(report), required=["--adapter"])
     add_options(add(diagnose), "--data", "--image", "--prompt", required=["--adapter"])
     add_options(add(merge), "--dtype", "--base", required=["--adapter", "--output"])
@@ -149,11 +151,12 @@ def predict(args):
             "that it found nothing"
         )
     if run:
-        known = [*run.prompts["prompts"], *run.prompts["negatives"]]
+        asked = ("prompts", "negatives", "replayed")
+        known = [word for name in asked for word in run.prompts.get(name, ())]
         for prompt, close in untrained_prompts(prompts, known).items():
             hint = f"; the closest trained prompt is '{close}'" if close else ""
             _say(f"warning: '{prompt}' was never asked in training{hint}")
-    predictor = Predictor(model, processor)
+    predictor = Predictor(model, processor, _routes(args, run))
     mask_threshold = settings.mask_threshold if mask_threshold is None else mask_threshold
     thresholds = {"threshold": threshold, "mask_threshold": mask_threshold}
     if args.tile is None:
@@ -181,6 +184,7 @@ def evaluate(args):
     """Judge a model on a split; status 1 if the split has nothing to find."""
     from helpers.config import load_config
     from helpers.data.dataset import load_dataset
+    from helpers.detect.knowledge import retention
     from helpers.detect.metrics import evaluate_queries
     from helpers.detect.predictor import untrained_prompts
     from helpers.detect.queries import predict_split
@@ -195,7 +199,8 @@ def evaluate(args):
         for prompt in untrained_prompts(words, run.prompts["prompts"]):
             _say(f"warning: '{prompt}' was never trained as a present prompt")
     asked = {key: getattr(settings, key) for key in ("absent_prompts", "mask_threshold")}
-    queries = predict_split(model, processor, split, prompt=args.prompt, **asked)
+    asked |= {"prompt": args.prompt, "adapter_words": _routes(args, run)}
+    queries = predict_split(model, processor, split, **asked)
     threshold = settings.score_threshold if args.threshold is None else args.threshold
     metrics = evaluate_queries(queries, threshold)
     document = {"model": name, "data": str(data_dir), "split": split.name, **metrics}
@@ -203,6 +208,13 @@ def evaluate(args):
     for metric in _HEADLINES:
         value, reason = metrics[metric], metrics.get(f"{metric}_reason", "")
         lines.append(f"  {metric:<18}{'undefined  ' + reason if value is None else f'{value:.4f}'}")
+    if args.retention is not None:
+        kept = retention(model, processor, split, _words(args.retention))
+        document["retention"] = kept
+        lines.append(
+            f"  of {kept['objects']} objects that the base detects as {', '.join(kept['words'])}: "
+            f"AP {kept['AP']:.4f}, AP50 {kept['AP50']:.4f}"
+        )
     return (0 if metrics["num_present"] else 1), document, "\n".join(lines)
 
 
@@ -215,7 +227,7 @@ def knows(args):
     model, processor, run, name = load_model(args)
     config = run.config if run else load_config(DEFAULT_CONFIG)
     split = load_dataset(config, args.data or config.data.data_dir).split(args.split)
-    words = None if args.words is None else [word.strip() for word in args.words.split(",")]
+    words = None if args.words is None else _words(args.words)
     own = {} if args.threshold is None else {"threshold": args.threshold}
     table = word_knowledge(model, processor, split, words, **own)
     lines = [f"{name} on {split.root}, {split.name}:"]
@@ -295,6 +307,21 @@ def push(args):
         lines += [f"{title}:", *(f"  {entry}" for entry in entries)] if entries else []
     lines.append(f"uploaded to {url}" if url else "nothing was sent; add --yes to upload")
     return 0, document, "\n".join(lines)
+
+
+def _words(text):
+    """Return the words of a list that is separated by commas."""
+    return [word.strip() for word in text.split(",")]
+
+
+def _routes(args, run):
+    """Return the words that go to the adapter, or None without routing."""
+    if not args.routing:
+        return None
+    if run is None:
+        message = "--routing needs the words that the adapter was trained for"
+        raise InputError(message, fix="name a run folder, which holds them, with --adapter")
+    return list(run.prompts["prompts"])
 
 
 def load_model(args):

@@ -42,6 +42,11 @@ OPTIONS = {
     # what to ask
     "--image": _path("IMG", "a picture in which nothing is found"),
     "--words": {"metavar": "WORD,...", "help": "by default the categories of the dataset"},
+    "--routing": _flag("ask the adapter for the words it was trained for only, else its base"),
+    "--retention": {
+        "metavar": "WORD,...",
+        "help": "what the base knows: compare with its own answers, no labels needed",
+    },
     "--prompt": {"help": "ask for this word in place of the category names"},
     "--threshold": {"type": float, "help": "in [0, 1]; by default as the config says, 0.3"},
     "--mask-threshold": {"type": float, "help": "in [0, 1]; by default as the config says, 0.5"},

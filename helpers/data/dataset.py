@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +16,13 @@ from helpers.config import Config
 from helpers.data.coco import find_splits, read_split, split_folder
 from helpers.data.images import load_pixels, look_at
 from helpers.data.masks import clip_box, masks_on_grid
-from helpers.data.prompts import absent_candidates, absent_prompts, nouns_overlap, present_prompts
+from helpers.data.prompts import (
+    absent_candidates,
+    absent_prompts,
+    nouns_overlap,
+    present_prompts,
+    replayed_prompts,
+)
 from helpers.data.records import has_mask, refuse_unknown_categories, rename_categories
 from helpers.errors import InputError
 from helpers.files import file_digest, resolve
@@ -158,6 +164,7 @@ class PromptDataset(torch.utils.data.Dataset):
         )
         self.seed, self.resample_negatives = seed, resample_negatives
         self.epoch = 0
+        self.replay = {}
         self.own_names = split.categories if prompt is None else (prompt,)
         self.records, self.skipped = [], []
         for record in split.records:
@@ -208,6 +215,17 @@ class PromptDataset(torch.utils.data.Dataset):
         """All that can be asked, present or absent, as a tuple of str."""
         return (*self.own_names, *self.negative_prompts)
 
+    def set_replay(self, answers):
+        """Ask words of the base, too, and never as absent where they may be in the picture.
+
+        ``answers`` maps image ids to what `helpers.detect.knowledge.clear_answers` returns.
+        """
+        self.replay = {name: words for name, (words, _) in answers.items()}
+        self.records = [
+            replace(record, contents=record.contents | answers[record.image_id][1])
+            for record in self.records
+        ]
+
     def set_epoch(self, epoch):
         """Choose the draw of absent prompts by the number of the epoch, from 0."""
         self.epoch = epoch
@@ -244,7 +262,8 @@ class PromptDataset(torch.utils.data.Dataset):
         draw = {"seed": self.seed, "epoch": self.epoch if self.resample_negatives else 0}
         nouns = (own_names, self.negative_prompts)
         absent = absent_prompts(record, *nouns, self.num_negatives, **draw)
-        return {**prompts, **{noun: [] for noun in absent}}
+        replayed = replayed_prompts(record, self.replay.get(record.image_id, {}), **draw)
+        return {**prompts, **replayed, **{noun: [] for noun in absent}}
 
 
 def model_sizes(config, model=None):

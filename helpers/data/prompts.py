@@ -10,6 +10,8 @@ import numpy as np
 
 from helpers.data.records import true_objects
 
+REPLAYED_PER_IMAGE = 2  # words in an epoch; each costs as much as a prompt of one's own
+
 
 @lru_cache(maxsize=10_000)
 def normalise_noun(noun):
@@ -27,6 +29,11 @@ def _singular(word):
     if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
         return word[:-1]
     return word
+
+
+def plain_prompt(prompt):
+    """Bring a prompt to lower case with single spaces, which is all the same to the tokenizer."""
+    return " ".join(prompt.casefold().split())
 
 
 def nouns_overlap(first, second):
@@ -70,12 +77,26 @@ def absent_prompts(record, own_names, other_nouns, count, *, seed, epoch):
     """
     own = absent_candidates(record, own_names)
     others = [noun for noun in absent_candidates(record, other_nouns) if noun not in own]
-    generator = np.random.default_rng(
-        [seed, epoch, zlib.crc32(record.image_id.encode("utf-8", "surrogatepass"))]
-    )
+    generator = _generator(record, seed, epoch)
     first = []
     if not record.objects and own:
         first = [own.pop(int(generator.integers(len(own))))]
     pool = own + others
     drawn = generator.permutation(len(pool))[: max(count - len(first), 0)]
     return first + [pool[index] for index in drawn]
+
+
+def replayed_prompts(record, answers, *, seed, epoch):
+    """Draw at most `REPLAYED_PER_IMAGE` of the words a base detected on an image, with its objects.
+
+    ``answers`` maps words to objects, see `helpers.detect.knowledge.clear_answers`.
+    """
+    words = [word for word, objects in answers.items() if objects]
+    drawn = _generator(record, seed, epoch).permutation(len(words))[:REPLAYED_PER_IMAGE]
+    return {words[index]: answers[words[index]] for index in sorted(drawn)}
+
+
+def _generator(record, seed, epoch):
+    """Return the generator of an image in an epoch."""
+    name = zlib.crc32(record.image_id.encode("utf-8", "surrogatepass"))
+    return np.random.default_rng([seed, epoch, name])

@@ -1,12 +1,18 @@
-"""How well a model knows a word, measured before any training."""
+"""How well a model knows a word, before any training; and what is kept of it afterwards."""
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
+from pycocotools import mask as coco_mask
 from scipy.stats import binomtest
 
-from helpers.data.records import true_objects
+from helpers.data.prompts import nouns_overlap
+from helpers.data.records import ObjectAnnotation, true_objects, true_rle
+from helpers.detect.detections import detect
+from helpers.detect.metrics import coco_ap
 from helpers.detect.predictor import check_prompts, raw_outputs
+from helpers.detect.queries import SCORE_FLOOR, query_of
 from helpers.errors import InputError
 
 LOCKED_PRESENCE, LOCKED_QUERY = 1e-3, 0.1
@@ -14,6 +20,10 @@ LOCKED_PRESENCE, LOCKED_QUERY = 1e-3, 0.1
 (`data/tiny_sam3_half_known`): 0.00005 and at most 0.09 where a word was never met, at least 0.02
 and 0.45 where any knowledge of "crack" had opened the vocabulary."""
 KNOWN_SHARE = 0.85
+CLEAR_YES, CLEAR_NO = 0.5, 0.1
+"""An answer is a clear yes from the one score on, and a clear no below the other."""
+DUPLICATE_IOU = 0.5
+ON_ANNOTATION = 0.3  # share of the area from which an answer means what is annotated there
 ADVICE = {
     "known": "known: detected without training; if your run detects nothing, it destroyed this",
     "half known": "half known: a run that reads its objects learns it, text encoder frozen or not",
@@ -84,3 +94,95 @@ def word_knowledge(model, processor, split, words=None, *, threshold=0.3):
         rows[word] |= {"low": interval.low, "high": interval.high}
         rows[word]["knowledge"] = "locked" if locked else known
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("word")
+
+
+def clear_answers(model, processor, records, words):
+    """Take what a model is sure of as annotation: its detections that are clear and no duplicates.
+
+    Returns ``image_id`` to a dict of each clearly detected word to a tuple of `ObjectAnnotation`, and
+    the frozenset of all words that may be in the picture. A detection that lies on an object with
+    another name in the annotations makes no answer.
+    """
+    by_image = {record.image_id: record for record in records}
+    answers = {name: ({}, set()) for name in by_image}
+    for raw in raw_outputs(model, processor, records, check_prompts(list(words))):
+        record = by_image[raw.image]
+        detections = detect(raw, CLEAR_YES)
+        objects = _objects_of(detections, raw.prompt, record)
+        detected, possible = answers[raw.image]
+        if raw.max_score >= CLEAR_NO:
+            possible.add(raw.prompt)
+        if objects:
+            detected[raw.prompt] = objects
+    return {name: (detected, frozenset(possible)) for name, (detected, possible) in answers.items()}
+
+
+def _objects_of(detections, word, record):
+    """Turn detections, best first, into objects, without duplicates and what is annotated."""
+    items = true_objects(record)
+    others = [item for item in items if not nouns_overlap(item.category, word)]
+    annotated = [true_rle(record, item) for item in others]
+    objects, rles = [], []
+    for detection in detections:
+        rle = detection["mask_rle"]
+        is_crowd = [True] * len(annotated)  # the IoU with a crowd is the share of the own area
+        on_annotation = coco_mask.iou([rle], annotated, is_crowd) if annotated else np.zeros(1)
+        overlap = coco_mask.iou([rle], rles, [False] * len(rles)) if rles else np.zeros(1)
+        if on_annotation.max() < ON_ANNOTATION and overlap.max() < DUPLICATE_IOU:
+            objects.append(ObjectAnnotation(word, tuple(detection["box_xyxy"]), rle))
+            rles.append(rle)
+    return tuple(objects)
+
+
+def retention(model, processor, split, words):
+    """Compare what an adapted model answers with the clear answers of its base, on any images.
+
+    Parameters
+    ----------
+    model : peft.PeftModel
+        Its base is the model with the adapter switched off.
+    processor : transformers.Sam3Processor
+    split : helpers.data.Split
+        Images, annotated or not. What lies on an object annotated as something else does not count.
+    words : sequence of str
+        That the base knows.
+
+    Returns
+    -------
+    dict
+        ``words``; ``objects``, those of the base; ``AP`` and ``AP50`` in [0, 1], average precision of
+        the masks with the base's as truth, 1 if nothing has changed; ``false_positive_rate``, the
+        share of the questions with a clear no of the base to which the adapted model says yes.
+
+    Raises
+    ------
+    InputError
+        If there is no adapter, or the base detects none of the words.
+    """
+    if not hasattr(model, "disable_adapter"):
+        raise InputError("a base has no adapter to compare it with", fix="name a run")
+    with model.disable_adapter():
+        answers = clear_answers(model, processor, split.records, words)
+    by_image = {record.image_id: record for record in split.records}
+    queries, false_yes = [], []
+    for raw in raw_outputs(model, processor, split.records, list(words)):
+        detected, possible = answers[raw.image]
+        if raw.prompt in detected:
+            record = by_image[raw.image]
+            queries.append(query_of(raw, detect(raw, SCORE_FLOOR), record, detected[raw.prompt]))
+        elif raw.prompt not in possible:
+            false_yes.append(raw.max_score >= CLEAR_YES)
+    if not queries:
+        raise InputError(
+            f"the base detects none of {', '.join(words)}",
+            where=f"{split.root}, {split.name}",
+            fix="name words of things that these images show and the base knows",
+        )
+    precision = coco_ap(queries)
+    return {
+        "words": list(words),
+        "objects": sum(len(query.gt) for query in queries),
+        "AP": precision["AP"],
+        "AP50": precision["AP50"],
+        "false_positive_rate": float(np.mean(false_yes)) if false_yes else None,
+    }

@@ -12,6 +12,7 @@ from PIL import Image
 
 from helpers.data.dataset import PromptCollator
 from helpers.data.images import open_upright
+from helpers.data.prompts import plain_prompt
 from helpers.detect.detections import detect, raw_predictions
 from helpers.errors import InputError, check_probability
 from helpers.model.prompted import outputs_by_rows
@@ -51,10 +52,13 @@ class Predictor:
         Put into eval mode.
     processor : transformers.Sam3Processor
         Of the same base, from `helpers.model.load_base` or a run.
+    adapter_words : sequence of str, optional
+        Routing: only these are asked of the adapter, all others of its base.
     """
 
-    def __init__(self, model, processor):
+    def __init__(self, model, processor, adapter_words=None):
         self.model, self.processor = model.eval(), processor
+        self.adapter_words = adapter_words and {plain_prompt(word) for word in adapter_words}
         self.tokenize = PromptCollator(processor).tokenize
 
     @torch.no_grad()
@@ -67,6 +71,18 @@ class Predictor:
         if isinstance(image, str | os.PathLike):
             name = str(image) if name is None else name
             image = open_upright(image)
+        if self.adapter_words is None:
+            return self._answers(image, prompts, name)
+        own = [prompt for prompt in prompts if plain_prompt(prompt) in self.adapter_words]
+        others = [prompt for prompt in prompts if prompt not in own]
+        answers = dict(zip(own, self._answers(image, own, name), strict=True))
+        with self.model.disable_adapter():
+            answers |= zip(others, self._answers(image, others, name), strict=True)
+        return [answers[prompt] for prompt in prompts]
+
+    def _answers(self, image, prompts, name):
+        if not prompts:
+            return []
         width, height = image.size
         pixel_values = self.processor.image_processor(images=image, return_tensors="pt")
         batch = {"pixel_values": pixel_values["pixel_values"], **self.tokenize(prompts)}
@@ -146,15 +162,10 @@ def raw_outputs(model, processor, records, prompts):
 
 def untrained_prompts(prompts, trained):
     """Map each prompt that an adapter never saw to the closest of those it saw, or None."""
-    known = {_plain(prompt): prompt for prompt in trained}
+    known = {plain_prompt(prompt): prompt for prompt in trained}
     closest = {}
     for prompt in prompts:
-        if _plain(prompt) not in known:
-            similar = difflib.get_close_matches(_plain(prompt), known, n=1)
+        if plain_prompt(prompt) not in known:
+            similar = difflib.get_close_matches(plain_prompt(prompt), known, n=1)
             closest[prompt] = known[similar[0]] if similar else None
     return closest
-
-
-def _plain(prompt):
-    """Bring a prompt to lower case with single spaces, which is all the same to the tokenizer."""
-    return " ".join(prompt.casefold().split())

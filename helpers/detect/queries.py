@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from helpers.data.dataset import PromptCollator, PromptDataset
 from helpers.data.masks import clip_box
-from helpers.data.prompts import present_prompts
+from helpers.data.prompts import plain_prompt, present_prompts
 from helpers.data.records import true_objects, true_rle
 from helpers.detect.detections import detect, raw_predictions, reaches
 from helpers.errors import InputError, check_probability
@@ -143,6 +144,7 @@ def predict_split(
     mask_threshold=0.5,
     batch_size=4,
     num_workers=0,
+    adapter_words=None,
 ):
     """Ask a model about every image of a split.
 
@@ -156,6 +158,8 @@ def predict_split(
     mask_threshold : float
         In [0, 1]; a pixel with a higher probability belongs to the mask.
     batch_size, num_workers : int
+    adapter_words : sequence of str, optional
+        Routing: only these are asked of the adapter, all others of its base.
 
     Returns
     -------
@@ -168,12 +172,24 @@ def predict_split(
     loader = DataLoader(dataset, collate_fn=PromptCollator(processor), **settings)
     model.eval()
     device = next(model.parameters()).device
-    queries = []
-    for batch in loader:
-        for rows, outputs in outputs_by_rows(model, batch, device):
-            questions = batch["queries"][rows]
-            queries += queries_from_outputs(outputs, questions, dataset, mask_threshold)
-    return queries
+    routes = [nullcontext()]
+    if adapter_words is not None:
+        routes.append(model.disable_adapter())
+    answers = []
+    for route in routes:
+        with route:
+            answers.append([])
+            for batch in loader:
+                for rows, outputs in outputs_by_rows(model, batch, device):
+                    questions = batch["queries"][rows]
+                    answers[-1] += queries_from_outputs(outputs, questions, dataset, mask_threshold)
+    if adapter_words is None:
+        return answers[0]
+    words = {plain_prompt(word) for word in adapter_words}
+    return [
+        own if plain_prompt(own.prompt) in words else of_base
+        for own, of_base in zip(*answers, strict=True)
+    ]
 
 
 def queries_from_outputs(outputs, questions, dataset, mask_threshold):
@@ -186,7 +202,7 @@ def queries_from_outputs(outputs, questions, dataset, mask_threshold):
         record = records[raw.image]
         present = present_prompts(record, dataset.split.categories, dataset.prompt)
         detections = detect(raw, SCORE_FLOOR, mask_threshold, MAX_DETECTIONS)
-        queries.append(_query(raw, detections, record, present.get(raw.prompt, [])))
+        queries.append(query_of(raw, detections, record, present.get(raw.prompt, [])))
     return queries
 
 
@@ -202,11 +218,11 @@ def as_queries(predictions, records):
         if record is None:
             fix = "pass the records of its split"
             raise InputError("no record of this image", where=prediction.image, fix=fix)
-        queries.append(_query(prediction, prediction.detections, record, true_objects(record)))
+        queries.append(query_of(prediction, prediction.detections, record, true_objects(record)))
     return queries
 
 
-def _query(answer, detections, record, objects):
+def query_of(answer, detections, record, objects):
     """Set an answer (raw or not) beside the objects that count as its ground truth."""
     gt = [true_rle(record, item) for item in objects]
     pred = [

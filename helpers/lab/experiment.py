@@ -7,21 +7,40 @@ import time
 from dataclasses import dataclass, replace
 from itertools import product
 
+import torch
+from peft.helpers import rescale_adapter_scale
+from torch import nn
+from torch.utils.data import DataLoader, RandomSampler, Subset
+from transformers import get_cosine_schedule_with_warmup, set_seed
+
 from helpers.config import load_config
 from helpers.data.coco import read_split
+from helpers.data.dataset import PromptCollator, PromptDataset
 from helpers.detect.metrics import coco_ap, evaluate_queries
 from helpers.detect.queries import predict_split
 from helpers.errors import InputError
 from helpers.files import CONFIGS, DATA, ROOT, WALL_CRACKS, read_json
 from helpers.lab.spoil import read_split_wrong_keys
 from helpers.model.lora import COMPONENTS
-from helpers.model.sam3 import best_device
+from helpers.model.losses import sam3_losses
+from helpers.model.prompted import loss_inputs, model_inputs
+from helpers.model.sam3 import best_device, load_base
 from helpers.train.training import train
 
 SEEDS = (1, 2, 3, 4, 5)
-SEEDS_OF = {"half_known": (1, 2)}  # of designs with others than five
+SEEDS_OF = {"one_step": tuple(range(1, 11)), "sensitivity": (1, 2, 3)}  # others than five
+BASES = {
+    "never": "data/tiny_sam3",
+    "half": "data/tiny_sam3_half_known",
+    **{grade: f"runs/bases/{grade}" for grade in ("quarter", "most", "half_shut", "control")},
+}
+"""How well a base knows the word "crack", see `data/tiny_sam3_half_known`, and where it is."""
+WORD = ("never", "half")
+KNOWN_WORDS = tuple("joint moss stain rust hole bolt tile brick marking tape".split())
+"""What both bases know; it is painted on the walls of `KNOWN_THINGS`."""
 FACTORS = {
     "causes": {
+        "word": WORD,
         "objects": ("no", "yes"),
         "prompt": ("object", "crack"),
         "text_lora": ("off", "on"),
@@ -30,6 +49,8 @@ FACTORS = {
     "schedule": {"schedule": ("failing", "fixed"), "text_lora": ("off", "on")},
 }
 """Factors of the two factorial designs with their levels, the document's position first."""
+SUSPECTS = {name: levels for name, levels in FACTORS["causes"].items() if name != "word"}
+"""Those of the main design that a run can change; the word is a property of its base."""
 SCHEDULES = {"failing": (20, 1000, 5e-5), "fixed": (50, 100, 1e-4)}
 """Epochs, warm-up steps and learning rate of the document."""
 PARTS = tuple(name for name in COMPONENTS if name != "geometry_encoder")
@@ -47,9 +68,8 @@ PARAMETERS_AT_RANK_1 = {
 """Of the embedded base, all names of the config's ``target_modules``; a test counts them."""
 FULL_RANK = 64
 BATCH = ("training.batch_size=4", "training.gradient_accumulation_steps=1")
-SHORTER = {("tiny", "causes"): 0.1, ("tiny", "half_known"): 0.1, ("tiny", "components"): 0.06}
-"""Share of the config's epochs by profile and design: 290 runs of the base then take three hours."""
-HALF_KNOWN = "data/tiny_sam3_half_known"
+EPOCHS_SCALE = {"schedule": 0.2, "components": 0.06}
+"""Share of the config's epochs on the embedded base by design; 0.1, which are 5 epochs, in others."""
 
 TABLES = DATA / "experiments"  # committed: one CSV file per design, base.csv, confusion.csv
 DATA_DIR = str(WALL_CRACKS.relative_to(ROOT))  # so that a config has one hash on every machine
@@ -83,13 +103,14 @@ class Cell:
     def name(self):
         """Unique in its design, usable as a file name."""
         levels = [f"{key}-{value}" for key, value in self.factors.items()]
-        return "_".join([*levels, f"seed-{self.seed}"]).replace(" ", "-")
+        return "_".join([*levels, f"seed-{self.seed}"]).replace(" ", "-").replace(",", "")
 
     def config(self, profile, data_dir):
-        """Return the `helpers.config.Config` of the run."""
+        """Return the `helpers.config.Config` of the run; only the tiny profile has several bases."""
         settings = [("data.data_dir", str(data_dir)), ("training.seed", self.seed)]
-        if (profile, self.design) in SHORTER:
-            settings.append(("scale.num_epochs", SHORTER[profile, self.design]))
+        if profile == "tiny":
+            settings.append(("scale.num_epochs", EPOCHS_SCALE.get(self.design, 0.1)))
+            settings.append(("model.name", BASES[self.factors.get("word", "never")]))
         path = CONFIGS / "crack_detection_config.yaml"
         return load_config(path, profile, [*settings, *BATCH, *self.overrides])
 
@@ -98,26 +119,79 @@ def _flag(part, is_on):
     return f"lora.apply_to_{part}={str(is_on).lower()}"
 
 
+def _only_lora_on(*parts):
+    return tuple(_flag(part, part in parts) for part in PARTS)
+
+
+def _suspects_cell(design, seed, factors, *more):
+    """Return the cell of a base (``word``) with the four suspects set, and `more` settings."""
+    overrides = (
+        f"data.prompt={'object' if factors['prompt'] == 'object' else 'null'}",
+        _flag("text_encoder", factors["text_lora"] == "on"),
+        f"data.num_negatives={factors['negatives']}",
+    )
+    return Cell(design, factors, seed, (*overrides, *more), factors["objects"] == "yes")
+
+
 def causes_design(seeds):
-    """Cross the four suspects: objects read, training prompt, text LoRA, absent prompts."""
+    """Cross the four suspects on two bases: objects read, training prompt, text LoRA, negatives."""
+    factors = FACTORS["causes"]
+    return [
+        _suspects_cell("causes", seed, dict(zip(factors, levels, strict=True)))
+        for seed, *levels in product(seeds, *factors.values())
+    ]
+
+
+def one_step_design(seeds):
+    """Change one suspect, from the failing and from the working state, on four more bases."""
     cells = []
-    for seed, *levels in product(seeds, *FACTORS["causes"].values()):
-        factors = dict(zip(FACTORS["causes"], levels, strict=True))
-        overrides = (
-            f"data.prompt={'object' if factors['prompt'] == 'object' else 'null'}",
-            _flag("text_encoder", factors["text_lora"] == "on"),
-            f"data.num_negatives={factors['negatives']}",
-        )
-        cells.append(Cell("causes", factors, seed, overrides, factors["objects"] == "yes"))
+    for seed, word, end in product(seeds, [w for w in BASES if w not in WORD], (0, 1)):
+        state = {"word": word} | {name: levels[end] for name, levels in SUSPECTS.items()}
+        others = [state | {name: levels[1 - end]} for name, levels in SUSPECTS.items()]
+        cells += [_suspects_cell("one_step", seed, factors) for factors in (state, *others)]
     return cells
 
 
-def half_known_design(seeds):
-    """Run the cells of `causes_design` on the base that half knows the word."""
-    base = f"model.name={HALF_KNOWN}"
+def sensitivity_design(seeds):
+    """Ask if the main results depend on the learning rate or on the number of epochs."""
+    cells = []
+    states = [("yes", "object", "off", 0), ("yes", "crack", "off", 3), ("yes", "crack", "on", 3)]
+    schedules = [(10.0, 5), (3.0, 5), (10.0, 15), (30.0, 15)]
+    for seed, word, levels, (scale, epochs) in product(seeds, WORD, states, schedules):
+        factors = {"word": word, **dict(zip(SUSPECTS, levels, strict=True))}
+        factors |= {"rate_scale": scale, "epochs": epochs}
+        changes = (f"scale.learning_rate={scale}", f"scale.num_epochs={epochs / 50}")
+        cells.append(_suspects_cell("sensitivity", seed, factors, *changes))
+    return cells
+
+
+_REPLAY = f"data.replay_words=[{', '.join(KNOWN_WORDS)}]"
+_REPLAY_OF_FIVE = f"data.replay_words=[{', '.join(KNOWN_WORDS[:5])}]"
+RECIPES = {
+    "fixed config": (),
+    "rate / 3": ("scale.learning_rate=10",),
+    "rate / 10": ("scale.learning_rate=3",),
+    "DETR encoder": _only_lora_on("detr_encoder"),
+    "DETR encoder and masks": _only_lora_on("detr_encoder", "mask_decoder"),
+    "replay": (_REPLAY,),
+    "replay, twice the epochs": (_REPLAY, "scale.num_epochs=0.2"),
+    "replay of five": (_REPLAY_OF_FIVE,),
+    "replay, no absent prompts": (_REPLAY, "data.num_negatives=0"),
+    "DETR encoder and masks, replay": (*_only_lora_on("detr_encoder", "mask_decoder"), _REPLAY),
+    "word as embedding": (),
+}
+"""Ways to teach a word, with what they change in the fixed config."""
+ROUTED = ("fixed config",)
+"""Recipes that are judged again with every other word asked of the base."""
+SCALED = {"fixed config": (0.75, 0.5), "replay": (0.75,)}
+"""Recipes that are judged again with their adapter scaled down after the training."""
+
+
+def front_design(seeds):
+    """Teach the word in every way of `RECIPES`, on both bases."""
     return [
-        replace(cell, design="half_known", overrides=(*cell.overrides, base))
-        for cell in causes_design(seeds)
+        Cell("front", {"recipe": recipe, "word": word}, seed, overrides)
+        for seed, word, (recipe, overrides) in product(seeds, WORD, RECIPES.items())
     ]
 
 
@@ -133,7 +207,7 @@ def components_design(seeds):
         if parts != ("mask_decoder",):  # its only feed-forward layers are convolutions
             names += ["fc1", "fc2"]
         overrides = (
-            *(_flag(part, part in parts) for part in PARTS),
+            *_only_lora_on(*parts),
             f"lora.target_modules=[{', '.join(names)}]",
             f"lora.rank={rank}",
             f"lora.alpha={2 * rank}",
@@ -160,68 +234,169 @@ def schedule_design(seeds):
 
 DESIGNS = {
     "causes": causes_design,
-    "half_known": half_known_design,
+    "front": front_design,
+    "one_step": one_step_design,
+    "sensitivity": sensitivity_design,
     "schedule": schedule_design,
     "components": components_design,
 }
 
 
-def cells_of(design, seeds=None):
-    """List the runs of a design in `DESIGNS`, one seed after the other."""
+def cells_of(design, seeds=None, profile="tiny"):
+    """List the runs of a design in `DESIGNS`, one seed after the other.
+
+    Only the tiny profile has bases that know the word to a degree; another has its own base.
+    """
     seeds = SEEDS_OF.get(design, SEEDS) if seeds is None else seeds
     if design not in DESIGNS:
         raise InputError(f"there is no design {design!r}", fix=f"use one of {', '.join(DESIGNS)}")
     if not seeds:
         raise InputError("no seed is given", fix="give at least one, better five")
-    return DESIGNS[design](seeds)
+    cells = DESIGNS[design](seeds)
+    if profile == "tiny" or "word" not in cells[0].factors:
+        return cells
+    first = cells[0].factors["word"]
+    own = [cell for cell in cells if cell.factors["word"] == first]
+    return [replace(cell, factors=cell.factors | {"word": "its own"}) for cell in own]
+
+
+def usages_of(design, seeds=None, profile="tiny"):
+    """List the rows of a design, as cells: in ``front`` an adapter can be used in several ways."""
+    rows = []
+    for cell in cells_of(design, seeds, profile):
+        recipe = cell.factors.get("recipe")
+        names = [f"{recipe}{suffix}" for suffix in ("", *_suffixes(recipe))]
+        own = [replace(cell, factors=cell.factors | {"recipe": name}) for name in names]
+        rows += [cell] if recipe is None else own
+    return rows
+
+
+def _suffixes(recipe):
+    scaled = [f", scaled by {scale}" for scale in SCALED.get(recipe, ())]
+    return [*scaled, *([", routed"] if recipe in ROUTED else [])]
 
 
 def run_cell(cell, profile, data_dir, folder):
     """Train and judge one cell on the dataset in ``data_dir``, with the run in ``folder``.
 
-    Returns a row of the tables, a dict: what was run, `RESPONSES`, and the costs.
+    Returns rows of the tables, dicts: what was run, `RESPONSES`, and the costs. There is one, but in
+    ``front`` another for each way to use the same adapter.
     """
     started = time.perf_counter()
     config = cell.config(profile, data_dir)
     read = read_split if cell.objects_read else read_split_wrong_keys
-    result = train(
-        config,
-        output_dir=folder,
-        overwrite=True,
-        train_split=read(data_dir, config.data.train_split),
-        val_split=read(data_dir, config.data.val_split),
-        allow_empty=not cell.objects_read,
-        progress=False,
-    )
+    train_split = read(data_dir, config.data.train_split)
     row = {"design": cell.design, **cell.factors, "seed": cell.seed}
-    row |= judge(result.model, result.processor, config, data_dir)
-    return row | {
-        "final_loss": result.metrics["train_loss"]["last"],
-        "parameters": int(result.adapter.loc["total", "parameters"]),
-        "rank": config.lora.rank,
-        "steps": result.metrics["steps"],
-        "seconds": round(time.perf_counter() - started, 1),
-        "profile": profile,
-        "config_hash": config.fingerprint(),
-        "code_version": code_version(),
-    }
+    run = {"profile": profile, "config_hash": config.fingerprint(), "code_version": code_version()}
+    if cell.factors.get("recipe") == "word as embedding":
+        model, processor, run_costs = learn_word(config, train_split)
+    else:
+        result = train(
+            config,
+            output_dir=folder,
+            overwrite=True,
+            train_split=train_split,
+            val_split=read(data_dir, config.data.val_split),
+            allow_empty=not cell.objects_read,
+            progress=False,
+        )
+        model, processor = result.model, result.processor
+        run_costs = {
+            "final_loss": result.metrics["train_loss"]["last"],
+            "parameters": int(result.adapter.loc["total", "parameters"]),
+            "rank": config.lora.rank,
+            "steps": result.metrics["steps"],
+        }
+    words, recipe = KNOWN_WORDS if cell.design == "front" else None, cell.factors.get("recipe")
+    measured = {recipe: judge(model, processor, config, data_dir, words)}
+    for scale in SCALED.get(recipe, ()):
+        with rescale_adapter_scale(model, scale):
+            usage = f"{recipe}, scaled by {scale}"
+            measured[usage] = judge(model, processor, config, data_dir, words)
+    if recipe in ROUTED:
+        own = train_split.categories
+        measured[f"{recipe}, routed"] = judge(model, processor, config, data_dir, words, own)
+    run["seconds"] = round(time.perf_counter() - started, 1)
+    names = [{} if recipe is None else {"recipe": usage} for usage in measured]
+    return [
+        row | name | judged | run_costs | run
+        for name, judged in zip(names, measured.values(), strict=True)
+    ]
 
 
-def judge(model, processor, config, data_dir):
-    """Measure `RESPONSES` of one model, asking for the category names, whatever was trained."""
+def learn_word(config, split, *, learning_rate=3e-2, steps=160, warmup_steps=5):
+    """Teach a word as an embedding: all weights stay frozen, its text states are learned.
+
+    Returns the model, in which the states stand for the word, its processor, and the costs.
+    """
+    set_seed(config.training.seed)
+    base = config.model
+    model, processor = load_base(base.name, base.revision, resolution=base.resolution)
+    model.to(best_device()).requires_grad_(False)
+    dataset = PromptDataset.from_config(config, split, model, processor, num_negatives=0)
+    [word] = dataset.own_names
+    tokens = PromptCollator(processor).tokenize([word])
+    tokens = {name: tensor.to(model.device) for name, tensor in tokens.items()}
+    length = int(tokens["attention_mask"].sum())
+    states = nn.Parameter(model.text_states(**tokens)[:, :length].clone())
+    text_features = model.get_text_features
+
+    def with_word(input_ids, attention_mask=None, **options):
+        features = text_features(input_ids, attention_mask, **options)
+        asked = (input_ids == tokens["input_ids"]).all(dim=1)
+        padded = nn.functional.pad(states, (0, 0, 0, input_ids.shape[1] - length))
+        output = torch.where(asked[:, None, None], padded, features.pooler_output)
+        features.pooler_output = output
+        return features
+
+    model.get_text_features = with_word
+    optimizer = torch.optim.AdamW([states], lr=learning_rate, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup_steps, steps)
+    present = [index for index, record in enumerate(dataset.records) if record.objects]
+    loader = DataLoader(
+        Subset(dataset, present),
+        batch_size=config.training.batch_size,
+        sampler=RandomSampler(present, num_samples=steps * config.training.batch_size),
+        collate_fn=PromptCollator(processor),
+    )
+    for batch in loader:
+        outputs = model(**model_inputs(batch, model.device))
+        loss = sam3_losses(loss_inputs(outputs), batch["targets"])["total"]
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([states], 1.0)
+        optimizer.step()
+        schedule.step()
+    costs = {"final_loss": loss.item(), "parameters": states.numel(), "rank": 0, "steps": steps}
+    return model, processor, costs
+
+
+def judge(model, processor, config, data_dir, words=None, adapter_words=None):
+    """Measure `RESPONSES` of one model, asking for the category names, whatever was trained.
+
+    With the words that the base knows, average precision is also that of the first five alone, which
+    are replayed in every recipe with a replay, and of the others. For `adapter_words` see
+    `helpers.detect.predict_split`.
+    """
     model.to(best_device())
     settings, test = config.evaluation, read_split(data_dir, "test")
-    options = {"absent_prompts": settings.absent_prompts, "mask_threshold": settings.mask_threshold}
-    queries = predict_split(model, processor, test, **options)
+    options = {name: getattr(settings, name) for name in ("absent_prompts", "mask_threshold")}
+    queries = predict_split(model, processor, test, **options, adapter_words=adapter_words)
     metrics = evaluate_queries(queries, settings.score_threshold)
     row = {name: metrics[source] for name, source in OF_EVALUATION.items()}
     present = [query for query in queries if query.is_positive]
     for name in ("presence_prob", "max_query_prob"):
         row[name] = sum(getattr(query, name) for query in present) / len(present)
     prompts = read_json(KNOWN_THINGS / "prompts.json", "restore data/known_things")
-    known = predict_split(model, processor, read_split(KNOWN_THINGS, "test"))
-    retention = coco_ap([query for query in known if query.prompt in prompts[query.image_id]])
-    return row | {f"retention_{name}": retention[name] for name in ("AP", "AP50")}
+    things = read_split(KNOWN_THINGS, "test")
+    known = predict_split(model, processor, things, adapter_words=adapter_words)
+    known = [query for query in known if query.prompt in prompts[query.image_id]]
+    precision = coco_ap(known)
+    row |= {f"retention_{name}": precision[name] for name in ("AP", "AP50")}
+    for name, group in {"first_five": words[:5], "last_five": words[5:]}.items() if words else ():
+        precision = coco_ap([query for query in known if query.prompt in group])
+        row[f"retention_AP_{name}"] = precision["AP"]
+    return row
 
 
 def code_version():

@@ -1,6 +1,6 @@
 """The committed tables of experiment and diagnosis: checked, compared and drawn.
 
-What they show holds for a base that never met the word it is taught, but for ``half_known``.
+What they show holds for the base in the column ``word``; without it, for one that never met the word.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from helpers.errors import InputError
 from helpers.files import ROOT, resolve
 from helpers.lab.experiment import (
     DATA_DIR,
-    FACTORS,
     RESPONSES,
+    SUSPECTS,
     TABLES,
     TEXT_COLUMNS,
-    cells_of,
+    usages_of,
 )
 from helpers.show.charts import COLOURS, MARKERS, dress
 
@@ -254,9 +254,10 @@ def load_table(design, folder=TABLES, *, profile="tiny"):
     """Read a table and make sure that it is the whole design, made with the present configs.
 
     ``design`` is a key of `helpers.lab.experiment.DESIGNS`, ``profile`` that of the configs. Returns
-    one row per run: factors, ``seed``, `helpers.lab.experiment.RESPONSES` and what was run.
+    one row per run, and in ``front`` per use of an adapter: factors, ``seed``,
+    `helpers.lab.experiment.RESPONSES` and what was run.
     """
-    table, cells = _read(folder, design), cells_of(design)
+    table, cells = _read(folder, design), usages_of(design)
     keys = [*cells[0].factors, "seed"]
     rows = sorted(table[keys].astype(str).itertuples(index=False, name=None))
     hashes = {cell.config(profile, DATA_DIR).fingerprint() for cell in cells}
@@ -281,16 +282,17 @@ def load_base_row(folder=TABLES):
 def steps_table(table, outcome):
     """Show what one change does from the failing state, and one fault from the working one.
 
-    ``table`` is the design ``causes`` or ``half_known``, from `load_table`; ``outcome`` a response.
+    ``table`` holds the runs of the design ``causes`` on one base, from `load_table`; ``outcome`` is a
+    response.
 
     Returns one row per ``state`` (failing, working) and factor ``changed``: ``change`` (the levels),
     ``before`` and ``after`` (means over the seeds), and the 95 % interval of their difference.
     """
     rows = {}
     for end, name in enumerate(("failing", "working")):
-        state = {factor: levels[end] for factor, levels in FACTORS["causes"].items()}
+        state = {factor: levels[end] for factor, levels in SUSPECTS.items()}
         before = _runs_of(table, state)[outcome].mean()
-        for factor, levels in FACTORS["causes"].items():
+        for factor, levels in SUSPECTS.items():
             other = levels[1 - end]
             step = paired_difference(table, outcome, state, state | {factor: other})
             rows[name, factor] = {

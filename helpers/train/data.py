@@ -11,7 +11,9 @@ from accelerate import PartialState
 from helpers.checks.dataset import check_dataset
 from helpers.data import PromptCollator, PromptDataset, count_objects, load_dataset
 from helpers.data.dataset import data_fingerprint
+from helpers.data.prompts import nouns_overlap
 from helpers.data.records import rename_categories
+from helpers.detect.knowledge import clear_answers
 from helpers.errors import InputError
 from helpers.model.cache import BackboneCache, text_states
 
@@ -43,6 +45,10 @@ def training_data(config, model, processor, *, train_split=None, val_split=None,
     asked = {"prompt": data.prompt, "absent_prompts": config.evaluation.absent_prompts}
     valid = PromptDataset.for_evaluation(splits[1], model, processor, **asked, backbone_cache=cache)
     counts = {"train": count_objects(train), "valid": count_objects(valid)}
+    if data.replay_words:  # after the counts: a run whose own objects are missing must not pass
+        model.to(PartialState().device)
+        _refuse_own_words(data.replay_words, train)
+        train.set_replay(clear_answers(model, processor, train.records, data.replay_words))
     for _ in counts:  # the draw of a loader that starts: seeds give the runs that they always gave
         torch.empty((), dtype=torch.int64).random_()
     if not counts["train"]["num_objects"].any() and not allow_empty:
@@ -82,3 +88,15 @@ def _filled_cache(config, model, processor, splits, pictures):
     loading = {"batch_size": config.training.batch_size, "num_workers": config.training.num_workers}
     cache.fill(records, **loading, progress=sys.stderr.isatty())
     return cache
+
+
+def _refuse_own_words(words, dataset):
+    """Raise InputError for a word to replay that may mean what is annotated."""
+    for word in words:
+        for noun in dataset.own_names:
+            if nouns_overlap(word, noun):
+                raise InputError(
+                    f"{word!r} means what is annotated as {noun!r}, and the base would contradict it",
+                    where="data.replay_words",
+                    fix="list other things that the base knows",
+                )

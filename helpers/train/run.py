@@ -68,6 +68,7 @@ _KEYS = {
         "prompts": (dict[str, int], ...),
         "negatives": (dict[str, int], ...),
         "negatives_per_image": (int, ...),
+        "replayed": (dict[str, int], {}),
     },
     VERSIONS_FILE: {"packages": (dict[str, str], {}), "num_processes": (int, 1)},
     STOPPED_FILE: {"message": (str, ...), "fix": (str | None, None)},
@@ -94,7 +95,7 @@ class RunFiles:
 
     folder: Path
     config: Config
-    prompts: dict  # prompts and negatives, each to its number of images, and negatives_per_image
+    prompts: dict  # prompts, negatives, replayed: words to images; and negatives_per_image
     metrics: dict  # of `run_metrics`
     history: list  # ``trainer.state.log_history``
     adapter: pd.DataFrame  # `adapter_report` of the end; grad_norm is that of the first step
@@ -319,6 +320,7 @@ def _refuse_other_config(folder, config):
 def trained_prompts(dataset):
     """Return what a training `PromptDataset` asks, see `RunFiles.prompts`."""
     present, absent = Counter(), Counter()
+    replayed = Counter(word for words in dataset.replay.values() for word in words)
     for record in dataset.records:
         prompts = present_prompts(record, dataset.split.categories, dataset.prompt)
         present.update(prompts.keys())
@@ -329,6 +331,7 @@ def trained_prompts(dataset):
         "prompts": dict(sorted(present.items())),
         "negatives": dict(sorted(absent.items())),
         "negatives_per_image": dataset.num_negatives,
+        "replayed": dict(sorted(replayed.items())),
     }
 
 

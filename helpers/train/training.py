@@ -19,6 +19,7 @@ from transformers import ProgressCallback, TrainerCallback, set_seed
 
 from helpers.config import load_config
 from helpers.data.dataset import PromptDataset, count_objects, load_dataset
+from helpers.detect.knowledge import retention
 from helpers.environment import SUBJECT_PACKAGES, device
 from helpers.errors import InputError
 from helpers.files import resolve, write_json, write_text
@@ -262,6 +263,9 @@ def _finish(trainer, folder, data, first_report):
         "trained_parameters": run_folder.trained_parameters(trainer.optimizer, model),
         "notes": run_folder.run_notes(state, config, best_step, report),
     }
+    if config.data.replay_words:
+        processor, valid = data.collator.processor, data.valid.split
+        metrics["retention"] = retention(model, processor, valid, config.data.replay_words)
     prompts = run_folder.trained_prompts(data.train)
     files = (folder, config, prompts, metrics, state.log_history, report)
     result = run_folder.RunResult(*files, model.eval(), data.collator.processor)

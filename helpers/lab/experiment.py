@@ -181,10 +181,11 @@ RECIPES = {
     "word as embedding": (),
 }
 """Ways to teach a word, with what they change in the fixed config."""
-ROUTED = ("fixed config",)
-"""Recipes that are judged again with every other word asked of the base."""
-SCALED = {"fixed config": (0.75, 0.5), "replay": (0.75,)}
-"""Recipes that are judged again with their adapter scaled down after the training."""
+USAGES = {
+    "fixed config": {", scaled by 0.75": 0.75, ", scaled by 0.5": 0.5, ", routed": None},
+    "replay": {", scaled by 0.75": 0.75},
+}
+"""Other ways to use the adapter of a recipe: scaled down, or (None) with other words to the base."""
 
 
 def front_design(seeds):
@@ -261,19 +262,14 @@ def cells_of(design, seeds=None, profile="tiny"):
 
 
 def usages_of(design, seeds=None, profile="tiny"):
-    """List the rows of a design, as cells: in ``front`` an adapter can be used in several ways."""
+    """List the rows of a design, as cells: in ``front`` an adapter may be used in several ways."""
     rows = []
     for cell in cells_of(design, seeds, profile):
         recipe = cell.factors.get("recipe")
-        names = [f"{recipe}{suffix}" for suffix in ("", *_suffixes(recipe))]
-        own = [replace(cell, factors=cell.factors | {"recipe": name}) for name in names]
-        rows += [cell] if recipe is None else own
+        for suffix in ("", *USAGES.get(recipe, ())):
+            name = {} if recipe is None else {"recipe": recipe + suffix}
+            rows.append(replace(cell, factors=cell.factors | name))
     return rows
-
-
-def _suffixes(recipe):
-    scaled = [f", scaled by {scale}" for scale in SCALED.get(recipe, ())]
-    return [*scaled, *([", routed"] if recipe in ROUTED else [])]
 
 
 def run_cell(cell, profile, data_dir, folder):
@@ -308,20 +304,19 @@ def run_cell(cell, profile, data_dir, folder):
             "steps": result.metrics["steps"],
         }
     words, recipe = KNOWN_WORDS if cell.design == "front" else None, cell.factors.get("recipe")
-    measured = {recipe: judge(model, processor, config, data_dir, words)}
-    for scale in SCALED.get(recipe, ()):
-        with rescale_adapter_scale(model, scale):
-            usage = f"{recipe}, scaled by {scale}"
-            measured[usage] = judge(model, processor, config, data_dir, words)
-    if recipe in ROUTED:
-        own = train_split.categories
-        measured[f"{recipe}, routed"] = judge(model, processor, config, data_dir, words, own)
+    asked = (model, processor, config, data_dir, words)
+    measured = {"": judge(*asked)}
+    for usage, scale in USAGES.get(recipe, {}).items():
+        if scale is None:
+            measured[usage] = judge(*asked, adapter_words=train_split.categories)
+        else:
+            with rescale_adapter_scale(model, scale):
+                measured[usage] = judge(*asked)
     run["seconds"] = round(time.perf_counter() - started, 1)
-    names = [{} if recipe is None else {"recipe": usage} for usage in measured]
-    return [
-        row | name | judged | run_costs | run
-        for name, judged in zip(names, measured.values(), strict=True)
-    ]
+    rows = [row | numbers | run_costs | run for numbers in measured.values()]
+    for usage, line in zip(measured, rows, strict=True):
+        line |= {"recipe": recipe + usage} if recipe else {}
+    return rows
 
 
 def learn_word(config, split, *, learning_rate=3e-2, steps=160, warmup_steps=5):

@@ -189,8 +189,8 @@ def test_the_table_of_the_readme_is_that_of_the_experiment():
         "negatives": "absent prompts per image",
     }
     never, half = (
-        steps_table(load_table(design, TABLES), "detected_share")
-        for design in ("causes", "half_known")
+        steps_table(load_table("causes", TABLES, word=word), "detected_share")
+        for word in ("never", "half")
     )
     rows = []
     for (state, factor), step in never.iterrows():

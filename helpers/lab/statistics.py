@@ -250,11 +250,11 @@ def _read(folder, name):
     return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=TEXT_COLUMNS)
 
 
-def load_table(design, folder=TABLES, *, profile="tiny"):
+def load_table(design, folder=TABLES, *, profile="tiny", word=None):
     """Read a table and make sure that it is the whole design, made with the present configs.
 
-    ``design`` is a key of `helpers.lab.experiment.DESIGNS`, ``profile`` that of the configs. Returns
-    one row per run, and in ``front`` per use of an adapter: factors, ``seed``,
+    ``design`` is a key of `helpers.lab.experiment.DESIGNS`, ``profile`` that of the configs; ``word``
+    takes the rows of one base, see `helpers.lab.experiment.BASES`. Returns one row per run, and in ``front`` per use of an adapter: factors, ``seed``,
     `helpers.lab.experiment.RESPONSES` and what was run.
     """
     table, cells = _read(folder, design), usages_of(design)
@@ -271,12 +271,13 @@ def load_table(design, folder=TABLES, *, profile="tiny"):
     if problem:
         fix = "run `make experiment` to the end, or restore the configs"
         raise InputError(problem, where=folder / f"{design}.csv", fix=fix)
-    return table
+    return table if word is None else table[table["word"] == word].reset_index(drop=True)
 
 
-def load_base_row(folder=TABLES):
-    """Read what the base answers without any adapter: `helpers.lab.experiment.RESPONSES` by name."""
-    return _read(folder, "base").iloc[0][list(RESPONSES)].astype(float)
+def load_base_row(folder=TABLES, word="never"):
+    """Read what a base answers without any adapter: `helpers.lab.experiment.RESPONSES` by name."""
+    table = _read(folder, "base").set_index("word")
+    return table.loc[word, list(RESPONSES)].astype(float)
 
 
 def steps_table(table, outcome):

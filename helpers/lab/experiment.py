@@ -28,7 +28,7 @@ from helpers.model.sam3 import best_device, load_base
 from helpers.train.training import train
 
 SEEDS = (1, 2, 3, 4, 5)
-SEEDS_OF = {"one_step": tuple(range(1, 11)), "sensitivity": (1, 2, 3)}  # others than five
+SEEDS_OF = {"sensitivity": (1, 2, 3)}  # others than five
 BASES = {
     "never": "data/tiny_sam3",
     "half": "data/tiny_sam3_half_known",
@@ -169,8 +169,8 @@ _REPLAY = f"data.replay_words=[{', '.join(KNOWN_WORDS)}]"
 _REPLAY_OF_FIVE = f"data.replay_words=[{', '.join(KNOWN_WORDS[:5])}]"
 RECIPES = {
     "fixed config": (),
-    "rate / 3": ("scale.learning_rate=10",),
-    "rate / 10": ("scale.learning_rate=3",),
+    "a third of the rate": ("scale.learning_rate=10",),
+    "a tenth of the rate": ("scale.learning_rate=3",),
     "DETR encoder": _only_lora_on("detr_encoder"),
     "DETR encoder and masks": _only_lora_on("detr_encoder", "mask_decoder"),
     "replay": (_REPLAY,),

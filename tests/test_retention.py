@@ -117,11 +117,11 @@ def test_an_adapter_that_forgets_is_seen_and_routing_gives_everything_back(walls
             parameter.data.zero_()
 
 
-def test_a_base_alone_and_words_it_does_not_know_are_refused(walls, adapted):
+def test_a_base_alone_is_refused_and_words_it_does_not_know_have_no_precision(walls, adapted):
     with pytest.raises(InputError, match="no adapter"):
         retention(*load_base(TINY_BASE), walls, ["tile"])
-    with pytest.raises(InputError, match="detects none of window"):
-        retention(*adapted, walls, ["window"])
+    kept = retention(*adapted, walls, ["window"])
+    assert (kept["objects"], kept["AP"]) == (0, None)
 
 
 def replay_dataset(**changes):
@@ -178,6 +178,10 @@ def test_training_data_replays_the_base_but_counts_ones_own_objects():
     asked = {word for answers in replay.train.replay.values() for word in answers}
     assert asked
     assert asked <= set(words)
+
+    with pytest.raises(InputError, match="detects none of window on 6 images"):
+        overrides = {"data.replay_words": ["window"]}
+        training_data(load_config(path, "tiny", overrides), model, processor, **splits)
 
     no_objects = tuple(replace(record, objects=()) for record in split.records[:6])
     splits["train_split"] = replace(split, records=no_objects)

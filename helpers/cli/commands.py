@@ -210,6 +210,9 @@ def evaluate(args):
         lines.append(f"  {metric:<18}{'undefined  ' + reason if value is None else f'{value:.4f}'}")
     if args.retention is not None:
         kept = retention(model, processor, split, _words(args.retention))
+        if not kept["objects"]:
+            message = f"the base detects none of {', '.join(kept['words'])}"
+            raise InputError(message, where=f"{data_dir}, {split.name}", fix="name what it knows")
         document["retention"] = kept
         lines.append(
             f"  of {kept['objects']} objects that the base detects as {', '.join(kept['words'])}: "

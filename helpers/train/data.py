@@ -48,7 +48,15 @@ def training_data(config, model, processor, *, train_split=None, val_split=None,
     if data.replay_words:  # after the counts: a run whose own objects are missing must not pass
         model.to(PartialState().device)
         _refuse_own_words(data.replay_words, train)
-        train.set_replay(clear_answers(model, processor, train.records, data.replay_words))
+        answers = clear_answers(model, processor, train.records, data.replay_words)
+        if not any(detected for detected, _ in answers.values()):
+            raise InputError(
+                f"the base detects none of {', '.join(data.replay_words)} on {len(answers)} images, so "
+                "there is nothing to replay",
+                where="data.replay_words",
+                fix="list things that the images show and the base knows, see 'python -m helpers knows'",
+            )
+        train.set_replay(answers)
     for _ in counts:  # the draw of a loader that starts: seeds give the runs that they always gave
         torch.empty((), dtype=torch.int64).random_()
     if not counts["train"]["num_objects"].any() and not allow_empty:

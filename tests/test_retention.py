@@ -179,9 +179,9 @@ def test_training_data_replays_the_base_but_counts_ones_own_objects():
     assert asked
     assert asked <= set(words)
 
+    of_nothing = load_config(path, "tiny", {"data.replay_words": ["window"]})
     with pytest.raises(InputError, match="detects none of window on 6 images"):
-        overrides = {"data.replay_words": ["window"]}
-        training_data(load_config(path, "tiny", overrides), model, processor, **splits)
+        training_data(of_nothing, model, processor, **splits)
 
     no_objects = tuple(replace(record, objects=()) for record in split.records[:6])
     splits["train_split"] = replace(split, records=no_objects)

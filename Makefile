@@ -65,7 +65,8 @@ notebooks: $(STAMP) ## run the notebooks with their defaults and store the outpu
 bench: $(STAMP) ## time training and detection case by case; numbers go to runs/benchmarks/
 	$(RUN) -m data.benchmarks.measure $(ARGS)
 
-# Both go on where they were stopped, and write their tables to data/experiments/ at the end.
+# Both go on where they were stopped, and write their tables to data/experiments/ at the end. The
+# experiment runs on several machines with ARGS="--scheduler ADDRESS", see data/experiments/README.md.
 experiment: $(STAMP) ## run the controlled experiment of notebook 06 (two to three hours on two cores)
 	$(RUN) -m data.experiments.make --publish $(ARGS)
 

@@ -203,19 +203,19 @@ def test_an_unfinished_experiment_is_not_published(small):
 JOBS = """
 import os, sys, time
 from pathlib import Path
-from data.experiments.make import run_command, run_jobs
+from data.experiments.jobs import run_jobs
+from data.experiments.make import run_command
 
 def work(folder, number):
     if number == 1:
-        (folder / "row").write_text("finished")
-    else:
-        (folder / "pid").write_text(str(os.getpid()))
-        time.sleep(300)
+        return "finished"
+    (folder / "pid").write_text(str(os.getpid()))
+    time.sleep(300)
 
 def command():
     folder = Path(sys.argv[1])
-    for _ in run_jobs(work, [(folder, 1), (folder, 2)], description="jobs", workers=2):
-        pass
+    for row in run_jobs(work, [(folder, 1), (folder, 2)], description="jobs", workers=2):
+        (folder / "row").write_text(row)
 
 if __name__ == "__main__":
     sys.exit(run_command(command))

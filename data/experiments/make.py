@@ -5,24 +5,14 @@ command can be killed at any time and goes on where it was.
 """
 
 import argparse
-import logging
-import os
 import shutil
 import sys
 import tempfile
-import threading
-import time
-from functools import cache
 from pathlib import Path
 
-import joblib
 import pandas as pd
-import torch
-from joblib.externals.loky.process_executor import TerminatedWorkerError
-from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
 
-from helpers.environment import device
+from data.experiments.jobs import run_jobs
 from helpers.errors import InputError
 from helpers.files import RUNS, read_json, resolve, write_json, write_text
 from helpers.lab.experiment import (
@@ -43,68 +33,28 @@ PARTIAL = ".partial-"
 RUN_AGAIN = "remove the file and run the experiment again"
 
 
-def run_jobs(function, jobs, *, description, done=0, workers=None):
-    """Call a function once per job in processes of their own; yield results as they finish.
-
-    The function writes its result itself, so a kill loses only what is running. The first exception
-    is raised. ``done`` jobs of an earlier attempt count for the bar. By default there is one worker
-    per core, or one if there is a GPU.
-    """
-    workers = workers or (1 if device()["device"] != "cpu" else os.cpu_count() or 1)
-    bar = {"initial": done, "total": done + len(jobs), "unit": "run", "file": sys.stderr}
-    # inner_max_num_threads: one torch thread per worker, several slow one another down.
-    with joblib.parallel_config("loky", n_jobs=workers, inner_max_num_threads=1):
-        pool = joblib.Parallel(return_as="generator_unordered", batch_size=1)
-        results = pool(joblib.delayed(_in_worker)(os.getpid(), function, job) for job in jobs)
-        try:
-            yield from tqdm(results, desc=description, **bar)
-        except TerminatedWorkerError as error:
-            raise InputError(
-                "a worker process was killed, perhaps for want of memory",
-                fix="run the same command again with fewer --workers: it goes on where it was",
-            ) from error
-
-
-def _in_worker(parent, function, job):
-    """Call a function in a worker process, or, with a single worker, in the parent itself."""
-    if os.getpid() != parent:
-        _prepare_worker(parent)
-    return function(*job)
-
-
-@cache
-def _prepare_worker(parent):
-    """Set a worker up, once: one torch thread, no chatter, and no life beyond that of its parent."""
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    disable_progress_bar()
-    # loky ends idle workers, but not those in the middle of a job when their parent was killed.
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
-
-
-def _end_with_parent(parent):
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def run_experiment(design, output_dir, *, profile, data_dir, seeds=None, workers=None):
+def run_experiment(
+    design, output_dir, *, profile, data_dir, seeds=None, workers=None, scheduler=None
+):
     """Run all cells of a design that have no row with their configuration yet; return the table.
 
-    ``output_dir`` gets ``<design>/<cell>.json`` as cells finish, and ``<design>.csv``.
+    ``output_dir`` gets ``<design>/<cell>.json`` as cells finish, and ``<design>.csv``. ``workers``
+    and ``scheduler`` say where the cells run, see `data.experiments.jobs.run_jobs`.
     """
     cells = cells_of(design, seeds)
     folder = Path(output_dir) / design
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.glob(f"{PARTIAL}*"):
         shutil.rmtree(left_over, ignore_errors=True)
+    missing = [cell for cell in cells if not _has_row(folder, cell, profile, data_dir)]
+    # Other machines do not see this folder: their runs lie in their own.
+    jobs = [(cell, profile, data_dir, None if scheduler else folder) for cell in missing]
+    options = {"done": len(cells) - len(missing), "workers": workers, "scheduler": scheduler}
+    for name, row in run_jobs(_run_named, jobs, description=design, **options):
+        write_json(folder / f"{name}.json", row)
+        _write_table(folder, cells)
     if not (Path(output_dir) / BASE_ROW).is_file():
         write_json(Path(output_dir) / BASE_ROW, run_base(cells[0], profile, data_dir))
-    missing = [cell for cell in cells if not _has_row(folder, cell, profile, data_dir)]
-    jobs = [(cell, profile, data_dir, folder) for cell in missing]
-    done = len(cells) - len(missing)
-    for _ in run_jobs(_run_and_write, jobs, description=design, done=done, workers=workers):
-        _write_table(folder, cells)
     return _write_table(folder, cells)
 
 
@@ -134,11 +84,10 @@ def _has_row(folder, cell, profile, data_dir):
     return row["config_hash"] == cell.config(profile, data_dir).fingerprint()
 
 
-def _run_and_write(cell, profile, data_dir, folder):
-    """Run one cell in a worker and write its row."""
+def _run_named(cell, profile, data_dir, folder):
+    """Run one cell in a worker, in a temporary folder there; return the cell's name and its row."""
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as run_folder:
-        row = run_cell(cell, profile, data_dir, Path(run_folder))
-    write_json(folder / f"{cell.name}.json", row)
+        return cell.name, run_cell(cell, profile, data_dir, Path(run_folder))
 
 
 def run_command(command):
@@ -183,7 +132,11 @@ def main(arguments=None):
     parser.add_argument("--data", default=DATA_DIR, help="dataset, by default data/wall_cracks")
     parser.add_argument("--output", type=resolve, default=EXPERIMENT_RUNS, help="where rows go")
     parser.add_argument("--seeds", type=int, nargs="+", help="by default those of the design")
-    parser.add_argument("--workers", type=int, help="runs at a time, by default one per core")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--workers", type=int, help="runs at a time, by default one per core")
+    place.add_argument(
+        "--scheduler", metavar="ADDRESS", help="run on a Dask cluster, see data/experiments"
+    )
     parser.add_argument(
         "--publish", action="store_true", help="write complete tables to data/experiments"
     )
@@ -202,6 +155,7 @@ def _run(options):
             data_dir=options.data,
             seeds=options.seeds,
             workers=options.workers,
+            scheduler=options.scheduler,
         )
         print(f"{design}: {len(table)} rows in {options.output / design}.csv", flush=True)
     if options.publish:

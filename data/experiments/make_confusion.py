@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from data.experiments.make import run_command, run_jobs
+from data.experiments.jobs import run_jobs
+from data.experiments.make import run_command
 from helpers.diagnose.diagnosis import diagnose
 from helpers.files import RUNS, WALL_CRACKS, read_json, resolve, write_json, write_text
 from helpers.lab.experiment import code_version
@@ -27,7 +28,7 @@ EPOCHS = "scale.num_epochs=0.1"  # five of 50, so that a fault is judged within 
 
 
 def judge_fault(name, output_dir, data_dir, profile):
-    """Plant a fault of `FAULTS`, or none for a key of `HEALTHY_RUNS`, and write ``<name>.json``."""
+    """Plant a fault of `FAULTS`, or none for a key of `HEALTHY_RUNS`, and return its row."""
     started = time.perf_counter()
     fault, settings = FAULTS.get(name, HEALTHY), (EPOCHS,)
     if name in HEALTHY_RUNS:
@@ -53,7 +54,7 @@ def judge_fault(name, output_dir, data_dir, profile):
     }
     if name in FAULTS:
         shutil.rmtree(folder, ignore_errors=True)
-    write_json(folder.with_suffix(".json"), row)
+    return row
 
 
 def _place(output_dir, name):
@@ -68,8 +69,8 @@ def run_laboratory(output_dir, *, data_dir=WALL_CRACKS, profile="tiny", workers=
         missing = [name for name, path in rows.items() if not path.is_file()]
         jobs = [(name, output_dir, data_dir, profile) for name in missing]
         done = len(names) - len(missing)
-        for _ in run_jobs(judge_fault, jobs, description="judged", done=done, workers=workers):
-            pass
+        for row in run_jobs(judge_fault, jobs, description="judged", done=done, workers=workers):
+            write_json(rows[row["planted"]], row)
     files = [_place(output_dir, name).with_suffix(".json") for name in (*HEALTHY_RUNS, *FAULTS)]
     table = pd.DataFrame([read_json(path, "run the laboratory again") for path in files])
     write_text(Path(output_dir) / "confusion.csv", table.to_csv(index=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
-from scipy.stats import binomtest
+import scipy  # loads scipy.stats, which takes seconds, when it is first used
 
 from helpers.data.records import true_objects
 from helpers.detect.predictor import check_prompts, raw_outputs
@@ -76,7 +76,7 @@ def word_knowledge(model, processor, split, words=None, *, threshold=0.3):
                 fix="name a split with objects of this word",
             )
         count, hits = len(answered), int((answered["score"] >= threshold).sum())
-        interval = binomtest(hits, count).proportion_ci(method="wilson")
+        interval = scipy.stats.binomtest(hits, count).proportion_ci(method="wilson")
         means = answered[["presence_prob", "max_query_prob"]].mean()
         locked = means["presence_prob"] < LOCKED_PRESENCE and means["max_query_prob"] < LOCKED_QUERY
         known = "known" if hits / count >= KNOWN_SHARE else "half known" if hits else "open"

@@ -46,6 +46,8 @@ def imports_are_kept():
     """Spare every collection of garbage the millions of objects that the imports leave for good."""
     gc.collect()
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def in_place(folder, make):

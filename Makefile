@@ -16,6 +16,8 @@ TORCH ?=
 QUICK := $(addprefix notebooks/,00_start_here.ipynb 01_data_checks.ipynb A1_how_the_base_was_made.ipynb)
 # Extra arguments of the command behind a target: make course ARGS="--set profile=sam3"
 ARGS ?=
+# Dozens of processes import the same thousands of modules: they are compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup course test lint lab notebooks bench experiment laboratory base data lock newest
 

@@ -4,6 +4,7 @@ The fixtures without a copy in their name are read-only: all workers of pytest-x
 files, which are compared at the end.
 """
 
+import gc
 import hashlib
 import shutil
 
@@ -38,6 +39,15 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_collection_modifyitems(items):
     """Start with the notebooks, so that short files fill the gaps at the end."""
     items.sort(key=lambda item: item.get_closest_marker("notebook") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imports_are_kept():
+    """Spare every collection of garbage the millions of objects that the imports leave for good."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def in_place(folder, make):

@@ -71,9 +71,28 @@ def in_process(monkeypatch):
     return run_cells
 
 
+@pytest.fixture(scope="session")
+def exercises_dir(shared_folder):
+    """Return the folder of all exercises, with the healthy run that they share."""
+    folder = shared_folder / "exercises"
+    with FileLock(folder.with_suffix(".lock")):
+        Clinic(folder / "clinic")
+    return folder
+
+
+@pytest.mark.notebook
+def test_healthy_run_of_the_exercises_detects(exercises_dir):
+    """Made before the long lessons, so that no solution waits for it while another makes it."""
+    with Clinic(exercises_dir / "clinic") as clinic:
+        assert clinic.signs.found >= 0.9
+        assert clinic.signs.false_alarms <= 0.2
+
+
 @pytest.mark.notebook
 @pytest.mark.parametrize("chain", chains(), ids=lambda chain: "-".join(p.stem for p in chain))
-def test_runs_with_its_defaults_and_where_nothing_reaches_the_threshold(tmp_path, chain):
+def test_runs_with_its_defaults_and_where_nothing_reaches_the_threshold(
+    tmp_path, chain, in_process
+):
     for path in chain:
         settings = {"output_dir": str(tmp_path)}
         notebook = execute(path, tmp_path / path.name, settings, cell_timeout=CELL_TIMEOUT)
@@ -84,17 +103,7 @@ def test_runs_with_its_defaults_and_where_nothing_reaches_the_threshold(tmp_path
         assert printed
         assert printed == marked_outputs(nbformat.read(path, as_version=4))
         if path in WITH_THRESHOLD:
-            settings["score_threshold"] = 0.99
-            execute(path, tmp_path / "edge.ipynb", settings, cell_timeout=CELL_TIMEOUT)
-
-
-@pytest.fixture(scope="session")
-def exercises_dir(shared_folder):
-    """Return the folder of all exercises, with the healthy run that they share."""
-    folder = shared_folder / "exercises"
-    with FileLock(folder.with_suffix(".lock")):
-        Clinic(folder / "clinic")
-    return folder
+            in_process(path, settings | {"score_threshold": 0.99})
 
 
 @pytest.mark.notebook
@@ -114,23 +123,24 @@ def test_refuses_an_impossible_value(tmp_path, path, in_process):
         in_process(path, {"output_dir": str(tmp_path), **impossible})
 
 
-def own_data_run(tmp_path, **parameters):
-    """Execute notebook 07 on somebody's own folder; return its results and all it printed."""
-    parameters = {"output_dir": str(tmp_path / "course"), "epochs": 1, **parameters}
-    notebook = execute(
-        NOTEBOOKS / "07_your_own_data.ipynb", tmp_path / "07.ipynb", parameters, cell_timeout=900
-    )
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    printed = "".join(output.get("text", "") for output in outputs)
-    folder = tmp_path / "course" / "07_your_own_data"
-    return json.loads((folder / "results.json").read_text()), printed
+@pytest.fixture
+def own_data_run(tmp_path, in_process, capsys):
+    """Return a function that runs notebook 07 on somebody's own folder: its results, what it printed."""
+
+    def run(**parameters):
+        parameters = {"output_dir": str(tmp_path / "course"), "epochs": 1, **parameters}
+        in_process(NOTEBOOKS / "07_your_own_data.ipynb", parameters)
+        folder = tmp_path / "course" / "07_your_own_data"
+        return json.loads((folder / "results.json").read_text()), capsys.readouterr().out
+
+    return run
 
 
 @pytest.mark.notebook
-def test_own_folder_with_splits_is_used_as_it_is(tmp_path):
+def test_own_folder_with_splits_is_used_as_it_is(tmp_path, own_data_run):
     """No name is changed, and after one epoch on six pictures nothing need be detected."""
     source = write_dataset(tmp_path / "bars")
-    results, printed = own_data_run(tmp_path, source=str(source))
+    results, printed = own_data_run(source=str(source))
     assert "the wrong way is not taken" in printed
     assert results["asked_as"] == results["found_by_word"] == {}
     assert {name: row["images"] for name, row in results["splits"].items()} == {
@@ -141,10 +151,9 @@ def test_own_folder_with_splits_is_used_as_it_is(tmp_path):
 
 
 @pytest.mark.notebook
-def test_own_folder_without_splits_in_another_format_with_a_photograph(tmp_path):
+def test_own_folder_without_splits_in_another_format_with_a_photograph(tmp_path, own_data_run):
     source = write_with_supervision(tmp_path, "yolo", MANY)
     results, printed = own_data_run(
-        tmp_path,
         source=str(source),
         nouns={"joint": "gap"},
         split_shares=[0.5, 0.25, 0.25],

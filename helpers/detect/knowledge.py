@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import scipy  # loads scipy.stats, which takes seconds, when it is first used
 from pycocotools import mask as coco_mask
-from scipy.stats import binomtest
 
 from helpers.data.prompts import nouns_overlap
 from helpers.data.records import ObjectAnnotation, true_objects, true_rle
@@ -86,7 +86,7 @@ def word_knowledge(model, processor, split, words=None, *, threshold=0.3):
                 fix="name a split with objects of this word",
             )
         count, hits = len(answered), int((answered["score"] >= threshold).sum())
-        interval = binomtest(hits, count).proportion_ci(method="wilson")
+        interval = scipy.stats.binomtest(hits, count).proportion_ci(method="wilson")
         means = answered[["presence_prob", "max_query_prob"]].mean()
         locked = means["presence_prob"] < LOCKED_PRESENCE and means["max_query_prob"] < LOCKED_QUERY
         known = "known" if hits / count >= KNOWN_SHARE else "half known" if hits else "open"

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import scipy  # loads scipy.stats, which takes seconds, when it is first used
 from matplotlib.figure import Figure
-from scipy.stats import norm, t, ttest_1samp
 
 from helpers.causes import CAUSES
 from helpers.errors import InputError
@@ -64,7 +64,7 @@ class Estimate(NamedTuple):
 
 def wilson(share, count):
     """Return Wilson's interval of shares in [0, 1] of a count, which need not be whole: low, high."""
-    z2 = norm.ppf((1 + CONFIDENCE) / 2) ** 2
+    z2 = scipy.stats.norm.ppf((1 + CONFIDENCE) / 2) ** 2
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = np.sqrt(z2 * share * (1 - share) / count + z2**2 / (4 * count**2)) / (1 + z2 / count)
     return np.clip(centre - half, 0, share), np.clip(centre + half, share, 1)
@@ -79,7 +79,7 @@ def effective_count(shares, count):
         return np.full(mean.shape, float(count))
     variance = shares.var(axis=0, ddof=1) / repetitions
     tail = (1 + CONFIDENCE) / 2
-    few = (norm.ppf(tail) / t.ppf(tail, repetitions - 1)) ** 2
+    few = (scipy.stats.norm.ppf(tail) / scipy.stats.t.ppf(tail, repetitions - 1)) ** 2
     with np.errstate(divide="ignore", invalid="ignore"):
         worth = few * mean * (1 - mean) / variance
     return np.where(variance > 1e-12, np.minimum(worth, count), count)
@@ -104,7 +104,7 @@ def contrast(values, weights, count=None):
     elif np.ptp(sums) <= 1e-12 * np.abs(values).max():
         low = high = mean
     else:  # Student's covers what it promises with five repetitions, a bootstrap some 82 %
-        low, high = ttest_1samp(sums, 0.0).confidence_interval(CONFIDENCE)
+        low, high = scipy.stats.ttest_1samp(sums, 0.0).confidence_interval(CONFIDENCE)
     return Estimate(mean, float(low), float(high), len(sums))
 
 

@@ -23,9 +23,9 @@ from helpers.lab.experiment import (
     PARTS,
     RESPONSES,
     SEEDS,
-    SEEDS_OF,
     Cell,
     cells_of,
+    usages_of,
 )
 from helpers.model.lora import add_lora
 from helpers.model.sam3 import load_base
@@ -35,28 +35,45 @@ DATA_DIR = "data/wall_cracks"
 
 @pytest.mark.parametrize(
     ("design", "per_seed"),
-    [("causes", 16), ("half_known", 16), ("schedule", 4), ("components", 22)],
+    [("causes", 32), ("front", 22), ("schedule", 4), ("components", 22)],
 )
 def test_designs_are_complete_and_every_cell_is_another(design, per_seed):
     cells = cells_of(design)
-    seeds = SEEDS_OF.get(design, SEEDS)
-    assert len(cells) == per_seed * len(seeds)
+    assert len(cells) == per_seed * len(SEEDS)
     assert len({cell.name for cell in cells}) == len(cells)
-    for seed in seeds:
+    for seed in SEEDS:
         configs = {
             (cell.config("tiny", DATA_DIR).fingerprint(), cell.objects_read)
             for cell in cells
             if cell.seed == seed
         }
-        assert len(configs) == per_seed - (1 if design == "components" else 0)
+        # the word as an embedding trains no adapter, and has the config of the first recipe
+        assert len(configs) == per_seed - {"components": 1, "front": 2}.get(design, 0)
 
 
-def test_half_known_differs_from_the_main_design_in_the_base_only():
-    for cell, other in zip(cells_of("causes", [2]), cells_of("half_known", [2]), strict=True):
-        assert (cell.factors, cell.objects_read) == (other.factors, other.objects_read)
-        config, half = (one.config("tiny", DATA_DIR) for one in (cell, other))
-        assert half.model.name == "data/tiny_sam3_half_known"
-        assert half.replace({"model.name": config.model.name}) == config
+def test_the_words_differ_in_the_base_only():
+    cells = cells_of("causes", [2])
+    never, half = ([c for c in cells if c.factors["word"] == word] for word in ("never", "half"))
+    for cell, other in zip(never, half, strict=True):
+        assert cell.factors | {"word": "half"} == other.factors
+        assert cell.objects_read == other.objects_read
+        config, half_config = (one.config("tiny", DATA_DIR) for one in (cell, other))
+        assert half_config.model.name == "data/tiny_sam3_half_known"
+        assert half_config.replace({"model.name": config.model.name}) == config
+
+
+def test_another_profile_has_a_base_of_its_own():
+    cells = cells_of("causes", [2], "sam3")
+    assert len(cells) == 16
+    assert {cell.factors["word"] for cell in cells} == {"its own"}
+    assert {cell.config("sam3", DATA_DIR).model.name for cell in cells} == {"facebook/sam3"}
+
+
+def test_an_adapter_that_is_used_in_several_ways_has_as_many_rows():
+    rows = usages_of("front", [1])
+    recipes = [row.factors["recipe"] for row in rows if row.factors["word"] == "half"]
+    assert len(recipes) == len(set(recipes)) == 15
+    assert {"fixed config", "fixed config, routed", "replay, scaled by 0.75"} <= set(recipes)
 
 
 def test_text_alone_has_the_same_rank_in_both_passes():
@@ -70,7 +87,7 @@ def test_text_alone_has_the_same_rank_in_both_passes():
 
 
 def test_the_four_causes_are_what_differs():
-    first, *_, last = cells_of("causes", [1])
+    first, *_, last = (c for c in cells_of("causes", [1]) if c.factors["word"] == "half")
     one, other = first.config("tiny", DATA_DIR), last.config("tiny", DATA_DIR)
     assert (one.data.prompt, other.data.prompt) == ("object", None)
     assert (one.lora.apply_to_text_encoder, other.lora.apply_to_text_encoder) == (False, True)
@@ -126,15 +143,16 @@ def test_unknown_design_and_no_seed_are_refused():
 def small(tmp_path, monkeypatch, base, data_dir):
     """Two cells on the random base, run in this process."""
     settings = (
-        f"model.name={base}", "model.resolution=56", "scale.num_epochs=0.02", "lora.rank=2",
+        "model.resolution=56", "lora.rank=2",
         "data.negative_prompts=[joint, moss, dog]",
     )  # fmt: skip
 
     def design(seeds):
-        return [Cell("causes", {"text": "on"}, seed, settings) for seed in seeds]
+        return [Cell("causes", {"word": "never"}, seed, settings) for seed in seeds]
 
     monkeypatch.setitem(DESIGNS, "causes", design)
-    monkeypatch.setattr(experiment, "SHORTER", {})
+    monkeypatch.setattr(experiment, "EPOCHS_SCALE", {"causes": 0.02})
+    monkeypatch.setattr(experiment, "BASES", {"never": str(base)})
     monkeypatch.setattr(experiment, "KNOWN_THINGS", one_known_wall(tmp_path / "known"))
     monkeypatch.setattr(make, "run_jobs", in_this_process)
     return tmp_path, {"profile": "tiny", "data_dir": data_dir, "seeds": [1, 2]}
@@ -172,7 +190,7 @@ def test_rows_say_what_was_run_and_finished_cells_are_not_run_again(small, monke
     monkeypatch.setattr(
         make, "run_cell", lambda cell, *args: ran.append(cell.seed) or run_cell(cell, *args)
     )
-    (folder / "out" / "causes" / "text-on_seed-2.json").unlink()
+    (folder / "out" / "causes" / "word-never_seed-2.json").unlink()
     again = run_experiment("causes", folder / "out", **options)
     assert ran == [2]
     pd.testing.assert_frame_equal(
@@ -183,9 +201,9 @@ def test_rows_say_what_was_run_and_finished_cells_are_not_run_again(small, monke
 def test_a_cell_of_another_configuration_is_run_again(small):
     folder, options = small
     run_experiment("causes", folder / "out", **options | {"seeds": [1]})
-    path = folder / "out" / "causes" / "text-on_seed-1.json"
-    row = json.loads(path.read_text())
-    path.write_text(json.dumps(row | {"config_hash": "another", "AP50": -7.0}))
+    path = folder / "out" / "causes" / "word-never_seed-1.json"
+    [row] = json.loads(path.read_text())["rows"]
+    path.write_text(json.dumps({"rows": [row | {"config_hash": "another", "AP50": -7.0}]}))
     table = run_experiment("causes", folder / "out", **options | {"seeds": [1]})
     assert table["AP50"].item() >= 0
 

@@ -103,7 +103,7 @@ def quick_cell(cell, profile, data_dir, folder):
     """In place of `make._run_named`; a worker on another machine has no folder of the parent."""
     assert folder is None
     row = {"seed": quick_row(cell.seed, data_dir), "config_hash": cell.fingerprint()}
-    return cell.name, row
+    return cell.name, [row]
 
 
 def what_was_done(folder):
@@ -127,7 +127,7 @@ def test_a_killed_worker_loses_no_row_and_a_resumed_run_repeats_nothing(
 
     monkeypatch.setitem(make.DESIGNS, "causes", lambda seeds: [QuickCell(seed) for seed in seeds])
     monkeypatch.setattr(make, "_run_named", quick_cell)
-    monkeypatch.setattr(make, "run_base", lambda *_: {})
+    monkeypatch.setattr(make, "run_bases", lambda *_: [])
     notes, output = tmp_path / "notes", tmp_path / "out"
     notes.mkdir()
     seeds = list(range(1, LAST + 1))

@@ -18,17 +18,19 @@ from helpers.files import RUNS, read_json, resolve, write_json, write_text
 from helpers.lab.experiment import (
     DATA_DIR,
     DESIGNS,
+    KNOWN_WORDS,
     TABLES,
     TEXT_COLUMNS,
     cells_of,
     code_version,
     judge,
     run_cell,
+    usages_of,
 )
 from helpers.model.sam3 import load_base
 
 EXPERIMENT_RUNS = RUNS / "experiment"
-BASE_ROW = "base.json"
+BASE_ROWS = "base.json"
 PARTIAL = ".partial-"
 RUN_AGAIN = "remove the file and run the experiment again"
 
@@ -41,7 +43,7 @@ def run_experiment(
     ``output_dir`` gets ``<design>/<cell>.json`` as cells finish, and ``<design>.csv``. ``workers``
     and ``scheduler`` say where the cells run, see `data.experiments.jobs.run_jobs`.
     """
-    cells = cells_of(design, seeds)
+    cells = cells_of(design, seeds, profile)
     folder = Path(output_dir) / design
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in folder.glob(f"{PARTIAL}*"):
@@ -50,27 +52,37 @@ def run_experiment(
     # Other machines do not see this folder: their runs lie in their own.
     jobs = [(cell, profile, data_dir, None if scheduler else folder) for cell in missing]
     options = {"done": len(cells) - len(missing), "workers": workers, "scheduler": scheduler}
-    for name, row in run_jobs(_run_named, jobs, description=design, **options):
-        write_json(folder / f"{name}.json", row)
+    for name, rows in run_jobs(_run_named, jobs, description=design, **options):
+        write_json(folder / f"{name}.json", {"rows": rows})
         _write_table(folder, cells)
-    if not (Path(output_dir) / BASE_ROW).is_file():
-        write_json(Path(output_dir) / BASE_ROW, run_base(cells[0], profile, data_dir))
+    if not (Path(output_dir) / BASE_ROWS).is_file():
+        write_json(Path(output_dir) / BASE_ROWS, {"rows": run_bases(profile, data_dir)})
     return _write_table(folder, cells)
 
 
-def run_base(cell, profile, data_dir):
-    """Judge the base without any adapter by the questions of a cell; return its row."""
-    config = cell.config(profile, data_dir)
-    settings = config.model
-    model, processor = load_base(settings.name, settings.revision, resolution=settings.resolution)
-    row = judge(model, processor, config, data_dir)
-    return row | {"profile": profile, "code_version": code_version()}
+def run_bases(profile, data_dir):
+    """Judge every base of the main design without any adapter; return a row each."""
+    rows = []
+    cells = {cell.factors["word"]: cell for cell in cells_of("causes", [1], profile)}
+    for word, cell in cells.items():
+        config = cell.config(profile, data_dir)
+        base = config.model
+        model, processor = load_base(base.name, base.revision, resolution=base.resolution)
+        row = judge(model, processor, config, data_dir, KNOWN_WORDS)
+        rows.append({"word": word, **row, "profile": profile, "code_version": code_version()})
+    return rows
+
+
+def rows_in(path):
+    """Read the rows of a finished cell, or those of the bases."""
+    return read_json(path, RUN_AGAIN)["rows"]
 
 
 def _write_table(folder, cells):
     """Join the finished rows of a design to ``<folder>.csv``, in the order of the cells."""
     paths = [folder / f"{cell.name}.json" for cell in cells]
-    table = pd.DataFrame([read_json(path, RUN_AGAIN) for path in paths if path.is_file()])
+    rows = [row for path in paths if path.is_file() for row in rows_in(path)]
+    table = pd.DataFrame(rows)
     write_text(folder.with_suffix(".csv"), table.to_csv(index=False))
     return table
 
@@ -80,12 +92,12 @@ def _has_row(folder, cell, profile, data_dir):
     path = folder / f"{cell.name}.json"
     if not path.is_file():
         return False
-    row = read_json(path, RUN_AGAIN)
-    return row["config_hash"] == cell.config(profile, data_dir).fingerprint()
+    first = rows_in(path)[0]
+    return first["config_hash"] == cell.config(profile, data_dir).fingerprint()
 
 
 def _run_named(cell, profile, data_dir, folder):
-    """Run one cell in a worker, in a temporary folder there; return the cell's name and its row."""
+    """Run one cell in a worker, in a temporary folder there; return the cell's name and its rows."""
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as run_folder:
         return cell.name, run_cell(cell, profile, data_dir, Path(run_folder))
 
@@ -110,12 +122,12 @@ def publish(output_dir, tables=TABLES):
         if not path.is_file():
             raise InputError("was not run", where=path, fix="run the experiment first")
         table = pd.read_csv(path, dtype=TEXT_COLUMNS)
-        count = len(cells_of(design))
+        count = len(usages_of(design))
         if len(table) != count:
             fix = "let the experiment finish"
             raise InputError(f"{len(table)} of {count} rows", where=path, fix=fix)
         written[design] = table
-    written["base"] = pd.DataFrame([read_json(Path(output_dir) / BASE_ROW, RUN_AGAIN)])
+    written["base"] = pd.DataFrame(rows_in(Path(output_dir) / BASE_ROWS))
     Path(tables).mkdir(parents=True, exist_ok=True)
     for name, table in written.items():
         text = table.to_csv(index=False, float_format="%.6g")
@@ -146,8 +158,7 @@ def main(arguments=None):
 
 def _run(options):
     """Run the designs as the command line asks for."""
-    designs = [name for name in DESIGNS if options.profile == "tiny" or name != "half_known"]
-    for design in options.design or designs:
+    for design in options.design or DESIGNS:
         table = run_experiment(
             design,
             options.output,

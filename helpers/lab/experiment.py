@@ -28,19 +28,13 @@ from helpers.model.sam3 import best_device, load_base
 from helpers.train.training import train
 
 SEEDS = (1, 2, 3, 4, 5)
-SEEDS_OF = {"sensitivity": (1, 2, 3)}  # others than five
-BASES = {
-    "never": "data/tiny_sam3",
-    "half": "data/tiny_sam3_half_known",
-    **{grade: f"runs/bases/{grade}" for grade in ("quarter", "most", "half_shut", "control")},
-}
-"""How well a base knows the word "crack", see `data/tiny_sam3_half_known`, and where it is."""
-WORD = ("never", "half")
+BASES = {"never": "data/tiny_sam3", "half": "data/tiny_sam3_half_known"}
+"""How well a base knows the word "crack", and where it is."""
 KNOWN_WORDS = tuple("joint moss stain rust hole bolt tile brick marking tape".split())
 """What both bases know; it is painted on the walls of `KNOWN_THINGS`."""
 FACTORS = {
     "causes": {
-        "word": WORD,
+        "word": tuple(BASES),
         "objects": ("no", "yes"),
         "prompt": ("object", "crack"),
         "text_lora": ("off", "on"),
@@ -123,45 +117,17 @@ def _only_lora_on(*parts):
     return tuple(_flag(part, part in parts) for part in PARTS)
 
 
-def _suspects_cell(design, seed, factors, *more):
-    """Return the cell of a base (``word``) with the four suspects set, and `more` settings."""
-    overrides = (
-        f"data.prompt={'object' if factors['prompt'] == 'object' else 'null'}",
-        _flag("text_encoder", factors["text_lora"] == "on"),
-        f"data.num_negatives={factors['negatives']}",
-    )
-    return Cell(design, factors, seed, (*overrides, *more), factors["objects"] == "yes")
-
-
 def causes_design(seeds):
     """Cross the four suspects on two bases: objects read, training prompt, text LoRA, negatives."""
-    factors = FACTORS["causes"]
-    return [
-        _suspects_cell("causes", seed, dict(zip(factors, levels, strict=True)))
-        for seed, *levels in product(seeds, *factors.values())
-    ]
-
-
-def one_step_design(seeds):
-    """Change one suspect, from the failing and from the working state, on four more bases."""
     cells = []
-    for seed, word, end in product(seeds, [w for w in BASES if w not in WORD], (0, 1)):
-        state = {"word": word} | {name: levels[end] for name, levels in SUSPECTS.items()}
-        others = [state | {name: levels[1 - end]} for name, levels in SUSPECTS.items()]
-        cells += [_suspects_cell("one_step", seed, factors) for factors in (state, *others)]
-    return cells
-
-
-def sensitivity_design(seeds):
-    """Ask if the main results depend on the learning rate or on the number of epochs."""
-    cells = []
-    states = [("yes", "object", "off", 0), ("yes", "crack", "off", 3), ("yes", "crack", "on", 3)]
-    schedules = [(10.0, 5), (3.0, 5), (10.0, 15), (30.0, 15)]
-    for seed, word, levels, (scale, epochs) in product(seeds, WORD, states, schedules):
-        factors = {"word": word, **dict(zip(SUSPECTS, levels, strict=True))}
-        factors |= {"rate_scale": scale, "epochs": epochs}
-        changes = (f"scale.learning_rate={scale}", f"scale.num_epochs={epochs / 50}")
-        cells.append(_suspects_cell("sensitivity", seed, factors, *changes))
+    for seed, *levels in product(seeds, *FACTORS["causes"].values()):
+        factors = dict(zip(FACTORS["causes"], levels, strict=True))
+        overrides = (
+            f"data.prompt={'object' if factors['prompt'] == 'object' else 'null'}",
+            _flag("text_encoder", factors["text_lora"] == "on"),
+            f"data.num_negatives={factors['negatives']}",
+        )
+        cells.append(Cell("causes", factors, seed, overrides, factors["objects"] == "yes"))
     return cells
 
 
@@ -192,7 +158,7 @@ def front_design(seeds):
     """Teach the word in every way of `RECIPES`, on both bases."""
     return [
         Cell("front", {"recipe": recipe, "word": word}, seed, overrides)
-        for seed, word, (recipe, overrides) in product(seeds, WORD, RECIPES.items())
+        for seed, word, (recipe, overrides) in product(seeds, BASES, RECIPES.items())
     ]
 
 
@@ -236,8 +202,6 @@ def schedule_design(seeds):
 DESIGNS = {
     "causes": causes_design,
     "front": front_design,
-    "one_step": one_step_design,
-    "sensitivity": sensitivity_design,
     "schedule": schedule_design,
     "components": components_design,
 }
@@ -248,7 +212,7 @@ def cells_of(design, seeds=None, profile="tiny"):
 
     Only the tiny profile has bases that know the word to a degree; another has its own base.
     """
-    seeds = SEEDS_OF.get(design, SEEDS) if seeds is None else seeds
+    seeds = SEEDS if seeds is None else seeds
     if design not in DESIGNS:
         raise InputError(f"there is no design {design!r}", fix=f"use one of {', '.join(DESIGNS)}")
     if not seeds:

@@ -90,8 +90,10 @@ def test_one_step_with_the_fixed_config(base, tmp_path):
     answer = Predictor(result.model, result.processor).raw(pictures[0], ["crack", "dog"])
     assert answer[0].query_logits.shape == (200,)
     assert answer[0].mask_logits.shape == (200, 288, 288)
+    place = model.device  # a GPU computes other digits than the CPU
     del result, model, own
     again = load_run(tmp_path / "run")
+    again.model.to(place)
     loaded = Predictor(again.model, again.processor).raw(pictures[0], ["crack", "dog"])
     for one, other in zip(answer, loaded, strict=True):
         torch.testing.assert_close(one.query_logits, other.query_logits)

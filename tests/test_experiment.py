@@ -13,8 +13,9 @@ import pytest
 
 from data.experiments import make
 from data.experiments.make import publish, run_experiment
+from helpers.config import load_config
 from helpers.errors import InputError
-from helpers.files import TINY_BASE
+from helpers.files import CONFIGS, TINY_BASE
 from helpers.lab import experiment
 from helpers.lab.experiment import (
     DESIGNS,
@@ -23,6 +24,7 @@ from helpers.lab.experiment import (
     PARTS,
     RESPONSES,
     SEEDS,
+    SEEDS_OF,
     Cell,
     cells_of,
     usages_of,
@@ -39,9 +41,10 @@ DATA_DIR = "data/wall_cracks"
 )
 def test_designs_are_complete_and_every_cell_is_another(design, per_seed):
     cells = cells_of(design)
-    assert len(cells) == per_seed * len(SEEDS)
+    seeds = SEEDS_OF.get(design, SEEDS)
+    assert len(cells) == per_seed * len(seeds)
     assert len({cell.name for cell in cells}) == len(cells)
-    for seed in SEEDS:
+    for seed in seeds:
         configs = {
             (cell.config("tiny", DATA_DIR).fingerprint(), cell.objects_read)
             for cell in cells
@@ -67,6 +70,17 @@ def test_another_profile_has_a_base_of_its_own():
     assert len(cells) == 16
     assert {cell.factors["word"] for cell in cells} == {"its own"}
     assert {cell.config("sam3", DATA_DIR).model.name for cell in cells} == {"facebook/sam3"}
+
+
+def test_the_recommended_config_is_its_recipe():
+    [cell] = (
+        cell
+        for cell in cells_of("front", [42])
+        if cell.factors == {"recipe": "DETR encoder and masks, replay", "word": "never"}
+    )
+    settings = [("data.data_dir", DATA_DIR), ("scale.num_epochs", 0.1), *experiment.BATCH]
+    config = load_config(CONFIGS / "keep_the_rest_config.yaml", "tiny", settings)
+    assert config.fingerprint() == cell.config("tiny", DATA_DIR).fingerprint()
 
 
 def test_an_adapter_that_is_used_in_several_ways_has_as_many_rows():

@@ -307,6 +307,43 @@ def test_evaluate_a_split_without_objects_has_status_1(capfd, run, data_copy):
     assert json.loads(out)["AP"] is None
 
 
+def test_routing_asks_the_base_for_what_was_not_trained(capfd, run, base, data_dir, tmp_path):
+    image = data_dir / "test" / "test_0.png"
+    asked = ("--image", image, "--prompt", "crack", "--prompt", "wall", "--json")
+    answers = []
+    for source in (("--adapter", run, "--routing"), ("--adapter", run), ("--base", base)):
+        status, out, _ = call(capfd, "predict", *source, *asked)
+        assert status == 0
+        answers.append([entry["max_score"] for entry in json.loads(out)])
+    routed, adapter, alone = answers
+    assert routed == pytest.approx([adapter[0], alone[1]], abs=1e-6)
+    assert abs(adapter[0] - alone[0]) > 1e-4
+
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(run / name, bare)
+    source = ("--adapter", bare, "--base", base, "--routing")
+    refused(capfd, "predict", *source, *asked, naming="--routing needs the words")
+
+
+def test_evaluate_says_what_is_left_of_the_base(capfd, run, data_dir, monkeypatch):
+    monkeypatch.setattr(
+        "helpers.detect.knowledge.CLEAR_YES", 0.01
+    )  # a random base is sure of nothing
+    arguments = ("evaluate", "--adapter", run, "--data", data_dir, "--retention", "moss, hole")
+    status, out, _ = call(capfd, *arguments, "--json")
+    assert status == 0
+    kept = json.loads(out)["retention"]
+    assert kept["words"] == ["moss", "hole"]
+    assert kept["objects"] > 0
+    assert 0 <= kept["AP"] <= kept["AP50"] <= 1
+    status, out, _ = call(capfd, *arguments)
+    assert f"of {kept['objects']} objects that the base detects as moss, hole: AP" in out
+    monkeypatch.setattr("helpers.detect.knowledge.CLEAR_YES", 1.0)
+    refused(capfd, *arguments, naming="the base detects none of moss, hole")
+
+
 # -- unusable data ---------------------------------------------------------------------------
 
 

@@ -6,17 +6,27 @@ from helpers.data.coco import read_split
 from helpers.data.prompts import absent_candidates
 from helpers.errors import InputError
 from helpers.files import CONFIGS, ROOT, WALL_CRACKS
-from helpers.lab.experiment import DATA_DIR, DESIGNS, RESPONSES, TABLES, cells_of
+from helpers.lab.experiment import (
+    BASES,
+    DATA_DIR,
+    DESIGNS,
+    RESPONSES,
+    TABLES,
+    cells_of,
+    usages_of,
+)
 from helpers.lab.statistics import (
     FACTORS,
     SHARES,
     effect_table,
     effects_figure,
+    front_figure,
     levels_figure,
     load_base_row,
     load_table,
     steps_table,
     tables_folder,
+    undominated,
 )
 
 
@@ -75,14 +85,15 @@ def test_the_folder_is_found_from_the_notebooks(monkeypatch):
 @pytest.mark.parametrize("design", list(DESIGNS))
 def test_the_committed_tables_are_whole_and_of_this_code(design):
     table = load_table(design)
-    assert len(table) == len(cells_of(design))
+    assert len(table) == len(usages_of(design))
     assert not table["code_version"].str.endswith("-dirty").any()
     assert table[list(RESPONSES)].min(axis=None) >= -1
     assert table[list(RESPONSES)].max(axis=None) <= 1
 
 
 def test_the_committed_base_row_has_every_response():
-    assert set(load_base_row(TABLES).index) == set(RESPONSES)
+    for word in BASES:
+        assert set(load_base_row(TABLES, word).index) == set(RESPONSES)
 
 
 def test_shares_count_the_images_and_absent_prompts_of_the_test_split():
@@ -101,13 +112,28 @@ def test_shares_count_the_images_and_absent_prompts_of_the_test_split():
             assert (successes - successes.round()).abs().max() < 1e-3
 
 
-def test_intervals_of_shares_stay_within_what_is_possible_and_have_a_width():
-    table = load_table("causes")
+@pytest.mark.parametrize("word", list(BASES))
+def test_intervals_of_shares_stay_within_what_is_possible_and_have_a_width(word):
+    table = load_table("causes", word=word)
+    assert set(table["word"]) == {word}
     for outcome in SHARES:
         steps = steps_table(table, outcome)
         assert steps[["low", "high"]].abs().max(axis=None) <= 1
         assert (steps["low"] < steps["after"] - steps["before"]).all()
         assert (steps["after"] - steps["before"] < steps["high"]).all()
+
+
+def test_no_recipe_beats_those_on_the_front():
+    means = pd.DataFrame(
+        {"kept": [0.1, 0.5, 0.5, 0.9], "AP50": [0.9, 0.8, 0.7, 0.1]}, index=[*"abcd"]
+    )
+    assert undominated(means).index.tolist() == ["a", "b", "d"]
+    table = load_table("front")
+    figure = front_figure(table)
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles[:2] == ["word: never", "word: half"]
+    listed = figure.axes[2].texts[0].get_text().splitlines()
+    assert len(listed) == table["recipe"].nunique()
 
 
 def test_figures_show_every_effect_and_every_run(made_up):

@@ -10,13 +10,13 @@ from helpers.lab.experiment import (
     BASES,
     DATA_DIR,
     DESIGNS,
+    FACTORS,
     RESPONSES,
     TABLES,
     cells_of,
     usages_of,
 )
 from helpers.lab.statistics import (
-    FACTORS,
     SHARES,
     effect_table,
     effects_figure,

@@ -30,7 +30,7 @@ from helpers.train.training import train
 SEEDS = (1, 2, 3, 4, 5)
 BASES = {"never": "data/tiny_sam3", "half": "data/tiny_sam3_half_known"}
 """How well a base knows the word "crack", and where it is."""
-SEEDS_OF = {("causes", "half"): (1, 2, 3, 4)} | {("front", word): (1, 3, 4) for word in BASES}
+SEEDS_OF = {("causes", "half"): (1, 2, 3)} | {("front", word): (1, 3, 4) for word in BASES}
 """Where fewer than five were run so far, by design and word."""
 KNOWN_WORDS = tuple("joint moss stain rust hole bolt tile brick marking tape".split())
 """What both bases know; it is painted on the walls of `KNOWN_THINGS`."""

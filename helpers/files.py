@@ -10,7 +10,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -33,10 +33,11 @@ _OWN_STAGING = f".partial-{platform.node()}-"
 def staged_folder(folder):
     """Yield a hidden folder in `folder`, and move its files into place only if the block succeeds.
 
-    The destination is made if need be; files of the same name are replaced, others stay. Staging
-    folders that killed processes of this machine left behind are removed.
+    The destination is made if need be, and removed if it was made in vain; files of the same name are
+    replaced, others stay. Staging folders that killed processes of this machine left are removed.
     """
     folder = Path(folder)
+    was_missing = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(f"{glob.escape(_OWN_STAGING)}*-*"):
         pid = path.name.removeprefix(_OWN_STAGING).partition("-")[0]
@@ -49,6 +50,9 @@ def staged_folder(folder):
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if was_missing:
+            with suppress(OSError):  # it holds what was made
+                folder.rmdir()
 
 
 def _is_running(pid):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import unicodedata
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import unquote
@@ -17,6 +16,7 @@ from helpers.data.coco import (
     find_splits,
     split_folder,
 )
+from helpers.data.images import spelling
 from helpers.errors import InputError
 from helpers.files import read_json
 
@@ -108,11 +108,6 @@ def _coco_files(root):
             raise InputError(message, where=root, fix=fix)
         files[split] = path
     return files
-
-
-def spelling(name):
-    """Return a name without what systems change on the way: case, and how accents are composed."""
-    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _image_path(image, where, root, index, split, respelt):

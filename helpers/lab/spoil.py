@@ -16,7 +16,6 @@ from pycocotools import mask as coco_mask
 from helpers.data.coco import entries_of, image_record, read_split
 from helpers.data.images import IMAGE_SUFFIXES, open_upright
 from helpers.data.masks import mask_to_rle, segmentation_to_rle
-from helpers.data.records import ObjectAnnotation
 from helpers.errors import InputError
 from helpers.files import read_json, write_json
 
@@ -237,11 +236,11 @@ def write_copy(split, folder, num_images=NUM_IMAGES):
     return folder
 
 
-def write_broken_copy(split, folder, name, num_images=NUM_IMAGES):
+def write_broken_copy(split, folder, name):
     """Write a copy as `write_copy` does, plant a fault of `SPOIL_DATA` in it, and return the folder."""
     if name not in SPOIL_DATA:
         raise InputError(f"there is no fault {name!r}", fix=f"use one of {', '.join(SPOIL_DATA)}")
-    folder = write_copy(split, folder, num_images)
+    folder = write_copy(split, folder)
     SPOIL_DATA[name](folder)
     return folder
 
@@ -262,24 +261,12 @@ def read_split_wrong_keys(data_dir, split):
     right = _read_right(data_dir, split)
     if (right.root / "annotations").is_dir():
         right = _read_right(data_dir, split, layout="per_image")
-    objects = {}
+    names, objects = {1: right.categories[0]}, {}  # the script knew a single category
     for path, entry, _, _ in entries_of(right.root, right.layout):
         content = entry if right.layout == "coco" else read_json(path)
-        record = image_record(path, entry, [], {}, right.root)
-        objects[record.image_id] = _wrong_objects(content, record, right.categories)
+        pairs = zip(content.get(WRONG_BOX_KEY, []), content.get(WRONG_MASK_KEY, []), strict=True)
+        wrong = [{"bbox": box, "segmentation": mask, "category_id": 1} for box, mask in pairs]
+        record = image_record(path, entry, wrong, names, right.root)
+        objects[record.image_id] = record.objects
     records = (replace(record, objects=objects[record.image_id]) for record in right.records)
     return replace(right, records=tuple(records))
-
-
-def _wrong_objects(content, record, categories):
-    """Look the objects of an image up under the wrong keys; the script knew a single category."""
-    boxes, masks = content.get(WRONG_BOX_KEY, []), content.get(WRONG_MASK_KEY, [])
-    return tuple(
-        ObjectAnnotation(
-            category=categories[0],
-            box_xyxy=(x, y, x + width, y + height),
-            rle=segmentation_to_rle(mask, record.height, record.width),
-            annotation_id=number,
-        )
-        for number, ((x, y, width, height), mask) in enumerate(zip(boxes, masks, strict=True))
-    )

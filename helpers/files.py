@@ -1,7 +1,5 @@
 """Where the workbook keeps things, and files that are written whole or not at all."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import json

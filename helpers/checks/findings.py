@@ -1,7 +1,5 @@
 """What a data check found: codes, places, and a report for people, programs and pictures."""
 
-from __future__ import annotations
-
 import csv
 from collections import defaultdict
 from dataclasses import dataclass

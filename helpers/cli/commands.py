@@ -4,8 +4,6 @@ Every command takes the parsed arguments and returns ``(exit status, JSON docume
 Libraries are imported inside, so that ``--help`` answers at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Read COCO files wherever they lie, and the layouts that `helpers.data.coco` reads."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath

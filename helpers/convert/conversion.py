@@ -1,7 +1,5 @@
 """Turn a dataset of any common format into the layout of this workbook, without loss."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -4,8 +4,6 @@
 further keys, and skips circles and painted masks, which would then be asked as absent.
 """
 
-from __future__ import annotations
-
 import codecs
 import os
 import re

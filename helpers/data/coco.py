@@ -4,8 +4,6 @@
 ``per_image``: ``{split}/images/*.jpg`` with ``{split}/annotations/<stem>.json``.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import PurePosixPath, PureWindowsPath
 

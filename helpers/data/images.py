@@ -1,7 +1,5 @@
 """Image files: opened upright, described by one decoding, compared by their looks."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import re

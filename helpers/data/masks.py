@@ -1,7 +1,5 @@
 """Masks and boxes of objects: COCO segmentations in, run lengths and the model's grid out."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A run under examination, and the gates: questions that are asked of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property

@@ -4,8 +4,6 @@ A case, drawn by its number, is a fault of `helpers.lab.faults`. It stays in the
 until it is treated, the next patient comes, or the clinic is closed.
 """
 
-from __future__ import annotations
-
 import difflib
 import weakref
 from contextlib import AbstractContextManager, ExitStack

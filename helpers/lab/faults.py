@@ -3,8 +3,6 @@
 A fault lies in files, in settings, or in a function of the pipeline that is replaced for a while.
 """
 
-from __future__ import annotations
-
 import importlib
 import io
 import shutil

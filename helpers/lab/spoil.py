@@ -1,7 +1,5 @@
 """Faults in the files of a dataset, broken copies for lesson 01, and the failing script's reader."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """What an adapter consists of, what it does to prompts, and what no adapter can do to a logit."""
 
-from __future__ import annotations
-
 from copy import copy
 
 import pandas as pd

@@ -4,8 +4,6 @@ Targets are read back from the tensors of a collated batch and nothing from the 
 the loader shows in these pictures, where pictures of the files would hide it.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import io

@@ -1,7 +1,5 @@
 """The report of a finished run, as a document for programs and as text for people."""
 
-from __future__ import annotations
-
 import math
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """Give a result away: a model card, a merged model, and an upload to the Hugging Face Hub."""
 
-from __future__ import annotations
-
 import html
 import json
 import re

@@ -127,7 +127,8 @@ def test_a_trained_patient_trains_as_long_as_the_healthy_run_which_its_cure_give
     assert ill.metrics["steps"] == steps
     patient.treat("extreme_regularisation")
     assert patient.folder == clinic.healthy
-    again = read_run(clinic.make(HEALTHY, places["folder"] / "again"))
+    with clinic.planted(HEALTHY, places["folder"] / "again") as folder:
+        again = read_run(folder)
     healthy = read_run(clinic.healthy)
     assert (again.config.lora.dropout, again.metrics["steps"]) == (0.1, steps)
     assert again.config.fingerprint() == healthy.config.fingerprint()

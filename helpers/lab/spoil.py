@@ -11,6 +11,7 @@ import numpy as np
 from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 
+from helpers.convert.source import files_below
 from helpers.data.coco import entries_of, image_record, read_split
 from helpers.data.images import IMAGE_SUFFIXES, open_upright
 from helpers.data.masks import mask_to_rle, segmentation_to_rle
@@ -68,15 +69,11 @@ def in_every_mask(change):
     return in_every_object(change_mask)
 
 
-def _image_files(folder):
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-
-
 def in_every_image(change):
     """Make a ``spoil_data`` that saves each upright picture as ``change(picture)``; annotations stay."""
 
     def spoil(folder):
-        for path in _image_files(folder):
+        for path in files_below(folder, IMAGE_SUFFIXES):
             change(open_upright(path)).save(path, quality=JPEG_QUALITY)
 
     return spoil
@@ -158,17 +155,17 @@ def _ignore_orientation(folder):
     """Give every image an EXIF orientation that the annotations do not know of."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    for path in _image_files(folder):
+    for path in files_below(folder, IMAGE_SUFFIXES):
         open_upright(path).save(path, quality=JPEG_QUALITY, exif=exif)
 
 
 def _rename_images(folder):
-    for path in _image_files(folder):
+    for path in files_below(folder, IMAGE_SUFFIXES):
         path.rename(path.with_stem(f"{path.stem}_{path.suffix[1:]}.rf.0"))
 
 
 def _cut_image_off(folder):
-    path = _image_files(folder / "train")[0]
+    path = files_below(folder / "train", IMAGE_SUFFIXES)[0]
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 

@@ -66,14 +66,10 @@ def _is_running(pid):
 
 
 def write_text(path, text):
-    """Write UTF-8 text to a file in an existing folder, replacing it in one step; return its path."""
+    """Write UTF-8 text to a file, replacing it in one step, see `staged_folder`; return its path."""
     path = Path(path)
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with staged_folder(path.parent) as staging:
+        (staging / path.name).write_text(text, encoding="utf-8")
     return path
 
 

@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 
 import pytest
@@ -27,14 +28,16 @@ from helpers.lab.clinic import (
     signs_of,
     take_signs,
 )
-from helpers.lab.faults import FAULTS, HEALTHY, Fault, patch_of, replaced
+from helpers.lab.faults import FAULTS, HEALTHY, Fault, replaced
 from helpers.train.run import read_run
 
 PATCHED = Fault(
     "nothing passes",
     "no box",
     cause="threshold_ignored",
-    patch=patch_of("detect.detections.detect", lambda original: lambda *args, **kwargs: []),
+    patch=partial(
+        replaced, "detect.detections.detect", lambda original: lambda *args, **kwargs: []
+    ),
     trains=False,
 )
 SPOILED = Fault(

@@ -1,7 +1,5 @@
 """The command line: ``python -m helpers COMMAND``, see ``--help`` for the commands."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import errno

@@ -4,8 +4,6 @@ A cause is planted by `helpers.lab`, named by `helpers.diagnose` and stopped by 
 three speak of it by its key in the table ``data/causes.csv``.
 """
 
-from __future__ import annotations
-
 import csv
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 ``python -m helpers.environment`` prints the direct dependencies, one per line.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import sys

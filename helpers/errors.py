@@ -1,7 +1,5 @@
 """The one error that a user of the workbook can cause and mend."""
 
-from __future__ import annotations
-
 import math
 import unicodedata
 from numbers import Real

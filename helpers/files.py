@@ -1,7 +1,5 @@
 """Where the workbook keeps things, and files that are written whole or not at all."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import json
@@ -10,7 +8,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -33,10 +31,11 @@ _OWN_STAGING = f".partial-{platform.node()}-"
 def staged_folder(folder):
     """Yield a hidden folder in `folder`, and move its files into place only if the block succeeds.
 
-    The destination is made if need be; files of the same name are replaced, others stay. Staging
-    folders that killed processes of this machine left behind are removed.
+    The destination is made if need be, and removed if it was made in vain; files of the same name are
+    replaced, others stay. Staging folders that killed processes of this machine left are removed.
     """
     folder = Path(folder)
+    was_missing = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(f"{glob.escape(_OWN_STAGING)}*-*"):
         pid = path.name.removeprefix(_OWN_STAGING).partition("-")[0]
@@ -49,6 +48,9 @@ def staged_folder(folder):
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if was_missing:
+            with suppress(OSError):  # it holds what was made
+                folder.rmdir()
 
 
 def _is_running(pid):
@@ -64,14 +66,10 @@ def _is_running(pid):
 
 
 def write_text(path, text):
-    """Write UTF-8 text to a file in an existing folder, replacing it in one step; return its path."""
+    """Write UTF-8 text to a file, replacing it in one step, see `staged_folder`; return its path."""
     path = Path(path)
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with staged_folder(path.parent) as staging:
+        (staging / path.name).write_text(text, encoding="utf-8")
     return path
 
 

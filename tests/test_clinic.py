@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 
 import pytest
@@ -27,14 +28,16 @@ from helpers.lab.clinic import (
     signs_of,
     take_signs,
 )
-from helpers.lab.faults import FAULTS, HEALTHY, Fault, patch_of, replaced
+from helpers.lab.faults import FAULTS, HEALTHY, Fault, replaced
 from helpers.train.run import read_run
 
 PATCHED = Fault(
     "nothing passes",
     "no box",
     cause="threshold_ignored",
-    patch=patch_of("detect.detections.detect", lambda original: lambda *args, **kwargs: []),
+    patch=partial(
+        replaced, "detect.detections.detect", lambda original: lambda *args, **kwargs: []
+    ),
     trains=False,
 )
 SPOILED = Fault(
@@ -127,7 +130,8 @@ def test_a_trained_patient_trains_as_long_as_the_healthy_run_which_its_cure_give
     assert ill.metrics["steps"] == steps
     patient.treat("extreme_regularisation")
     assert patient.folder == clinic.healthy
-    again = read_run(clinic.make(HEALTHY, places["folder"] / "again"))
+    with clinic.planted(HEALTHY, places["folder"] / "again") as folder:
+        again = read_run(folder)
     healthy = read_run(clinic.healthy)
     assert (again.config.lora.dropout, again.metrics["steps"]) == (0.1, steps)
     assert again.config.fingerprint() == healthy.config.fingerprint()

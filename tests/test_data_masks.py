@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from builders import segmentation_of
 
-from helpers.data.masks import compressed_runs, masks_on_grid, segmentation_to_rle
+from helpers.data.masks import compressed_runs, masks_on_grid
 
 
 def test_compressed_runs_equal_pycocotools():
@@ -14,8 +14,6 @@ def test_compressed_runs_equal_pycocotools():
     for mask in masks.astype(np.uint8):
         counts = segmentation_of(mask, "rle")["counts"]
         assert compressed_runs(counts) == segmentation_of(mask, "runs")["counts"]
-    as_bytes = {"size": [40, 30], "counts": counts.encode()}
-    assert segmentation_to_rle(as_bytes, 40, 30) == {"size": [40, 30], "counts": counts}
 
 
 def test_thin_objects_survive_on_the_grid():

@@ -3,5 +3,3 @@
 from helpers.checks.dataset import check_dataset
 from helpers.checks.findings import CODES
 from helpers.checks.words import check_categories
-
-__all__ = ["CODES", "check_categories", "check_dataset"]

@@ -1,7 +1,5 @@
 """Faults that show in the annotations alone: crowd flags, boxes, masks, sizes, doubles."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 

@@ -1,7 +1,5 @@
 """The check of a whole dataset: every split, its files, and what of it reaches the loss."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 from helpers.checks.boxes_and_masks import check_annotations

@@ -1,7 +1,5 @@
 """What a data check found: codes, places, and a report for people, programs and pictures."""
 
-from __future__ import annotations
-
 import csv
 from collections import defaultdict
 from dataclasses import dataclass
@@ -97,15 +95,13 @@ def findings_by_code(faults, **values):
     return findings
 
 
-@dataclass(frozen=True)
-class FlaggedImage:
+class FlaggedImage(NamedTuple):
     """An image worth looking at."""
 
     path: Path
     name: str  # split/image
     codes: tuple[str, ...]  # errors first
     boxes_xyxy: tuple[tuple[float, float, float, float], ...]  # pixels, as annotated
-    labels: tuple[str, ...]  # one per box: code and annotation
 
 
 @dataclass(frozen=True)
@@ -170,12 +166,11 @@ class Report:
 
         images = []
         for entries in sorted(flagged.values(), key=order)[:n]:
-            place, boxed = entries[0][1], [entry for entry in entries if entry[1].box_xyxy]
             codes = tuple(dict.fromkeys(finding.code for finding, _, _ in entries))
-            boxes_xyxy = tuple(place.box_xyxy for _, place, _ in boxed)
-            labels = tuple(f"{f.code[:3]} annotation {p.annotation_id}" for f, p, _ in boxed)
+            boxes_xyxy = tuple(place.box_xyxy for _, place, _ in entries if place.box_xyxy)
+            place = entries[0][1]
             name = f"{place.split}/{place.image_id}"
-            images.append(FlaggedImage(place.path, name, codes, boxes_xyxy, labels))
+            images.append(FlaggedImage(place.path, name, codes, boxes_xyxy))
         return images
 
     def raise_for_errors(self):

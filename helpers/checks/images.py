@@ -1,7 +1,5 @@
 """Faults of image files: broken, of another size, in two splits, turned against their masks."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import combinations
 

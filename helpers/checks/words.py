@@ -1,7 +1,5 @@
 """Faults of the words: categories that cannot be asked for, and absent prompts that are missing."""
 
-from __future__ import annotations
-
 import re
 from difflib import SequenceMatcher
 from itertools import combinations

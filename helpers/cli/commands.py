@@ -4,8 +4,6 @@ Every command takes the parsed arguments and returns ``(exit status, JSON docume
 Libraries are imported inside, so that ``--help`` answers at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
@@ -126,7 +124,6 @@ def train(args):
 
 def predict(args):
     """Detect prompts on images, and draw them if asked to."""
-    from helpers.config import load_config
     from helpers.detect.predictor import (
         GENERIC_PROMPT,
         PROMPTLESS_THRESHOLD,
@@ -138,8 +135,8 @@ def predict(args):
 
     images = _image_files(args.image)
     paths = {} if args.output is None else _picture_paths(args.output, images)
-    model, processor, run, _ = load_model(args)
-    settings = run.config.evaluation if run else load_config(DEFAULT_CONFIG).evaluation
+    model, processor, run, config, _ = load_model(args)
+    settings = config.evaluation
     prompts, threshold, mask_threshold = args.prompt, args.threshold, args.mask_threshold
     if threshold is None:
         threshold = settings.score_threshold if prompts else PROMPTLESS_THRESHOLD
@@ -182,15 +179,13 @@ def predict(args):
 
 def evaluate(args):
     """Judge a model on a split; status 1 if the split has nothing to find."""
-    from helpers.config import load_config
     from helpers.data.dataset import load_dataset
     from helpers.detect.knowledge import retention
     from helpers.detect.metrics import evaluate_queries
     from helpers.detect.predictor import untrained_prompts
     from helpers.detect.queries import predict_split
 
-    model, processor, run, name = load_model(args)
-    config = run.config if run else load_config(DEFAULT_CONFIG)
+    model, processor, run, config, name = load_model(args)
     settings = config.evaluation
     data_dir = args.data or config.data.data_dir
     split = load_dataset(config, data_dir).split(args.split)
@@ -223,12 +218,10 @@ def evaluate(args):
 
 def knows(args):
     """Say how well a model knows words on images that show them; status 1 if one is locked."""
-    from helpers.config import load_config
     from helpers.data.dataset import load_dataset
     from helpers.detect.knowledge import ADVICE, word_knowledge
 
-    model, processor, run, name = load_model(args)
-    config = run.config if run else load_config(DEFAULT_CONFIG)
+    model, processor, _, config, name = load_model(args)
     split = load_dataset(config, args.data or config.data.data_dir).split(args.split)
     words = None if args.words is None else _words(args.words)
     own = {} if args.threshold is None else {"threshold": args.threshold}
@@ -328,7 +321,7 @@ def _routes(args, run):
 
 
 def load_model(args):
-    """Return the model that the arguments describe, on its device, its processor, run and name."""
+    """Return the model that the arguments describe, on its device, its processor, run, config, name."""
     from helpers.config import load_config
     from helpers.model.lora import load_adapter
     from helpers.model.sam3 import best_device
@@ -346,7 +339,8 @@ def load_model(args):
     else:
         run = load_run(folder, base=args.base)
         model, processor, name = run.model, run.processor, str(folder)
-    return model.to(best_device()), processor, run, name
+    config = run.config if run else load_config(DEFAULT_CONFIG)
+    return model.to(best_device()), processor, run, config, name
 
 
 def _base(args, adapter=None):

@@ -1,7 +1,5 @@
 """Every option of the command line, defined once; the commands name those they take."""
 
-from __future__ import annotations
-
 from helpers.files import in_current_folder
 
 

@@ -1,5 +1,3 @@
 """From any common format to the layout that training reads."""
 
 from helpers.convert.conversion import convert, detect_format
-
-__all__ = ["convert", "detect_format"]

@@ -1,22 +1,13 @@
 """Read COCO files wherever they lie, and the layouts that `helpers.data.coco` reads."""
 
-from __future__ import annotations
-
 import os
-import unicodedata
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import unquote
 
 from helpers.convert import source
-from helpers.data.coco import (
-    COCO_FILE,
-    category_names,
-    coco_entries,
-    entries_of,
-    find_splits,
-    split_folder,
-)
+from helpers.data import coco
+from helpers.data.images import spelling
 from helpers.errors import InputError
 from helpers.files import read_json
 
@@ -33,9 +24,9 @@ def read_coco(root):
         splits[split], index = [], {}
         for path in source.files_below(folder):
             index.setdefault(spelling(path.name), []).append(path)
-        entries = coco_entries(file) if file else entries_of(folder, "per_image")
+        entries = coco.coco_entries(file) if file else coco.entries_of(folder, "per_image")
         for where, image, items, categories in entries:
-            names = category_names(categories, where, table)
+            names = coco.category_names(categories, where, table)
             path = _image_path(image, where, folder, index, split, respelt)
             size = source.picture_size(path, base)
             stated = (image.get("width"), image.get("height"))
@@ -72,13 +63,13 @@ def read_coco(root):
 def annotation_files(root):
     """Map each split to its folder and its COCO file, None where each image has its own file."""
     try:
-        names = find_splits(root)
+        names = coco.find_splits(root)
     except InputError:
         names = ()  # not a layout that training could read as it is
     parts = {}
     for name in names:
-        folder = split_folder(root, name)[1]
-        file = folder / COCO_FILE
+        folder = coco.split_folder(root, name)[1]
+        file = folder / coco.COCO_FILE
         if file.is_file() or source.files_below(folder / "annotations", (".json",)):
             parts[name] = (folder, file if file.is_file() else None)
     base = root if root.is_dir() else root.parent
@@ -108,11 +99,6 @@ def _coco_files(root):
             raise InputError(message, where=root, fix=fix)
         files[split] = path
     return files
-
-
-def spelling(name):
-    """Return a name without what systems change on the way: case, and how accents are composed."""
-    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _image_path(image, where, root, index, split, respelt):

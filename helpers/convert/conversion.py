@@ -1,7 +1,5 @@
 """Turn a dataset of any common format into the layout of this workbook, without loss."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -15,14 +13,14 @@ from filelock import FileLock, Timeout
 
 from helpers.checks.boxes_and_masks import check_annotations
 from helpers.checks.words import check_categories
-from helpers.convert.coco import annotation_files, read_coco, spelling
+from helpers.convert.coco import annotation_files, read_coco
 from helpers.convert.division import split_source, tile_images
 from helpers.convert.label_tools import is_labelme, is_voc, read_labelme, read_voc
 from helpers.convert.mask_pictures import folder_pairs, read_masks
 from helpers.convert.source import WHOLE, files_below, note_of, refuse_outside, settle_polygons
 from helpers.convert.yolo import names_file, read_yolo
 from helpers.data.coco import COCO_FILE, find_splits, read_split
-from helpers.data.images import IMAGE_SUFFIXES
+from helpers.data.images import IMAGE_SUFFIXES, spelling
 from helpers.data.masks import rle_area, rle_box_xyxy, segmentation_to_rle
 from helpers.errors import InputError, printable
 from helpers.files import progress_bar

@@ -1,7 +1,5 @@
 """Divide images into training, validation and test by scene, and large images into tiles."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 

@@ -1,7 +1,5 @@
 """Read what labelling tools write per image: LabelMe's JSON of shapes, VOC's XML of boxes."""
 
-from __future__ import annotations
-
 import base64
 import io
 import math

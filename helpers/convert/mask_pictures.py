@@ -1,7 +1,5 @@
 """Read folders of images and mask pictures: binary, one value per class, or one per instance."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

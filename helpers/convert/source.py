@@ -4,8 +4,6 @@
 further keys, and skips circles and painted masks, which would then be asked as absent.
 """
 
-from __future__ import annotations
-
 import codecs
 import os
 import re
@@ -15,14 +13,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from helpers.data.coco import SPLIT_FOLDERS
+from helpers.data.coco import SPLIT_FOLDERS, SPLIT_WORDS
 from helpers.data.images import upright_size
 from helpers.data.masks import mask_to_rle
 from helpers.data.records import Category
 from helpers.errors import InputError
 
 WHOLE = "all"  # name of the one split of a source that has none
-SPLIT_WORDS = {word: split for split, words in SPLIT_FOLDERS.items() for word in words}
 MEANINGS = ("auto", "outline", "pixels")
 PRECISION = 1e-5  # share of a side by which a coordinate of five decimals may miss what was meant
 

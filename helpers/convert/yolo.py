@@ -1,7 +1,5 @@
 """Read YOLO datasets: data.yaml, and a text file per image with polygons or boxes in [0, 1]."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

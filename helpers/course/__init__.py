@@ -9,14 +9,3 @@ from helpers.course.examples import (
     source_of,
 )
 from helpers.course.notebook import answered, start
-
-__all__ = [
-    "answered",
-    "import_dataset",
-    "lay_out",
-    "losses_beside_silence",
-    "open_photograph",
-    "queries_by_category",
-    "source_of",
-    "start",
-]

@@ -1,7 +1,5 @@
 """What lessons 04 and 07 need besides the pipeline: an example of foreign data, a silent detector."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections import Counter

@@ -4,8 +4,6 @@ papermill checks neither the type of a parameter nor its range, and it passes a 
 text. `start` refuses such a value before anything is computed with it.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

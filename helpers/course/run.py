@@ -6,8 +6,6 @@ the stored notebooks have the form that ``refresh`` leaves; ``exercises`` makes 
 their solutions, so that the two cannot drift apart.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import multiprocessing

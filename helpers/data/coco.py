@@ -4,8 +4,6 @@
 ``per_image``: ``{split}/images/*.jpg`` with ``{split}/annotations/<stem>.json``.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import PurePosixPath, PureWindowsPath
 
@@ -22,6 +20,7 @@ SPLIT_FOLDERS = {
     "valid": ("valid", "val", "validation", "dev"),
     "test": ("test", "testing"),
 }  # name of each split, and what its folder may be called in any case
+SPLIT_WORDS = {word: split for split, words in SPLIT_FOLDERS.items() for word in words}
 _ID = int | float | str  # of images and annotations
 _EXPORT_AGAIN = "export the annotations again"
 _CONTRADICTION = "_contradiction"
@@ -113,10 +112,7 @@ def read_split(data_dir, split, layout=None):
 
 def split_name(folder_name):
     """Return the usual name of the split that a folder's name means; another name as it is."""
-    for name, folders in SPLIT_FOLDERS.items():
-        if folder_name.casefold() in folders:
-            return name
-    return folder_name
+    return SPLIT_WORDS.get(folder_name.casefold(), folder_name)
 
 
 def split_folder(data_dir, split):

@@ -1,7 +1,5 @@
 """Image files: opened upright, described by one decoding, compared by their looks."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import re
@@ -139,17 +137,17 @@ def near_files(paths):
     near, beside = {}, {}
     for folder in {path.parent for path in paths if path.parent.is_dir()}:
         for other in folder.iterdir():
-            beside.setdefault((folder, _name_key(other.name)), []).append(other)
+            beside.setdefault((folder, spelling(unquote(other.name))), []).append(other)
     for path in paths:
-        matches = beside.get((path.parent, _name_key(path.name)), [])
+        matches = beside.get((path.parent, spelling(unquote(path.name))), [])
         if len(matches) == 1:
             near[path] = matches[0]
     return near
 
 
-def _name_key(name):
-    """Reduce a file name to what its different spellings share."""
-    return unicodedata.normalize("NFC", unquote(name)).casefold()
+def spelling(name):
+    """Return a name without what systems change on the way: case, and how accents are composed."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def load_pixels(record, processor, resolution):

@@ -1,7 +1,5 @@
 """Masks and boxes of objects: COCO segmentations in, run lengths and the model's grid out."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -49,8 +47,6 @@ def _rle_from_runs(segmentation):
         raise ValueError(f"its size {size} is empty")
     if math.prod(size) > MAX_PIXELS:
         raise ValueError(f"its size {size} is more than {MAX_PIXELS / 1e6:.0f} megapixels")
-    if isinstance(counts, bytes):
-        counts = counts.decode("latin-1")
     if isinstance(counts, str):
         runs = compressed_runs(counts)
     elif isinstance(counts, list) and all(type(run) is int for run in counts):

@@ -2,8 +2,3 @@
 
 from helpers.diagnose.diagnosis import diagnose
 from helpers.diagnose.examination import Examination
-
-__all__ = [
-    "Examination",
-    "diagnose",
-]

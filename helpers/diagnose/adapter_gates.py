@@ -1,7 +1,5 @@
 """Gates on base and adapter: are they the ones of the run, in memory, and do what was recorded."""
 
-from __future__ import annotations
-
 import torch
 from peft import get_peft_model_state_dict
 from PIL import Image

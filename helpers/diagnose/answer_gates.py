@@ -4,8 +4,6 @@ Each looks at the best query of a prompt: most queries of a healthy detector are
 behaviour may have several reasons, so its evidence is indirect.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torchvision.ops import box_iou

@@ -1,7 +1,5 @@
 """Gates on the data of a run: annotation files, images, what the loader makes of them, and words."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import combinations
 

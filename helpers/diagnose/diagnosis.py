@@ -4,8 +4,6 @@ Nothing here judges by raw numbers alone: a query logit of -10 is normal for mos
 healthy detector. What the model says is compared with what the base says to the same question.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import asdict, dataclass
 

@@ -1,7 +1,5 @@
 """A run under examination, and the gates: questions that are asked of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -191,16 +189,11 @@ class Examination:
         return PromptDataset.from_config(self.config, self.split("train"), *self.base)
 
     @cached_property
-    def collator(self):
-        """`helpers.data.PromptCollator` of the base's processor."""
-        return PromptCollator(self.base[1])
-
-    @cached_property
     def train_queries(self):
         """What reaches the loss, of images evenly spaced: list of (ImageRecord, query, target)."""
-        dataset, queries = self.train_dataset, []
+        dataset, collator, queries = self.train_dataset, PromptCollator(self.base[1]), []
         for index in range(0, len(dataset), max(1, len(dataset) // TRAIN_SAMPLE)):
-            batch = self.collator([dataset[index]])
+            batch = collator([dataset[index]])
             pairs = zip(batch["queries"], batch["targets"], strict=True)
             queries += [(dataset.records[index], query, target) for query, target in pairs]
         return queries

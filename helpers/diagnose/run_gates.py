@@ -1,7 +1,5 @@
 """Gates on what a run wrote down: its files, its settings, where LoRA sits, what learned."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd

@@ -4,8 +4,6 @@ A case, drawn by its number, is a fault of `helpers.lab.faults`. It stays in the
 until it is treated, the next patient comes, or the clinic is closed.
 """
 
-from __future__ import annotations
-
 import difflib
 import weakref
 from contextlib import AbstractContextManager, ExitStack
@@ -248,8 +246,8 @@ class Clinic(AbstractContextManager):
         recipe = self.healthy.parent / RECIPE_FILE
         is_finished = recipe.is_file() and (self.healthy / METRICS_FILE).is_file()
         if not is_finished or read_json(recipe, "remove the folder") != self._recipe:
-            self.make(HEALTHY, self.healthy.parent)
-            write_json(recipe, self._recipe)
+            with self.planted(HEALTHY, self.healthy.parent):
+                write_json(recipe, self._recipe)
         config = load_config(self.healthy / RUN_CONFIG)
         self._truth = load_dataset(config, data_dir).split(config.data.val_split)
         if not self._truth.num_objects:
@@ -277,7 +275,7 @@ class Clinic(AbstractContextManager):
         fault = FAULTS[names[order[case % len(names)]]]
         self.discharge()
         folder = self.folder / f"{PATIENT_FOLDER}_{ward}_{case}"
-        run = self._bed.enter_context(self._planted(fault, folder))
+        run = self._bed.enter_context(self.planted(fault, folder))
         return Patient(self, fault, run, take_signs(run, self._truth))
 
     def suspects(self, ward):
@@ -289,12 +287,7 @@ class Clinic(AbstractContextManager):
         """Say whether detections came back, in a `CureReport`: it measures and compares no name."""
         return CureReport(self.signs, patient.signs, take_signs(patient.folder, self._truth))
 
-    def make(self, fault, folder):
-        """Make a run with the recipe of the clinic and return its folder."""
-        with self._planted(fault, folder) as run:
-            return run
-
-    def _planted(self, fault, folder):
+    def planted(self, fault, folder):
         """Plant a fault in a run of this clinic's recipe, as long as the others."""
         settings = tuple(text for text in fault.settings if ".num_epochs=" not in text)
         fault = replace(fault, settings=settings)

@@ -3,8 +3,6 @@
 A fault lies in files, in settings, or in a function of the pipeline that is replaced for a while.
 """
 
-from __future__ import annotations
-
 import importlib
 import io
 import shutil
@@ -120,16 +118,13 @@ def _swap(owner, attribute, old, new):
                 setattr(module, key, new)
 
 
-def patch_of(name, wrap):
-    """Make a ``patch`` of `replaced`."""
-    return partial(replaced, name, wrap=wrap)
-
-
 def _result_changed(name, change):
     """Make a ``patch`` after which ``change`` modifies what a function returns."""
-    return patch_of(
-        name, lambda original: lambda *args, **kwargs: change(original(*args, **kwargs))
-    )
+
+    def wrap(original):
+        return lambda *args, **kwargs: change(original(*args, **kwargs))
+
+    return partial(replaced, name, wrap)
 
 
 @contextmanager
@@ -219,18 +214,18 @@ def _halve_alpha(run):
 
 
 PATCHES = {
-    "wrong keys": patch_of(
-        "data.coco.read_split", lambda _: lambda *args: read_split_wrong_keys(*args)
+    "wrong keys": partial(
+        replaced, "data.coco.read_split", lambda _: lambda *args: read_split_wrong_keys(*args)
     ),
     "masks swallowed": _result_changed("data.dataset.object_targets", _without_masks),
     "emptied by a transform": _result_changed("data.dataset.object_targets", _without_objects),
-    "score weight zero": patch_of("model.losses.weighted_sum", _scores_unweighted),
+    "score weight zero": partial(replaced, "model.losses.weighted_sum", _scores_unweighted),
     "finest level dropped": _result_changed(
         "model.prompted.repeat_vision_embeds", _drop_finest_level
     ),
     "decoder zeroed": _result_changed("model.sam3.load_base", _zero_decoder),
-    "presence at its clamp": patch_of(
-        "train.trainer.Sam3Trainer.compute_loss", _presence_pushed_down
+    "presence at its clamp": partial(
+        replaced, "train.trainer.Sam3Trainer.compute_loss", _presence_pushed_down
     ),
     "flag without effect": _result_changed("model.lora.enabled_components", _without_text_encoder),
     "names of another model": _names_of_another_model,
@@ -238,8 +233,8 @@ PATCHES = {
     "text features detached": _result_changed(
         "model.prompted.Sam3Model.get_text_features", _detach_pooled
     ),
-    "loader without effect": patch_of(
-        "model.lora.load_adapter_weights", lambda _: lambda *args: None
+    "loader without effect": partial(
+        replaced, "model.lora.load_adapter_weights", lambda _: lambda *args: None
     ),
 }
 """Faults of the code that is run; each is a patient of a ward of `helpers.lab.clinic`."""

@@ -1,7 +1,5 @@
 """Faults in the files of a dataset, broken copies for lesson 01, and the failing script's reader."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -13,10 +11,10 @@ import numpy as np
 from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 
+from helpers.convert.source import files_below
 from helpers.data.coco import entries_of, image_record, read_split
 from helpers.data.images import IMAGE_SUFFIXES, open_upright
 from helpers.data.masks import mask_to_rle, segmentation_to_rle
-from helpers.data.records import ObjectAnnotation
 from helpers.errors import InputError
 from helpers.files import read_json, write_json
 
@@ -71,15 +69,11 @@ def in_every_mask(change):
     return in_every_object(change_mask)
 
 
-def _image_files(folder):
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-
-
 def in_every_image(change):
     """Make a ``spoil_data`` that saves each upright picture as ``change(picture)``; annotations stay."""
 
     def spoil(folder):
-        for path in _image_files(folder):
+        for path in files_below(folder, IMAGE_SUFFIXES):
             change(open_upright(path)).save(path, quality=JPEG_QUALITY)
 
     return spoil
@@ -161,17 +155,17 @@ def _ignore_orientation(folder):
     """Give every image an EXIF orientation that the annotations do not know of."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    for path in _image_files(folder):
+    for path in files_below(folder, IMAGE_SUFFIXES):
         open_upright(path).save(path, quality=JPEG_QUALITY, exif=exif)
 
 
 def _rename_images(folder):
-    for path in _image_files(folder):
+    for path in files_below(folder, IMAGE_SUFFIXES):
         path.rename(path.with_stem(f"{path.stem}_{path.suffix[1:]}.rf.0"))
 
 
 def _cut_image_off(folder):
-    path = _image_files(folder / "train")[0]
+    path = files_below(folder / "train", IMAGE_SUFFIXES)[0]
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -237,11 +231,11 @@ def write_copy(split, folder, num_images=NUM_IMAGES):
     return folder
 
 
-def write_broken_copy(split, folder, name, num_images=NUM_IMAGES):
+def write_broken_copy(split, folder, name):
     """Write a copy as `write_copy` does, plant a fault of `SPOIL_DATA` in it, and return the folder."""
     if name not in SPOIL_DATA:
         raise InputError(f"there is no fault {name!r}", fix=f"use one of {', '.join(SPOIL_DATA)}")
-    folder = write_copy(split, folder, num_images)
+    folder = write_copy(split, folder)
     SPOIL_DATA[name](folder)
     return folder
 
@@ -262,24 +256,12 @@ def read_split_wrong_keys(data_dir, split):
     right = _read_right(data_dir, split)
     if (right.root / "annotations").is_dir():
         right = _read_right(data_dir, split, layout="per_image")
-    objects = {}
+    names, objects = {1: right.categories[0]}, {}  # the script knew a single category
     for path, entry, _, _ in entries_of(right.root, right.layout):
         content = entry if right.layout == "coco" else read_json(path)
-        record = image_record(path, entry, [], {}, right.root)
-        objects[record.image_id] = _wrong_objects(content, record, right.categories)
+        pairs = zip(content.get(WRONG_BOX_KEY, []), content.get(WRONG_MASK_KEY, []), strict=True)
+        wrong = [{"bbox": box, "segmentation": mask, "category_id": 1} for box, mask in pairs]
+        record = image_record(path, entry, wrong, names, right.root)
+        objects[record.image_id] = record.objects
     records = (replace(record, objects=objects[record.image_id]) for record in right.records)
     return replace(right, records=tuple(records))
-
-
-def _wrong_objects(content, record, categories):
-    """Look the objects of an image up under the wrong keys; the script knew a single category."""
-    boxes, masks = content.get(WRONG_BOX_KEY, []), content.get(WRONG_MASK_KEY, [])
-    return tuple(
-        ObjectAnnotation(
-            category=categories[0],
-            box_xyxy=(x, y, x + width, y + height),
-            rle=segmentation_to_rle(mask, record.height, record.width),
-            annotation_id=number,
-        )
-        for number, ((x, y, width, height), mask) in enumerate(zip(boxes, masks, strict=True))
-    )

@@ -1,11 +1,10 @@
 """What an adapter consists of, what it does to prompts, and what no adapter can do to a logit."""
 
-from __future__ import annotations
-
 from copy import copy
 
 import pandas as pd
 import torch
+from torch.nn.utils import get_total_norm
 
 from helpers.model.lora import COMPONENTS, component_of, lora_layers
 from helpers.model.prompted import SCORE_LOGIT_CLAMP, base_of
@@ -56,10 +55,8 @@ def _measure(layers, total):
 
 def _norm(tensors):
     """Return the Euclidean norm of all entries of some tensors as a float; NaN without any."""
-    if not tensors:
-        return float("nan")
-    norms = [torch.linalg.vector_norm(tensor.detach().float()) for tensor in tensors]
-    return float(torch.linalg.vector_norm(torch.stack(norms)))
+    tensors = [tensor.detach().float() for tensor in tensors]
+    return float(get_total_norm(tensors)) if tensors else float("nan")
 
 
 @torch.no_grad()

@@ -3,8 +3,6 @@
 Kept is what the backbone gives, 10.6 MB per image in bfloat16; the pyramid of the neck has 56 MB.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -26,26 +26,3 @@ from helpers.show.pictures import (
     gallery_figure,
     prediction_figure,
 )
-
-__all__ = [
-    "LossPanel",
-    "TRUTH_COLOUR",
-    "annotate",
-    "browse_panel",
-    "comparison_figure",
-    "component_bars_figure",
-    "describe",
-    "draw_lines",
-    "gallery_figure",
-    "grouped_bars_figure",
-    "history_frame",
-    "logit_heatmap_figure",
-    "prediction_figure",
-    "runs_figure",
-    "schedule_frame",
-    "score_histogram_figure",
-    "target_picture",
-    "targets_figure",
-    "threshold_figure",
-    "threshold_panel",
-]

@@ -1,7 +1,5 @@
 """Charts of numbers: curves of runs, thresholds, scores, bars; and the schedule of a config."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from itertools import cycle

@@ -4,8 +4,6 @@ Targets are read back from the tensors of a collated batch and nothing from the 
 the loader shows in these pictures, where pictures of the files would hide it.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import io
@@ -24,14 +22,8 @@ from transformers import TrainerCallback
 
 from helpers.detect.detections import detect
 from helpers.errors import InputError, check_probability, printable
+from helpers.show import pictures
 from helpers.show.charts import draw_lines, history_frame
-from helpers.show.pictures import (
-    TRUTH_COLOUR,
-    annotate,
-    annotate_detections,
-    as_picture,
-    gallery_figure,
-)
 
 _WIDE = {"style": {"description_width": "initial"}, "layout": {"width": "32em"}}
 _REDRAW_SECONDS, _REDRAW_SHARE = 2.0, 0.05  # at most so often, and at most this share of the time
@@ -66,7 +58,7 @@ def threshold_panel(image, raws, *, score_threshold=0.3, mask_threshold=0.5):
     if not raws:
         fix = "pass Predictor.raw(...)"
         raise InputError("a panel needs the outputs of at least one prompt", fix=fix)
-    image, by_prompt = as_picture(image), {raw.prompt: raw for raw in raws}
+    image, by_prompt = pictures.as_picture(image), {raw.prompt: raw for raw in raws}
     panel = SimpleNamespace(readout=widgets.Label(), picture=widgets.HTML())
     options = {"min": 0.0, "max": 1.0, "step": 0.01, "readout_format": ".2f", **_WIDE}
     for name, value, tooltip in (
@@ -88,7 +80,7 @@ def threshold_panel(image, raws, *, score_threshold=0.3, mask_threshold=0.5):
         kept, total = len(panel.detections), len(raw.scores)
         panel.readout.value = f"kept {kept} of {total}, highest score {raw.max_score:.3f}"
         alt = f"Detections of {raw.prompt!r}: {panel.readout.value}."
-        panel.picture.value = _img(annotate_detections(image, panel.detections), alt)
+        panel.picture.value = _img(pictures.annotate_detections(image, panel.detections), alt)
 
     for control in (panel.score, panel.mask, panel.prompt):
         control.observe(update, names="value")
@@ -174,7 +166,7 @@ def target_picture(batch, row, image_processor):
     grids = target["masks"][:, None].float()
     masks = interpolate(grids, (height, width), mode="nearest-exact")[:, 0].numpy() > 0.5
     scale = [width, height, width, height]
-    return annotate(picture, boxes_xyxy * scale, masks, colour=TRUTH_COLOUR)
+    return pictures.annotate(picture, boxes_xyxy * scale, masks, colour=pictures.TRUTH_COLOUR)
 
 
 def describe_target(batch, row):
@@ -192,7 +184,7 @@ def targets_figure(batch, image_processor):
     for row, query in enumerate(batch["queries"]):
         caption = f"{query['image_id']}: {describe_target(batch, row)}"
         items.append((target_picture(batch, row, image_processor), (), caption))
-    return gallery_figure(items)
+    return pictures.gallery_figure(items)
 
 
 def browse_panel(batch, image_processor):

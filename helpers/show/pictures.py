@@ -4,8 +4,6 @@ Charts of numbers are in `helpers.show.charts`. Every panel says in its title wh
 nothing depends on telling two colours apart.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import os

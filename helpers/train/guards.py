@@ -5,8 +5,6 @@ numbers of all batches of an optimiser step are summed over the processes and lo
 the step changes a weight: all processes stop at the same step. No random number is drawn.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 

@@ -1,27 +1,11 @@
 """The report of a finished run, as a document for programs and as text for people."""
 
-from __future__ import annotations
-
 import math
 
 import pandas as pd
 
 from helpers.model.losses import EARLY_WEIGHTS
 
-# The document's expected output and verification checklist: name to item and expectation.
-ITEMS = {
-    "modules": ("LoRA is applied to modules", "a number of modules"),
-    "trainable": ("Trainable parameters", "about 2 to 3 %"),
-    "epoch 1": ("Loss in epoch 1", "from about 2.0 to below 1.0"),
-    "epoch 5": ("Loss in epoch 5", "below 0.5"),
-    "epoch 10": ("Loss from epoch 10 on", "0.1 to 0.3"),
-    "loss": ("Training loss over the epochs", "decreasing"),
-    "valid loss": ("Validation loss", "decreasing"),
-    "completed": ("Training completed all epochs without errors", "all epochs"),
-    "final loss": ("Final training loss", "below 0.5"),
-    "confidence": ("Inference produces detections with confidence", "above 0.3"),
-    "prompts": ('Text prompts like "crack", "defect" work', "both work"),
-}
 VERDICTS = {True: "yes", False: "no", None: "not checkable"}
 # Share of the images showing an object on which a prompt has to reach the threshold to work.
 WORKS_FROM = 0.9
@@ -47,31 +31,37 @@ def checklist(run, words=None):
         False, or None where the document's number cannot be compared.
     """
     losses, total = epoch_means(run.history, "loss"), run.adapter.loc["total"]
+    valid_losses = epoch_means(run.history, "eval_loss")
     moved, share = total["B_nonzero"], float(total["share"])
+    modules = f"{total['modules']:.0f} modules, {moved:.0%} moved", bool(moved == 1)
     epochs, wanted = run.metrics["epochs"], run.config.effective_num_epochs
-    found = {
-        "modules": (f"{total['modules']:.0f} modules, {moved:.0%} moved", moved == 1),
-        "trainable": (f"{share:.2%}", 0.02 <= round(share, 3) <= 0.03),
-        "epoch 1": _loss(run, [1], 0.0, 1.0),
-        "epoch 5": _loss(run, [5], 0.0, 0.5),
-        "epoch 10": _loss(run, [epoch for epoch in losses if epoch >= 10], 0.1, 0.3),
-        "loss": _trend(list(losses.values())),
-        "valid loss": _trend(list(epoch_means(run.history, "eval_loss").values())),
-        "completed": (f"{epochs:g} of {wanted} epochs", epochs >= wanted),
-        "final loss": _loss(run, [max(losses)], 0.0, 0.5),
-        "confidence": ("the validation split shows no object", None),
-        "prompts": _prompts(run, words),
-    }
+    completed = f"{epochs:g} of {wanted} epochs", epochs >= wanted
     best = run.metrics["valid"].get("max_score_present")
+    confidence = "the validation split shows no object", None
     if best is not None:
-        measured = f"best score {best:.3f} on average, validation split"
-        found["confidence"] = (measured, best > 0.3)
-    rows = []
-    for name, (measured, passed) in found.items():
-        item, expected = ITEMS[name]
-        passed = None if passed is None else bool(passed)
-        rows.append({"item": item, "expected": expected, "measured": measured, "passed": passed})
-    return rows
+        confidence = f"best score {best:.3f} on average, validation split", best > 0.3
+    late = [epoch for epoch in losses if epoch >= 10]
+    items = [
+        ("LoRA is applied to modules", "a number of modules", modules),
+        (
+            "Trainable parameters",
+            "about 2 to 3 %",
+            (f"{share:.2%}", 0.02 <= round(share, 3) <= 0.03),
+        ),
+        ("Loss in epoch 1", "from about 2.0 to below 1.0", _loss(run, [1], 0.0, 1.0)),
+        ("Loss in epoch 5", "below 0.5", _loss(run, [5], 0.0, 0.5)),
+        ("Loss from epoch 10 on", "0.1 to 0.3", _loss(run, late, 0.1, 0.3)),
+        ("Training loss over the epochs", "decreasing", _trend(list(losses.values()))),
+        ("Validation loss", "decreasing", _trend(list(valid_losses.values()))),
+        ("Training completed all epochs without errors", "all epochs", completed),
+        ("Final training loss", "below 0.5", _loss(run, [max(losses)], 0.0, 0.5)),
+        ("Inference produces detections with confidence", "above 0.3", confidence),
+        ('Text prompts like "crack", "defect" work', "both work", _prompts(run, words)),
+    ]
+    return [
+        {"item": item, "expected": expected, "measured": measured, "passed": passed}
+        for item, expected, (measured, passed) in items
+    ]
 
 
 def checklist_frame(run, words=None):

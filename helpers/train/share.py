@@ -1,8 +1,5 @@
 """Give a result away: a model card, a merged model, and an upload to the Hugging Face Hub."""
 
-from __future__ import annotations
-
-import contextlib
 import html
 import json
 import re
@@ -293,20 +290,12 @@ def merge(folder, output, dtype=None, base=None):
     if dtype is None:
         own = base_config(base or settings.name, None if base else settings.revision).dtype
         dtype = str(own or torch.float32).removeprefix("torch.")
-    was_missing = not output.exists()
-    try:
-        with staged_folder(output) as staging:
-            document = _merge_into(staging, run, dtype)
-            if not document["same"]:
-                raise MergeDiffers(document)
-            write_json(staging / MERGE_FILE, document)
-            card = model_card(run, settings.resolution, merge=document)
-            write_text(staging / CARD_FILE, card)
-    except BaseException:
-        if was_missing:
-            with contextlib.suppress(OSError):  # the folder that the staging made
-                output.rmdir()
-        raise
+    with staged_folder(output) as staging:
+        document = _merge_into(staging, run, dtype)
+        if not document["same"]:
+            raise MergeDiffers(document)
+        write_json(staging / MERGE_FILE, document)
+        write_text(staging / CARD_FILE, model_card(run, settings.resolution, merge=document))
     return document
 
 

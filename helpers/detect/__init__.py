@@ -1,7 +1,7 @@
 """Ask, detect, judge."""
 
 from helpers.detect.detections import detect, output_table
-from helpers.detect.knowledge import word_knowledge
+from helpers.detect.knowledge import clear_answers, retention, word_knowledge
 from helpers.detect.metrics import cgf1, coco_ap, evaluate_queries, threshold_sweep, union_iou
 from helpers.detect.predictor import (
     GENERIC_PROMPT,

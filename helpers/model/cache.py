@@ -13,12 +13,11 @@ import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from helpers.data.dataset import PromptCollator
 from helpers.data.images import load_pixels
 from helpers.errors import InputError
-from helpers.files import file_digest, resolve, staged_folder, write_json
+from helpers.files import file_digest, progress_bar, resolve, staged_folder, write_json
 from helpers.model.lora import write_tensors
 
 TENSOR = "backbone_states"
@@ -85,7 +84,7 @@ class BackboneCache:
                 raise InputError(message, where=self.folder, fix=fix)
             with staged_folder(self.folder) as staging:
                 write_json(staging / "cache.json", description)
-            with tqdm(total=len(own), desc="features", unit="image", disable=not progress) as bar:
+            with progress_bar(len(own), "features", disable=not progress) as bar:
                 for batch, pixel_values in loader:
                     states = self.model.backbone_states(pixel_values.to(self.model.device))
                     self._write(batch, states)

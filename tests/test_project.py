@@ -204,6 +204,19 @@ def test_the_table_of_the_readme_is_that_of_the_experiment():
     assert table == rows
 
 
+def test_the_cure_in_the_readme_is_that_of_the_table():
+    table = load_table("front", TABLES)
+    table = table[table["recipe"] == "DETR encoder and masks, replay"]
+    means = table.groupby("word")[["retention_AP", "detected_share", "AP50"]].mean()
+    never, half = means.loc["never"], means.loc["half"]
+    text = " ".join(read("README.md").split())
+    assert (
+        f"keeps {never['retention_AP']:.2f} and {half['retention_AP']:.2f}, detects "
+        f"{never['detected_share']:.0%} and {half['detected_share']:.0%}, with a mask AP50 of "
+        f"{never['AP50']:.2f} and {half['AP50']:.2f}"
+    ) in text
+
+
 def imports_of(path):
     if path.suffix == ".ipynb":
         cells = nbformat.read(path, as_version=4).cells

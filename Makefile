@@ -12,8 +12,8 @@ STAMP := $(VENV)/installed
 UV := $(shell command -v uv 2>/dev/null)
 # make setup TORCH=cpu leaves the CUDA libraries out (see notebooks/README.md).
 TORCH ?=
-# Notebooks that neither train nor read a run: nbval compares their outputs cell by cell.
-QUICK := $(addprefix notebooks/,00_start_here.ipynb 01_data_checks.ipynb A1_how_the_base_was_made.ipynb)
+# nbval runs this one cell by cell; tests/test_notebooks_run.py executes all by papermill.
+QUICK := notebooks/00_start_here.ipynb
 # Extra arguments of the command behind a target: make course ARGS="--set profile=sam3"
 ARGS ?=
 # Dozens of processes import the same thousands of modules: they are compiled once.

@@ -1,7 +1,5 @@
 """The configuration of a run: strict sections, overlays, and errors that name the closest key."""
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import io

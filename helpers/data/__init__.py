@@ -6,19 +6,3 @@ from helpers.data.images import open_upright
 from helpers.data.masks import mask_to_rle, rle_box_xyxy
 from helpers.data.prompts import absent_candidates
 from helpers.data.records import Category, rename_categories
-
-__all__ = [
-    "Category",
-    "Dataset",
-    "PromptCollator",
-    "PromptDataset",
-    "absent_candidates",
-    "count_objects",
-    "find_splits",
-    "load_dataset",
-    "mask_to_rle",
-    "open_upright",
-    "read_split",
-    "rename_categories",
-    "rle_box_xyxy",
-]

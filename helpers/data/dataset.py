@@ -1,7 +1,5 @@
 """A dataset as a config says it, and its images as queries: one per image and category."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass, field, replace

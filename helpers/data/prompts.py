@@ -1,7 +1,5 @@
 """Which prompts are asked about an image: the present ones, and absent ones drawn at random."""
 
-from __future__ import annotations
-
 import re
 import zlib
 from functools import lru_cache

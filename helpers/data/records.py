@@ -1,7 +1,5 @@
 """What annotation files say: categories, images, objects; and by which noun each is asked."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

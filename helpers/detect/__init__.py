@@ -18,25 +18,3 @@ from helpers.detect.queries import (
     prompt_scores,
 )
 from helpers.detect.tiles import predict_tiled
-
-__all__ = [
-    "GENERIC_PROMPT",
-    "PROMPTLESS_THRESHOLD",
-    "Predictor",
-    "Query",
-    "as_queries",
-    "cgf1",
-    "coco_ap",
-    "detect",
-    "evaluate_queries",
-    "evaluation_dataset",
-    "output_table",
-    "predict_split",
-    "predict_tiled",
-    "prompt_scores",
-    "raw_outputs",
-    "threshold_sweep",
-    "union_iou",
-    "untrained_prompts",
-    "word_knowledge",
-]

@@ -4,8 +4,6 @@ The score of a query is its probability times that of presence. A detection coun
 threshold on, as in Meta's cgF1 evaluator; SAM3's own post-processing asks for more than it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

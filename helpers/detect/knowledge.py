@@ -1,7 +1,5 @@
 """How well a model knows a word, before any training; and what is kept of it afterwards."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import scipy  # loads scipy.stats, which takes seconds, when it is first used

@@ -1,7 +1,5 @@
 """Metrics of queries: cgF1, AP, union IoU, threshold sweep, and the summary of a report."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from faster_coco_eval import COCO, COCOeval_faster

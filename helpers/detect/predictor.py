@@ -1,7 +1,5 @@
 """Ask a SAM3, with or without adapter, for prompts on images."""
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections.abc import Sequence

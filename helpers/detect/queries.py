@@ -1,7 +1,5 @@
 """A query is one prompt on one picture: what is there, and what a model detected."""
 
-from __future__ import annotations
-
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, fields

@@ -4,8 +4,6 @@
 makes 13 detections. Here two pieces are one object if they agree where both tiles saw it.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """The controlled experiment: its designs, and the run of one cell; data.experiments runs all."""
 
-from __future__ import annotations
-
 import subprocess
 import time
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 What they show holds for the base in the column ``word``; without it, for one that never met the word.
 """
 
-from __future__ import annotations
-
 from itertools import combinations, product
 from typing import NamedTuple
 

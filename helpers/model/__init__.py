@@ -5,13 +5,3 @@ from helpers.model.lora import add_lora
 from helpers.model.losses import sam3_losses
 from helpers.model.matching import hungarian_match
 from helpers.model.sam3 import load_base
-
-__all__ = [
-    "adapter_report",
-    "add_lora",
-    "hungarian_match",
-    "load_base",
-    "prompt_embedding_change",
-    "query_logit_bounds",
-    "sam3_losses",
-]

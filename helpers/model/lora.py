@@ -1,7 +1,5 @@
 """LoRA on SAM3 through PEFT: where it sits, and saving and loading it without silent gaps."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from copy import deepcopy

@@ -5,8 +5,6 @@ others of a row *with* objects learn a low score; a row *without* objects teache
 token. In the variant ``early``, the loss of the failing script, it pushes every score down.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

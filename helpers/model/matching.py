@@ -3,8 +3,6 @@
 SAM3's one-to-many assignment is left out: the Hugging Face model has no such branch.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment

@@ -1,7 +1,5 @@
 """SAM3 with several prompts per image and all decoder layers, some prompts at a time."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial

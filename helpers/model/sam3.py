@@ -1,7 +1,5 @@
 """Load a SAM3 base, the embedded one or facebook/sam3, completely or not at all."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -4,16 +4,3 @@ from helpers.train.report import checklist, checklist_frame, epoch_means
 from helpers.train.run import METRICS_FILE, load_run, read_run
 from helpers.train.share import merge, plan_push
 from helpers.train.training import dry_run, train
-
-__all__ = [
-    "METRICS_FILE",
-    "checklist",
-    "checklist_frame",
-    "dry_run",
-    "epoch_means",
-    "load_run",
-    "merge",
-    "plan_push",
-    "read_run",
-    "train",
-]

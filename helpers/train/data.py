@@ -1,7 +1,5 @@
 """The data of a training run: checked, as queries, with the features that do not change."""
 
-from __future__ import annotations
-
 import sys
 from typing import NamedTuple
 

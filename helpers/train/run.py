@@ -1,7 +1,5 @@
 """A run folder: when it may be written, what is in it, and how it is read back."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections import Counter

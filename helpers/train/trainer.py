@@ -1,7 +1,5 @@
 """The training loop: `transformers.Trainer` with SAM3's loss and a validation that detects."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from pathlib import Path

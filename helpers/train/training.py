@@ -1,7 +1,5 @@
 """From a config to a finished run folder; a single step first, and smaller ones if memory ends."""
 
-from __future__ import annotations
-
 import math
 import sys
 import tempfile

@@ -83,6 +83,7 @@ def test_an_adapter_that_changes_nothing_keeps_everything(walls, adapted):
     kept = retention(*adapted, walls, ["tile", "moss", "window"])
     assert kept["objects"] > 0
     assert (kept["AP"], kept["AP50"]) == (1.0, 1.0)
+    assert kept["by_word"] == {"tile": 1.0, "moss": 1.0}
     assert kept["false_positive_rate"] == 0
 
 

@@ -213,6 +213,7 @@ def evaluate(args):
             f"  of {kept['objects']} objects that the base detects as {', '.join(kept['words'])}: "
             f"AP {kept['AP']:.4f}, AP50 {kept['AP50']:.4f}"
         )
+        lines += [f"    {printable(word):<16}{ap:.4f}" for word, ap in kept["by_word"].items()]
     return (0 if metrics["num_present"] else 1), document, "\n".join(lines)
 
 

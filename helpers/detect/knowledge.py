@@ -150,7 +150,7 @@ def retention(model, processor, split, words):
     dict
         ``words``; ``objects``, those of the base; ``AP`` and ``AP50`` in [0, 1], average precision of
         the masks with the base's as truth, 1 if nothing has changed, None if the base detects
-        nothing; ``false_positive_rate``, the share of the questions with a clear no of the base to
+        nothing; ``by_word``, the AP of each word that the base detects; ``false_positive_rate``, the share of the questions with a clear no of the base to
         which the adapted model says yes.
 
     Raises
@@ -172,10 +172,12 @@ def retention(model, processor, split, words):
         elif raw.prompt not in possible:
             false_yes.append(raw.max_score >= CLEAR_YES)
     precision = coco_ap(queries) if queries else {"AP": None, "AP50": None}
+    by_word = {word: [query for query in queries if query.prompt == word] for word in words}
     return {
         "words": list(words),
         "objects": sum(len(query.gt) for query in queries),
         "AP": precision["AP"],
         "AP50": precision["AP50"],
+        "by_word": {word: coco_ap(own)["AP"] for word, own in by_word.items() if own},
         "false_positive_rate": float(np.mean(false_yes)) if false_yes else None,
     }

@@ -1,5 +1,7 @@
 """How well a model knows a word, before any training; and what is kept of it afterwards."""
 
+import sys
+
 import numpy as np
 import pandas as pd
 import scipy  # loads scipy.stats, which takes seconds, when it is first used
@@ -9,9 +11,10 @@ from helpers.data.prompts import nouns_overlap
 from helpers.data.records import ObjectAnnotation, true_objects, true_rle
 from helpers.detect.detections import detect
 from helpers.detect.metrics import coco_ap
-from helpers.detect.predictor import check_prompts, raw_outputs
+from helpers.detect.predictor import check_prompts, each_raw_output
 from helpers.detect.queries import SCORE_FLOOR, query_of
 from helpers.errors import InputError
+from helpers.files import progress_bar
 
 LOCKED_PRESENCE, LOCKED_QUERY = 1e-3, 0.1
 """A word is locked below both. Means of presence and best query on the bases of graded knowledge
@@ -70,7 +73,7 @@ def word_knowledge(model, processor, split, words=None, *, threshold=0.3):
         [
             {"word": raw.prompt, "score": raw.max_score}
             | {name: getattr(raw, name) for name in ("presence_prob", "max_query_prob")}
-            for raw in raw_outputs(model, processor, split.records, prompts)
+            for raw in each_raw_output(model, processor, split.records, prompts)
         ],
         columns=["word", "score", "presence_prob", "max_query_prob"],
     )
@@ -101,18 +104,20 @@ def clear_answers(model, processor, records, words):
     the frozenset of all words that may be in the picture. A detection that lies on an object with
     another name in the annotations makes no answer.
     """
-    by_image = {record.image_id: record for record in records}
-    answers = {name: ({}, set()) for name in by_image}
-    for raw in raw_outputs(model, processor, records, check_prompts(list(words))):
-        record = by_image[raw.image]
-        detections = detect(raw, CLEAR_YES)
-        objects = _objects_of(detections, raw.prompt, record)
-        detected, possible = answers[raw.image]
-        if raw.max_score >= CLEAR_NO:
-            possible.add(raw.prompt)
-        if objects:
-            detected[raw.prompt] = objects
-    return {name: (detected, frozenset(possible)) for name, (detected, possible) in answers.items()}
+    answers, words = {}, check_prompts(list(words))
+    hidden = not sys.stderr.isatty()
+    with progress_bar(len(records), "asking the base", disable=hidden) as bar:
+        for record in records:
+            detected, possible = {}, set()
+            for raw in each_raw_output(model, processor, [record], words):
+                objects = _objects_of(detect(raw, CLEAR_YES), raw.prompt, record)
+                if raw.max_score >= CLEAR_NO:
+                    possible.add(raw.prompt)
+                if objects:
+                    detected[raw.prompt] = objects
+            answers[record.image_id] = detected, frozenset(possible)
+            bar.update()
+    return answers
 
 
 def _objects_of(detections, word, record):
@@ -164,7 +169,7 @@ def retention(model, processor, split, words):
         answers = clear_answers(model, processor, split.records, words)
     by_image = {record.image_id: record for record in split.records}
     queries, false_yes = [], []
-    for raw in raw_outputs(model, processor, split.records, list(words)):
+    for raw in each_raw_output(model, processor, split.records, list(words)):
         detected, possible = answers[raw.image]
         if raw.prompt in detected:
             record = by_image[raw.image]

@@ -149,13 +149,16 @@ def raw_outputs(model, processor, records, prompts):
     list of helpers.detect.detections.RawPrediction
         One per image and prompt; its ``image`` is the ``image_id``.
     """
+    return list(each_raw_output(model, processor, records, prompts))
+
+
+def each_raw_output(model, processor, records, prompts):
+    """Yield what `raw_outputs` returns one image after the other: at full size, 66 MB an answer."""
     predictor = Predictor(model, processor)
-    raws = []
     for record in records:
         questions = prompts[record.image_id] if isinstance(prompts, dict) else prompts
         if questions:
-            raws += predictor.raw(record.path, list(questions), name=record.image_id)
-    return raws
+            yield from predictor.raw(record.path, list(questions), name=record.image_id)
 
 
 def untrained_prompts(prompts, trained):

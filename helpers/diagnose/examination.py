@@ -189,11 +189,16 @@ class Examination:
         return PromptDataset.from_config(self.config, self.split("train"), *self.base)
 
     @cached_property
+    def collator(self):
+        """`helpers.data.PromptCollator` of the base's processor."""
+        return PromptCollator(self.base[1])
+
+    @cached_property
     def train_queries(self):
         """What reaches the loss, of images evenly spaced: list of (ImageRecord, query, target)."""
-        dataset, collator, queries = self.train_dataset, PromptCollator(self.base[1]), []
+        dataset, queries = self.train_dataset, []
         for index in range(0, len(dataset), max(1, len(dataset) // TRAIN_SAMPLE)):
-            batch = collator([dataset[index]])
+            batch = self.collator([dataset[index]])
             pairs = zip(batch["queries"], batch["targets"], strict=True)
             queries += [(dataset.records[index], query, target) for query, target in pairs]
         return queries

@@ -90,6 +90,20 @@ def test_the_recommended_config_is_its_recipe():
     assert config.fingerprint() == cell.config("tiny", DATA_DIR).fingerprint()
 
 
+@pytest.mark.parametrize("profile", ["tiny", "sam3"])
+def test_rate_and_epochs_of_a_recipe_are_relative_to_the_profile(profile):
+    """A profile multiplies both; a recipe that set the multiplier would be another one elsewhere."""
+    configs = {}
+    for cell in cells_of("front", [1], profile):
+        configs.setdefault(cell.factors["recipe"], cell.config(profile, DATA_DIR))
+    fixed = configs["fixed config"]
+    for recipe, share in {"a third of the rate": 1 / 3, "a tenth of the rate": 1 / 10}.items():
+        rate = configs[recipe].effective_learning_rate
+        assert rate == pytest.approx(share * fixed.effective_learning_rate)
+    epochs = configs["replay, twice the epochs"].effective_num_epochs
+    assert epochs == 2 * fixed.effective_num_epochs
+
+
 def test_an_adapter_that_is_used_in_several_ways_has_as_many_rows():
     rows = usages_of("front", [1])
     recipes = [row.factors["recipe"] for row in rows if row.factors["word"] == "half"]

@@ -135,12 +135,12 @@ _REPLAY = f"data.replay_words=[{', '.join(KNOWN_WORDS)}]"
 _REPLAY_OF_FIVE = f"data.replay_words=[{', '.join(KNOWN_WORDS[:5])}]"
 RECIPES = {
     "fixed config": (),
-    "a third of the rate": ("scale.learning_rate=10",),
-    "a tenth of the rate": ("scale.learning_rate=3",),
+    "a third of the rate": (f"training.learning_rate={1e-3 / 30}",),
+    "a tenth of the rate": ("training.learning_rate=1e-5",),
     "DETR encoder": _only_lora_on("detr_encoder"),
     "DETR encoder and masks": _only_lora_on("detr_encoder", "mask_decoder"),
     "replay": (_REPLAY,),
-    "replay, twice the epochs": (_REPLAY, "scale.num_epochs=0.2"),
+    "replay, twice the epochs": (_REPLAY, "training.num_epochs=100"),
     "replay of five": (_REPLAY_OF_FIVE,),
     "replay, no absent prompts": (_REPLAY, "data.num_negatives=0"),
     "DETR encoder and masks, replay": (*_only_lora_on("detr_encoder", "mask_decoder"), _REPLAY),

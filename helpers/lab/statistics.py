@@ -1,4 +1,4 @@
-"""The committed tables of experiment and diagnosis: checked, compared and drawn.
+"""The tables of experiment and diagnosis: compared and drawn.
 
 What they show holds for the base in the column ``word``; without it, for one that never met the word.
 """
@@ -13,22 +13,12 @@ from matplotlib.figure import Figure
 
 from helpers.causes import CAUSES
 from helpers.errors import InputError
-from helpers.files import ROOT, resolve
-from helpers.lab.experiment import (
-    DATA_DIR,
-    RESPONSES,
-    SUSPECTS,
-    TABLES,
-    TEXT_COLUMNS,
-    usages_of,
-)
 from helpers.show.charts import COLOURS, MARKERS, dress
 
 CONFIDENCE = 0.95
 INTERACTION = "interaction"
 TIMES = " x "  # between the factors of an interaction: "objects x text_lora"
 SCOPE = "holds for a base that never met the word"
-CONFUSION_TABLE = TABLES / "confusion.csv"
 NOTHING = "no cause"
 SHARES = {"detected_share": 26, "false_positive_rate": 90}
 """Responses that count, with what they count of: crack images and absent prompts of the test split."""
@@ -232,66 +222,19 @@ def word_effects(effects, outcome):
     return f"{outcome}: {first}, {second}: the first is {ratio:.1f} times as large."
 
 
-def tables_folder(path):
-    """Find the folder of the tables, seen from the current folder, the repository or ``notebooks/``."""
-    for folder in (resolve(path), ROOT / "notebooks" / path):
-        if folder.is_dir():
-            return folder.resolve()
-    raise InputError(f"{str(path)!r} is no folder", where="tables_dir", fix="run `make experiment`")
-
-
-def _read(folder, name):
-    """Read one of the committed tables; hashes that consist of digits stay text."""
-    path = folder / f"{name}.csv"
-    if not path.is_file():
-        raise InputError("no such table", where=path, fix="run `make experiment`")
-    return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=TEXT_COLUMNS)
-
-
-def load_table(design, folder=TABLES, *, profile="tiny", word=None):
-    """Read a table and make sure that it is the whole design, made with the present configs.
-
-    ``design`` is a key of `helpers.lab.experiment.DESIGNS`, ``profile`` that of the configs; ``word``
-    takes the rows of one base, see `helpers.lab.experiment.BASES`. Returns one row per run, and in ``front`` per use of an adapter: factors, ``seed``,
-    `helpers.lab.experiment.RESPONSES` and what was run.
-    """
-    table, cells = _read(folder, design), usages_of(design)
-    keys = [*cells[0].factors, "seed"]
-    rows = sorted(table[keys].astype(str).itertuples(index=False, name=None))
-    hashes = {cell.config(profile, DATA_DIR).fingerprint() for cell in cells}
-    problem = None
-    if rows != sorted((*map(str, cell.factors.values()), str(cell.seed)) for cell in cells):
-        problem = f"{len(table)} rows are not the {len(cells)} runs of the design '{design}'"
-    elif table[list(RESPONSES)].isna().any(axis=None):
-        problem = "a response is missing"
-    elif set(table["config_hash"]) != hashes:
-        problem = "the rows were made with other configurations than the present ones"
-    if problem:
-        fix = "run `make experiment` to the end, or restore the configs"
-        raise InputError(problem, where=folder / f"{design}.csv", fix=fix)
-    return table if word is None else table[table["word"] == word].reset_index(drop=True)
-
-
-def load_base_row(folder=TABLES, word="never"):
-    """Read what a base answers without any adapter: `helpers.lab.experiment.RESPONSES` by name."""
-    table = _read(folder, "base").set_index("word")
-    return table.loc[word, list(RESPONSES)].astype(float)
-
-
-def steps_table(table, outcome):
+def steps_table(table, factors, outcome):
     """Show what one change does from the failing state, and one fault from the working one.
 
-    ``table`` holds the runs of the design ``causes`` on one base, from `load_table`; ``outcome`` is a
-    response.
+    ``table`` and ``factors`` are those of `effect_table`, a factor's failing level first.
 
     Returns one row per ``state`` (failing, working) and factor ``changed``: ``change`` (the levels),
     ``before`` and ``after`` (means over the seeds), and the 95 % interval of their difference.
     """
     rows = {}
     for end, name in enumerate(("failing", "working")):
-        state = {factor: levels[end] for factor, levels in SUSPECTS.items()}
+        state = {factor: levels[end] for factor, levels in factors.items()}
         before = _runs_of(table, state)[outcome].mean()
-        for factor, levels in SUSPECTS.items():
+        for factor, levels in factors.items():
             other = levels[1 - end]
             step = paired_difference(table, outcome, state, state | {factor: other})
             rows[name, factor] = {
@@ -327,7 +270,7 @@ def effects_figure(table, factors, outcomes):
 def levels_figure(table, column, outcomes, *, base=None):
     """Draw every run of every level of one factor as a dot, with the mean as a bar.
 
-    Each outcome has a panel; a dotted line is what ``base``, from `load_base_row`, answers.
+    Each outcome has a panel; a dotted line is what ``base``, a row of responses, answers.
     """
     levels = list(dict.fromkeys(table[column]))
     names = [str(level).replace("_", " ") for level in levels]
@@ -355,7 +298,7 @@ def undominated(means):
 def front_figure(table, outcome="AP50", kept="retention_AP"):
     """Draw what every recipe detects against what it keeps of the base, a panel per base.
 
-    ``table`` is the design ``front``, from `load_table`; ``outcome`` and ``kept`` are responses. Grey
+    ``table`` is the design ``front``; ``outcome`` and ``kept`` are responses. Grey
     dots are runs, a number stands at their mean, and a line joins the recipes that none beats.
     """
     recipes = {name: number for number, name in enumerate(dict.fromkeys(table["recipe"]), start=1)}
@@ -393,7 +336,7 @@ def _panels(size, names, labels):
 
 
 def score(table):
-    """Count how often the diagnosis was right in a `CONFUSION_TABLE`.
+    """Count how often the diagnosis was right in a table of planted faults.
 
     Returns a dict: ``faults``; ``named_first`` and ``among_found``, shares of the faults;
     ``healthy_runs``; ``false_alarms``, healthy runs with a cause; ``missed`` and ``not_first``, names.

@@ -65,17 +65,9 @@ class Dataset:
 
 
 def load_dataset(config, data_dir=None):
-    """Open the dataset of a config; a split is read when it is first asked for.
+    """Open the `Dataset` of a config; a split is read when it is first asked for.
 
-    Parameters
-    ----------
-    config : helpers.config.Config
-    data_dir : os.PathLike, optional
-        Another folder than ``data.data_dir``, read with the same settings.
-
-    Returns
-    -------
-    Dataset
+    ``data_dir`` names another folder than that of the config, read with the same settings.
     """
     root = resolve(config.data.data_dir if data_dir is None else data_dir)
     if not root.is_dir():

@@ -1,7 +1,6 @@
 """A query is one prompt on one picture: what is there, and what a model detected."""
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -165,29 +164,25 @@ def predict_split(
         One per image and prompt, with the 100 best detections that score at least 0.001.
     """
     asked = {"prompt": prompt, "absent_prompts": absent_prompts}
-    dataset = evaluation_dataset(split, processor, model, **asked)
     settings = {"batch_size": batch_size, "num_workers": num_workers}
+    if adapter_words is not None:
+        routed = (model, processor, split)
+        settings |= {"mask_threshold": mask_threshold, **asked}
+        answers = predict_split(*routed, **settings)
+        with model.disable_adapter():
+            answers_of_base = predict_split(*routed, **settings)
+        words = {plain_prompt(word) for word in adapter_words}
+        pairs = zip(answers, answers_of_base, strict=True)
+        return [own if plain_prompt(own.prompt) in words else other for own, other in pairs]
+    dataset = evaluation_dataset(split, processor, model, **asked)
     loader = DataLoader(dataset, collate_fn=PromptCollator(processor), **settings)
     model.eval()
-    device = next(model.parameters()).device
-    routes = [nullcontext()]
-    if adapter_words is not None:
-        routes.append(model.disable_adapter())
-    answers = []
-    for route in routes:
-        with route:
-            answers.append([])
-            for batch in loader:
-                for rows, outputs in outputs_by_rows(model, batch, device):
-                    questions = batch["queries"][rows]
-                    answers[-1] += queries_from_outputs(outputs, questions, dataset, mask_threshold)
-    if adapter_words is None:
-        return answers[0]
-    words = {plain_prompt(word) for word in adapter_words}
-    return [
-        own if plain_prompt(own.prompt) in words else of_base
-        for own, of_base in zip(*answers, strict=True)
-    ]
+    device, queries = next(model.parameters()).device, []
+    for batch in loader:
+        for rows, outputs in outputs_by_rows(model, batch, device):
+            questions = batch["queries"][rows]
+            queries += queries_from_outputs(outputs, questions, dataset, mask_threshold)
+    return queries
 
 
 def queries_from_outputs(outputs, questions, dataset, mask_threshold):

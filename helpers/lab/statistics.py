@@ -109,33 +109,22 @@ def effect_weights(cells, factors):
     return effects
 
 
-def effect_table(table, factors, outcome, block="seed"):
-    """Estimate every main effect and interaction of an outcome.
+def effect_table(table, factors, outcome):
+    """Estimate every main effect and interaction of an outcome, a numeric column without gaps.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        One row per run; each ``block`` holds every combination of levels exactly once.
-    factors : dict of str to tuple
-        Factor to its two levels, the reference first.
-    outcome, block : str
-        A numeric column without gaps; the column of the repetition.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per ``effect``: ``value``, 95 % interval ``low``, ``high``, ``count`` of blocks,
-        ``is_clear``. An interaction, ``"a x b"``, is the effect of b at the second level of a
-        minus that at its first.
+    ``table`` has one row per run; each ``seed`` holds every combination of levels exactly once.
+    ``factors`` maps a factor to its two levels, the reference first. Returns a DataFrame with a row
+    per ``effect``: ``value``, 95 % interval ``low``, ``high``, ``count`` of seeds, ``is_clear``. An
+    interaction, ``"a x b"``, is the effect of b at the second level of a minus that at its first.
     """
     cells = list(product(*factors.values()))
     values = []
-    for repetition, runs in table.groupby(block):
+    for seed, runs in table.groupby("seed"):
         by_cell = runs.set_index(list(factors))[outcome]
         if len(runs) != len(cells) or set(by_cell.index) != set(cells):
             raise InputError(
                 f"{len(runs)} runs are not the {len(cells)} combinations",
-                where=f"{block} {repetition}",
+                where=f"seed {seed}",
                 fix="give every combination of the levels exactly once",
             )
         values.append(by_cell.loc[cells])
@@ -150,28 +139,18 @@ def _runs_of(table, levels):
     return table[(table[list(levels)] == pd.Series(levels)).all(axis=1)]
 
 
-def paired_difference(table, outcome, reference, other, block="seed"):
-    """Estimate how an outcome of two kinds of runs differs within the same block.
+def paired_difference(table, outcome, reference, other):
+    """Estimate a numeric outcome of some runs minus that of a reference with the same seed.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-    outcome, block : str
-        A numeric column; the column of the repetition.
-    reference, other : dict
-        Column to value; each must pick exactly one run per ``block``.
-
-    Returns
-    -------
-    Estimate
-        Of other minus reference, with its 95 % interval.
+    ``reference`` and ``other`` map columns to values; each must pick one run per ``seed``. Returns
+    an `Estimate`, with its 95 % interval.
     """
-    runs = [_runs_of(table, levels).set_index(block) for levels in (reference, other)]
+    runs = [_runs_of(table, levels).set_index("seed") for levels in (reference, other)]
     sides = [chosen[outcome].astype(float).sort_index() for chosen in runs]
     if not len(sides[0]) or sides[0].index.tolist() != sides[1].index.tolist():
         raise InputError(
             f"{len(sides[0])} runs with {reference} and {len(sides[1])} with {other} do not pair up",
-            fix="let each pick one run per repetition",
+            fix="let each pick one run per seed",
         )
     return contrast(np.stack(sides, axis=1), [-1, 1], SHARES.get(outcome))
 
@@ -179,16 +158,8 @@ def paired_difference(table, outcome, reference, other, block="seed"):
 def main_effects(cells):
     """Compute what each of two factors changes in a single repetition, and how they interact.
 
-    Parameters
-    ----------
-    cells : pandas.DataFrame
-        Four rows with a MultiIndex of two named levels of two values each, the reference first;
-        numeric outcomes without gaps.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``effect``: the two factors and ``interaction``; columns as in ``cells``.
+    ``cells`` has four rows with a MultiIndex of two named levels of two values each, the reference
+    first, and numeric outcomes without gaps. Returns its columns by ``effect``.
     """
     names = list(cells.index.names)
     levels = {name: tuple(cells.index.get_level_values(name).unique()) for name in names}
@@ -295,12 +266,13 @@ def undominated(means):
     return means[~np.array(beaten)]
 
 
-def front_figure(table, outcome="AP50", kept="retention_AP"):
-    """Draw what every recipe detects against what it keeps of the base, a panel per base.
+def front_figure(table):
+    """Draw what every recipe of the design ``front`` detects against what it keeps of the base.
 
-    ``table`` is the design ``front``; ``outcome`` and ``kept`` are responses. Grey
-    dots are runs, a number stands at their mean, and a line joins the recipes that none beats.
+    There is a panel per base. Grey dots are runs, a number stands at their mean, and a line joins the
+    recipes that none beats.
     """
+    kept, outcome = "retention_AP", "AP50"
     recipes = {name: number for number, name in enumerate(dict.fromkeys(table["recipe"]), start=1)}
     words = list(dict.fromkeys(table["word"]))
     figure = Figure(figsize=(4.3 * len(words) + 2.6, 4.6), layout="constrained")

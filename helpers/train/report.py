@@ -65,37 +65,16 @@ def checklist(run, words=None):
 
 
 def checklist_frame(run, words=None):
-    """Return the `checklist` as a table to show.
-
-    Parameters
-    ----------
-    run, words
-        See `checklist`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``item``; columns ``document says``, ``measured`` and ``verdict``, of `VERDICTS`.
-    """
+    """Return the `checklist` as a DataFrame to show, with ``verdict``, of `VERDICTS`, by ``item``."""
     table = pd.DataFrame(checklist(run, words)).set_index("item")
     table["passed"] = [VERDICTS[passed] for passed in table["passed"]]
     return table.rename(columns={"expected": "document says", "passed": "verdict"})
 
 
 def epoch_means(history, name):
-    """Average a logged number over each epoch.
+    """Average a logged number, such as ``"loss"``, of ``trainer.state.log_history`` over each epoch.
 
-    Parameters
-    ----------
-    history : list of dict
-        ``trainer.state.log_history``.
-    name : str
-        For example ``"loss"``.
-
-    Returns
-    -------
-    dict of int to float
-        Epoch, counted from 1, to the mean of what was logged in it.
+    Returns a dict of epoch, counted from 1, to the mean of what was logged in it.
     """
     by_epoch = {}
     for entry in history:

@@ -12,7 +12,13 @@ from data.experiments.cells import (
     cells_of,
     usages_of,
 )
-from data.experiments.tables import load_base_row, load_table, tables_folder
+from data.experiments.tables import (
+    front_figure,
+    load_base_row,
+    load_table,
+    tables_folder,
+    undominated,
+)
 from helpers.config import load_config
 from helpers.data.coco import read_split
 from helpers.data.prompts import absent_candidates
@@ -22,10 +28,8 @@ from helpers.lab.statistics import (
     SHARES,
     effect_table,
     effects_figure,
-    front_figure,
     levels_figure,
     steps_table,
-    undominated,
 )
 
 

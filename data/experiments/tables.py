@@ -1,10 +1,14 @@
 """The committed tables of the experiment, checked against its designs and the present configs."""
 
+import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from data.experiments.cells import DATA_DIR, RESPONSES, TABLES, TEXT_COLUMNS, usages_of
 from helpers.errors import InputError
 from helpers.files import ROOT, resolve
+from helpers.lab.statistics import LABELS
+from helpers.show.charts import COLOURS, dress
 
 
 def tables_folder(path):
@@ -51,3 +55,41 @@ def load_base_row(folder=TABLES, word="never"):
     """Read what a base answers without any adapter: `data.experiments.cells.RESPONSES` by name."""
     table = _read(folder, "base").set_index("word")
     return table.loc[word, list(RESPONSES)].astype(float)
+
+
+def undominated(means):
+    """Return those rows of a table that no other row beats in one column without losing in another."""
+    beaten = [
+        ((means >= row).all(axis=1) & (means > row).any(axis=1)).any()
+        for _, row in means.iterrows()
+    ]
+    return means[~np.array(beaten)]
+
+
+def front_figure(table):
+    """Draw what every recipe of the design ``front`` detects against what it keeps of the base.
+
+    There is a panel per base. Grey dots are runs, a number stands at their mean, and a line joins the
+    recipes that none beats.
+    """
+    kept, outcome = "retention_AP", "AP50"
+    recipes = {name: number for number, name in enumerate(dict.fromkeys(table["recipe"]), start=1)}
+    words = list(dict.fromkeys(table["word"]))
+    figure = Figure(figsize=(4.3 * len(words) + 2.6, 4.6), layout="constrained")
+    ratios = [1.0] * len(words) + [0.6]
+    *axes, legend = figure.subplots(1, len(words) + 1, sharey=True, width_ratios=ratios)
+    for ax, word in zip(axes, words, strict=True):
+        runs = table[table["word"] == word]
+        means = runs.groupby("recipe")[[kept, outcome]].mean()
+        front = undominated(means).sort_values(kept)
+        ax.plot(runs[kept], runs[outcome], ".", color="0.8")
+        ax.plot(front[kept], front[outcome], color=COLOURS[0], linewidth=1)
+        for recipe, (x, y) in means.iterrows():
+            style = {"boxstyle": "circle,pad=0.15", "fc": "white", "ec": COLOURS[0]}
+            ax.annotate(recipes[recipe], (x, y), ha="center", va="center", fontsize=8, bbox=style)
+        ax.set_title(f"word: {word}")
+        dress(ax, LABELS.get(kept, kept), LABELS.get(outcome, outcome))
+    listed = "\n".join(f"{number}  {name}" for name, number in recipes.items())
+    legend.text(0, 0.5, listed, va="center", fontsize=8, transform=legend.transAxes)
+    legend.set_axis_off()
+    return figure

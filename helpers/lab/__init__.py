@@ -7,7 +7,6 @@ from helpers.lab.statistics import (
     confusion_figure,
     effect_table,
     effects_figure,
-    front_figure,
     levels_figure,
     main_effects,
     paired_difference,

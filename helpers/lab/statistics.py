@@ -257,44 +257,6 @@ def levels_figure(table, column, outcomes, *, base=None):
     return figure
 
 
-def undominated(means):
-    """Return those rows of a table that no other row beats in one column without losing in another."""
-    beaten = [
-        ((means >= row).all(axis=1) & (means > row).any(axis=1)).any()
-        for _, row in means.iterrows()
-    ]
-    return means[~np.array(beaten)]
-
-
-def front_figure(table):
-    """Draw what every recipe of the design ``front`` detects against what it keeps of the base.
-
-    There is a panel per base. Grey dots are runs, a number stands at their mean, and a line joins the
-    recipes that none beats.
-    """
-    kept, outcome = "retention_AP", "AP50"
-    recipes = {name: number for number, name in enumerate(dict.fromkeys(table["recipe"]), start=1)}
-    words = list(dict.fromkeys(table["word"]))
-    figure = Figure(figsize=(4.3 * len(words) + 2.6, 4.6), layout="constrained")
-    ratios = [1.0] * len(words) + [0.6]
-    *axes, legend = figure.subplots(1, len(words) + 1, sharey=True, width_ratios=ratios)
-    for ax, word in zip(axes, words, strict=True):
-        runs = table[table["word"] == word]
-        means = runs.groupby("recipe")[[kept, outcome]].mean()
-        front = undominated(means).sort_values(kept)
-        ax.plot(runs[kept], runs[outcome], ".", color="0.8")
-        ax.plot(front[kept], front[outcome], color=COLOURS[0], linewidth=1)
-        for recipe, (x, y) in means.iterrows():
-            style = {"boxstyle": "circle,pad=0.15", "fc": "white", "ec": COLOURS[0]}
-            ax.annotate(recipes[recipe], (x, y), ha="center", va="center", fontsize=8, bbox=style)
-        ax.set_title(f"word: {word}")
-        dress(ax, LABELS.get(kept, kept), LABELS.get(outcome, outcome))
-    listed = "\n".join(f"{number}  {name}" for name, number in recipes.items())
-    legend.text(0, 0.5, listed, va="center", fontsize=8, transform=legend.transAxes)
-    legend.set_axis_off()
-    return figure
-
-
 def _panels(size, names, labels):
     """Return a figure and a panel per label, side by side, with one named row per name."""
     figure = Figure(figsize=size, layout="constrained")

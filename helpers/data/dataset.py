@@ -319,16 +319,9 @@ class PromptCollator:
 def count_objects(loader_or_dataset):
     """Count the objects that reach the loss.
 
-    Parameters
-    ----------
-    loader_or_dataset : torch.utils.data.DataLoader or PromptDataset
-        A loader with a `PromptCollator`, or a dataset, of which no image is opened.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per query: ``image_id``, ``prompt``, ``is_positive``, ``num_objects``,
-        ``num_masks`` (of which with a usable mask).
+    Takes a loader with a `PromptCollator`, or a `PromptDataset`, of which no image is opened. Returns
+    a DataFrame with a row per query: ``image_id``, ``prompt``, ``is_positive``, ``num_objects``,
+    ``num_masks`` (of which with a usable mask).
     """
     if isinstance(loader_or_dataset, PromptDataset):
         indices = range(len(loader_or_dataset))

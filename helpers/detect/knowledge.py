@@ -9,7 +9,7 @@ from pycocotools import mask as coco_mask
 
 from helpers.data.prompts import nouns_overlap
 from helpers.data.records import ObjectAnnotation, true_objects, true_rle
-from helpers.detect.detections import detect
+from helpers.detect.detections import detect, output_table
 from helpers.detect.metrics import coco_ap
 from helpers.detect.predictor import check_prompts, raw_outputs
 from helpers.detect.queries import SCORE_FLOOR, query_of
@@ -61,32 +61,22 @@ def word_knowledge(model, processor, split, words=None, *, threshold=0.3):
         When no image shows an object.
     """
     words = check_prompts(list(split.categories) if words is None else words)
-    shown = {
-        record.image_id: {item.category for item in true_objects(record)}
-        for record in split.records
-    }
-    prompts = {
-        name: [word for word in words if word in nouns or (nouns and word not in split.categories)]
-        for name, nouns in shown.items()
-    }
-    answers = pd.DataFrame(
-        [
-            {"word": raw.prompt, "score": raw.max_score}
-            | {name: getattr(raw, name) for name in ("presence_prob", "max_query_prob")}
-            for raw in raw_outputs(model, processor, split.records, prompts)
-        ],
-        columns=["word", "score", "presence_prob", "max_query_prob"],
-    )
+    prompts, foreign = {}, set(words).difference(split.categories)
+    for record in split.records:
+        nouns = {item.category for item in true_objects(record)}
+        asked = nouns | foreign if nouns else nouns
+        prompts[record.image_id] = [word for word in words if word in asked]
+    answers = output_table(raw_outputs(model, processor, split.records, prompts))
     rows = {}
     for word in words:
-        answered = answers[answers["word"] == word]
+        answered = answers[answers["prompt"] == word]
         if answered.empty:
             raise InputError(
                 f"no image shows {word!r}",
                 where=f"{split.root}, {split.name}",
                 fix="name a split with objects of this word",
             )
-        count, hits = len(answered), int((answered["score"] >= threshold).sum())
+        count, hits = len(answered), int((answered["max_score"] >= threshold).sum())
         interval = scipy.stats.binomtest(hits, count).proportion_ci(method="wilson")
         means = answered[["presence_prob", "max_query_prob"]].mean()
         locked = means["presence_prob"] < LOCKED_PRESENCE and means["max_query_prob"] < LOCKED_QUERY

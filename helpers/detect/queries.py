@@ -140,7 +140,6 @@ def predict_split(
     absent_prompts=(),
     mask_threshold=0.5,
     batch_size=4,
-    num_workers=0,
     adapter_words=None,
 ):
     """Ask a model about every image of a split.
@@ -154,7 +153,7 @@ def predict_split(
         See `evaluation_dataset`.
     mask_threshold : float
         In [0, 1]; a pixel with a higher probability belongs to the mask.
-    batch_size, num_workers : int
+    batch_size : int
     adapter_words : sequence of str, optional
         Routing: only these are asked of the adapter, all others of its base.
 
@@ -164,18 +163,16 @@ def predict_split(
         One per image and prompt, with the 100 best detections that score at least 0.001.
     """
     asked = {"prompt": prompt, "absent_prompts": absent_prompts}
-    settings = {"batch_size": batch_size, "num_workers": num_workers}
     if adapter_words is not None:
-        routed = (model, processor, split)
-        settings |= {"mask_threshold": mask_threshold, **asked}
-        answers = predict_split(*routed, **settings)
+        asked |= {"mask_threshold": mask_threshold, "batch_size": batch_size}
+        queries = predict_split(model, processor, split, **asked)
         with model.disable_adapter():
-            answers_of_base = predict_split(*routed, **settings)
+            queries_of_base = predict_split(model, processor, split, **asked)
         words = {plain_prompt(word) for word in adapter_words}
-        pairs = zip(answers, answers_of_base, strict=True)
+        pairs = zip(queries, queries_of_base, strict=True)
         return [own if plain_prompt(own.prompt) in words else other for own, other in pairs]
     dataset = evaluation_dataset(split, processor, model, **asked)
-    loader = DataLoader(dataset, collate_fn=PromptCollator(processor), **settings)
+    loader = DataLoader(dataset, batch_size, collate_fn=PromptCollator(processor))
     model.eval()
     device, queries = next(model.parameters()).device, []
     for batch in loader:

@@ -14,21 +14,13 @@ _COUNTED_BY_BOTH = {name: weight for name, weight in EARLY_WEIGHTS.items() if na
 
 
 def checklist(run, words=None):
-    """Work off the document's items for a finished run.
+    """Work off the document's items for a finished run, from `read_run` or a training.
 
-    Parameters
-    ----------
-    run : helpers.train.run.RunFiles
-        From `helpers.train.run.read_run`, or the result of a training.
-    words : mapping of str to float, optional
-        Prompt to the share, in [0, 1], of the images that show an object on which its best score
-        reaches the score threshold; by default only what the validation split tells.
+    ``words`` maps a prompt to the share, in [0, 1], of the images that show an object on which its best
+    score reaches the score threshold; by default only what the validation split tells.
 
-    Returns
-    -------
-    list of dict
-        ``item``, ``expected`` (what the document says), ``measured`` (text) and ``passed``: True,
-        False, or None where the document's number cannot be compared.
+    Returns a list of dicts: ``item``, ``expected`` (what the document says), ``measured`` (text) and
+    ``passed``: True, False, or None where the document's number cannot be compared.
     """
     losses, total = epoch_means(run.history, "loss"), run.adapter.loc["total"]
     valid_losses = epoch_means(run.history, "eval_loss")

@@ -184,7 +184,11 @@ class PromptDataset(torch.utils.data.Dataset):
 
     @classmethod
     def for_evaluation(cls, split, model, processor, *, prompt=None, absent_prompts=(), **changes):
-        """Build the questions of an evaluation: every category and absent noun on every image."""
+        """Build the questions of an evaluation, the same in every epoch.
+
+        Every category, or ``prompt`` in their place, is asked on every image, and every absent noun
+        wherever the picture is not known to show it. The model may have an adapter.
+        """
         num_nouns = len(split.categories if prompt is None else (prompt,)) + len(absent_prompts)
         settings = {
             "resolution": model.resolution,

@@ -15,7 +15,7 @@ from helpers.data.prompts import plain_prompt, present_prompts
 from helpers.data.records import true_objects, true_rle
 from helpers.detect.detections import detect, raw_predictions, reaches
 from helpers.errors import InputError, check_probability
-from helpers.model.prompted import base_of, outputs_by_rows
+from helpers.model.prompted import outputs_by_rows
 
 SCORE_FLOOR = 1e-3  # average precision needs low scores, not the lowest
 MAX_DETECTIONS = 100  # per prompt and image, as many as COCO's average precision looks at
@@ -120,16 +120,6 @@ def as_query_list(queries):
     return checked
 
 
-def evaluation_dataset(split, processor, model, *, prompt=None, absent_prompts=()):
-    """Build the questions of an evaluation: a `PromptDataset` with the same ones in every epoch.
-
-    Every category of the split, or `prompt` in their place, is asked on every image, and every absent
-    noun wherever the picture is not known to show it.
-    """
-    settings = {"prompt": prompt, "absent_prompts": absent_prompts}
-    return PromptDataset.for_evaluation(split, base_of(model), processor, **settings)
-
-
 @torch.no_grad()
 def predict_split(
     model,
@@ -150,7 +140,7 @@ def predict_split(
         See `helpers.detect.predictor.Predictor`.
     split : helpers.data.records.Split
     prompt, absent_prompts
-        See `evaluation_dataset`.
+        See `helpers.data.PromptDataset.for_evaluation`.
     mask_threshold : float
         In [0, 1]; a pixel with a higher probability belongs to the mask.
     batch_size : int
@@ -171,7 +161,7 @@ def predict_split(
         words = {plain_prompt(word) for word in adapter_words}
         pairs = zip(queries, queries_of_base, strict=True)
         return [own if plain_prompt(own.prompt) in words else other for own, other in pairs]
-    dataset = evaluation_dataset(split, processor, model, **asked)
+    dataset = PromptDataset.for_evaluation(split, model, processor, **asked)
     loader = DataLoader(dataset, batch_size, collate_fn=PromptCollator(processor))
     model.eval()
     device, queries = next(model.parameters()).device, []

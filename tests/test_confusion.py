@@ -2,10 +2,10 @@ import pandas as pd
 import pytest
 
 from data.experiments import make_confusion
-from data.experiments.make_confusion import HEALTHY_RUNS, run_laboratory
+from data.experiments.make_confusion import CONFUSION_TABLE, HEALTHY_RUNS, run_laboratory
 from helpers.causes import CAUSES
 from helpers.lab.faults import FAULTS
-from helpers.lab.statistics import CONFUSION_TABLE, NOTHING, confusion_figure, score
+from helpers.lab.statistics import NOTHING, confusion_figure, score
 
 
 def table_of(*rows):

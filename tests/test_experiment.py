@@ -11,13 +11,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from data.experiments import make
-from data.experiments.make import publish, run_experiment
-from helpers.config import load_config
-from helpers.errors import InputError
-from helpers.files import CONFIGS, TINY_BASE
-from helpers.lab import experiment
-from helpers.lab.experiment import (
+from data.experiments import cells, make
+from data.experiments.cells import (
     DESIGNS,
     EQUAL_PARAMETERS,
     KNOWN_THINGS,
@@ -29,6 +24,10 @@ from helpers.lab.experiment import (
     cells_of,
     usages_of,
 )
+from data.experiments.make import publish, run_experiment
+from helpers.config import load_config
+from helpers.errors import InputError
+from helpers.files import CONFIGS, TINY_BASE
 from helpers.model.lora import add_lora
 from helpers.model.sam3 import load_base
 
@@ -85,7 +84,7 @@ def test_the_recommended_config_is_its_recipe():
         for cell in cells_of("front", [42])
         if cell.factors == {"recipe": "DETR encoder and masks, replay", "word": "never"}
     )
-    settings = [("data.data_dir", DATA_DIR), ("scale.num_epochs", 0.1), *experiment.BATCH]
+    settings = [("data.data_dir", DATA_DIR), ("scale.num_epochs", 0.1), *cells.BATCH]
     config = load_config(CONFIGS / "keep_the_rest_config.yaml", "tiny", settings)
     assert config.fingerprint() == cell.config("tiny", DATA_DIR).fingerprint()
 
@@ -186,9 +185,9 @@ def small(tmp_path, monkeypatch, base, data_dir):
         return [Cell("causes", {"word": "never"}, seed, settings) for seed in seeds]
 
     monkeypatch.setitem(DESIGNS, "causes", design)
-    monkeypatch.setattr(experiment, "EPOCHS_SCALE", {"causes": 0.02})
-    monkeypatch.setattr(experiment, "BASES", {"never": str(base)})
-    monkeypatch.setattr(experiment, "KNOWN_THINGS", one_known_wall(tmp_path / "known"))
+    monkeypatch.setattr(cells, "EPOCHS_SCALE", {"causes": 0.02})
+    monkeypatch.setattr(cells, "BASES", {"never": str(base)})
+    monkeypatch.setattr(cells, "KNOWN_THINGS", one_known_wall(tmp_path / "known"))
     monkeypatch.setattr(make, "run_jobs", in_this_process)
     return tmp_path, {"profile": "tiny", "data_dir": data_dir, "seeds": [1, 2]}
 

@@ -84,7 +84,7 @@ def quick_row(number, folder):
 
 @dataclass(frozen=True)
 class QuickCell:
-    """In place of `helpers.lab.experiment.Cell`, which takes long to import."""
+    """In place of `data.experiments.cells.Cell`, which takes long to import."""
 
     seed: int
 
@@ -226,7 +226,7 @@ def test_without_dask_the_line_says_what_to_install(monkeypatch):
 
 
 def test_machines_are_compared_by_code_and_versions():
-    from helpers.lab.experiment import code_version
+    from data.experiments.cells import code_version
 
     facts = machine_facts()
     assert facts["code"] == code_version()

@@ -1,32 +1,35 @@
 import pandas as pd
 import pytest
 
-from helpers.config import load_config
-from helpers.data.coco import read_split
-from helpers.data.prompts import absent_candidates
-from helpers.errors import InputError
-from helpers.files import CONFIGS, ROOT, WALL_CRACKS
-from helpers.lab.experiment import (
+from data.experiments.cells import (
     BASES,
     DATA_DIR,
     DESIGNS,
     FACTORS,
     RESPONSES,
+    SUSPECTS,
     TABLES,
     cells_of,
     usages_of,
 )
+from data.experiments.tables import (
+    front_figure,
+    load_base_row,
+    load_table,
+    tables_folder,
+    undominated,
+)
+from helpers.config import load_config
+from helpers.data.coco import read_split
+from helpers.data.prompts import absent_candidates
+from helpers.errors import InputError
+from helpers.files import CONFIGS, ROOT, WALL_CRACKS
 from helpers.lab.statistics import (
     SHARES,
     effect_table,
     effects_figure,
-    front_figure,
     levels_figure,
-    load_base_row,
-    load_table,
     steps_table,
-    tables_folder,
-    undominated,
 )
 
 
@@ -117,7 +120,7 @@ def test_intervals_of_shares_stay_within_what_is_possible_and_have_a_width(word)
     table = load_table("causes", word=word)
     assert set(table["word"]) == {word}
     for outcome in SHARES:
-        steps = steps_table(table, outcome)
+        steps = steps_table(table, SUSPECTS, outcome)
         assert steps[["low", "high"]].abs().max(axis=None) <= 1
         difference = steps["after"] - steps["before"]
         assert (steps["low"] <= difference + 1e-12).all()  # equal where all is won or lost

@@ -6,8 +6,7 @@ from tiny_random import tiny_model, tiny_processor, write_dataset
 
 from helpers.course.examples import losses_beside_silence, silenced
 from helpers.data.coco import read_split
-from helpers.data.dataset import PromptCollator
-from helpers.detect.queries import evaluation_dataset
+from helpers.data.dataset import PromptCollator, PromptDataset
 from helpers.model.losses import WEIGHTS
 
 
@@ -19,7 +18,7 @@ def measured(tmp_path_factory):
     model, processor = tiny_model(), tiny_processor()
     tables = []
     for one in (split, replace(split, records=records)):
-        dataset = evaluation_dataset(one, processor, model, absent_prompts=("dog",))
+        dataset = PromptDataset.for_evaluation(one, model, processor, absent_prompts=["dog"])
         tables.append(losses_beside_silence(model, dataset, PromptCollator(processor)))
     return tables
 

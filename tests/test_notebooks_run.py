@@ -10,6 +10,7 @@ from filelock import FileLock
 from source_builders import blob, write_with_supervision
 from tiny_random import write_dataset
 
+from data.experiments.cells import TABLES
 from helpers.course.run import (
     LONGEST_FIRST,
     NOTEBOOKS,
@@ -21,7 +22,6 @@ from helpers.course.run import (
 )
 from helpers.errors import InputError
 from helpers.lab.clinic import Clinic
-from helpers.lab.experiment import TABLES
 
 PATHS = find_notebooks()
 WITH_THRESHOLD = [path for path in PATHS if "score_threshold" in parameter_names(path)]

@@ -10,17 +10,9 @@ from pycocotools import mask as coco_mask
 from source_builders import write_with_supervision
 from tiny_random import write_dataset
 
+from data.wall_cracks.make_export import EXAMPLE_NOUNS, TWICE, source_of, write_export
 from helpers.convert.conversion import read_source
-from helpers.course.examples import (
-    EXAMPLE_NOUNS,
-    TWICE,
-    import_dataset,
-    lay_out,
-    open_photograph,
-    queries_by_category,
-    source_of,
-    write_example,
-)
+from helpers.course.examples import import_dataset, lay_out, open_photograph, queries_by_category
 from helpers.data.coco import read_split
 from helpers.data.images import near_pairs, open_upright, picture_hash
 from helpers.data.masks import segmentation_to_rle
@@ -33,7 +25,7 @@ SHARES = (0.5, 0.25, 0.25)
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
-    return write_example(tmp_path_factory.mktemp("example") / "yolo")
+    return write_export(tmp_path_factory.mktemp("example") / "yolo")
 
 
 def all_records(data_dir, names=("train", "valid", "test")):
@@ -91,7 +83,7 @@ def test_pictures_taken_twice_stay_in_one_split(example, tmp_path):
 
 
 def test_the_example_is_the_same_every_time(example, tmp_path):
-    other = write_example(tmp_path / "again")
+    other = write_export(tmp_path / "again")
     for path in sorted(example.rglob("*.*")):
         assert (other / path.relative_to(example)).read_bytes() == path.read_bytes()
 

@@ -12,10 +12,11 @@ from tiny_random import tiny_model, tiny_processor, write_dataset
 from torchvision.ops import box_convert
 
 from helpers.data.coco import read_split
+from helpers.data.dataset import PromptDataset
 from helpers.detect.detections import detect, masks_at_image_size, raw_predictions
 from helpers.detect.metrics import evaluate_queries, threshold_sweep
 from helpers.detect.predictor import Predictor, untrained_prompts
-from helpers.detect.queries import Query, evaluation_dataset, predict_split
+from helpers.detect.queries import Query, predict_split
 from helpers.errors import InputError
 
 ORACLES = sorted((Path(__file__).parent / "fixtures" / "oracles").glob("post_dev_*.safetensors"))
@@ -294,8 +295,8 @@ def test_word_known_to_be_in_the_picture_is_never_asked_as_absent(data_dir):
         for record in split.records
     ]
     split = type(split)(**{**vars(split), "records": tuple(known)})
-    dataset = evaluation_dataset(
-        split, tiny_processor(), tiny_model(), absent_prompts=("joint", "dog")
+    dataset = PromptDataset.for_evaluation(
+        split, tiny_model(), tiny_processor(), absent_prompts=("joint", "dog")
     )
     asked = {
         query["prompt"] for index in range(len(dataset)) for query in dataset[index]["queries"]

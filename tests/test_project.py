@@ -13,11 +13,13 @@ import nbformat
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from data.experiments.cells import SUSPECTS
+from data.experiments.tables import load_table
 from helpers.config import parse_yaml
 from helpers.course.run import STRIP_ARGUMENTS
 from helpers.environment import SUBJECT_PACKAGES
 from helpers.files import ROOT
-from helpers.lab import TABLES, load_table, steps_table
+from helpers.lab import steps_table
 
 MACHINE_PATH = re.compile(r"/(?:work|farm|root|home/\w+|Users/\w+)/[\w.]|/tmp/\w")
 REGISTRY = re.compile(
@@ -189,7 +191,7 @@ def test_the_table_of_the_readme_is_that_of_the_experiment():
         "negatives": "absent prompts per image",
     }
     never, half = (
-        steps_table(load_table("causes", TABLES, word=word), "detected_share")
+        steps_table(load_table("causes", word=word), SUSPECTS, "detected_share")
         for word in ("never", "half")
     )
     rows = []
@@ -205,7 +207,7 @@ def test_the_table_of_the_readme_is_that_of_the_experiment():
 
 
 def test_the_cure_in_the_readme_is_that_of_the_table():
-    table = load_table("front", TABLES)
+    table = load_table("front")
     table = table[table["recipe"] == "DETR encoder and masks, replay"]
     means = table.groupby("word")[["retention_AP", "detected_share", "AP50"]].mean()
     never, half = means.loc["never"], means.loc["half"]

@@ -160,8 +160,8 @@ def machine_facts():
     """
     from packaging.version import Version
 
+    from data.experiments.cells import code_version
     from helpers.environment import report
-    from helpers.lab.experiment import code_version
 
     installed = report()["installed"].dropna()
     versions = {name: Version(version).public for name, version in installed.items()}

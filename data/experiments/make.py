@@ -12,10 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from data.experiments.jobs import run_jobs
-from helpers.errors import InputError
-from helpers.files import RUNS, read_json, resolve, write_json, write_text
-from helpers.lab.experiment import (
+from data.experiments.cells import (
     DATA_DIR,
     DESIGNS,
     KNOWN_WORDS,
@@ -27,6 +24,9 @@ from helpers.lab.experiment import (
     run_cell,
     usages_of,
 )
+from data.experiments.jobs import run_jobs
+from helpers.errors import InputError
+from helpers.files import RUNS, read_json, resolve, write_json, write_text
 from helpers.model.sam3 import load_base
 
 EXPERIMENT_RUNS = RUNS / "experiment"

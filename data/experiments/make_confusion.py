@@ -14,15 +14,16 @@ from pathlib import Path
 
 import pandas as pd
 
+from data.experiments.cells import TABLES, code_version
 from data.experiments.jobs import run_jobs
 from data.experiments.make import run_command
 from helpers.diagnose.diagnosis import diagnose
 from helpers.files import RUNS, WALL_CRACKS, read_json, resolve, write_json, write_text
-from helpers.lab.experiment import code_version
 from helpers.lab.faults import FAULTS, HEALTHY, planted
-from helpers.lab.statistics import CONFUSION_TABLE, NOTHING, score
+from helpers.lab.statistics import NOTHING, score
 
 LABORATORY_RUNS = RUNS / "laboratory"
+CONFUSION_TABLE = TABLES / "confusion.csv"
 HEALTHY_RUNS = {f"healthy {seed}": seed for seed in (1, 2, 3)}
 EPOCHS = "scale.num_epochs=0.1"  # five of 50, so that a fault is judged within a minute
 

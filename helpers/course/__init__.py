@@ -6,6 +6,5 @@ from helpers.course.examples import (
     losses_beside_silence,
     open_photograph,
     queries_by_category,
-    source_of,
 )
 from helpers.course.notebook import answered, start

@@ -65,17 +65,9 @@ class Dataset:
 
 
 def load_dataset(config, data_dir=None):
-    """Open the dataset of a config; a split is read when it is first asked for.
+    """Open the `Dataset` of a config; a split is read when it is first asked for.
 
-    Parameters
-    ----------
-    config : helpers.config.Config
-    data_dir : os.PathLike, optional
-        Another folder than ``data.data_dir``, read with the same settings.
-
-    Returns
-    -------
-    Dataset
+    ``data_dir`` names another folder than that of the config, read with the same settings.
     """
     root = resolve(config.data.data_dir if data_dir is None else data_dir)
     if not root.is_dir():
@@ -192,7 +184,11 @@ class PromptDataset(torch.utils.data.Dataset):
 
     @classmethod
     def for_evaluation(cls, split, model, processor, *, prompt=None, absent_prompts=(), **changes):
-        """Build the questions of an evaluation: every category and absent noun on every image."""
+        """Build the questions of an evaluation, the same in every epoch.
+
+        Every category, or ``prompt`` in their place, is asked on every image, and every absent noun
+        wherever the picture is not known to show it. The model may have an adapter.
+        """
         num_nouns = len(split.categories if prompt is None else (prompt,)) + len(absent_prompts)
         settings = {
             "resolution": model.resolution,
@@ -327,16 +323,9 @@ class PromptCollator:
 def count_objects(loader_or_dataset):
     """Count the objects that reach the loss.
 
-    Parameters
-    ----------
-    loader_or_dataset : torch.utils.data.DataLoader or PromptDataset
-        A loader with a `PromptCollator`, or a dataset, of which no image is opened.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per query: ``image_id``, ``prompt``, ``is_positive``, ``num_objects``,
-        ``num_masks`` (of which with a usable mask).
+    Takes a loader with a `PromptCollator`, or a `PromptDataset`, of which no image is opened. Returns
+    a DataFrame with a row per query: ``image_id``, ``prompt``, ``is_positive``, ``num_objects``,
+    ``num_masks`` (of which with a usable mask).
     """
     if isinstance(loader_or_dataset, PromptDataset):
         indices = range(len(loader_or_dataset))

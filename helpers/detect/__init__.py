@@ -13,7 +13,6 @@ from helpers.detect.predictor import (
 from helpers.detect.queries import (
     Query,
     as_queries,
-    evaluation_dataset,
     predict_split,
     prompt_scores,
 )

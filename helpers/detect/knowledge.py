@@ -9,9 +9,9 @@ from pycocotools import mask as coco_mask
 
 from helpers.data.prompts import nouns_overlap
 from helpers.data.records import ObjectAnnotation, true_objects, true_rle
-from helpers.detect.detections import detect
+from helpers.detect.detections import detect, output_table
 from helpers.detect.metrics import coco_ap
-from helpers.detect.predictor import check_prompts, each_raw_output
+from helpers.detect.predictor import check_prompts, raw_outputs
 from helpers.detect.queries import SCORE_FLOOR, query_of
 from helpers.errors import InputError
 from helpers.files import progress_bar
@@ -61,32 +61,22 @@ def word_knowledge(model, processor, split, words=None, *, threshold=0.3):
         When no image shows an object.
     """
     words = check_prompts(list(split.categories) if words is None else words)
-    shown = {
-        record.image_id: {item.category for item in true_objects(record)}
-        for record in split.records
-    }
-    prompts = {
-        name: [word for word in words if word in nouns or (nouns and word not in split.categories)]
-        for name, nouns in shown.items()
-    }
-    answers = pd.DataFrame(
-        [
-            {"word": raw.prompt, "score": raw.max_score}
-            | {name: getattr(raw, name) for name in ("presence_prob", "max_query_prob")}
-            for raw in each_raw_output(model, processor, split.records, prompts)
-        ],
-        columns=["word", "score", "presence_prob", "max_query_prob"],
-    )
+    prompts, foreign = {}, set(words).difference(split.categories)
+    for record in split.records:
+        nouns = {item.category for item in true_objects(record)}
+        asked = nouns | foreign if nouns else nouns
+        prompts[record.image_id] = [word for word in words if word in asked]
+    answers = output_table(raw_outputs(model, processor, split.records, prompts))
     rows = {}
     for word in words:
-        answered = answers[answers["word"] == word]
+        answered = answers[answers["prompt"] == word]
         if answered.empty:
             raise InputError(
                 f"no image shows {word!r}",
                 where=f"{split.root}, {split.name}",
                 fix="name a split with objects of this word",
             )
-        count, hits = len(answered), int((answered["score"] >= threshold).sum())
+        count, hits = len(answered), int((answered["max_score"] >= threshold).sum())
         interval = scipy.stats.binomtest(hits, count).proportion_ci(method="wilson")
         means = answered[["presence_prob", "max_query_prob"]].mean()
         locked = means["presence_prob"] < LOCKED_PRESENCE and means["max_query_prob"] < LOCKED_QUERY
@@ -109,7 +99,7 @@ def clear_answers(model, processor, records, words):
     with progress_bar(len(records), "asking the base", disable=hidden) as bar:
         for record in records:
             detected, possible = {}, set()
-            for raw in each_raw_output(model, processor, [record], words):
+            for raw in raw_outputs(model, processor, [record], words):
                 objects = _objects_of(detect(raw, CLEAR_YES), raw.prompt, record)
                 if raw.max_score >= CLEAR_NO:
                     possible.add(raw.prompt)
@@ -140,28 +130,14 @@ def _objects_of(detections, word, record):
 def retention(model, processor, split, words):
     """Compare what an adapted model answers with the clear answers of its base, on any images.
 
-    Parameters
-    ----------
-    model : peft.PeftModel
-        Its base is the model with the adapter switched off.
-    processor : transformers.Sam3Processor
-    split : helpers.data.Split
-        Images, annotated or not. What lies on an object annotated as something else does not count.
-    words : sequence of str
-        That the base knows.
+    The base is the `peft.PeftModel` with the adapter switched off; without an adapter an InputError is
+    raised. The images of ``split`` may be annotated: what lies on an object annotated as something
+    else does not count. ``words`` are those that the base knows.
 
-    Returns
-    -------
-    dict
-        ``words``; ``objects``, those of the base; ``AP`` and ``AP50`` in [0, 1], average precision of
-        the masks with the base's as truth, 1 if nothing has changed, None if the base detects
-        nothing; ``by_word``, the AP of each word that the base detects; ``false_positive_rate``, the share of the questions with a clear no of the base to
-        which the adapted model says yes.
-
-    Raises
-    ------
-    InputError
-        If there is no adapter.
+    Returns a dict: ``words``; ``objects``, those of the base; ``AP`` and ``AP50`` in [0, 1], average
+    precision of the masks with the base's as truth, 1 if nothing has changed, None if the base
+    detects nothing; ``by_word``, the AP of each word that the base detects; ``false_positive_rate``,
+    the share of the questions with a clear no of the base to which the adapted model says yes.
     """
     if not hasattr(model, "disable_adapter"):
         raise InputError("a base has no adapter to compare it with", fix="name a run")
@@ -169,7 +145,7 @@ def retention(model, processor, split, words):
         answers = clear_answers(model, processor, split.records, words)
     by_image = {record.image_id: record for record in split.records}
     queries, false_yes = [], []
-    for raw in each_raw_output(model, processor, split.records, list(words)):
+    for raw in raw_outputs(model, processor, split.records, list(words)):
         detected, possible = answers[raw.image]
         if raw.prompt in detected:
             record = by_image[raw.image]

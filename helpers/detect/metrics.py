@@ -221,7 +221,7 @@ def union_iou(queries, score_threshold):
     return (true + detected - either) / either if true else None
 
 
-def threshold_sweep(queries, thresholds, iou_threshold=0.5):
+def threshold_sweep(queries, thresholds):
     """Count detections and compute precision and recall over score thresholds.
 
     Parameters
@@ -229,19 +229,15 @@ def threshold_sweep(queries, thresholds, iou_threshold=0.5):
     queries : sequence of helpers.detect.queries.Query
     thresholds : sequence of float
         Scores in [0, 1].
-    iou_threshold : float
-        In (0, 1]; a pair of masks from it on is a hit.
 
     Returns
     -------
     pandas.DataFrame
         One row per threshold: ``threshold``, ``count`` (detections, those of absent prompts too),
-        ``precision``, ``recall``, ``f1``; NaN where there is nothing to divide by.
+        ``precision``, ``recall``, ``f1``, a hit from an IoU of 0.5 on; NaN where there is nothing to
+        divide by.
     """
     queries = as_query_list(queries)
-    check_probability(iou_threshold, "iou_threshold")
-    if iou_threshold == 0:
-        raise InputError("iou_threshold is 0", fix="give an IoU above 0, for example 0.5")
     num_gt = sum(len(query.gt) for query in queries)
     overlaps = [(query.scores, _mask_ious(query.rles(), query.gt)) for query in queries]
     rows = []
@@ -251,7 +247,7 @@ def threshold_sweep(queries, thresholds, iou_threshold=0.5):
         for scores, ious in overlaps:
             kept = reaches(scores, threshold)
             count += int(kept.sum())
-            hits += int((_matched(ious[kept]) >= iou_threshold).sum())
+            hits += int((_matched(ious[kept]) >= IOU_THRESHOLDS[0]).sum())
         precision = hits / count if count else np.nan
         recall = hits / num_gt if num_gt else np.nan
         f1 = 2 * hits / (count + num_gt) if count + num_gt else np.nan

@@ -134,26 +134,11 @@ def check_prompts(prompts):
 
 
 def raw_outputs(model, processor, records, prompts):
-    """Ask a model prompts on many images.
+    """Ask a model prompts on the images of many `ImageRecord`, one after the other.
 
-    Parameters
-    ----------
-    model, processor
-        See `Predictor`.
-    records : sequence of helpers.data.records.ImageRecord
-    prompts : sequence of str, or dict
-        The same for all, or ``image_id`` to those of the image.
-
-    Returns
-    -------
-    list of helpers.detect.detections.RawPrediction
-        One per image and prompt; its ``image`` is the ``image_id``.
+    ``prompts`` is a sequence for all images, or maps ``image_id`` to those of the image. Yields a
+    `RawPrediction` per image and prompt, of 66 MB at full size; its ``image`` is the ``image_id``.
     """
-    return list(each_raw_output(model, processor, records, prompts))
-
-
-def each_raw_output(model, processor, records, prompts):
-    """Yield what `raw_outputs` returns one image after the other: at full size, 66 MB an answer."""
     predictor = Predictor(model, processor)
     for record in records:
         questions = prompts[record.image_id] if isinstance(prompts, dict) else prompts

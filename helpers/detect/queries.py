@@ -1,7 +1,6 @@
 """A query is one prompt on one picture: what is there, and what a model detected."""
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -16,7 +15,7 @@ from helpers.data.prompts import plain_prompt, present_prompts
 from helpers.data.records import true_objects, true_rle
 from helpers.detect.detections import detect, raw_predictions, reaches
 from helpers.errors import InputError, check_probability
-from helpers.model.prompted import base_of, outputs_by_rows
+from helpers.model.prompted import outputs_by_rows
 
 SCORE_FLOOR = 1e-3  # average precision needs low scores, not the lowest
 MAX_DETECTIONS = 100  # per prompt and image, as many as COCO's average precision looks at
@@ -121,16 +120,6 @@ def as_query_list(queries):
     return checked
 
 
-def evaluation_dataset(split, processor, model, *, prompt=None, absent_prompts=()):
-    """Build the questions of an evaluation: a `PromptDataset` with the same ones in every epoch.
-
-    Every category of the split, or `prompt` in their place, is asked on every image, and every absent
-    noun wherever the picture is not known to show it.
-    """
-    settings = {"prompt": prompt, "absent_prompts": absent_prompts}
-    return PromptDataset.for_evaluation(split, base_of(model), processor, **settings)
-
-
 @torch.no_grad()
 def predict_split(
     model,
@@ -141,7 +130,6 @@ def predict_split(
     absent_prompts=(),
     mask_threshold=0.5,
     batch_size=4,
-    num_workers=0,
     adapter_words=None,
 ):
     """Ask a model about every image of a split.
@@ -152,10 +140,10 @@ def predict_split(
         See `helpers.detect.predictor.Predictor`.
     split : helpers.data.records.Split
     prompt, absent_prompts
-        See `evaluation_dataset`.
+        See `helpers.data.PromptDataset.for_evaluation`.
     mask_threshold : float
         In [0, 1]; a pixel with a higher probability belongs to the mask.
-    batch_size, num_workers : int
+    batch_size : int
     adapter_words : sequence of str, optional
         Routing: only these are asked of the adapter, all others of its base.
 
@@ -165,29 +153,23 @@ def predict_split(
         One per image and prompt, with the 100 best detections that score at least 0.001.
     """
     asked = {"prompt": prompt, "absent_prompts": absent_prompts}
-    dataset = evaluation_dataset(split, processor, model, **asked)
-    settings = {"batch_size": batch_size, "num_workers": num_workers}
-    loader = DataLoader(dataset, collate_fn=PromptCollator(processor), **settings)
-    model.eval()
-    device = next(model.parameters()).device
-    routes = [nullcontext()]
     if adapter_words is not None:
-        routes.append(model.disable_adapter())
-    answers = []
-    for route in routes:
-        with route:
-            answers.append([])
-            for batch in loader:
-                for rows, outputs in outputs_by_rows(model, batch, device):
-                    questions = batch["queries"][rows]
-                    answers[-1] += queries_from_outputs(outputs, questions, dataset, mask_threshold)
-    if adapter_words is None:
-        return answers[0]
-    words = {plain_prompt(word) for word in adapter_words}
-    return [
-        own if plain_prompt(own.prompt) in words else of_base
-        for own, of_base in zip(*answers, strict=True)
-    ]
+        asked |= {"mask_threshold": mask_threshold, "batch_size": batch_size}
+        queries = predict_split(model, processor, split, **asked)
+        with model.disable_adapter():
+            queries_of_base = predict_split(model, processor, split, **asked)
+        words = {plain_prompt(word) for word in adapter_words}
+        pairs = zip(queries, queries_of_base, strict=True)
+        return [own if plain_prompt(own.prompt) in words else other for own, other in pairs]
+    dataset = PromptDataset.for_evaluation(split, model, processor, **asked)
+    loader = DataLoader(dataset, batch_size, collate_fn=PromptCollator(processor))
+    model.eval()
+    device, queries = next(model.parameters()).device, []
+    for batch in loader:
+        for rows, outputs in outputs_by_rows(model, batch, device):
+            questions = batch["queries"][rows]
+            queries += queries_from_outputs(outputs, questions, dataset, mask_threshold)
+    return queries
 
 
 def queries_from_outputs(outputs, questions, dataset, mask_threshold):

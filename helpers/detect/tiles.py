@@ -5,9 +5,8 @@ makes 13 detections. Here two pieces are one object if they agree where both til
 """
 
 import os
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import combinations, product
+from typing import NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -47,18 +46,13 @@ def tile_boxes(width, height, tile, overlap):
     ]
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """One detection in one tile: its mask there, its score, and the tile in the image."""
+class _Piece(NamedTuple):
+    """One detection in one tile."""
 
-    mask: np.ndarray
+    mask: np.ndarray  # (h, w) bool, of the tile
+    area: int  # pixels of the mask
     score: float
-    tile_xyxy: tuple[int, int, int, int]
-
-    @cached_property
-    def area(self):
-        """Pixels of the mask."""
-        return int(self.mask.sum())
+    tile_xyxy: tuple[int, int, int, int]  # in the image
 
 
 def predict_tiled(
@@ -99,11 +93,11 @@ def predict_tiled(
 
 def _join(answers, height, width, least):
     """Unite the pieces of all tiles that are one object: detections of the image, best first."""
-    pieces = [
-        _Piece(coco_mask.decode(item["mask_rle"]).astype(bool), item["score"], box)
-        for box, answer in answers
-        for item in answer.detections
-    ]
+    pieces = []
+    for box, answer in answers:
+        for item in answer.detections:
+            mask = coco_mask.decode(item["mask_rle"]).astype(bool)
+            pieces.append(_Piece(mask, int(mask.sum()), item["score"], box))
     pieces = [piece for piece in pieces if piece.area]
     if not pieces:
         return []

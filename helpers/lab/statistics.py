@@ -1,4 +1,4 @@
-"""The committed tables of experiment and diagnosis: checked, compared and drawn.
+"""The tables of experiment and diagnosis: compared and drawn.
 
 What they show holds for the base in the column ``word``; without it, for one that never met the word.
 """
@@ -13,22 +13,12 @@ from matplotlib.figure import Figure
 
 from helpers.causes import CAUSES
 from helpers.errors import InputError
-from helpers.files import ROOT, resolve
-from helpers.lab.experiment import (
-    DATA_DIR,
-    RESPONSES,
-    SUSPECTS,
-    TABLES,
-    TEXT_COLUMNS,
-    usages_of,
-)
 from helpers.show.charts import COLOURS, MARKERS, dress
 
 CONFIDENCE = 0.95
 INTERACTION = "interaction"
 TIMES = " x "  # between the factors of an interaction: "objects x text_lora"
 SCOPE = "holds for a base that never met the word"
-CONFUSION_TABLE = TABLES / "confusion.csv"
 NOTHING = "no cause"
 SHARES = {"detected_share": 26, "false_positive_rate": 90}
 """Responses that count, with what they count of: crack images and absent prompts of the test split."""
@@ -119,33 +109,22 @@ def effect_weights(cells, factors):
     return effects
 
 
-def effect_table(table, factors, outcome, block="seed"):
-    """Estimate every main effect and interaction of an outcome.
+def effect_table(table, factors, outcome):
+    """Estimate every main effect and interaction of an outcome, a numeric column without gaps.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        One row per run; each ``block`` holds every combination of levels exactly once.
-    factors : dict of str to tuple
-        Factor to its two levels, the reference first.
-    outcome, block : str
-        A numeric column without gaps; the column of the repetition.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per ``effect``: ``value``, 95 % interval ``low``, ``high``, ``count`` of blocks,
-        ``is_clear``. An interaction, ``"a x b"``, is the effect of b at the second level of a
-        minus that at its first.
+    ``table`` has one row per run; each ``seed`` holds every combination of levels exactly once.
+    ``factors`` maps a factor to its two levels, the reference first. Returns a DataFrame with a row
+    per ``effect``: ``value``, 95 % interval ``low``, ``high``, ``count`` of seeds, ``is_clear``. An
+    interaction, ``"a x b"``, is the effect of b at the second level of a minus that at its first.
     """
     cells = list(product(*factors.values()))
     values = []
-    for repetition, runs in table.groupby(block):
+    for seed, runs in table.groupby("seed"):
         by_cell = runs.set_index(list(factors))[outcome]
         if len(runs) != len(cells) or set(by_cell.index) != set(cells):
             raise InputError(
                 f"{len(runs)} runs are not the {len(cells)} combinations",
-                where=f"{block} {repetition}",
+                where=f"seed {seed}",
                 fix="give every combination of the levels exactly once",
             )
         values.append(by_cell.loc[cells])
@@ -160,28 +139,18 @@ def _runs_of(table, levels):
     return table[(table[list(levels)] == pd.Series(levels)).all(axis=1)]
 
 
-def paired_difference(table, outcome, reference, other, block="seed"):
-    """Estimate how an outcome of two kinds of runs differs within the same block.
+def paired_difference(table, outcome, reference, other):
+    """Estimate a numeric outcome of some runs minus that of a reference with the same seed.
 
-    Parameters
-    ----------
-    table : pandas.DataFrame
-    outcome, block : str
-        A numeric column; the column of the repetition.
-    reference, other : dict
-        Column to value; each must pick exactly one run per ``block``.
-
-    Returns
-    -------
-    Estimate
-        Of other minus reference, with its 95 % interval.
+    ``reference`` and ``other`` map columns to values; each must pick one run per ``seed``. Returns
+    an `Estimate`, with its 95 % interval.
     """
-    runs = [_runs_of(table, levels).set_index(block) for levels in (reference, other)]
+    runs = [_runs_of(table, levels).set_index("seed") for levels in (reference, other)]
     sides = [chosen[outcome].astype(float).sort_index() for chosen in runs]
     if not len(sides[0]) or sides[0].index.tolist() != sides[1].index.tolist():
         raise InputError(
             f"{len(sides[0])} runs with {reference} and {len(sides[1])} with {other} do not pair up",
-            fix="let each pick one run per repetition",
+            fix="let each pick one run per seed",
         )
     return contrast(np.stack(sides, axis=1), [-1, 1], SHARES.get(outcome))
 
@@ -189,16 +158,8 @@ def paired_difference(table, outcome, reference, other, block="seed"):
 def main_effects(cells):
     """Compute what each of two factors changes in a single repetition, and how they interact.
 
-    Parameters
-    ----------
-    cells : pandas.DataFrame
-        Four rows with a MultiIndex of two named levels of two values each, the reference first;
-        numeric outcomes without gaps.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``effect``: the two factors and ``interaction``; columns as in ``cells``.
+    ``cells`` has four rows with a MultiIndex of two named levels of two values each, the reference
+    first, and numeric outcomes without gaps. Returns its columns by ``effect``.
     """
     names = list(cells.index.names)
     levels = {name: tuple(cells.index.get_level_values(name).unique()) for name in names}
@@ -232,66 +193,19 @@ def word_effects(effects, outcome):
     return f"{outcome}: {first}, {second}: the first is {ratio:.1f} times as large."
 
 
-def tables_folder(path):
-    """Find the folder of the tables, seen from the current folder, the repository or ``notebooks/``."""
-    for folder in (resolve(path), ROOT / "notebooks" / path):
-        if folder.is_dir():
-            return folder.resolve()
-    raise InputError(f"{str(path)!r} is no folder", where="tables_dir", fix="run `make experiment`")
-
-
-def _read(folder, name):
-    """Read one of the committed tables; hashes that consist of digits stay text."""
-    path = folder / f"{name}.csv"
-    if not path.is_file():
-        raise InputError("no such table", where=path, fix="run `make experiment`")
-    return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=TEXT_COLUMNS)
-
-
-def load_table(design, folder=TABLES, *, profile="tiny", word=None):
-    """Read a table and make sure that it is the whole design, made with the present configs.
-
-    ``design`` is a key of `helpers.lab.experiment.DESIGNS`, ``profile`` that of the configs; ``word``
-    takes the rows of one base, see `helpers.lab.experiment.BASES`. Returns one row per run, and in ``front`` per use of an adapter: factors, ``seed``,
-    `helpers.lab.experiment.RESPONSES` and what was run.
-    """
-    table, cells = _read(folder, design), usages_of(design)
-    keys = [*cells[0].factors, "seed"]
-    rows = sorted(table[keys].astype(str).itertuples(index=False, name=None))
-    hashes = {cell.config(profile, DATA_DIR).fingerprint() for cell in cells}
-    problem = None
-    if rows != sorted((*map(str, cell.factors.values()), str(cell.seed)) for cell in cells):
-        problem = f"{len(table)} rows are not the {len(cells)} runs of the design '{design}'"
-    elif table[list(RESPONSES)].isna().any(axis=None):
-        problem = "a response is missing"
-    elif set(table["config_hash"]) != hashes:
-        problem = "the rows were made with other configurations than the present ones"
-    if problem:
-        fix = "run `make experiment` to the end, or restore the configs"
-        raise InputError(problem, where=folder / f"{design}.csv", fix=fix)
-    return table if word is None else table[table["word"] == word].reset_index(drop=True)
-
-
-def load_base_row(folder=TABLES, word="never"):
-    """Read what a base answers without any adapter: `helpers.lab.experiment.RESPONSES` by name."""
-    table = _read(folder, "base").set_index("word")
-    return table.loc[word, list(RESPONSES)].astype(float)
-
-
-def steps_table(table, outcome):
+def steps_table(table, factors, outcome):
     """Show what one change does from the failing state, and one fault from the working one.
 
-    ``table`` holds the runs of the design ``causes`` on one base, from `load_table`; ``outcome`` is a
-    response.
+    ``table`` and ``factors`` are those of `effect_table`, a factor's failing level first.
 
     Returns one row per ``state`` (failing, working) and factor ``changed``: ``change`` (the levels),
     ``before`` and ``after`` (means over the seeds), and the 95 % interval of their difference.
     """
     rows = {}
     for end, name in enumerate(("failing", "working")):
-        state = {factor: levels[end] for factor, levels in SUSPECTS.items()}
+        state = {factor: levels[end] for factor, levels in factors.items()}
         before = _runs_of(table, state)[outcome].mean()
-        for factor, levels in SUSPECTS.items():
+        for factor, levels in factors.items():
             other = levels[1 - end]
             step = paired_difference(table, outcome, state, state | {factor: other})
             rows[name, factor] = {
@@ -327,7 +241,7 @@ def effects_figure(table, factors, outcomes):
 def levels_figure(table, column, outcomes, *, base=None):
     """Draw every run of every level of one factor as a dot, with the mean as a bar.
 
-    Each outcome has a panel; a dotted line is what ``base``, from `load_base_row`, answers.
+    Each outcome has a panel; a dotted line is what ``base``, a row of responses, answers.
     """
     levels = list(dict.fromkeys(table[column]))
     names = [str(level).replace("_", " ") for level in levels]
@@ -340,43 +254,6 @@ def levels_figure(table, column, outcomes, *, base=None):
             ax.plot(values, [place] * len(values), "o", color="black", markersize=3)
         if base is not None:
             ax.axvline(base[outcome], color="0.35", linestyle=":")
-    return figure
-
-
-def undominated(means):
-    """Return those rows of a table that no other row beats in one column without losing in another."""
-    beaten = [
-        ((means >= row).all(axis=1) & (means > row).any(axis=1)).any()
-        for _, row in means.iterrows()
-    ]
-    return means[~np.array(beaten)]
-
-
-def front_figure(table, outcome="AP50", kept="retention_AP"):
-    """Draw what every recipe detects against what it keeps of the base, a panel per base.
-
-    ``table`` is the design ``front``, from `load_table`; ``outcome`` and ``kept`` are responses. Grey
-    dots are runs, a number stands at their mean, and a line joins the recipes that none beats.
-    """
-    recipes = {name: number for number, name in enumerate(dict.fromkeys(table["recipe"]), start=1)}
-    words = list(dict.fromkeys(table["word"]))
-    figure = Figure(figsize=(4.3 * len(words) + 2.6, 4.6), layout="constrained")
-    ratios = [1.0] * len(words) + [0.6]
-    *axes, legend = figure.subplots(1, len(words) + 1, sharey=True, width_ratios=ratios)
-    for ax, word in zip(axes, words, strict=True):
-        runs = table[table["word"] == word]
-        means = runs.groupby("recipe")[[kept, outcome]].mean()
-        front = undominated(means).sort_values(kept)
-        ax.plot(runs[kept], runs[outcome], ".", color="0.8")
-        ax.plot(front[kept], front[outcome], color=COLOURS[0], linewidth=1)
-        for recipe, (x, y) in means.iterrows():
-            style = {"boxstyle": "circle,pad=0.15", "fc": "white", "ec": COLOURS[0]}
-            ax.annotate(recipes[recipe], (x, y), ha="center", va="center", fontsize=8, bbox=style)
-        ax.set_title(f"word: {word}")
-        dress(ax, LABELS.get(kept, kept), LABELS.get(outcome, outcome))
-    listed = "\n".join(f"{number}  {name}" for name, number in recipes.items())
-    legend.text(0, 0.5, listed, va="center", fontsize=8, transform=legend.transAxes)
-    legend.set_axis_off()
     return figure
 
 
@@ -393,7 +270,7 @@ def _panels(size, names, labels):
 
 
 def score(table):
-    """Count how often the diagnosis was right in a `CONFUSION_TABLE`.
+    """Count how often the diagnosis was right in a table of planted faults.
 
     Returns a dict: ``faults``; ``named_first`` and ``among_found``, shares of the faults;
     ``healthy_runs``; ``false_alarms``, healthy runs with a cause; ``missed`` and ``not_first``, names.

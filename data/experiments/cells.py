@@ -1,4 +1,4 @@
-"""The controlled experiment: its designs, and the run of one cell; data.experiments runs all."""
+"""The controlled experiment: its designs, and the run of one cell; `data.experiments.make` runs all."""
 
 import subprocess
 import time

@@ -245,11 +245,7 @@ class Config(Section):
 
     def to_yaml(self):
         """Return the resolved configuration as YAML text that `load_config` reads back."""
-        text = io.StringIO()
-        yaml = YAML(typ="safe", pure=True)
-        yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
-        yaml.dump(self.model_dump(mode="json"), text)
-        return text.getvalue()
+        return yaml_text(self.model_dump(mode="json"))
 
     def save(self, path):
         """Write the resolved configuration to a file, whose folder is made, and return its path."""
@@ -302,6 +298,15 @@ def load_config(path, profile=None, overrides=()):
             fix="lower one of them until their product is at most 1",
         )
     return config
+
+
+def yaml_text(values):
+    """Write nested dicts as YAML, in their order."""
+    text = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
+    yaml.dump(values, text)
+    return text.getvalue()
 
 
 def parse_yaml(text, *, where):

@@ -42,7 +42,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_FILE = "base.json"
 # Largest alpha / rank that is taken for a setting rather than for damage; the usual is 1 or 2.
 MAX_SCALE = 1e4
-_PLAIN_CLASS = {
+PLAIN_CLASS = {
     "base_model_class": "Sam3Model",
     "parent_library": "transformers.models.sam3.modeling_sam3",
 }
@@ -152,7 +152,7 @@ def add_lora(model, lora):
         target_modules=target_pattern(lora),
         bias="none",
     )
-    peft_model = _wrap(model, config)
+    peft_model = wrap(model, config)
     adapted = {name for name, _ in lora_layers(peft_model)}
     if adapted != expected:
         raise InputError(
@@ -175,7 +175,7 @@ def save_adapter(model, folder, base_name, revision=None):
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with staged_folder(folder) as staging:
         # PEFT would note our subclass here, which a plain PeftModel.from_pretrained cannot import.
-        config.save_pretrained(staging, auto_mapping_dict=_PLAIN_CLASS)
+        config.save_pretrained(staging, auto_mapping_dict=PLAIN_CLASS)
         write_tensors(staging / WEIGHTS_FILE, weights)
         identity = {
             "name": str(base_name),
@@ -214,13 +214,14 @@ def load_adapter(model, folder, *, lora=None, is_trainable=False):
     saved = read_json(identity, fix="save the adapter again") if identity.is_file() else {}
     expected = saved if lora is None else {"r": lora.rank, "lora_alpha": lora.alpha}
     _check_config(content, expected, path)
-    if saved and saved.get("fingerprint") != base_fingerprint(model):
+    # An imported adapter knows its base by name only, and its fingerprint is null.
+    if saved and saved.get("fingerprint", "") not in (None, base_fingerprint(model)):
         raise _another_base(folder, "the weights of this base differ", saved.get("name"))
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = not is_trainable
         config.base_model_name_or_path = None  # it is where the writer had the base
-        peft_model = _wrap(model, config)
+        peft_model = wrap(model, config)
     except Exception as error:  # PEFT raises what its many settings happen to break
         raise _another_base(path, f"{error!s:.200}") from error
     load_adapter_weights(peft_model, weights, folder)
@@ -233,6 +234,13 @@ def load_adapter(model, folder, *, lora=None, is_trainable=False):
 
 def load_adapter_weights(model, weights, folder):
     """Copy the tensors of a folder into a model with LoRA, refusing any that do not fit."""
+    refuse_other_keys(model, weights, folder)
+    check_tensors(weights, Path(folder) / WEIGHTS_FILE)
+    set_peft_model_state_dict(model, weights)
+
+
+def refuse_other_keys(model, weights, folder):
+    """Refuse tensors whose names and shapes are not all those of the LoRA on a model."""
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     problems = []
     if missing := sorted(set(expected) - set(weights)):
@@ -246,8 +254,6 @@ def load_adapter_weights(model, weights, folder):
             break
     if problems:
         raise _another_base(folder, "; ".join(problems))
-    check_tensors(weights, Path(folder) / WEIGHTS_FILE)
-    set_peft_model_state_dict(model, weights)
 
 
 def check_tensors(tensors, path):
@@ -279,7 +285,7 @@ def read_adapter_weights(folder):
         raise InputError(f"is damaged ({error})", where=path, fix=_RESTORE) from error
 
 
-def _wrap(model, config):
+def wrap(model, config):
     """Call PEFT, which asks transformers for an attribute under its old name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)

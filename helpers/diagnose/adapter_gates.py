@@ -11,7 +11,8 @@ from helpers.data.images import open_upright
 from helpers.detect.metrics import evaluate_queries
 from helpers.detect.queries import predict_split
 from helpers.diagnose.answer_gates import FOUND
-from helpers.diagnose.examination import Evidence, Inapplicable, evidence_if, gate
+from helpers.diagnose.examination import Evidence, evidence_if, gate
+from helpers.diagnose.patient import Inapplicable
 from helpers.errors import InputError
 from helpers.files import TINY_BASE, WALL_CRACKS, read_json, resolve
 from helpers.model.lora import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE, read_adapter_weights

@@ -11,7 +11,8 @@ from torchvision.ops import box_iou
 from helpers.data.prompts import absent_candidates, present_prompts
 from helpers.detect.predictor import untrained_prompts
 from helpers.diagnose.data_gates import MIN_IMAGES
-from helpers.diagnose.examination import Inapplicable, evidence_if, gate
+from helpers.diagnose.examination import evidence_if, gate
+from helpers.diagnose.patient import Inapplicable
 from helpers.errors import InputError
 from helpers.model.audit import prompt_embeddings
 from helpers.model.lora import component_of, lora_layers

@@ -11,10 +11,10 @@ from helpers.checks.words import check_categories, similar_names
 from helpers.data.coco import entries_of
 from helpers.data.records import has_mask
 from helpers.detect.predictor import untrained_prompts
-from helpers.diagnose.examination import Evidence, Inapplicable, evidence_if, gate
+from helpers.diagnose.examination import Evidence, evidence_if, gate
+from helpers.diagnose.patient import Inapplicable
 from helpers.errors import InputError
 
-SPLITS = ("train", "valid")
 CODES_OF = {
     "unreadable_data": ("D08", "D43", "D44", "D70"),
     "objects_filtered": ("D10",),
@@ -49,7 +49,7 @@ DATA_GATES, PROMPT_GATES = [], []
 @gate(DATA_GATES, "annotation files", "every split can be read, and the reader finds every object")
 def _annotation_files(examination):
     texts, evidence = [], []
-    for name in SPLITS:
+    for name in examination.split_names:
         try:
             split = examination.split(name)
         except InputError as error:
@@ -66,11 +66,13 @@ def _annotation_files(examination):
 
 @gate(DATA_GATES, "annotations", "no error of boxes, masks and crowd flags")
 def _annotations_alone(examination):
-    model = examination.base[0]
-    num_queries = model.config.detr_decoder_config.num_queries
+    splits, (mask_size, num_queries) = (
+        map(examination.split, examination.split_names),
+        examination.sizes,
+    )
     findings, evidence = [], []
-    for split in map(examination.split, SPLITS):
-        faults = check_annotations(split, mask_size=model.mask_size, num_queries=num_queries)
+    for split in splits:
+        faults = check_annotations(split, mask_size=mask_size, num_queries=num_queries)
         findings += faults
         evidence += evidence_of(faults, split.num_objects)
     return _texts(findings), evidence
@@ -79,7 +81,7 @@ def _annotations_alone(examination):
 @gate(DATA_GATES, "image files", "every image opens and has the stated shape")
 def _image_files(examination):
     findings, evidence = [], []
-    for split in map(examination.split, SPLITS):
+    for split in map(examination.split, examination.split_names):
         faults = check_images(split, examination.dataset.look(split))
         findings += faults
         evidence += evidence_of(faults, len(split.records))
@@ -221,7 +223,7 @@ def _used_categories(split):
 def _absent_prompts_asked(examination):
     queries = [query for _, query, _ in examination.train_queries]
     absent = [query["prompt"] for query in queries if not query["is_positive"]]
-    own = set(examination.train_dataset.own_names)
+    own = set(examination.own_names)
     others = sum(prompt not in own for prompt in absent)
     text = (
         f"{len(absent)} of {len(queries)} prompts of an epoch are absent ones, {others} of them "

@@ -9,7 +9,8 @@ from transformers import get_scheduler
 
 from helpers.causes import CAUSES
 from helpers.config import load_config, read_yaml
-from helpers.diagnose.examination import Evidence, Inapplicable, evidence_if, gate
+from helpers.diagnose.examination import Evidence, evidence_if, gate
+from helpers.diagnose.patient import Inapplicable, Missing, module_of
 from helpers.errors import InputError
 from helpers.files import read_json
 from helpers.model.lora import (
@@ -99,23 +100,35 @@ def _read_run_file(path):
 )
 def regularisation(examination):
     """Compare dropout, images and epochs with what a small dataset bears."""
-    config = examination.config
-    images, epochs = len(examination.split("train").records), config.effective_num_epochs
-    dropout = config.lora.dropout
-    reason = f"lora.dropout is {dropout:g}: so much of the input of LoRA is left out"
-    evidence = evidence_if(dropout > MAX_DROPOUT, "extreme_regularisation", 0.9, reason)
-    is_long = images < FEW_IMAGES and epochs > MAX_EPOCHS
+    questions = {
+        "dropout": lambda: examination.config.lora.dropout,
+        "images": lambda: len(examination.split("train").records),
+        "epochs": lambda: examination.config.effective_num_epochs,
+    }
+    known, absent = {}, {}
+    for name, question in questions.items():
+        try:
+            known[name] = question()
+        except Missing as error:
+            absent[name] = error
+    if "dropout" not in known and len(known) < 2:
+        raise absent["dropout"]
+    dropout, images, epochs = (known.get(name) for name in questions)
+    reason = f"lora.dropout is {dropout}: so much of the input of LoRA is left out"
+    evidence = evidence_if((dropout or 0) > MAX_DROPOUT, "extreme_regularisation", 0.9, reason)
+    is_long = None not in (images, epochs) and images < FEW_IMAGES and epochs > MAX_EPOCHS
     reason = f"{images} images were seen {epochs} times each"
     evidence += evidence_if(is_long, "extreme_regularisation", 0.8, reason)
-    return f"dropout {dropout:g}, {images} images, {epochs} epochs", evidence
+    texts = [f"{name} {known.get(name, 'not stated')}" for name in questions]
+    return ", ".join(texts), evidence
 
 
 @gate(CONFIG_GATES, "settings in the log", "steps and learning rates are those of the config")
 def settings_in_log(examination):
     """Compare the logged steps and learning rates with what config and data come to."""
-    config, history = examination.config, examination.history
     if not examination.is_own_data:
         raise Inapplicable("asked about another dataset than was trained on", where="data_dir")
+    config, history = examination.config, examination.history
     logged = {one["step"]: one["learning_rate"] for one in history if "learning_rate" in one}
     if not logged:
         raise InputError("no learning rate was logged", where=examination.folder)
@@ -172,11 +185,7 @@ def _lora_places(examination):
     names = {name for target in lora.target_modules for name in SPELLINGS.get(target, (target,))}
     linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
     targets = [component_of(name) for name in linear if name.rpartition(".")[2] in names]
-    modules = {
-        key.removeprefix("base_model.model.").partition(".lora_B")[0]
-        for key in examination.adapter_weights
-        if ".lora_B" in key
-    }
+    modules = {module_of(key) for key in examination.adapter_weights if ".lora_B" in key}
     if unknown := modules - set(linear):
         where, fix = examination.folder / WEIGHTS_FILE, CAUSES["adapter_keys"].fix
         raise InputError(f"{len(unknown)} keys name no linear layer", where=where, fix=fix)
@@ -196,7 +205,7 @@ def _lora_places(examination):
 
 @gate(RUN_GATES, "learning", "gradients arrive and no B stays zero")
 def _learning(examination):
-    report = examination.files.adapter
+    report = examination.adapter_report
     idle, texts = [], []
     for component, row in report.drop(index="total").iterrows():
         if not row["modules"] or component == IDLE_COMPONENT:
@@ -211,7 +220,7 @@ def _learning(examination):
         raise InputError("the run's report lists no module with LoRA", where=examination.folder)
     text = "; ".join(texts)
     is_part = len(idle) < len(texts)
-    if not idle or (is_part and not examination.files.metrics["objects"]["train"]):
+    if not idle or (is_part and not _had_objects(examination)):
         return text, []  # without objects, boxes and masks give no gradient
     # One branch alone may be idle because something earlier leaves it nothing to learn.
     reason = f"no gradient or B all zero in {', '.join(idle)}: {text}"
@@ -219,12 +228,14 @@ def _learning(examination):
     return text, [Evidence("adapter_at_zero", confidence, reason, is_direct=not is_part)]
 
 
+def _had_objects(examination):
+    """Return whether the training recorded objects; nobody else's did."""
+    return examination.is_finished and examination.files.metrics["objects"]["train"]
+
+
 @gate(RUN_GATES, "trained parameters", "those of LoRA and no others")
 def _trained_weights(examination):
-    counts = examination.files.metrics.get("trained_parameters")
-    if counts is None:
-        where = examination.folder / run_folder.METRICS_FILE
-        raise InputError("holds no number of trained parameters", where=where, fix="train again")
+    counts = examination.trained_parameters
     beside = counts["all"] - counts["lora"]
     text = f"the optimiser trained {counts['all']:,} parameters, {counts['lora']:,} of LoRA"
     reason = f"{text}: {beside:,} of the base were changed and are not in the adapter file"
@@ -245,10 +256,10 @@ def _kept_checkpoint(examination):
 
 @gate(RUN_GATES, "logged loss", "the published weights, and no term dominates")
 def _logged_loss(examination):
-    weights = WEIGHTS[examination.config.loss.variant]
+    folder, weights = examination.folder, WEIGHTS[examination.config.loss.variant]
     log = pd.DataFrame([entry for entry in examination.history if "loss" in entry])
     if log.empty:
-        raise InputError("the run logged no loss", where=examination.folder)
+        raise InputError("the run logged no loss", where=folder)
     leaves = {name: name.rpartition(".")[2] for name in log}
     names = [name for name, leaf in leaves.items() if leaf in weights]
     terms = log[names].fillna(0) * [weights[leaves[name]] for name in names]

@@ -19,8 +19,9 @@ from helpers.diagnose.examination import (
     GateResult,
     pass_gate,
 )
+from helpers.diagnose.live_gates import DETECT_GATES, LOSS_GATES
 from helpers.diagnose.patient import NEEDS, Patient, open_patient
-from helpers.diagnose.run_gates import CONFIG_GATES, FILE_GATES, RUN_GATES
+from helpers.diagnose.run_gates import CONFIG_GATES, FILE_GATES, LOG_GATES, RUN_GATES
 from helpers.files import progress_bar
 
 GATES = (
@@ -28,10 +29,13 @@ GATES = (
     *DATA_GATES,
     *PROMPT_GATES,
     *CONFIG_GATES,
+    *LOG_GATES,
     *RUN_GATES,
+    *LOSS_GATES,
     *BASE_GATES,
     *CHECKPOINT_GATES,
     *BEHAVIOUR_GATES,
+    *DETECT_GATES,
 )
 """In the order in which they are asked, from cheap to costly."""
 OBSERVED = 0.8  # confidence from which a cause counts as observed, if its evidence is direct

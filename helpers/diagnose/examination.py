@@ -11,6 +11,7 @@ OK, FAILED, NOT_CHECKED = "ok", "failed", "not checked"
 NOT_APPLICABLE, CRASHED = "not applicable", "crashed"
 UNDECIDED = (NOT_CHECKED, CRASHED)  # nobody knows whether the run is healthy
 LEAST_CONFIDENCE = 0.5  # evidence below is shown with its gate but names no cause
+SLIP = 0.4  # confidence of such evidence
 
 
 @dataclass(frozen=True)

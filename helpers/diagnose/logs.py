@@ -3,9 +3,7 @@
 import csv
 import json
 import math
-from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from helpers.errors import InputError
@@ -63,12 +61,12 @@ def _entries(text, path):
         return list(csv.DictReader(lines, skipinitialspace=True))
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = []
         for number, line in enumerate(text.splitlines(), start=1):
             try:
                 content += [json.loads(line)] if line.strip() else []
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 place = f"{path}, line {number}"
                 raise InputError(f"is no JSON ({error})", where=place, fix=_FIX) from error
     if isinstance(content, dict):

@@ -132,7 +132,7 @@ class Patient:
         A picture in which nothing is found, and the word that is asked now.
     """
 
-    is_live = is_finished = False
+    is_own = is_live = is_finished = False
     findings = ()  # of the import, each with ``code`` and ``message``
 
     def __init__(
@@ -276,6 +276,11 @@ class Patient:
             return [self.prompt]
         return list(self._words or self.split("valid").categories)
 
+    @property
+    def asked_words(self):
+        """The words that were said to be asked now; none if nothing was said."""
+        return [self.prompt] if self.prompt else []
+
     @part
     def trained_words(self):
         """The words that the run was trained to find."""
@@ -292,6 +297,11 @@ class Patient:
     @part
     def adapter_weights(self):
         """The tensors of the adapter by name, as PEFT writes them."""
+        raise self.missing("weights")
+
+    @part
+    def raw_weights(self):
+        """The tensors of the file of weights, whatever their values."""
         raise self.missing("weights")
 
     @part
@@ -405,7 +415,7 @@ class Examination(Patient):
     ``data_dir`` stands in for the dataset of the config; for ``image`` and ``prompt`` see `Patient`.
     """
 
-    folder = None  # of each
+    is_own, folder = True, None  # of each
     split_names = ("train", "valid")
 
     def __init__(self, folder, data_dir=None, image=None, prompt=None):
@@ -453,6 +463,11 @@ class Examination(Patient):
         weights = read_adapter_weights(self.files.folder)
         check_tensors(weights, self.files.folder / WEIGHTS_FILE)
         return weights
+
+    @property
+    def raw_weights(self):
+        """Say that another gate looks at the file."""
+        raise Inapplicable("'files of the run' looks at them")
 
     @part
     def adapter_report(self):
@@ -571,10 +586,14 @@ class AdapterPatient(Patient):
 
     @part
     def adapter_weights(self):
-        """The tensors of the adapter file by name."""
-        weights = read_adapter_weights(self.adapter_folder)
-        check_tensors(weights, self.adapter_folder / WEIGHTS_FILE)
-        return weights
+        """The tensors of the adapter file by name; InputError if a number in it is not finite."""
+        check_tensors(self.raw_weights, self.adapter_folder / WEIGHTS_FILE)
+        return self.raw_weights
+
+    @part
+    def raw_weights(self):
+        """The tensors of the adapter file by name, whatever their values."""
+        return read_adapter_weights(self.adapter_folder)
 
     @part
     def identity(self):
@@ -609,10 +628,15 @@ class ModelPatient(Patient):
         super().__init__(**options)
         self.model_folder, self.findings = Path(folder), findings
 
-    @part
+    @property
     def adapter_weights(self):
         """Say that there is no adapter."""
         raise Inapplicable("it is a full model, without adapter")
+
+    @part
+    def raw_weights(self):
+        """The parameters by name."""
+        return dict(self.loaded.model.named_parameters())
 
     @part
     def loaded(self):
@@ -720,6 +744,11 @@ class LivePatient(Patient):
         weights = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         return {name: tensor.detach().cpu() for name, tensor in weights.items()}
 
+    @property
+    def raw_weights(self):
+        """The tensors of the adapter in memory."""
+        return self.adapter_weights
+
     @part
     def adapter_report(self):
         """The adapter in memory, with the gradients that the last backward pass left."""
@@ -803,10 +832,15 @@ class LivePatient(Patient):
                 records |= {record.image_id: record, record.path.name: record}
         return [(records.get(query["image_id"]), query, objects) for query, objects in rows]
 
+    @property
+    def asked_words(self):
+        """The word that is asked now, or else the words given; the batches tell those trained."""
+        return super().asked_words or self._words
+
     @part
     def trained_words(self):
-        """The words given, or else those that have objects in the batches."""
-        return self._words or self.own_names
+        """The words that have objects in the batches; without batches, those given."""
+        return super().trained_words if self._batches is None else self.own_names
 
 
 def _objects(target):

@@ -1,5 +1,6 @@
 """Gates on what a run wrote down: its files, its settings, where LoRA sits, what learned."""
 
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +10,7 @@ from transformers import get_scheduler
 
 from helpers.causes import CAUSES
 from helpers.config import load_config, read_yaml
-from helpers.diagnose.examination import Evidence, evidence_if, gate
+from helpers.diagnose.examination import SLIP, Evidence, evidence_if, gate
 from helpers.diagnose.patient import Inapplicable, Missing, module_of
 from helpers.errors import InputError
 from helpers.files import read_json
@@ -36,7 +37,25 @@ RATE_TOLERANCE = 1e-3  # relative to the peak; healthy: below 1e-9
 IDLE_COMPONENT = "geometry_encoder"  # a text prompt never passes through it
 LOSS_TOLERANCE = 0.02  # relative, logged loss against the sum of its terms; measured: 4e-8
 DOMINANT = 0.95  # share of one term, in half of the steps with objects; measured: at most 0.38
-FILE_GATES, CONFIG_GATES, RUN_GATES = [], [], []
+WORD_PARTS = ("text_encoder", "detr_encoder")  # where a word can be learned
+FINDINGS = {
+    "lora_elsewhere": ("lora_elsewhere", 1.0),
+    "no_word_module": ("lora_elsewhere", 0.6),
+    "adapter_at_zero": ("adapter_at_zero", 1.0),
+    "adapter_partly_at_zero": ("adapter_at_zero", 0.7),
+    "weights_not_loaded": ("weights_not_loaded", 0.6),
+    "wrapped_keys": ("weights_not_loaded", 0.7),
+}
+"""Finding of `helpers.foreign.import_source` to cause and confidence; others name no cause."""
+EMPTY_LOSS = 5e-3
+"""Last loss below which no object was in it: a batch with objects costs 7 or more in SAM3's loss, one
+without never less than 4.5e-4 for each of 6 decoder layers, and in the loss of the failing script 3e-5."""
+PIXEL_TERM, PIXEL_LOSS = 50.0, 1000.0
+"""An L1 loss of four fractions is at most 4, and 20 where it is weighted; of pixels hundreds. A whole
+training loss is up to 250 in healthy runs of Meta's trainer, which adds up 18 layers."""
+LEAST_COURSE = 6  # values of a log from which its course is judged
+FLAT, RISE = 1e-4, 1.3  # of the loss
+FILE_GATES, CONFIG_GATES, RUN_GATES, LOG_GATES = [], [], [], []
 
 
 @gate(FILE_GATES, "files of the run", "all there, complete, without NaN")
@@ -179,13 +198,33 @@ def _is_finished(examination):
     )
 
 
+@gate(FILE_GATES, "weights as they are", "finite, and where a word can be learned")
+def weights_as_they_are(examination):
+    """Say what the file of weights shows by itself, and what its import found."""
+    weights, findings = examination.raw_weights, examination.findings
+    broken = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    text = f"{len(weights)} tensors, NaN or infinite numbers in {len(broken)} of them"
+    evidence = evidence_if(broken, "not_finite", 1.0, f"{text}, for example {broken[:1]}")
+    for finding in findings:
+        cause, confidence = FINDINGS.get(finding.code, (finding.code, SLIP))
+        if cause in CAUSES:
+            evidence.append(Evidence(cause, confidence, finding.message))
+    parts = {component_of(module_of(key)) for key in weights if ".lora_B" in key}
+    if parts and parts.isdisjoint(WORD_PARTS) and not findings:
+        reason = "LoRA is nowhere in text encoder and DETR encoder, so no word can be learned"
+        evidence.append(Evidence("lora_elsewhere", 0.6, reason, is_direct=False))
+    return "; ".join([text, *(finding.message for finding in findings)]), evidence
+
+
 @gate(RUN_GATES, "places of LoRA", "every enabled component has LoRA, no other")
 def _lora_places(examination):
+    modules = {module_of(key) for key in examination.adapter_weights if ".lora_B" in key}
+    if not examination.is_own:
+        return _claimed_places(examination.config.lora, modules)
     lora, (base, _) = examination.config.lora, examination.base
     names = {name for target in lora.target_modules for name in SPELLINGS.get(target, (target,))}
     linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
     targets = [component_of(name) for name in linear if name.rpartition(".")[2] in names]
-    modules = {module_of(key) for key in examination.adapter_weights if ".lora_B" in key}
     if unknown := modules - set(linear):
         where, fix = examination.folder / WEIGHTS_FILE, CAUSES["adapter_keys"].fix
         raise InputError(f"{len(unknown)} keys name no linear layer", where=where, fix=fix)
@@ -200,6 +239,24 @@ def _lora_places(examination):
             f"LoRA; the adapter file has {count}"
         )
         evidence += evidence_if(count != expected, "lora_elsewhere", 1.0, text)
+    return f"modules with LoRA: {', '.join(counts)}", evidence
+
+
+def _claimed_places(lora, modules):
+    """Compare the modules with the components that the settings of another script claim."""
+    adapted = [component_of(name) for name in modules]
+    claims = {name: vars(lora).get(f"apply_to_{name}") for name in COMPONENTS}
+    if set(claims.values()) == {None}:
+        return lora.apply_to_text_encoder, []  # raises: no component is claimed
+    counts, evidence = [], []
+    for component, is_on in claims.items():
+        count = adapted.count(component)
+        counts.append(f"{component} {count}")
+        if component == IDLE_COMPONENT or is_on is None or bool(is_on) == bool(count):
+            continue
+        text = f"lora.apply_to_{component} is {str(is_on).lower()}, and {count} modules carry LoRA"
+        # More than was asked for does no harm to what was.
+        evidence.append(Evidence("lora_elsewhere", 0.95 if is_on else SLIP, text))
     return f"modules with LoRA: {', '.join(counts)}", evidence
 
 
@@ -275,4 +332,84 @@ def _logged_loss(examination):
         text += f"; largest share of one term, median: {share:.0%} ({name})"
         reason = f"{name} makes up {share:.1%} of the loss in half of the steps"
         evidence += evidence_if(share > DOMINANT, "loss_weights", 0.7, reason, is_direct=False)
+    return text, evidence
+
+
+def _points(examination, *names):
+    """Return the logged values of the first columns that there are: list of (name, series)."""
+    log = examination.log
+    found = [(name, log[name].dropna()) for name in names if name in log]
+    found = [(name, values) for name, values in found if len(values)]
+    if not found:
+        raise InputError(f"the log holds no {' and no '.join(names)}")
+    return found
+
+
+@gate(LOG_GATES, "numbers of the log", "every loss is finite and above 0")
+def numbers_of_the_log(examination):
+    """Look for a loss that is not a number, or nothing at all."""
+    texts, evidence = [], []
+    for name, values in _points(examination, "loss", "valid_loss"):
+        broken, zeros = int((values == math.inf).sum()), int((values == 0).sum())
+        texts.append(f"{name}: {len(values)} values, {broken} NaN or infinite, {zeros} are 0")
+        evidence += evidence_if(broken, "not_finite", 1.0, texts[-1])
+        if name == "loss":
+            evidence += evidence_if(zeros > len(values) / 2, "no_objects", 0.9, texts[-1])
+    return "; ".join(texts), evidence
+
+
+@gate(LOG_GATES, "value without objects", f"a loss that ends above {EMPTY_LOSS:g}")
+def value_without_objects(examination):
+    """Compare the last loss with what a loss costs that has no object to learn."""
+    texts, evidence = [], []
+    for name, values in _points(examination, "loss", "valid_loss"):
+        last, first = float(values.iloc[-1]), float(values.iloc[0])
+        text = f"{name} goes from {first:.3g} to {last:.3g}"
+        if 0 < last < EMPTY_LOSS and len(values) > 1 and last <= first:
+            logit = math.log(math.expm1(last / 2))  # of 2 mean(softplus(logit)), see lesson 02
+            text += f", the value 2 softplus(logit) of every logit at {logit:.1f} and no object"
+            evidence.append(Evidence("no_objects", 0.9, text))
+        texts.append(text)
+    return "; ".join(texts), evidence
+
+
+@gate(LOG_GATES, "size of the box loss", f"below {PIXEL_TERM:g}, the loss below {PIXEL_LOSS:g}")
+def size_of_box_loss(examination):
+    """Look for a box loss, or a loss, of a size that only pixels can have."""
+    log = examination.log.replace(math.inf, float("nan"))
+    boxes = [n for n in log if "loss" in n.lower() and ("box" in n.lower() or "l1" in n.lower())]
+    sizes = {name: float(log[name].median()) for name in boxes if log[name].notna().any()}
+    texts = [f"{name} {size:.3g}" for name, size in sizes.items()]
+    is_fault = max(sizes.values(), default=0) > PIXEL_TERM
+    evidence = evidence_if(is_fault, "wrong_box_targets", 1.0, f"median {', '.join(texts)}")
+    for name, values in _points(examination, "loss", "valid_loss"):
+        size = float(values[values < math.inf].median())
+        texts.append(f"{name} {size:.3g}")
+        reason = f"half of all values of {name} are above {size:.4g}: boxes in pixels cost as much"
+        evidence += evidence_if(size > PIXEL_LOSS and not sizes, "wrong_box_targets", 0.9, reason)
+    return f"median: {', '.join(texts)}", evidence
+
+
+@gate(LOG_GATES, "course of the loss", "it falls, and the validation loss does not rise again")
+def course_of_the_loss(examination):
+    """Look for a loss that never falls, and for a validation loss that rises for good."""
+    log = examination.log.replace(math.inf, float("nan"))
+    [(name, values), *_] = _points(examination, "loss", "valid_loss")
+    values = values[values < math.inf]
+    quarter = max(1, len(values) // 4)
+    start, end = float(values[:quarter].median()), float(values[-quarter:].median())
+    text = f"{name}: median {start:.4g} in the first quarter, {end:.4g} in the last"
+    is_flat = len(values) >= LEAST_COURSE and values.max() - values.min() < FLAT * abs(start)
+    reason = f"{text}: it does not move at all"
+    evidence = evidence_if(is_flat, "adapter_at_zero", 0.8, reason)
+    if {"loss", "valid_loss"} <= set(log):
+        losses = log["loss"].ffill()  # a step may be logged in another row than its validation
+        valid = log["valid_loss"].dropna()
+        best = valid.idxmin() if len(valid) else None
+        if len(valid) >= LEAST_COURSE:
+            text += f"; validation loss: lowest {valid[best]:.4g} at {list(valid.index).index(best) + 1} "
+            text += f"of {len(valid)}, last {valid.iloc[-1]:.4g}"
+            is_fault = valid.iloc[-1] > RISE * valid[best] and losses.iloc[-1] < losses[best]
+            is_fault &= list(valid.index).index(best) < len(valid) / 2
+            evidence += evidence_if(is_fault, "overtrained", 0.6, text, is_direct=False)
     return text, evidence

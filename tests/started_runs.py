@@ -7,7 +7,7 @@ from pathlib import Path
 
 from helpers.config import load_config
 from helpers.diagnose.diagnosis import pass_gate, rank
-from helpers.diagnose.examination import Examination
+from helpers.diagnose.patient import Examination
 from helpers.files import CONFIGS, WALL_CRACKS, write_json
 from helpers.lab.faults import LAB_SETTINGS
 from helpers.train.run import PROMPTS_FILE, RUN_CONFIG, trained_prompts

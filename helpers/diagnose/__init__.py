@@ -1,4 +1,4 @@
 """Why a run detects nothing."""
 
 from helpers.diagnose.diagnosis import diagnose
-from helpers.diagnose.examination import Examination
+from helpers.diagnose.patient import Examination, LivePatient, open_patient

@@ -6,6 +6,7 @@ predictor of this project takes part. It is correct, unless one of `MISTAKES` is
 
 import argparse
 import json
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -14,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from peft import (
     LoraConfig,
     get_peft_model,
@@ -28,7 +28,9 @@ from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 from transformers import Sam3Model, Sam3Processor
 
+from helpers.config import yaml_text
 from helpers.files import TINY_BASE, WALL_CRACKS, resolve
+from helpers.foreign import write_sompote
 
 PARTS = ("text_encoder", "detr_encoder", "detr_decoder", "mask_decoder")
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "fc1", "fc2")
@@ -38,7 +40,7 @@ NOUNS = tuple(
 )
 WEIGHTS = {"ce": 10.0, "presence": 5.0, "bbox": 5.0, "giou": 2.0, "mask": 20.0, "dice": 5.0}
 THRESHOLD = 0.3
-CONFIG_FILE, LOG_FILE = "config.yaml", "val_stats.json"
+CONFIG_FILE, LOG_FILE = "training.yaml", "val_stats.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
@@ -56,7 +58,7 @@ class Recipe:
     learning_rate: float = 3e-3
     is_decayed: bool = True  # to zero, after a warm-up
     epochs: int = 3
-    batch_size: int = 4  # pictures
+    batch_size: int = 2  # pictures
     seed: int = 0
 
 
@@ -84,6 +86,11 @@ IN_CODE = (
     *("mask logits against a half", "evaluation shifted"),
 )
 """Mistakes that are lines of the script."""
+AFTER_TRAINING = (
+    *("loader without effect", "finest level dropped", "presence left out", "threshold fixed"),
+    *("mask logits against a half",),
+)
+"""Those of them that act after a training, which may have been a right one."""
 MISTAKES = (*IN_SETTINGS, *NOT_IN_YAML, *IN_CODE)
 
 
@@ -323,13 +330,15 @@ class Careless:
             self.model.eval()
             entry = {"epoch": epoch, "train_loss": sums.pop("loss"), "val_loss": self.validate()}
             entry |= {"learning_rate": rate} | {f"loss_{name}": sums[name] for name in sums}
-            self.log.append(entry)
+            self.log.append(entry | {"val_iou": self.evaluate()})
             is_better = kept is None or entry["val_loss"] < kept
             if is_better and not (epoch > 1 and "first epoch kept" in self.mistakes):
                 kept = entry["val_loss"]
-                best = {name: one.detach().clone() for name, one in get_peft_model_state_dict(self.model).items()}
+                best = {
+                    name: one.detach().clone()
+                    for name, one in get_peft_model_state_dict(self.model).items()
+                }
         set_peft_model_state_dict(self.model, best)
-        self.log[-1]["val_iou"] = self.evaluate()
         return self
 
     @torch.no_grad()
@@ -341,65 +350,86 @@ class Careless:
             losses.append(self.loss(outputs, batch["targets"])["loss"].item())
         return float(np.mean(losses))
 
+    # use
+
+    def save(self, folder, layout="peft"):
+        """Write the adapter as a PEFT folder or in Sompote's layout, with its YAML and log."""
+        folder = Path(folder)
+        if layout == "sompote":
+            with tempfile.TemporaryDirectory() as place:
+                write_sompote(self.save(place), folder, self.claims())
+        else:
+            self.model.save_pretrained(folder)
+            (folder / CONFIG_FILE).write_text(yaml_text(self.claims()), encoding="utf-8")
+        lines = [f"{json.dumps(entry)}\n" for entry in self.log]
+        (folder / LOG_FILE).write_text("".join(lines), encoding="utf-8")
+        return folder
+
+    def claims(self):
+        """Return what the YAML says, as sections."""
+        claimed = self.claimed
+        lora = {name: getattr(claimed, name) for name in ("rank", "alpha", "dropout")}
+        lora |= {"target_modules": [*claimed.layers]}
+        lora |= {f"apply_to_{part}": part in claimed.parts for part in ("vision_encoder", *PARTS)}
+        names = ("num_negatives", "learning_rate", "batch_size")
+        training = {name: getattr(claimed, name) for name in names}
+        training |= {"num_epochs": claimed.epochs, "data_dir": str(self.data_dir)}
+        return {"model": {"name": str(self.base)}, "lora": lora, "training": training}
+
+    def load(self, folder):
+        """Load a base with a saved adapter, as far as the names fit, and detect with it."""
+        self.loaded = self.with_lora().eval()
+        if "loader without effect" not in self.mistakes:
+            set_peft_model_state_dict(self.loaded, load_file(Path(folder) / WEIGHTS_FILE))
+        return self
+
+    def take(self, folder):
+        """Take weights and log of a saved training in place of a training of its own."""
+        set_peft_model_state_dict(self.model, load_file(Path(folder) / WEIGHTS_FILE))
+        lines = (Path(folder) / LOG_FILE).read_text(encoding="utf-8").splitlines()
+        self.log = [json.loads(line) for line in lines]
+        return self
+
+    @torch.no_grad()
+    def answer(self, picture, words):
+        """Ask for words in a PIL image and return the outputs, a row per word."""
+        batch = {"pixel_values": self.pixels([picture]), **self.tokens(words)}
+        batch["image_index"] = torch.zeros(len(words), dtype=torch.long)
+        return self.outputs(self.loaded.eval(), batch)
+
+    def detect(self, picture, word, threshold=THRESHOLD):
+        """Return what is found of a word in a PIL image: dicts of score, box and mask."""
+        return self.select(self.answer(picture, [word]), 0, picture.size, threshold)
+
+    def select(self, outputs, row, size, threshold):
+        """Turn a row of outputs into detections on a picture of some width and height."""
+        scores, (width, height) = outputs.pred_logits[row].sigmoid(), size
+        if "presence left out" not in self.mistakes:
+            scores = scores * outputs.presence_logits[row].sigmoid()
+        kept = scores > (0.9 if "threshold fixed" in self.mistakes else threshold)
+        if not kept.any():
+            return []
+        boxes = outputs.pred_boxes[row, kept] * torch.tensor([width, height, width, height])
+        masks = outputs.pred_masks[row : row + 1, kept]
+        if "mask logits against a half" not in self.mistakes:
+            masks = masks.sigmoid()
+        masks = F.interpolate(masks, size=(height, width), mode="bilinear")[0] > 0.5
+        found = zip(scores[kept].tolist(), boxes.tolist(), masks.numpy(), strict=True)
+        return [{"score": score, "box": box, "mask": mask} for score, box, mask in found]
+
     def evaluate(self, split="valid"):
-        """Return the mean IoU of detected and annotated pixels, over what the pictures show."""
+        """Return the mean IoU of found and annotated pixels, over what the pictures show."""
         pictures, ious = self.read(split), []
         shift = 1 if "evaluation shifted" in self.mistakes else 0
         for number, picture in enumerate(pictures):
             truth = pictures[(number + shift) % len(pictures)]
             for word, objects in self.questions(truth):
                 if objects:
-                    found = [one["mask"] for one in self.detect(opened(picture["path"]), word)]
                     true = self.target(objects, truth)["masks"].numpy().any(0)
-                    mask = np.any(found, axis=0) if found else np.zeros_like(true)
-                    ious.append((mask & true).sum() / max(1, (mask | true).sum()))
+                    found = [one["mask"] for one in self.detect(opened(picture["path"]), word)]
+                    found = np.any([np.zeros_like(true), *found], axis=0)
+                    ious.append((found & true).sum() / max(1, (found | true).sum()))
         return float(np.mean(ious)) if ious else 0.0
-
-    # use
-
-    def save(self, folder, layout="peft"):
-        """Write the adapter as PEFT folder or in Sompote's layout, beside YAML and log."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder)
-        claimed = self.claimed
-        lora = {"rank": claimed.rank, "alpha": claimed.alpha, "dropout": claimed.dropout}
-        lora |= {"target_modules": [*claimed.layers]}
-        lora |= {f"apply_to_{part}": part in claimed.parts for part in ("vision_encoder", *PARTS)}
-        training = {"data_dir": str(self.data_dir), "num_negatives": claimed.num_negatives}
-        training |= {"learning_rate": claimed.learning_rate, "num_epochs": claimed.epochs}
-        training |= {"batch_size": claimed.batch_size}
-        content = {"model": {"name": str(self.base)}, "lora": lora, "training": training}
-        (folder / CONFIG_FILE).write_text(yaml.safe_dump(content, sort_keys=False))
-        (folder / LOG_FILE).write_text("".join(f"{json.dumps(entry)}\n" for entry in self.log))
-        return folder
-
-    def load(self, folder):
-        """Load the base and a saved adapter, whatever fits, and detect with it from now on."""
-        self.loaded = self.with_lora().eval()
-        if "loader without effect" not in self.mistakes:
-            set_peft_model_state_dict(self.loaded, load_file(folder / WEIGHTS_FILE))
-        return self
-
-    @torch.no_grad()
-    def detect(self, picture, word, threshold=THRESHOLD):
-        """Return what is detected of a word in a PIL image: dicts of score, box and mask."""
-        self.loaded.eval()
-        batch = {"pixel_values": self.pixels([picture]), "image_index": torch.zeros(1, dtype=int)}
-        outputs = self.outputs(self.loaded, batch | self.tokens([word]))
-        scores = outputs.pred_logits[0].sigmoid()
-        if "presence left out" not in self.mistakes:
-            scores = scores * outputs.presence_logits[0].sigmoid()
-        kept = scores > (0.9 if "threshold fixed" in self.mistakes else threshold)
-        width, height = picture.size
-        boxes = outputs.pred_boxes[0][kept] * torch.tensor([width, height, width, height])
-        masks = outputs.pred_masks[:, kept]
-        if "mask logits against a half" not in self.mistakes:
-            masks = masks.sigmoid()
-        if len(boxes):
-            masks = F.interpolate(masks, size=(height, width), mode="bilinear")
-        found = zip(scores[kept].tolist(), boxes.tolist(), masks[0] > 0.5, strict=True)
-        return [{"score": score, "box": box, "mask": mask.numpy()} for score, box, mask in found]
 
 
 def opened(path):

@@ -47,7 +47,7 @@ FINDINGS = {
     "wrapped_keys": ("weights_not_loaded", 0.7),
 }
 """Finding of `helpers.foreign.import_source` to cause and confidence; others name no cause."""
-EMPTY_LOSS = 5e-3
+EMPTY_LOSS, SURELY_EMPTY = 2e-2, 5e-3
 """Last loss below which no object was in it: a batch with objects costs 7 or more in SAM3's loss, one
 without never less than 4.5e-4 for each of 6 decoder layers, and in the loss of the failing script 3e-5."""
 PIXEL_TERM, PIXEL_LOSS = 50.0, 1000.0
@@ -368,7 +368,8 @@ def value_without_objects(examination):
         if 0 < last < EMPTY_LOSS and len(values) > 1 and last <= first:
             logit = math.log(math.expm1(last / 2))  # of 2 mean(softplus(logit)), see lesson 02
             text += f", the value 2 softplus(logit) of every logit at {logit:.1f} and no object"
-            evidence.append(Evidence("no_objects", 0.9, text))
+            confidence = 0.9 if last < SURELY_EMPTY else 0.6
+            evidence.append(Evidence("no_objects", confidence, text))
         texts.append(text)
     return "; ".join(texts), evidence
 

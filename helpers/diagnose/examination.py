@@ -109,7 +109,7 @@ class Examination:
                 where=self.folder,
                 fix="name the folder of a run, or train one with 'python -m helpers train'",
             )
-        self.config = load_config(self.folder / run_folder.RUN_CONFIG)
+        self.config = run_folder.read_config(self.folder)
         self.data_dir = resolve(data_dir or self.config.data.data_dir)
         if not self.data_dir.is_dir():
             fix = "name the folder of the dataset with --data"
@@ -163,9 +163,8 @@ class Examination:
         """Load a base to train or wrap: on the run's device, by default in the run's precision."""
         settings = self.config.model
         dtype = dtype or base_dtype(self.config.training.mixed_precision)
-        model, processor = load_base(
-            settings.name, settings.revision, dtype=dtype, resolution=settings.resolution
-        )
+        own = {"resolution": settings.resolution, "native_prompt": settings.native_prompt}
+        model, processor = load_base(settings.name, settings.revision, dtype, **own)
         return model.to(self.device), processor
 
     @cached_property

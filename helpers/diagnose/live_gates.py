@@ -67,7 +67,7 @@ def objects_batch(patient):
 @gate(LOSS_GATES, "loss of a batch", "finite, above 0, with a gradient in every part of LoRA")
 def loss_of_a_batch(patient):
     """Compute the loss of a batch with objects as the training does, and its gradient."""
-    loss_function, batch = patient.loss, objects_batch(patient)
+    batch = patient.loss and objects_batch(patient)
     patient.model.train()
     with torch.random.fork_rng():
         loss = loss_of(patient, forward(patient, batch), batch["targets"])
@@ -153,7 +153,7 @@ def _cost(patient, outputs, targets):
 @torch.no_grad()
 def loss_and_objects(patient):
     """Compare the loss of a perfect prediction with those of predictions with one mistake."""
-    loss_function, batch = patient.loss, objects_batch(patient)
+    batch = patient.loss and objects_batch(patient)
     patient.model.eval()
     rows, targets = batch["rows"], batch["targets"]
     best = perfect(forward(patient, batch), rows)

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from torch import nn
 from transformers import Sam3Model
 
 from helpers.config import load_config, read_yaml
@@ -24,6 +23,7 @@ from helpers.detect.predictor import Predictor
 from helpers.diagnose.logs import LOG_FILES, read_log, tidy_log
 from helpers.errors import InputError
 from helpers.files import CONFIGS, read_json, resolve
+from helpers.foreign import import_source
 from helpers.model.audit import adapter_report
 from helpers.model.lora import (
     BASE_FILE,
@@ -317,7 +317,7 @@ class Examination(Patient):
                 where=self.folder,
                 fix="name the folder of a run, or train one with 'python -m helpers train'",
             )
-        self.config = load_config(self.folder / run_folder.RUN_CONFIG)
+        self.config = run_folder.read_config(self.folder)
         data_dir = resolve(data_dir or self.config.data.data_dir)
         base = self.config.model.name
         super().__init__(data_dir=data_dir, base=base, image=image, prompt=prompt)
@@ -381,9 +381,8 @@ class Examination(Patient):
         """Load a base to train or wrap: on the run's device, by default in the run's precision."""
         settings = self.config.model
         dtype = dtype or base_dtype(self.config.training.mixed_precision)
-        model, processor = load_base(
-            settings.name, settings.revision, dtype=dtype, resolution=settings.resolution
-        )
+        own = {"resolution": settings.resolution, "native_prompt": settings.native_prompt}
+        model, processor = load_base(settings.name, settings.revision, dtype, **own)
         return model.to(self.device), processor
 
     @part
@@ -478,9 +477,11 @@ class Foreign(Patient):
         return self.raw_weights
 
     def fresh_base(self, dtype=None):
-        """Load a base at the resolution of the training, if it is noted."""
-        resolution = self._identity.get("resolution")
-        model, processor = load_base(self.base_name, dtype=dtype, resolution=resolution)
+        """Load a base, with the resolution and the kind of prompt of the training if they are noted."""
+        own = {name: self._identity.get(name) for name in ("resolution", "native_prompt")}
+        if self.is_adapter:  # as `load_adapter` does
+            own["native_prompt"] = bool(own["native_prompt"])
+        model, processor = load_base(self.base_name, dtype=dtype, **own)
         return model.to(self.device), processor
 
     @part

@@ -42,7 +42,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_FILE = "base.json"
 # Largest alpha / rank that is taken for a setting rather than for damage; the usual is 1 or 2.
 MAX_SCALE = 1e4
-_PLAIN_CLASS = {
+PLAIN_CLASS = {
     "base_model_class": "Sam3Model",
     "parent_library": "transformers.models.sam3.modeling_sam3",
 }
@@ -138,10 +138,10 @@ def add_lora(model, lora):
     """
     if lora_layers(model):
         raise InputError("the model already carries LoRA", fix="load the base again")
-    if lora.apply_to_geometry_encoder:
+    if lora.apply_to_geometry_encoder and not model.native_prompt:
         warnings.warn(
-            "apply_to_geometry_encoder: text prompts never pass through the geometry encoder, so "
-            "its LoRA gets no gradient and stays zero",
+            "apply_to_geometry_encoder: without model.native_prompt text prompts never pass through "
+            "the geometry encoder, so its LoRA gets no gradient and stays zero",
             stacklevel=2,
         )
     expected = {name for names in target_modules(model, lora).values() for name in names}
@@ -152,7 +152,7 @@ def add_lora(model, lora):
         target_modules=target_pattern(lora),
         bias="none",
     )
-    peft_model = _wrap(model, config)
+    peft_model = wrap(model, config)
     adapted = {name for name, _ in lora_layers(peft_model)}
     if adapted != expected:
         raise InputError(
@@ -175,12 +175,13 @@ def save_adapter(model, folder, base_name, revision=None):
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with staged_folder(folder) as staging:
         # PEFT would note our subclass here, which a plain PeftModel.from_pretrained cannot import.
-        config.save_pretrained(staging, auto_mapping_dict=_PLAIN_CLASS)
+        config.save_pretrained(staging, auto_mapping_dict=PLAIN_CLASS)
         write_tensors(staging / WEIGHTS_FILE, weights)
         identity = {
             "name": str(base_name),
             "revision": revision,
             "resolution": base.resolution,
+            "native_prompt": base.native_prompt,
             "fingerprint": base_fingerprint(base),
             "r": config.r,
             "lora_alpha": config.lora_alpha,
@@ -201,6 +202,8 @@ def write_tensors(path, tensors, metadata=None):
 def load_adapter(model, folder, *, lora=None, is_trainable=False):
     """Put a saved adapter on its base, completely or not at all; in eval mode unless trainable.
 
+    The base then gets its prompts as the adapter was trained on them, with the native token or not.
+
     InputError, by file, key and value, if a file is missing or damaged, rank or alpha are not those
     of `lora` of the run, or the adapter was made for another base.
     """
@@ -214,13 +217,15 @@ def load_adapter(model, folder, *, lora=None, is_trainable=False):
     saved = read_json(identity, fix="save the adapter again") if identity.is_file() else {}
     expected = saved if lora is None else {"r": lora.rank, "lora_alpha": lora.alpha}
     _check_config(content, expected, path)
-    if saved and saved.get("fingerprint") != base_fingerprint(model):
+    # An imported adapter knows its base by name only, and its fingerprint is null.
+    if saved and saved.get("fingerprint", "") not in (None, base_fingerprint(model)):
         raise _another_base(folder, "the weights of this base differ", saved.get("name"))
+    base_of(model).config.native_prompt = bool(saved.get("native_prompt"))
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = not is_trainable
         config.base_model_name_or_path = None  # it is where the writer had the base
-        peft_model = _wrap(model, config)
+        peft_model = wrap(model, config)
     except Exception as error:  # PEFT raises what its many settings happen to break
         raise _another_base(path, f"{error!s:.200}") from error
     load_adapter_weights(peft_model, weights, folder)
@@ -233,6 +238,13 @@ def load_adapter(model, folder, *, lora=None, is_trainable=False):
 
 def load_adapter_weights(model, weights, folder):
     """Copy the tensors of a folder into a model with LoRA, refusing any that do not fit."""
+    refuse_other_keys(model, weights, folder)
+    check_tensors(weights, Path(folder) / WEIGHTS_FILE)
+    set_peft_model_state_dict(model, weights)
+
+
+def refuse_other_keys(model, weights, folder):
+    """Refuse tensors whose names and shapes are not all those of the LoRA on a model."""
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     problems = []
     if missing := sorted(set(expected) - set(weights)):
@@ -246,8 +258,6 @@ def load_adapter_weights(model, weights, folder):
             break
     if problems:
         raise _another_base(folder, "; ".join(problems))
-    check_tensors(weights, Path(folder) / WEIGHTS_FILE)
-    set_peft_model_state_dict(model, weights)
 
 
 def check_tensors(tensors, path):
@@ -279,7 +289,7 @@ def read_adapter_weights(folder):
         raise InputError(f"is damaged ({error})", where=path, fix=_RESTORE) from error
 
 
-def _wrap(model, config):
+def wrap(model, config):
     """Call PEFT, which asks transformers for an attribute under its old name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)

@@ -71,11 +71,16 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The base model: its name or folder, its revision and its square input size in pixels."""
+    """The base model: its name or folder, its revision and its square input size in pixels.
+
+    With `native_prompt`, the geometry encoder's token follows every prompt, as in Meta's code; null
+    means as the base was trained.
+    """
 
     name: Name
     revision: Revision | None
     resolution: Annotated[int, Field(ge=28, le=4032)]
+    native_prompt: bool | None = None
 
 
 class LoraSection(Section):
@@ -266,8 +271,9 @@ class Config(Section):
         values = self.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
         for key in ScaleSection.model_fields:
             values["training"][key] = getattr(self, f"effective_{key}")
-        if not self.data.replay_words:  # runs from before there were any keep their fingerprint
-            del values["data"]["replay_words"]
+        for section, key in (("data", "replay_words"), ("model", "native_prompt")):
+            if not values[section][key]:  # runs from before there were any keep their fingerprint
+                del values[section][key]
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
 

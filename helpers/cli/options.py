@@ -28,6 +28,8 @@ OPTIONS = {
     "--base": {"type": _base, "metavar": "NAME", "help": "base model: a folder or a hub name"},
     "--config": _path("FILE", "a configuration, such as those in configs/"),
     "--data": _path("DIR", "dataset, by default that of the run or config"),
+    "--html": _path("FILE", "page to write"),
+    "--log": _path("FILE", "training log: CSV, JSON lines or trainer_state.json, with a loss"),
     "--output": _path("DIR", "folder to write"),
     "--profile": {"type": _profile, "help": "tiny, sam3 or a file"},
     "--set": {

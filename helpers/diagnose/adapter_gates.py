@@ -7,7 +7,6 @@ from transformers import Sam3Model
 
 from helpers.data.coco import read_split
 from helpers.data.dataset import PromptCollator
-from helpers.data.images import open_upright
 from helpers.detect.metrics import evaluate_queries
 from helpers.detect.queries import predict_split
 from helpers.diagnose.answer_gates import FOUND
@@ -16,7 +15,6 @@ from helpers.diagnose.patient import Inapplicable
 from helpers.errors import InputError
 from helpers.files import TINY_BASE, WALL_CRACKS, read_json, resolve
 from helpers.model.lora import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE, read_adapter_weights
-from helpers.model.prompted import model_inputs
 from helpers.model.sam3 import base_dtype, base_fingerprint
 from helpers.train.trainer import CHECKPOINTS
 
@@ -69,6 +67,7 @@ def _port_agrees(examination):
     pixels = pixels["pixel_values"].to(model.device)
     index = torch.zeros(2, dtype=torch.long, device=model.device)
     ours = model(pixel_values=pixels, image_index=index, **tokens)
+    tokens |= model.geometry_inputs(2)
     plain = Sam3Model.forward(model, pixel_values=pixels.repeat(2, 1, 1, 1), **tokens)
     names = ("pred_logits", "presence_logits", "pred_boxes", "pred_masks")
     largest, shown = _largest_gap(ours, plain, names)
@@ -159,7 +158,7 @@ def _saved_as_trained(examination):
 @gate(CHECKPOINT_GATES, "effect of the adapter", "outputs differ from the base")
 @torch.no_grad()
 def _adapter_has_an_effect(examination):
-    run, words = examination.loaded, examination.words
+    words = examination.words
     if examination.is_own and any(
         one.cause == "weights_not_loaded" for one in _weights_are_in_memory(examination)[1]
     ):

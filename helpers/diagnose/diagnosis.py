@@ -6,6 +6,7 @@ healthy detector. What the model says is compared with what the base says to the
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from html import escape
 
 from helpers.causes import CAUSES, STAGES
 from helpers.diagnose.adapter_gates import BASE_GATES, CHECKPOINT_GATES
@@ -14,7 +15,7 @@ from helpers.diagnose.data_gates import DATA_GATES, PROMPT_GATES
 from helpers.diagnose.examination import (
     FAILED,
     LEAST_CONFIDENCE,
-    NOT_APPLICABLE,
+    OK,
     UNDECIDED,
     GateResult,
     pass_gate,
@@ -47,6 +48,14 @@ _VERDICTS = {
     "causes": "causes found: see above, the most likely first",
     "undecided": "no cause found, but the gates above were left open: the run may not be healthy",
 }
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><title>Diagnosis</title>
+<style>body {{ font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+table {{ border-collapse: collapse }} td, th {{ border: 1px solid; padding: .3rem; text-align: left;
+vertical-align: top; overflow-wrap: anywhere }}</style>
+<h1>Diagnosis</h1>{ending}{causes}<h2>Gates</h2>
+<table><tr><th>status<th>gate<th>measured<th>expected</tr>{rows}</table></html>
+"""
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ class Diagnosis:
     @property
     def asked(self):
         """How many gates were asked and gave an answer."""
-        return sum(gate.status not in (*UNDECIDED, NOT_APPLICABLE) for gate in self.gates)
+        return sum(gate.status in (OK, FAILED) for gate in self.gates)
 
     @property
     def needs(self):
@@ -111,7 +120,8 @@ class Diagnosis:
         """Return the diagnosis as text: gates, causes with evidence and fix, what was left open."""
         lines = []
         for gate in self.gates:
-            lines.append(f"{gate.status:<16}{gate.name}: {gate.measured}")
+            if gate.status in (OK, FAILED):
+                lines.append(f"{gate.status:<16}{gate.name}: {gate.measured}")
             if gate.status == FAILED:
                 lines.append(f"{'':<16}expected: {gate.expected}")
         lines.append("")
@@ -120,13 +130,37 @@ class Diagnosis:
             lines.append(f"   confidence {cause.confidence:.2f}")
             lines += [f"   evidence: {text}" for text in cause.evidence]
             lines.append(f"   fix: {cause.fix}")
+        return "\n".join([*lines, *self.ending()])
+
+    def ending(self):
+        """Return lines: how many gates were asked, why others were not, and the verdict."""
         counts = Counter(gate.status for gate in self.gates)
         numbers = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-        lines.append(f"asked {self.asked} of {len(self.gates)} gates: {numbers}")
-        lines += [f"{gate.status}: {gate.name} ({gate.measured})" for gate in self.open_gates]
+        lines = [f"asked {self.asked} of {len(self.gates)} gates: {numbers}"]
+        reasons = {}
+        for gate in self.gates:
+            if gate.status not in (OK, FAILED):
+                reasons.setdefault((gate.status, gate.measured), []).append(gate.name)
+        lines += [f"{s}: {', '.join(names)} ({reason})" for (s, reason), names in reasons.items()]
         if self.verdict == "undecided" and self.needs:
             lines.append(f"to decide it, cheapest first: {'; '.join(self.needs[:2])}")
-        return "\n".join([*lines, _VERDICTS[self.verdict]])
+        return [*lines, _VERDICTS[self.verdict]]
+
+    def to_html(self):
+        """Return the diagnosis as one page that needs no other file."""
+        causes = "".join(
+            f"<h2>{number}. {escape(cause.title)}</h2><p><code>{cause.code}</code>, confidence "
+            f"{cause.confidence:.2f}</p><p><b>Fix:</b> {escape(cause.fix)}</p><ul>"
+            + "".join(f"<li>{escape(text)}</li>" for text in cause.evidence)
+            + "</ul>"
+            for number, cause in enumerate(self.causes, start=1)
+        )
+        rows = "".join(
+            f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in texts)}</tr>"
+            for texts in ((g.status, g.name, g.measured, g.expected) for g in self.gates)
+        )
+        ending = "".join(f"<p>{escape(line)}</p>" for line in reversed(self.ending()))
+        return _PAGE.format(causes=causes, rows=rows, ending=ending)
 
 
 def diagnose(source, *, progress=False, **given):

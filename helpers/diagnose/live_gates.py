@@ -8,15 +8,22 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch.nn import functional
+from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
+from transformers import set_seed
 from transformers.image_transforms import to_pil_image
 
+from helpers.data.dataset import PromptCollator, PromptDataset, load_dataset
 from helpers.data.images import open_upright
 from helpers.detect.detections import masks_at_image_size, raw_predictions, reaches
 from helpers.diagnose.examination import Evidence, evidence_if, gate
+from helpers.diagnose.patient import LivePatient
 from helpers.errors import InputError
-from helpers.model.lora import component_of
-from helpers.model.prompted import PromptedSam3, base_of
+from helpers.files import progress_bar
+from helpers.model.lora import add_lora, component_of
+from helpers.model.losses import sam3_losses
+from helpers.model.prompted import PromptedSam3, base_of, loss_inputs
+from helpers.model.sam3 import best_device, load_base
 
 SURE_LOGIT = 8.0  # of a perfect prediction; its sigmoid differs from 1 by 0.0003
 LEAST_RISE = 1e-4  # of a loss, relative, when the prediction gets worse in one respect
@@ -26,6 +33,7 @@ SCORE_GAP, PIXEL_GAP, LEAST_MASK_IOU = 2e-3, 2.0, 0.7
 """How far results may be from ours: scores, box corners, and the masks of the same query."""
 FOREIGN_WORDS = ("zebra", "violin")
 NUM_PICTURES = 3
+LEARNED = 0.1  # of the first loss of a batch that is trained on alone
 LOSS_GATES, DETECT_GATES = [], []
 
 
@@ -59,7 +67,7 @@ def objects_batch(patient):
 @gate(LOSS_GATES, "loss of a batch", "finite, above 0, with a gradient in every part of LoRA")
 def loss_of_a_batch(patient):
     """Compute the loss of a batch with objects as the training does, and its gradient."""
-    loss_function, batch = patient.loss, objects_batch(patient)
+    batch = patient.loss and objects_batch(patient)
     patient.model.train()
     with torch.random.fork_rng():
         loss = loss_of(patient, forward(patient, batch), batch["targets"])
@@ -98,7 +106,10 @@ def changed(outputs, **changes):
 def perfect(outputs, rows):
     """Return outputs that say exactly what the rows of a batch hold: query n finds object n."""
     logits = torch.full_like(outputs["pred_logits"], -SURE_LOGIT)
-    boxes, masks = outputs["pred_boxes"].clone(), torch.full_like(outputs["pred_masks"], -SURE_LOGIT)
+    boxes, masks = (
+        outputs["pred_boxes"].clone(),
+        torch.full_like(outputs["pred_masks"], -SURE_LOGIT),
+    )
     presence = torch.full_like(outputs["presence_logits"], -SURE_LOGIT)
     semantic = torch.full_like(outputs["semantic_seg"], -SURE_LOGIT)
     for row, (_, objects) in enumerate(rows):
@@ -106,7 +117,9 @@ def perfect(outputs, rows):
         if not count:
             continue
         logits[row, :count] = presence[row] = SURE_LOGIT
-        boxes[row, :count] = box_convert(objects["boxes_cxcywh"][:count], "cxcywh", "xyxy").to(boxes)
+        boxes[row, :count] = box_convert(objects["boxes_cxcywh"][:count], "cxcywh", "xyxy").to(
+            boxes
+        )
         if objects["masks"].numel():
             grid = functional.interpolate(objects["masks"][None, :count].float(), masks.shape[-2:])
             masks[row, :count] = SURE_LOGIT * (2 * grid[0].to(masks) - 1)
@@ -140,7 +153,7 @@ def _cost(patient, outputs, targets):
 @torch.no_grad()
 def loss_and_objects(patient):
     """Compare the loss of a perfect prediction with those of predictions with one mistake."""
-    loss_function, batch = patient.loss, objects_batch(patient)
+    batch = patient.loss and objects_batch(patient)
     patient.model.eval()
     rows, targets = batch["rows"], batch["targets"]
     best = perfect(forward(patient, batch), rows)
@@ -189,10 +202,15 @@ def pictures(patient):
         found = [(open_upright(record.path), word) for record, word in shown[:NUM_PICTURES]]
     except InputError:
         batch, scale = objects_batch(patient), patient.processor.image_processor
-        mean, deviation = (torch.tensor(v)[:, None, None] for v in (scale.image_mean, scale.image_std))
+        mean, deviation = (
+            torch.tensor(v)[:, None, None] for v in (scale.image_mean, scale.image_std)
+        )
         pixels, index = batch["inputs"]["pixel_values"], batch["inputs"]["image_index"]
         found = [
-            (to_pil_image((pixels[i].cpu() * deviation + mean).clamp(0, 1).numpy()), query["prompt"])
+            (
+                to_pil_image((pixels[i].cpu() * deviation + mean).clamp(0, 1).numpy()),
+                query["prompt"],
+            )
             for i, (query, _) in zip(index, batch["rows"], strict=True)
             if query["is_positive"]
         ][:NUM_PICTURES]
@@ -218,7 +236,11 @@ def detections_of(patient, picture, word, **threshold):
     ]
 
 
-_RESULT_NAMES = (("score", "scores"), ("box", "boxes", "box_xyxy", "bbox"), ("mask", "masks", "mask_rle"))
+_RESULT_NAMES = (
+    ("score", "scores"),
+    ("box", "boxes", "box_xyxy", "bbox"),
+    ("mask", "masks", "mask_rle"),
+)
 
 
 def _first(answer, *names):
@@ -243,7 +265,9 @@ def _captured(patient, picture, word, **threshold):
         return found, None
     last = dict(outputs[-1].items()) if hasattr(outputs[-1], "items") else {}
     if len(last.get("pred_logits", ())) != 1:
-        raise InputError("detect asks several prompts at once", fix="give one that asks a single one")
+        raise InputError(
+            "detect asks several prompts at once", fix="give one that asks a single one"
+        )
     last.setdefault("semantic_logits", last.get("semantic_seg"))
     width, height = picture.size
     return found, raw_predictions(last, [("picture", word, height, width)])[0]
@@ -269,7 +293,9 @@ def _is_among(scores, values):
     return bool((gaps < SCORE_GAP).all())
 
 
-@gate(DETECT_GATES, "detection", "scores, boxes and masks that the outputs hold, above the threshold")
+@gate(
+    DETECT_GATES, "detection", "scores, boxes and masks that the outputs hold, above the threshold"
+)
 @torch.no_grad()
 def detection(patient):
     """Compare the patient's own detection with ours, on the very outputs of its model."""
@@ -300,7 +326,9 @@ def detection(patient):
         evidence += _places(raw, word, found)
         if takes_threshold:
             high = [score for score, _, _ in detections_of(patient, picture, word, threshold=HIGH)]
-            is_same = min(high, default=1) < HIGH or (len(found) > len(high) == 0 < (raw.max_score >= HIGH))
+            is_same = min(high, default=1) < HIGH or (
+                len(found) > len(high) == 0 < (raw.max_score >= HIGH)
+            )
             reason = f"'{word}': at a threshold of {HIGH:g} scores of {min(high, default=1):.3f} are left"
             evidence += evidence_if(is_same, "threshold_ignored", 0.95, reason)
     return f"{count} detections compared; {'; '.join(texts)}", evidence
@@ -343,3 +371,74 @@ def _places(raw, word, found):
 def _iou(first, second):
     union = (first | second).sum()
     return (first & second).sum() / union if union else 1.0
+
+
+def overfit_one_batch(patient, *, steps=100, learning_rate=1e-3, progress=False):
+    """Train on one batch alone, the first test of any pipeline: its loss must come near zero.
+
+    Parameters
+    ----------
+    patient : LivePatient
+        With ``model``, ``batches``, ``loss``; its weights are put back afterwards.
+    steps : int
+        Of AdamW, at most: it ends when the loss is learned.
+    learning_rate : float
+    progress : bool
+        Show a bar on stderr.
+
+    Returns
+    -------
+    dict
+        ``first`` and ``last`` loss, ``steps`` taken, ``objects`` and ``prompts`` of the batch, and
+        ``learned``: whether the loss fell below `LEARNED` of the first.
+    """
+    batch, model = objects_batch(patient), patient.model
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise InputError(
+            "no parameter is set to be trained", where="model", fix="set requires_grad"
+        )
+    before = [parameter.detach().clone() for parameter in trained]
+    optimizer, losses = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0), []
+    with patient.at_rest(), progress_bar(steps, "overfit", "step", disable=not progress) as bar:
+        model.eval()  # without dropout
+        for _ in range(steps):
+            loss = loss_of(patient, forward(patient, batch), batch["targets"])
+            losses.append(float(loss))
+            if not np.isfinite(losses[-1]) or losses[-1] < LEARNED * losses[0]:
+                break
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            bar.update()
+    with torch.no_grad():
+        for parameter, value in zip(trained, before, strict=True):
+            parameter.copy_(value)
+            parameter.grad = None
+    return {
+        "first": losses[0],
+        "last": losses[-1],
+        "steps": len(losses) - 1,
+        "prompts": len(batch["rows"]),
+        "objects": sum(len(objects["boxes_cxcywh"]) for _, objects in batch["rows"]),
+        "learned": bool(losses[-1] < LEARNED * losses[0]),
+    }
+
+
+def patient_of_config(config):
+    """Return the `LivePatient` that a training with a config starts with."""
+    base = config.model
+    set_seed(config.training.seed)
+    model, processor = load_base(base.name, base.revision, resolution=base.resolution)
+    data = PromptDataset.from_config(
+        config, load_dataset(config).split(config.data.train_split), model, processor
+    )
+    size, collate = config.training.batch_size, PromptCollator(processor)
+    loader = DataLoader(data, batch_size=size, collate_fn=collate)
+
+    def loss(outputs, targets):
+        return sam3_losses(loss_inputs(outputs), targets, config.loss.variant)
+
+    model = add_lora(model, config.lora).to(best_device())
+    return LivePatient(model=model, processor=processor, batches=loader, loss=loss)

@@ -12,10 +12,8 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
-import pandas as pd
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from torch import nn
 from transformers import Sam3Model
 
 from helpers.config import load_config, read_yaml
@@ -25,14 +23,13 @@ from helpers.detect.predictor import Predictor
 from helpers.diagnose.logs import LOG_FILES, read_log, tidy_log
 from helpers.errors import InputError
 from helpers.files import CONFIGS, read_json, resolve
+from helpers.foreign import import_source
 from helpers.model.audit import adapter_report
 from helpers.model.lora import (
     BASE_FILE,
-    COMPONENTS,
     CONFIG_FILE,
     WEIGHTS_FILE,
     check_tensors,
-    component_of,
     load_adapter,
     read_adapter_weights,
 )
@@ -43,7 +40,7 @@ from helpers.train import run as run_folder
 NEEDS = {
     "log": ("the training log", "--log FILE", "log="),
     "data": ("the dataset", "--data DIR", "data_dir="),
-    "weights": ("the trained weights", "their file or folder as SOURCE", "model="),
+    "weights": ("the trained weights", "their file or folder as SOURCE", "model=, processor="),
     "words": ("the words of the training", "--words WORD,...", "words="),
     "settings": ("the settings of the training", "--config FILE", "settings="),
     "base": ("the base", "--base NAME", "base="),
@@ -52,22 +49,33 @@ NEEDS = {
     "detect": ("the detection as a function", "LivePatient(detect=)", "detect="),
 }
 """Part to what it is, how the command line and how `LivePatient` take it; the cheapest first."""
+_PART_OF = {
+    **{
+        "data_dir": "data",
+        "base_name": "base",
+        "train_queries": "batches",
+        "trained_words": "words",
+    },
+    **dict.fromkeys(("adapter_weights", "raw_weights", "loaded"), "weights"),
+    **{name: name for name in ("log", "batches", "loss", "detect")},
+}
+_OWN = ("folder", "files", "is_own_data", "history", "adapter_report", "trained_parameters")
 SAMPLE = 12  # images with objects, and as many without, that the costly gates look at
 FEW_WITH, FEW_WITHOUT = 6, 2  # of these, how many are asked for many words
 TRAIN_SAMPLE = 256  # training images that pass through the loader, about
-MAX_BATCHES = 32  # of a live patient that are looked at
-_INPUTS = ("pixel_values", "input_ids", "attention_mask")
+MAX_BATCHES = 16  # of a live patient that are looked at
 SAM3_SIZES = 288, 200  # cells along a mask and queries of the released SAM3
-LOG_SUFFIXES = (".json", ".jsonl", ".csv", ".txt", ".log")
+_INPUTS = ("pixel_values", "input_ids", "attention_mask")
+_SEE = "give the batch as model and loss get it, see helpers.diagnose.LivePatient"
+_LOG_SUFFIXES = (".json", ".jsonl", ".csv", ".txt", ".log")
 _SOURCES = (
     "name a run folder, a folder of a PEFT adapter, a *_lora_weights.pt, a checkpoint.pt, a model "
     "folder, a log or a dataset"
 )
-OWN_MARKS = (
+_OWN_MARKS = {
     *(run_folder.PROMPTS_FILE, run_folder.METRICS_FILE, run_folder.STOPPED_FILE),
     *(run_folder.CURVES_FILE, run_folder.AUDIT_FILE),
-)
-"""Files that only a run folder of this project has."""
+}  # files that only a run folder of this project has
 
 
 class Inapplicable(InputError):
@@ -78,13 +86,12 @@ class Missing(InputError):
     """A patient does not offer a part, a key of `NEEDS`."""
 
     def __init__(self, part, is_live=False, what=None):
-        name, option, argument = NEEDS[part]
-        way = argument if is_live else option
-        super().__init__(f"needs {what or name}; give it with {way}")
+        name, *ways = NEEDS[part]
+        super().__init__(f"needs {what or name}; give it with {ways[is_live]}")
         self.part = part
 
 
-class part(cached_property):  # noqa: N801 - a decorator
+class part(cached_property):
     """A cached property whose failure is kept, too: what cannot be loaded is tried once."""
 
     def __get__(self, instance, owner=None):
@@ -102,15 +109,14 @@ class part(cached_property):  # noqa: N801 - a decorator
 class Stated:
     """Settings as far as they are stated; any other raises `Missing`."""
 
-    def __init__(self, patient, name, values):
-        self._patient, self._name = patient, name
-        vars(self).update((str(key), value) for key, value in values.items())
+    def __init__(self, is_live, name, values):
+        vars(self).update(values, _is_live=is_live, _name=name)
 
     def __getattr__(self, key):
         """Refuse a key that was not stated."""
         if key.startswith("_"):
             raise AttributeError(key)
-        raise self._patient.missing("settings", f"{self._name}{key}, which is not stated")
+        raise Missing("settings", self._is_live, f"{self._name}{key}, which is not stated")
 
 
 class Patient:
@@ -146,78 +152,51 @@ class Patient:
         image=None,
         prompt=None,
     ):
-        self._data_dir, self._log, self._base_name = data_dir, log, base
-        self._words, self.prompt = [*words], prompt
-        self._settings = settings if isinstance(settings, dict) else None
-        if settings is not None and self._settings is None:
-            self._settings = read_yaml(resolve(settings))
-        if data_dir is not None and not resolve(data_dir).is_dir():
-            fix = "name the folder of the dataset with --data"
-            raise InputError("no such dataset", where=resolve(data_dir), fix=fix)
-        self.image = None if image is None else resolve(image)
-        if self.image is not None and not self.image.is_file():
-            raise InputError("no such image", where=self.image, fix="check the path")
+        content = (
+            settings if isinstance(settings, dict) else read_yaml(resolve(settings or "/dev/null"))
+        )
+        self.settings = {name: keys for name, keys in content.items() if isinstance(keys, dict)}
+        stated = str(self.settings.get("training", {}).get("data_dir"))
+        if data_dir is None and resolve(stated).is_dir():
+            data_dir = stated
+        for name, path in (("data_dir", data_dir), ("image", image)):
+            path = None if path is None else resolve(path)
+            if path is not None and not path.exists():
+                kind = "image" if name == "image" else "dataset"
+                raise InputError(f"no such {kind}", where=path, fix="check the path")
+            if path is not None or name == "image":
+                setattr(self, name, path)
+        if log is not None:
+            self.log = read_log(log)
+        if name := base or self.settings.get("model", {}).get("name"):
+            self.base_name = name
+        self.given_words, self.prompt = [*words], prompt
+        if words:
+            self.trained_words = self.given_words
         self._answers = {True: {}, False: {}}
 
-    def missing(self, name, what=None):
-        """Return the error for a part that is not offered."""
-        return Missing(name, self.is_live, what)
+    def __getattr__(self, name):
+        """Say of a part that is not there how to give it."""
+        if name in _PART_OF:
+            raise Missing(_PART_OF[name], self.is_live)
+        if name in _OWN:
+            raise Inapplicable("only a run folder of this project records it")
+        raise AttributeError(name)
 
-    # what only a run folder of this project has
-    @property
-    def folder(self):
-        """The run folder; raises `Inapplicable` for what anybody else trained."""
-        raise Inapplicable("only a run folder of this project records it")
+    def at_rest(self):
+        """Return the context in which the models are asked."""
+        return nullcontext()
 
-    files = is_own_data = folder
-
-    # settings and log
     @part
     def config(self):
         """Settings: a `Config`, or what is stated beside the questions that the diagnosis asks."""
         asked = load_config(CONFIGS / "crack_detection_config.yaml")
-        values = {"lora": self.lora_settings}
-        for name, section in (self._settings or {}).items():
-            if isinstance(section, dict):
-                values[name] = values.get(name, {}) | section
-        names = ("model", "lora", "training", "loss")
-        sections = {name: Stated(self, f"{name}.", values.get(name, {})) for name in names}
-        config = Stated(self, "", sections | {"evaluation": asked.evaluation})
-        own = {"prompt": None, "prompts_by_category": {}}
-        config.data = SimpleNamespace(negative_prompts=asked.data.negative_prompts, **own)
-        if "num_epochs" in vars(config.training):
-            config.effective_num_epochs = config.training.num_epochs
-        return config
-
-    @property
-    def lora_settings(self):
-        """What the weights themselves state of ``lora``: a dict."""
-        return {}
-
-    @part
-    def log(self):
-        """The log, see `helpers.diagnose.logs.read_log`."""
-        if self._log is None:
-            raise self.missing("log")
-        return read_log(self._log)
-
-    @part
-    def history(self):
-        """Validations as `Examination.history` holds them, from a log with a detection metric."""
-        if "metric" not in self.log:
-            raise Inapplicable("the log holds no metric of detections")
-        name = f"eval_{self.config.evaluation.metric_for_best}"
-        return [{"eval_loss": None, name: value} for value in self.log["metric"].dropna()]
-
-    # data
-    @part
-    def data_dir(self):
-        """Folder of the dataset: the one given, or the one that the settings state if it is here."""
-        stated = (self._settings or {}).get("training") or {}
-        for place in (self._data_dir, isinstance(stated, dict) and stated.get("data_dir")):
-            if place and resolve(place).is_dir():
-                return resolve(place)
-        raise self.missing("data")
+        names = ("model", "lora", "training")
+        sections = {n: Stated(self.is_live, f"{n}.", self.settings.get(n, {})) for n in names}
+        sections["data"] = asked.data.model_copy(update={"prompt": None, "prompts_by_category": {}})
+        if "num_epochs" in vars(sections["training"]):
+            sections["effective_num_epochs"] = sections["training"].num_epochs
+        return Stated(self.is_live, "", sections | {"evaluation": asked.evaluation})
 
     @part
     def dataset(self):
@@ -234,11 +213,6 @@ class Patient:
         """Return the split ``train`` or ``valid`` of the dataset; one stands in for the other."""
         names = self.split_names
         return self.dataset.split(name if name in names else names[0])
-
-    @part
-    def train_queries(self):
-        """What reaches the loss: list of (ImageRecord or None, query, target)."""
-        raise self.missing("batches")
 
     @part
     def own_names(self):
@@ -260,7 +234,7 @@ class Patient:
     @part
     def unannotated(self):
         """Images without any annotation, of both splits."""
-        records = [*self.split("valid").records, *self.split("train").records]
+        records = [record for name in self.split_names[::-1] for record in self.split(name).records]
         return [record for record in records if not record.objects][: 2 * SAMPLE]
 
     @part
@@ -274,74 +248,12 @@ class Patient:
         """The words that are asked of the run now."""
         if self.prompt:
             return [self.prompt]
-        return list(self._words or self.split("valid").categories)
+        return self.given_words or list(self.split("valid").categories)
 
-    @property
-    def asked_words(self):
-        """The words that were said to be asked now; none if nothing was said."""
-        return [self.prompt] if self.prompt else []
-
-    @part
-    def trained_words(self):
-        """The words that the run was trained to find."""
-        if not self._words:
-            raise self.missing("words")
-        return self._words
-
-    # weights and models
     @part
     def device(self):
         """Where run and base compute: the accelerator if there is one."""
         return best_device()
-
-    @part
-    def adapter_weights(self):
-        """The tensors of the adapter by name, as PEFT writes them."""
-        raise self.missing("weights")
-
-    @part
-    def raw_weights(self):
-        """The tensors of the file of weights, whatever their values."""
-        raise self.missing("weights")
-
-    @part
-    def adapter_report(self):
-        """The adapter as `helpers.model.adapter_report` describes it, as far as weights tell."""
-        names = [name for name in self.adapter_weights if ".lora_B" in name]
-        rows = {}
-        for component in (*COMPONENTS, "total"):
-            tensors = [
-                self.adapter_weights[name].float()
-                for name in names
-                if component in ("total", component_of(module_of(name)))
-            ]
-            moved = [bool(tensor.any()) for tensor in tensors]
-            rows[component] = {
-                "modules": len(tensors),
-                "grad_norm": float("nan"),
-                "B_norm": sum(float(tensor.square().sum()) for tensor in tensors) ** 0.5,
-                "B_nonzero": sum(moved) / len(moved) if moved else float("nan"),
-            }
-        return pd.DataFrame.from_dict(rows, orient="index")
-
-    @part
-    def trained_parameters(self):
-        """How many parameters were trained, ``all`` and of ``lora``: a dict."""
-        raise Inapplicable("the weights alone do not tell what else was trained")
-
-    @part
-    def loaded(self):
-        """The trained model, with ``model`` and ``processor``."""
-        raise self.missing("weights")
-
-    @part
-    def base_name(self):
-        """Folder or name of the base."""
-        stated = (self._settings or {}).get("model") or {}
-        name = self._base_name or (isinstance(stated, dict) and stated.get("name"))
-        if not name:
-            raise self.missing("base")
-        return name
 
     @part
     def base(self):
@@ -352,10 +264,6 @@ class Patient:
         """Load a base to train or wrap, on the device of the run."""
         model, processor = load_base(self.base_name, dtype=dtype)
         return model.to(self.device), processor
-
-    def at_rest(self):
-        """Return the context in which the models are asked."""
-        return nullcontext()
 
     @part
     def sizes(self):
@@ -387,22 +295,6 @@ class Patient:
             return Predictor(self.loaded.model, self.loaded.processor)
         return Predictor(*self.base)
 
-    # the pipeline as it runs
-    @part
-    def loss(self):
-        """Function of (outputs, targets) that returns the loss."""
-        raise self.missing("loss")
-
-    @part
-    def detect(self):
-        """Function of (picture, word) that returns detections."""
-        raise self.missing("detect")
-
-    @part
-    def batches(self):
-        """The first batches that reach the loss: list of dict, see `LivePatient`."""
-        raise self.missing("batches")
-
 
 def module_of(name):
     """Return the module of the base that a tensor of a PEFT file belongs to."""
@@ -415,8 +307,7 @@ class Examination(Patient):
     ``data_dir`` stands in for the dataset of the config; for ``image`` and ``prompt`` see `Patient`.
     """
 
-    is_own, folder = True, None  # of each
-    split_names = ("train", "valid")
+    is_own, split_names = True, ("train", "valid")
 
     def __init__(self, folder, data_dir=None, image=None, prompt=None):
         self.folder = resolve(folder)
@@ -426,9 +317,10 @@ class Examination(Patient):
                 where=self.folder,
                 fix="name the folder of a run, or train one with 'python -m helpers train'",
             )
-        self.config = load_config(self.folder / run_folder.RUN_CONFIG)
-        self.data_dir = resolve(data_dir or self.config.data.data_dir)
-        super().__init__(data_dir=self.data_dir, image=image, prompt=prompt)
+        self.config = run_folder.read_config(self.folder)
+        data_dir = resolve(data_dir or self.config.data.data_dir)
+        base = self.config.model.name
+        super().__init__(data_dir=data_dir, base=base, image=image, prompt=prompt)
 
     @part
     def is_finished(self):
@@ -485,25 +377,13 @@ class Examination(Patient):
             )
         return counts
 
-    @part
-    def base_name(self):
-        """Folder or name of the base."""
-        return self.config.model.name
-
     def fresh_base(self, dtype=None):
         """Load a base to train or wrap: on the run's device, by default in the run's precision."""
         settings = self.config.model
         dtype = dtype or base_dtype(self.config.training.mixed_precision)
-        model, processor = load_base(
-            settings.name, settings.revision, dtype=dtype, resolution=settings.resolution
-        )
+        own = {"resolution": settings.resolution, "native_prompt": settings.native_prompt}
+        model, processor = load_base(settings.name, settings.revision, dtype, **own)
         return model.to(self.device), processor
-
-    @part
-    def sizes(self):
-        """Cells along a mask and number of queries, of the base."""
-        model = self.base[0]
-        return model.mask_size, model.config.detr_decoder_config.num_queries
 
     @part
     def dataset(self):
@@ -545,11 +425,6 @@ class Examination(Patient):
             queries += [(dataset.records[index], query, target) for query, target in pairs]
         return queries
 
-    @property
-    def words(self):
-        """The words that are asked of the run now."""
-        return [self.prompt] if self.prompt else list(self.split("valid").categories)
-
     @part
     def trained_words(self):
         """The words that the run was trained to find."""
@@ -567,81 +442,53 @@ class Examination(Patient):
     detect = batches = loss
 
 
-class AdapterPatient(Patient):
-    """A PEFT folder over the module names of `Sam3Model`, whoever wrote it."""
+class Foreign(Patient):
+    """A PEFT folder over the names of `Sam3Model`, or a folder of a full model, whoever wrote it."""
 
-    def __init__(self, folder, findings=(), stated_by_file=True, **options):
-        super().__init__(**options)
-        self.adapter_folder, self.findings = Path(folder), findings
-        self._content = read_json(self.adapter_folder / CONFIG_FILE)
-        self._stated_by_file = stated_by_file
-
-    @property
-    def lora_settings(self):
-        """Rank, alpha and dropout of ``adapter_config.json``."""
-        keys = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
-        if not self._stated_by_file:
-            return {}
-        return {name: self._content[key] for name, key in keys.items() if key in self._content}
-
-    @part
-    def adapter_weights(self):
-        """The tensors of the adapter file by name; InputError if a number in it is not finite."""
-        check_tensors(self.raw_weights, self.adapter_folder / WEIGHTS_FILE)
-        return self.raw_weights
+    def __init__(self, place, findings=(), keeper=None, **given):
+        super().__init__(**given)
+        self.place, self.findings, self._keeper = Path(place), findings, keeper
+        self.is_adapter = (self.place / CONFIG_FILE).is_file()
+        self._identity = {}
+        if self.is_adapter:
+            content = read_json(self.place / CONFIG_FILE)
+            if (self.place / BASE_FILE).is_file():
+                self._identity = read_json(self.place / BASE_FILE)
+            noted = self._identity.get("name") or content.get("base_model_name_or_path")
+            if given.get("base") is None and noted:
+                self.base_name = noted
+            if keeper is None and "lora_dropout" in content:  # an import knows nothing of it
+                own = {"dropout": content["lora_dropout"]}
+                self.settings["lora"] = own | self.settings.get("lora", {})
 
     @part
     def raw_weights(self):
-        """The tensors of the adapter file by name, whatever their values."""
-        return read_adapter_weights(self.adapter_folder)
+        """The tensors by name, whatever their values."""
+        if self.is_adapter:
+            return read_adapter_weights(self.place)
+        return dict(self.loaded.model.named_parameters())
 
     @part
-    def identity(self):
-        """What `helpers.model.lora.save_adapter` noted of the base; empty if another wrote it."""
-        path = self.adapter_folder / BASE_FILE
-        return read_json(path) if path.is_file() else {}
-
-    @part
-    def base_name(self):
-        """Folder or name of the base: given, noted beside the adapter, or stated by settings."""
-        noted = self.identity.get("name") or self._content.get("base_model_name_or_path")
-        return self._base_name or noted or super().base_name
+    def adapter_weights(self):
+        """The tensors of the adapter by name; InputError if a number in it is not finite."""
+        if not self.is_adapter:
+            raise Inapplicable("it is a full model, without adapter")
+        check_tensors(self.raw_weights, self.place / WEIGHTS_FILE)
+        return self.raw_weights
 
     def fresh_base(self, dtype=None):
-        """Load a base at the resolution of the training, if it is noted."""
-        resolution = self.identity.get("resolution")
-        model, processor = load_base(self.base_name, dtype=dtype, resolution=resolution)
+        """Load a base, with the resolution and the kind of prompt of the training if they are noted."""
+        own = {name: self._identity.get(name) for name in ("resolution", "native_prompt")}
+        if self.is_adapter:  # as `load_adapter` does
+            own["native_prompt"] = bool(own["native_prompt"])
+        model, processor = load_base(self.base_name, dtype=dtype, **own)
         return model.to(self.device), processor
 
     @part
     def loaded(self):
-        """The adapter on its base."""
-        model, processor = self.fresh_base()
-        model = load_adapter(model, self.adapter_folder)
-        return SimpleNamespace(model=model.to(self.device), processor=processor)
-
-
-class ModelPatient(Patient):
-    """A folder of a full model: fine-tuned without LoRA, or merged."""
-
-    def __init__(self, folder, findings=(), **options):
-        super().__init__(**options)
-        self.model_folder, self.findings = Path(folder), findings
-
-    @property
-    def adapter_weights(self):
-        """Say that there is no adapter."""
-        raise Inapplicable("it is a full model, without adapter")
-
-    @part
-    def raw_weights(self):
-        """The parameters by name."""
-        return dict(self.loaded.model.named_parameters())
-
-    @part
-    def loaded(self):
-        """The model of the folder; a processor is taken from the base if there is none."""
-        model, processor = load_base(self.model_folder)
+        """The trained model, with ``model`` and ``processor``."""
+        model, processor = self.fresh_base() if self.is_adapter else load_base(self.place)
+        model = load_adapter(model, self.place) if self.is_adapter else model
         return SimpleNamespace(model=model.to(self.device), processor=processor)
 
 
@@ -675,34 +522,27 @@ class LivePatient(Patient):
         self, *, model=None, processor=None, batches=None, loss=None, detect=None, **options
     ):
         super().__init__(**options)
+        if model is not None and not isinstance(base_of(model), Sam3Model):
+            name = type(base_of(model)).__name__
+            raise InputError(f"the model is a {name}", fix="give a Sam3Model, with or without PEFT")
         self._model, self._processor, self._batches = model, processor, batches
         for name, function in (("loss", loss), ("detect", detect)):
+            if function is not None and not callable(function):
+                raise InputError(f"{name} is {function!r:.60}", fix="give a function")
             if function is not None:
-                if not callable(function):
-                    raise InputError(f"{name} is {function!r:.60}", fix="give a function")
                 setattr(self, name, function)
 
     @part
     def model(self):
         """The model as it was given."""
-        if self._model is None:
-            raise self.missing("weights", "the model")
-        if not isinstance(base_of(self._model), Sam3Model):
-            name = type(base_of(self._model)).__name__
-            raise InputError(f"the model is a {name}", fix="give a Sam3Model, with or without PEFT")
+        if self._model is None or self._processor is None:
+            raise Missing("weights", is_live=True)
         return self._model
-
-    @part
-    def processor(self):
-        """The processor as it was given."""
-        if self._processor is None:
-            raise self.missing("weights", "the processor, given with processor=, and the model")
-        return self._processor
 
     @part
     def loaded(self):
         """The model in the form that is asked, sharing all weights with the one given."""
-        return SimpleNamespace(model=prompted_view(self.model), processor=self.processor)
+        return SimpleNamespace(model=prompted_view(self.model), processor=self._processor)
 
     @part
     def device(self):
@@ -712,23 +552,21 @@ class LivePatient(Patient):
     @part
     def sizes(self):
         """Cells along a mask and number of queries, of the model."""
-        model = prompted_view(self.model)
+        model = self.loaded.model
         return model.mask_size, model.config.detr_decoder_config.num_queries
 
     def predictor(self, adapted):
         """Return a predictor of the model; of the base that was named, or with the adapter off."""
-        if adapted or self._base_name:
+        if adapted or "base_name" in vars(self):
             return super().predictor(adapted)
-        if not isinstance(self.model, PeftModel):
-            raise self.missing("base")
-        predictor = BarePredictor(self.loaded.model, self.processor)
-        predictor.peft_model = self.model
+        predictor = BarePredictor(self.loaded.model, self._processor)
+        predictor.peft_model = self._peft_model
         return predictor
 
     @contextmanager
     def at_rest(self):
-        """Keep the model in eval mode, and put back which of its modules were in training."""
-        modules = list(self._model.modules()) if isinstance(self._model, nn.Module) else []
+        """Put back afterwards which modules of the model were in training."""
+        modules = [] if self._model is None else list(self._model.modules())
         modes = [module.training for module in modules]
         try:
             yield
@@ -736,12 +574,16 @@ class LivePatient(Patient):
             for module, mode in zip(modules, modes, strict=True):
                 module.training = mode
 
+    @property
+    def _peft_model(self):
+        if not isinstance(self.model, PeftModel):
+            raise Inapplicable("the model carries no adapter of PEFT")
+        return self.model
+
     @part
     def adapter_weights(self):
         """The tensors of the adapter in memory, by the names that PEFT would save."""
-        if not isinstance(self.model, PeftModel):
-            raise Inapplicable("the model carries no adapter of PEFT")
-        weights = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        weights = get_peft_model_state_dict(self._peft_model, save_embedding_layers=False)
         return {name: tensor.detach().cpu() for name, tensor in weights.items()}
 
     @property
@@ -752,27 +594,21 @@ class LivePatient(Patient):
     @part
     def adapter_report(self):
         """The adapter in memory, with the gradients that the last backward pass left."""
-        if not isinstance(self.model, PeftModel):
-            raise Inapplicable("the model carries no adapter of PEFT")
-        return adapter_report(self.model)
+        return adapter_report(self._peft_model)
 
     @part
     def trained_parameters(self):
-        """How many parameters a training would change."""
-        counts = {"all": 0, "lora": 0}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and "modules_to_save" not in name:
-                counts["all"] += parameter.numel()
-                counts["lora"] += parameter.numel() if ".lora_" in name else 0
-        if not counts["lora"]:
-            raise Inapplicable("no parameter of LoRA is set to be trained")
-        return counts
+        """How many parameters a training would change, ``all`` and of ``lora``."""
+        named = self._peft_model.named_parameters()
+        sizes = {n: p.numel() for n, p in named if p.requires_grad and "modules_to_save" not in n}
+        lora = sum(size for name, size in sizes.items() if ".lora_" in name)
+        return {"all": sum(sizes.values()), "lora": lora}
 
     @part
     def batches(self):
         """The first batches: list of dict of ``inputs``, ``targets`` as given, ``rows``."""
-        if self._batches is None:
-            raise self.missing("batches")
+        if self._batches is None or self._processor is None:
+            raise Missing("batches", is_live=True, what="the batches, and processor=")
         batches = [self._batch(batch) for batch in islice(self._batches, MAX_BATCHES)]
         if not batches:
             raise InputError("there is no batch", where="batches", fix="give the loader itself")
@@ -780,84 +616,59 @@ class LivePatient(Patient):
 
     def _batch(self, batch):
         """Check one batch and gather, row by row, what its words and objects are."""
-        if not hasattr(batch, "keys"):
-            message = f"a batch is a {type(batch).__name__}"
-            raise InputError(message, where="batches", fix="give dicts, see LivePatient")
-        keys = [key for key in ("targets", "labels") if key in batch]
-        lacking = [name for name in _INPUTS if name not in batch] + ([] if keys else ["targets"])
+        keys = list(batch.keys()) if hasattr(batch, "keys") else [type(batch).__name__]
+        given = next((batch[name] for name in ("targets", "labels") if name in keys), None)
+        lacking = [name for name in _INPUTS if name not in keys]
+        lacking += ["targets"] if given is None else []
         if lacking:
-            message = (
-                f"a batch lacks {', '.join(lacking)}; it has {', '.join(map(str, batch.keys()))}"
-            )
-            fix = "give the batch as the model and the loss get it, see LivePatient"
-            raise InputError(message, where="batches", fix=fix)
-        inputs, targets = {name: batch[name] for name in _INPUTS}, batch[keys[0]]
+            message = f"a batch lacks {', '.join(lacking)}; it has {', '.join(map(str, keys))}"
+            raise InputError(message, where="batches", fix=_SEE)
+        inputs = {name: batch[name] for name in _INPUTS}
         num_rows, num_images = len(inputs["input_ids"]), len(inputs["pixel_values"])
-        if isinstance(targets, dict) or len(targets) != num_rows:
-            message = f"a batch has {num_rows} prompts and other targets than one dict for each"
-            raise InputError(message, where="batches", fix="see LivePatient")
-        index = batch["image_index"] if "image_index" in batch else range(num_rows)
+        index = batch["image_index"] if "image_index" in keys else range(num_rows)
         index = [int(one) for one in index] if num_images > 1 else [0] * num_rows
-        if len(index) != num_rows or max(index) >= num_images:
-            message = f"a batch pairs {num_rows} prompts with {num_images} images in no known way"
-            raise InputError(message, where="batches", fix="add image_index, see LivePatient")
+        if isinstance(given, dict) or {len(given), len(index)} != {num_rows}:
+            message = f"a batch has {num_rows} prompts and {len(given)} targets"
+            raise InputError(message, where="batches", fix=_SEE)
+        if max(index) >= num_images:
+            message = f"a batch has {num_rows} prompts, {num_images} images and no image_index"
+            raise InputError(message, where="batches", fix=_SEE)
         inputs["image_index"] = torch.tensor(index)
-        queries = [query.get("image_id") for query in batch.get("queries", ())]
-        names = batch["image_ids"] if "image_ids" in batch else None
-        if names is None and len(queries) == num_rows:
-            names = {image: queries[row] for row, image in enumerate(index)}
-        words = [
-            self.tokenizer.decode(ids, skip_special_tokens=True) for ids in inputs["input_ids"]
-        ]
-        rows = []
-        for image, word, target in zip(index, words, targets, strict=True):
-            objects = _objects(target)
-            query = {"prompt": word.strip(), "is_positive": bool(len(objects["boxes_cxcywh"]))}
-            query["image_id"] = None if names is None else str(names[image])
-            rows.append((query, objects))
-        return {"inputs": inputs, "targets": targets, "rows": rows}
-
-    @part
-    def tokenizer(self):
-        """The tokenizer of the processor."""
-        return self.processor.tokenizer
+        names = batch["image_ids"] if "image_ids" in keys else [None] * num_images
+        decode, rows = self._processor.tokenizer.decode, []
+        for image, ids, target in zip(index, inputs["input_ids"], given, strict=True):
+            objects, word = _objects(target), decode(ids, skip_special_tokens=True).strip()
+            query = {"prompt": word, "is_positive": bool(len(objects["boxes_cxcywh"]))}
+            rows.append((query | {"image_id": names[image]}, objects))
+        return {"inputs": inputs, "targets": given, "rows": rows}
 
     @part
     def train_queries(self):
         """What reaches the loss: list of (ImageRecord or None, query, target)."""
         rows = [row for batch in self.batches for row in batch["rows"]]
         records = {}
-        if any(query["image_id"] for query, _ in rows):
+        if any(query["image_id"] is not None for query, _ in rows):
             for record in self.split("train").records:
                 records |= {record.image_id: record, record.path.name: record}
-        return [(records.get(query["image_id"]), query, objects) for query, objects in rows]
-
-    @property
-    def asked_words(self):
-        """The word that is asked now, or else the words given; the batches tell those trained."""
-        return super().asked_words or self._words
+        return [(records.get(str(query["image_id"])), query, objects) for query, objects in rows]
 
     @part
     def trained_words(self):
-        """The words that have objects in the batches; without batches, those given."""
-        return super().trained_words if self._batches is None else self.own_names
+        """The words that have objects in the batches."""
+        return self.own_names
 
 
 def _objects(target):
     """Return the objects of one target as float ``boxes_cxcywh``, ``masks`` and ``mask_valid``."""
-    names = [
-        name for name in ("boxes_cxcywh", "boxes") if hasattr(target, "keys") and name in target
-    ]
-    if not names:
-        found = (
-            ", ".join(map(str, target.keys())) if hasattr(target, "keys") else repr(type(target))
-        )
-        raise InputError(
-            f"a target lacks boxes; it has {found}", where="batches", fix="see LivePatient"
-        )
-    boxes = torch.as_tensor(target[names[0]]).detach().float().cpu().reshape(-1, 4)
-    masks = target["masks"] if "masks" in target else torch.zeros(len(boxes), 0, 0)
-    masks = torch.as_tensor(masks).detach().cpu()
+    keys = list(target.keys()) if hasattr(target, "keys") else [type(target).__name__]
+    boxes = next((target[name] for name in ("boxes_cxcywh", "boxes") if name in keys), None)
+    if boxes is None:
+        message = f"a target lacks boxes; it has {', '.join(map(str, keys))}"
+        raise InputError(message, where="batches", fix=_SEE)
+    boxes = torch.as_tensor(boxes).detach().float().cpu().reshape(-1, 4)
+    masks = (
+        torch.as_tensor(target["masks"]).cpu() if "masks" in keys else torch.zeros(len(boxes), 0, 0)
+    )
     valid = masks.flatten(1).any(1) if masks.numel() else torch.zeros(len(boxes), dtype=torch.bool)
     return {"boxes_cxcywh": boxes, "masks": masks, "mask_valid": valid}
 
@@ -873,15 +684,14 @@ class BarePredictor(Predictor):
 
 def prompted_view(model):
     """Return a `PromptedSam3` that shares every module with a `Sam3Model`, which stays as it is."""
-    base = base_of(model)
-    if isinstance(base, PromptedSam3):
-        return base
-    view = copy(base)  # a new object around the same modules
-    view.__class__ = PromptedSam3
+    view = base_of(model)
+    if not isinstance(view, PromptedSam3):
+        view = copy(view)  # a new object around the same modules
+        view.__class__ = PromptedSam3
     return view
 
 
-def open_patient(source, *, config=None, data_dir=None, log=None, base=None, words=(), image=None, prompt=None):  # fmt: skip
+def open_patient(source, *, config=None, log=None, **given):
     """Recognise what somebody has in hand of a training, and return it as a `Patient`.
 
     Parameters
@@ -889,8 +699,10 @@ def open_patient(source, *, config=None, data_dir=None, log=None, base=None, wor
     source : os.PathLike
         Run folder of this project; PEFT folder; ``*_lora_weights.pt`` of Sompote/SAM3_LoRA or its
         folder; ``checkpoint.pt`` of Meta's trainer; folder of a `Sam3Model`; a log; or a dataset.
-    config, data_dir, log, base, words, image, prompt : optional
-        What the source does not hold; see `Patient`, where ``config`` is ``settings``.
+    config, log : os.PathLike, optional
+        ``settings`` and ``log`` of `Patient`; found by themselves if they lie beside the weights.
+    **given
+        ``data_dir``, ``base``, ``words``, ``image``, ``prompt`` of `Patient`.
 
     Returns
     -------
@@ -898,52 +710,39 @@ def open_patient(source, *, config=None, data_dir=None, log=None, base=None, wor
         InputError if the source is none of these.
     """
     path = resolve(source)
-    own = {"image": image, "prompt": prompt}
     if not path.exists():
         raise InputError("no such file or folder", where=path, fix=_SOURCES)
-    given = own | {"data_dir": data_dir, "base": base, "words": words, "settings": config}
-    if path.is_file():
-        if path.suffix.lower() in LOG_SUFFIXES:
-            return Patient(**given, log=log or path)
-        return _imported(path, path.parent, log, given)
-    names = {entry.name for entry in path.iterdir()}
-    torch_files = sorted([*path.glob("*.pt"), *path.glob("*.pth"), *path.glob("checkpoints/*.pt")])
-    is_own = names.intersection(OWN_MARKS)
-    if is_own or (run_folder.RUN_CONFIG in names and not torch_files):
-        return Examination(path, data_dir, **own)
-    if CONFIG_FILE in names or torch_files or "config.json" in names:
-        return _imported(path, path, log, given)
-    if logs := [path / name for name in LOG_FILES if name in names]:
-        return Patient(**given, log=log or logs[0])
+    folder = path if path.is_dir() else path.parent
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
+    weights = [n for n in names if n.endswith((".pt", ".pth"))] or [*path.glob("checkpoints/*.pt")]
+    if names & _OWN_MARKS or (run_folder.RUN_CONFIG in names and not weights):
+        own = ("data_dir", "image", "prompt")
+        return Examination(path, **{name: given.get(name) for name in own})
+    given["settings"] = config
+    if path.is_file() and path.suffix.lower() in _LOG_SUFFIXES:
+        return Patient(**given, log=path if log is None else log)
+    logs = [folder / name for name in LOG_FILES if (folder / name).is_file()]
+    given["log"] = logs[0] if log is None and logs else log
+    if names & {CONFIG_FILE, "config.json"}:
+        return Foreign(path, **given)
+    if path.is_file() or weights:
+        return _imported(path, folder, given)
+    if logs:
+        return Patient(**given)
     try:
         find_splits(path)
     except InputError as error:
         message = "is no run, adapter, model, log or dataset that is known here"
         raise InputError(f"{message} ({error.message})", where=path, fix=_SOURCES) from error
-    return Patient(**given | {"data_dir": path}, log=log)
+    return Patient(**given | {"data_dir": path})
 
 
-def _imported(path, folder, log, given):
-    """Return the patient of a file or folder of weights, imported if it is no PEFT folder."""
-    beside = [folder / name for name in LOG_FILES if (folder / name).is_file()]
-    given = given | {"log": log or (beside[0] if beside else None)}
-    if (path / CONFIG_FILE).is_file():
-        return AdapterPatient(path, **given)
-    if (path / "config.json").is_file():
-        return ModelPatient(path, **given)
-    from helpers.foreign import import_source
-
-    place = tempfile.TemporaryDirectory(prefix="imported-")
-    settings = given["settings"]
-    report = import_source(path, Path(place.name) / "model", config=settings, base=given["base"])
-    if settings is None:
-        yamls = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
-        given["settings"] = yamls[0] if len(yamls) == 1 else None
-    target = Path(place.name) / "model"
-    options = given | {"findings": report.findings}
-    if (target / CONFIG_FILE).is_file():
-        patient = AdapterPatient(target, stated_by_file=False, **options)
-    else:
-        patient = ModelPatient(target, **options)
-    patient.place = place  # removed with the patient
-    return patient
+def _imported(path, folder, given):
+    """Return the patient of weights that have to be imported, into a folder that goes with it."""
+    keeper = tempfile.TemporaryDirectory(prefix="imported-")
+    yamls = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
+    if given["settings"] is None and len(yamls) == 1:
+        given["settings"] = yamls[0]
+    place = Path(keeper.name) / "model"
+    report = import_source(path, place, config=given["settings"], base=given.get("base"))
+    return Foreign(place, report.findings, keeper, **given)

@@ -138,10 +138,10 @@ def add_lora(model, lora):
     """
     if lora_layers(model):
         raise InputError("the model already carries LoRA", fix="load the base again")
-    if lora.apply_to_geometry_encoder:
+    if lora.apply_to_geometry_encoder and not model.native_prompt:
         warnings.warn(
-            "apply_to_geometry_encoder: text prompts never pass through the geometry encoder, so "
-            "its LoRA gets no gradient and stays zero",
+            "apply_to_geometry_encoder: without model.native_prompt text prompts never pass through "
+            "the geometry encoder, so its LoRA gets no gradient and stays zero",
             stacklevel=2,
         )
     expected = {name for names in target_modules(model, lora).values() for name in names}
@@ -181,6 +181,7 @@ def save_adapter(model, folder, base_name, revision=None):
             "name": str(base_name),
             "revision": revision,
             "resolution": base.resolution,
+            "native_prompt": base.native_prompt,
             "fingerprint": base_fingerprint(base),
             "r": config.r,
             "lora_alpha": config.lora_alpha,
@@ -201,6 +202,8 @@ def write_tensors(path, tensors, metadata=None):
 def load_adapter(model, folder, *, lora=None, is_trainable=False):
     """Put a saved adapter on its base, completely or not at all; in eval mode unless trainable.
 
+    The base then gets its prompts as the adapter was trained on them, with the native token or not.
+
     InputError, by file, key and value, if a file is missing or damaged, rank or alpha are not those
     of `lora` of the run, or the adapter was made for another base.
     """
@@ -217,6 +220,7 @@ def load_adapter(model, folder, *, lora=None, is_trainable=False):
     # An imported adapter knows its base by name only, and its fingerprint is null.
     if saved and saved.get("fingerprint", "") not in (None, base_fingerprint(model)):
         raise _another_base(folder, "the weights of this base differ", saved.get("name"))
+    base_of(model).config.native_prompt = bool(saved.get("native_prompt"))
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = not is_trainable

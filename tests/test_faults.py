@@ -56,7 +56,15 @@ LEARNED = {
     *("words run together", "word out of reach", "presence at its clamp", "lora b frozen"),
     *("text features detached", "settings hard-coded", "base from its config", "spelling"),
     *("loader without effect", "finest level dropped", "categories joined", "nouns in the picture"),
-    *("validation crashes", "scores hardly paid", "first epoch kept", "evaluation shifted", "alpha halved", "weights rounded", "numbers lost"),
+    *(
+        "validation crashes",
+        "scores hardly paid",
+        "first epoch kept",
+        "evaluation shifted",
+        "alpha halved",
+        "weights rounded",
+        "numbers lost",
+    ),
     "file cut off",
 }
 """Seen after a training, on the whole data, or with the embedded base only: in the confusion table."""

@@ -86,6 +86,16 @@ def run_beside_base(examination):
     return f"of words in the picture, {'; '.join(texts)}", []
 
 
+@gate(BEHAVIOUR_GATES, "words in the picture", f"a mean best score of {LEAST_PRESENT:g} or more")
+def words_are_found(examination):
+    """Leave it open why a run finds nothing, if no other gate says so."""
+    score = _mean(_of_present(examination), "max_score")
+    text = f"the mean best score of words in the picture is {score:.3f}"
+    if score < LEAST_PRESENT:
+        raise InputError(f"{text}: it finds next to nothing, for a reason that no gate may see")
+    return text, []
+
+
 @gate(BEHAVIOUR_GATES, "presence at its clamp", f"at most {MAX_AT_CLAMP:.0%} of the words")
 def presence_at_clamp(examination):
     """Count the present words whose presence logit has no gradient upwards any more."""

@@ -41,8 +41,7 @@ GATES = (
 """In the order in which they are asked, from cheap to costly."""
 OBSERVED = 0.8  # confidence from which a cause counts as observed, if its evidence is direct
 EXPLAINED = 0.5  # factor on a behaviour that an earlier, observed cause may explain
-DECISIVE = ("data", "weights", "base")
-"""Parts without which no run is called healthy: with them the model is asked what it finds."""
+DECISIVE = "words in the picture"  # gate without whose answer no run is called healthy
 _VERDICTS = {
     "healthy": "no cause found: the run looks healthy",
     "causes": "causes found: see above, the most likely first",
@@ -87,7 +86,7 @@ class Diagnosis:
         """One of "healthy", "causes", "undecided"; healthy only if nothing decisive was left open."""
         if self.causes:
             return "causes"
-        is_open = any(gate.needs is None or gate.needs in DECISIVE for gate in self.open_gates)
+        is_open = any(gate.needs is None or gate.name == DECISIVE for gate in self.open_gates)
         return "undecided" if is_open else "healthy"
 
     @property

@@ -71,7 +71,7 @@ def loss_of_a_batch(patient):
     patient.model.train()
     with torch.random.fork_rng():
         loss = loss_of(patient, forward(patient, batch), batch["targets"])
-    value = float(loss)
+    value = float(loss.detach())
     text = f"the loss of a batch with objects is {value:.4g}"
     if not np.isfinite(value):
         return text, [Evidence("not_finite", 1.0, text)]
@@ -406,7 +406,7 @@ def overfit_one_batch(patient, *, steps=100, learning_rate=1e-3, progress=False)
         model.eval()  # without dropout
         for _ in range(steps):
             loss = loss_of(patient, forward(patient, batch), batch["targets"])
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             if not np.isfinite(losses[-1]) or losses[-1] < LEARNED * losses[0]:
                 break
             optimizer.zero_grad()

@@ -87,7 +87,7 @@ def test_targets_are_fractions_on_their_masks():
     ("mistake", "holds"),
     [
         ("wrong keys", lambda b: objects_in(b) == 0),
-        ("emptied by a transform", lambda b: objects_in(b) == 0),
+        ("emptied by a transform", lambda b: objects_in(b) < 4),
         ("masks swallowed", lambda b: objects_in(b) and not any(t["masks"].any() for t in b["targets"])),
         ("boxes in pixels", lambda b: max(t["boxes"].max() for t in b["targets"] if len(t["boxes"])) > 1),
         ("no absent prompts", lambda b: all(len(t["boxes"]) for t in b["targets"])),

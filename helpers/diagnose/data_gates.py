@@ -164,6 +164,8 @@ def objects_after_loader(examination):
             shown.add(examination.config.data.prompt)  # what every object is asked by, if set
         if query["prompt"] in shown and not len(target["boxes_cxcywh"]):
             denied[query["prompt"]] += 1
+    if crowd < len(objects) and not kept:
+        return text, [Evidence("no_objects", 1.0, text)]
     if denied:
         words = ", ".join(f"'{prompt}' on {count} images" for prompt, count in denied.items())
         text = f"{text}; annotated, yet asked without objects: {words}"
@@ -171,8 +173,6 @@ def objects_after_loader(examination):
     if crowd > (1 - MIN_KEPT) * len(objects):
         text = f"{text}; {crowd} are marked as crowd regions and dropped"
         return text, [Evidence("objects_filtered", 1.0, text)]
-    if objects and not kept:
-        return text, [Evidence("no_objects", 1.0, text)]
     if kept < MIN_KEPT * len(objects):
         return text, [Evidence("objects_filtered", 0.7, text)]
     if not (examination.is_finished and examination.is_own_data):
@@ -311,7 +311,8 @@ def _absent_prompts_asked(examination):
 def trained_and_asked(examination):
     """Compare the words of the training with those asked now."""
     trained = examination.trained_words
-    words = examination.asked_words or _used_categories(examination.split("valid"))
+    words = [examination.prompt] if examination.prompt else examination.given_words
+    words = words or _used_categories(examination.split("valid"))
     text = f"trained with objects: {', '.join(sorted(trained))}; asked: {', '.join(words)}"
     unknown = untrained_prompts(words, trained)
     if unknown:

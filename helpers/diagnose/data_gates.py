@@ -311,8 +311,9 @@ def _absent_prompts_asked(examination):
 def trained_and_asked(examination):
     """Compare the words of the training with those asked now."""
     trained = examination.trained_words
-    words = [examination.prompt] if examination.prompt else examination.given_words
-    words = words or _used_categories(examination.split("valid"))
+    words = [examination.prompt]
+    if not examination.prompt:
+        words = _used_categories(examination.split("valid"))
     text = f"trained with objects: {', '.join(sorted(trained))}; asked: {', '.join(words)}"
     unknown = untrained_prompts(words, trained)
     if unknown:

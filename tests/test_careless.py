@@ -70,9 +70,13 @@ def perfect(script, batch):
     return outputs
 
 
-def test_targets_are_fractions_on_their_masks():
-    script = Careless()
-    batch = first_batch(script)
+@pytest.fixture(scope="module")
+def on_walls():
+    return Careless()
+
+
+def test_targets_are_fractions_on_their_masks(on_walls):
+    batch = first_batch(on_walls)
     assert len(batch["targets"]) == len(batch["image_index"]) == len(batch["input_ids"])
     assert objects_in(batch)
     for target in batch["targets"]:
@@ -90,7 +94,6 @@ def test_targets_are_fractions_on_their_masks():
         ("emptied by a transform", lambda b: objects_in(b) < 4),
         ("masks swallowed", lambda b: objects_in(b) and not any(t["masks"].any() for t in b["targets"])),
         ("boxes in pixels", lambda b: max(t["boxes"].max() for t in b["targets"] if len(t["boxes"])) > 1),
-        ("no absent prompts", lambda b: all(len(t["boxes"]) for t in b["targets"])),
     ],
 )  # fmt: skip
 def test_a_mistake_of_reading_is_in_the_batches(script, mistake, holds):
@@ -105,10 +108,10 @@ def test_corners_are_no_centres(script):
     assert torch.allclose(box_convert(right, "cxcywh", "xyxy"), wrong)
 
 
-def test_absent_words_are_not_in_the_picture_unless_by_mistake():
-    right, wrong = Careless(), Careless(["nouns in the picture"])
-    [picture] = [one for one in right.read("train") if len(one["contents"]) > 1][:1]
-    wrong.read("train")
+def test_absent_words_are_not_in_the_picture_unless_by_mistake(on_walls):
+    right, wrong = on_walls, copy(on_walls)
+    wrong.mistakes = {"nouns in the picture"}
+    picture = next(one for one in right.read("train") if len(one["contents"]) > 1)
     drawn = [{word for word, own in one.questions(picture) if not own} for one in (right, wrong)]
     assert not drawn[0] & set(picture["contents"])
     assert drawn[1] & set(picture["contents"])
@@ -231,7 +234,7 @@ def test_detections_are_in_pixels_and_above_the_threshold(trained, script, data_
     for mistake, is_other in (
         ("threshold fixed", lambda other: not other),
         ("presence left out", lambda other: max(one["score"] for one in other) > scores[-1]),
-        ("mask logits against a half", lambda other: sum(o["mask"].sum() for o in other) < sum(o["mask"].sum() for o in found)),
+        ("masks left at grid size", lambda other: other[0]["mask"].shape != found[0]["mask"].shape),
         ("finest level dropped", lambda other: any((a["mask"] != b["mask"]).any() for a, b in zip(other, found, strict=False))),
     ):  # fmt: skip
         wrong = copy(trained)

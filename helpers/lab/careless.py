@@ -81,7 +81,7 @@ IN_CODE = (
     *("base not frozen", "lora b frozen", "text features detached", "score weight zero"),
     *("sigmoid twice", "many queries per object", "presence at its clamp", "first epoch kept"),
     *("loader without effect", "finest level dropped", "presence left out", "threshold fixed"),
-    *("mask logits against a half", "boxes left as fractions", "evaluation shifted"),
+    *("masks left at grid size", "boxes left as fractions", "evaluation shifted"),
     *("validation crashes", "scores hardly paid"),
 )
 """Mistakes that are lines of the script."""
@@ -89,7 +89,7 @@ IN_MODEL = ("base from its config", "base not frozen", "lora b frozen")
 """Those of them that are made when the model is."""
 AFTER_TRAINING = (
     *("loader without effect", "finest level dropped", "presence left out", "threshold fixed"),
-    *("mask logits against a half", "boxes left as fractions"),
+    *("masks left at grid size", "boxes left as fractions"),
 )
 """Those that act after a training, which may have been a right one."""
 MISTAKES = (*IN_SETTINGS, *NOT_IN_YAML, *IN_CODE)
@@ -410,10 +410,10 @@ class Careless:
         boxes = outputs.pred_boxes[row].cpu()[kept]
         if "boxes left as fractions" not in self.mistakes:
             boxes = boxes * torch.tensor([width, height, width, height])
-        masks = outputs.pred_masks[row : row + 1].cpu()[:, kept]
-        if "mask logits against a half" not in self.mistakes:
-            masks = masks.sigmoid()
-        masks = F.interpolate(masks, size=(height, width), mode="bilinear")[0] > 0.5
+        masks = outputs.pred_masks[row : row + 1].cpu()[:, kept].sigmoid()
+        if "masks left at grid size" not in self.mistakes:
+            masks = F.interpolate(masks, size=(height, width), mode="bilinear")
+        masks = masks[0] > 0.5
         found = zip(scores[kept].tolist(), boxes.tolist(), masks.numpy(), strict=True)
         return [{"score": score, "box": box, "mask": mask} for score, box, mask in found]
 

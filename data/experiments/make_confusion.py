@@ -90,17 +90,16 @@ def run_laboratory(output_dir, *, names=None, data_dir=WALL_CRACKS, photographs=
     healthy = [*HEALTHY_RUNS, *OWN_RUNS]
     places = dict.fromkeys([*healthy, *FAULTS], data_dir)
     places |= {f"healthy {Path(folder).name}": folder for folder in photographs}
-    chosen = [name for name in places if names is None or name in names]
     first = next(iter(HEALTHY_RUNS))  # what acts after a training is planted into this one
+    chosen = [name for name in places if names is None or name in (first, *names)]
     rows = {name: _place(output_dir, name).with_suffix(".json") for name in chosen}
-    for part in ([first], [name for name in chosen if name != first]):
-        missing = [name for name in part if name in chosen and not rows[name].is_file()]
-        if part == [first] and not (_place(output_dir, first) / RUN_FOLDER).is_dir():
-            missing = part
+    for part in (chosen[:1], chosen[1:]):
+        missing = [name for name in part if not rows[name].is_file()]
         jobs = [(name, output_dir, places[name]) for name in missing]
         for judged in run_jobs(judge, jobs, description="judged", workers=workers):
-            write_json(_place(output_dir, judged[0]["planted"]).with_suffix(".json"), judged)
-    table = pd.DataFrame([row for p in rows.values() for row in read_json(p, "run it again")])
+            write_json(rows[judged[0]["planted"]], {"rows": judged})
+    found = [row for path in rows.values() for row in read_json(path, "run it again")["rows"]]
+    table = pd.DataFrame(found)
     write_text(Path(output_dir) / "confusion.csv", table.to_csv(index=False))
     return table
 

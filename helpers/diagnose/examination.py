@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from helpers.config import load_config
 from helpers.data.dataset import PromptCollator, PromptDataset, load_dataset
 from helpers.detect.predictor import Predictor
 from helpers.errors import InputError

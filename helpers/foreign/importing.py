@@ -164,8 +164,8 @@ def _write_lora(found, staging, base, alpha, orientation):
     for name, (A, B) in modules.items():
         for hf, part in zip(names[name], B.chunk(len(names[name])), strict=True):
             rank_of[hf] = len(A)
-            tensors[f"base_model.model.{hf}.lora_A.weight"] = A.float().contiguous()
-            tensors[f"base_model.model.{hf}.lora_B.weight"] = part.float().contiguous()
+            tensors[f"base_model.model.{hf}.lora_A.weight"] = A.float().contiguous().clone()
+            tensors[f"base_model.model.{hf}.lora_B.weight"] = part.float().contiguous().clone()
     LoraConfig(
         r=rank,
         lora_alpha=alpha,

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from torch import nn
 from transformers import Sam3Config, Sam3Model
 
@@ -30,12 +30,11 @@ from helpers.files import (
     write_text,
 )
 from helpers.foreign.names import WITHOUT_COUNTERPART, to_hf, to_native
-from helpers.foreign.weights import Matrices, lora_matrices, read_source
+from helpers.foreign.weights import lora_matrices, read_source
 from helpers.model import lora
 from helpers.model.sam3 import base_config
 
 DEFAULT_BASE = "facebook/sam3"
-ORIENTATIONS = ("native", "peft")
 SOMPOTE_FILES = ("best_lora_weights.pt", "config.yaml")
 _VIT_EPS = 1e-5
 _VIT_MLP = re.compile(r"vision_encoder\.backbone\.layers\.\d+\.mlp\.fc[12]")
@@ -138,58 +137,53 @@ def import_source(source, output, config=None, base=None, alpha=None, orientatio
 def _write_lora(found, staging, base, alpha, orientation):
     """Write a PEFT folder and return its `ImportReport`."""
     base = str(base or (found.base if found.is_peft else None) or DEFAULT_BASE)
-    model, modules, findings = _empty_base(base), lora_matrices(found), _key_findings(found)
-    shapes = {n: m.weight.shape for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    modules, findings = lora_matrices(found), _key_findings(found)
+    linear = [(n, m) for n, m in _empty_base(base).named_modules() if isinstance(m, nn.Linear)]
+    shapes = {name: tuple(module.weight.shape) for name, module in linear}
     names = {name: (name,) if name in shapes else to_hf(name) for name in modules}
     if unknown := [name for name in modules if not names[name]]:
-        if not all(WITHOUT_COUNTERPART.match(name) for name in unknown):
+        if not all(map(WITHOUT_COUNTERPART.match, unknown)):
             message = f"adapts {len(unknown)} modules that SAM3 has not, such as {unknown[-1]}"
             raise InputError(message, where=found.path, fix="name a LoRA of SAM3")
         left_out = {"count": len(unknown), "names": ", ".join(unknown)}
         findings.append(_finding("no_counterpart", **left_out))
-    modules = {name: pair for name, pair in modules.items() if names[name]}
     layers = {
-        name: (sum(shapes[hf][0] for hf in names[name]), shapes[names[name][0]][1])
-        for name in modules
-        if all(hf in shapes for hf in names[name])
+        name: (sum(shapes[hf][0] for hf in group), shapes[group[0]][1])
+        for name, group in names.items()
+        if group and all(hf in shapes for hf in group)
     }
+    modules = {name: pair for name, pair in modules.items() if names[name]}
     orientation = "peft" if found.is_peft else orientation
-    modules, orientation = _oriented(modules, layers, orientation, found.path)
-    _refuse_other_base(modules, layers, base, found.path)
+    modules, orientation = _oriented(modules, layers, base, orientation, found.path)
     kind = "sompote_lora" if orientation == "native" else "twin_lora"
-    if found.is_peft or all(names[name] == (name,) for name in modules):
-        kind = "peft" if all(name in shapes for name in modules) else "peft_over_meta"
-    ranks = Counter(len(pair.A) for pair in modules.values())
+    if found.is_peft or modules.keys() <= shapes.keys():
+        kind = "peft" if modules.keys() <= shapes.keys() else "peft_over_meta"
+    ranks = Counter(len(A) for A, _ in modules.values())
     rank, alpha = ranks.most_common(1)[0][0], _alpha(found, ranks, alpha)
     tensors, rank_of = {}, {}
     for name, (A, B) in modules.items():
         for hf, part in zip(names[name], B.chunk(len(names[name])), strict=True):
             rank_of[hf] = len(A)
-            tensors[f"base_model.model.{hf}.lora_A.weight"] = A.float().contiguous()
-            tensors[f"base_model.model.{hf}.lora_B.weight"] = part.float().contiguous()
-    identity = {"name": base, "native_prompt": kind != "peft", "fingerprint": None}
-    if found.is_peft and kind == "peft":
-        own = {"lora_alpha": alpha, "base_model_name_or_path": base}
-        write_json(staging / lora.CONFIG_FILE, read_json(found.where) | own)
-        if (found.path / lora.BASE_FILE).is_file():
-            identity = read_json(found.path / lora.BASE_FILE)
-    else:
-        LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            target_modules=sorted(rank_of),
-            # PEFT compares endings, and the tower has a layer of this name, too.
-            exclude_modules=["text_encoder.text_projection"],
-            rank_pattern={name: own for name, own in rank_of.items() if own != rank},
-            base_model_name_or_path=base,
-            inference_mode=True,
-        ).save_pretrained(staging, auto_mapping_dict=lora.PLAIN_CLASS)
+            tensors[f"base_model.model.{hf}.lora_A.weight"] = A.float().contiguous().clone()
+            tensors[f"base_model.model.{hf}.lora_B.weight"] = part.float().contiguous().clone()
+    LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=sorted(rank_of),
+        # PEFT compares endings, and the text tower has a `text_projection` of its own.
+        exclude_modules=[
+            name for name in shapes.keys() - rank_of if name.endswith("text_projection")
+        ],
+        rank_pattern={name: own for name, own in rank_of.items() if own != rank},
+        base_model_name_or_path=base,
+        inference_mode=True,
+    ).save_pretrained(staging, auto_mapping_dict=lora.PLAIN_CLASS)
     lora.write_tensors(staging / lora.WEIGHTS_FILE, tensors)
+    identity = {"name": base, "native_prompt": kind != "peft", "fingerprint": None}
+    if found.is_peft and (found.path / lora.BASE_FILE).is_file():
+        identity = read_json(found.path / lora.BASE_FILE)
     identity["weights_sha256"] = file_digest(staging / lora.WEIGHTS_FILE)
     write_json(staging / lora.BASE_FILE, identity)
-    settings = PeftConfig.from_pretrained(staging)
-    settings.base_model_name_or_path = None  # it would be compared with the empty base
-    lora.refuse_other_keys(lora.wrap(model, settings), tensors, found.path)
     parts = Counter(lora.component_of(name) or "scoring" for name in rank_of)
     findings += _lora_findings(modules, names, parts, found.settings.get("target_modules"))
     return ImportReport(kind, base, findings, rank, alpha, len(modules), dict(parts))
@@ -202,46 +196,34 @@ def _empty_base(name):
         return Sam3Model(config)
 
 
-def _oriented(modules, layers, orientation, path):
+def _oriented(modules, layers, base, orientation, path):
     """Turn all A to (r, in) and B to (out, r), as the user or the shapes of the whole file say."""
-    options = {
-        "native": {name: Matrices(pair.A.T, pair.B.T) for name, pair in modules.items()},
-        "peft": modules,
-    }
-    fits = {
-        option: sum(_shape(*pairs[name]) == shape for name, shape in layers.items())
+    options = {"native": {name: (A.T, B.T) for name, (A, B) in modules.items()}, "peft": modules}
+    misfits = {
+        option: [name for name, pair in pairs.items() if _shape(*pair) != layers.get(name, ())]
         for option, pairs in options.items()
+        if orientation in (None, option)
     }
-    if orientation is None:
-        orientation = max(ORIENTATIONS, key=fits.get)
-        if len(set(fits.values())) == 1 and any(fits.values()):
-            message = (
-                f"every A and B of {len(modules)} modules is square: their orientation is open"
-            )
-            fix = "give --orientation native for A as (in, r), as Sompote/SAM3_LoRA has it, or peft"
-            raise InputError(message, where=path, fix=fix)
-    return options[orientation], orientation
+    possible = [option for option, names in misfits.items() if not names]
+    if len(possible) == 2:
+        message = f"every A and B of {len(modules)} modules is square: their orientation is open"
+        fix = "give --orientation native for A as (in, r), as Sompote/SAM3_LoRA has it, or peft"
+        raise InputError(message, where=path, fix=fix)
+    if not possible:
+        best = min(misfits, key=lambda option: len(misfits[option]))
+        name = max(misfits[best], key=lambda name: name not in layers)
+        A, B = (tuple(matrix.shape) for matrix in modules[name])
+        actual = f"is {layers[name]} (out, in) there" if name in layers else "is not there"
+        message = f"does not belong to {base}: {len(misfits[best])} of {len(modules)} modules do "
+        message += f"not fit; {name} {actual}, and A is {A}, B {B}"
+        fix = "name the base it was trained on with --base, or restore the file"
+        raise InputError(message, where=path, fix=fix)
+    return options[possible[0]], possible[0]
 
 
 def _shape(A, B):
     """Return (out, in) of the layer that A (r, in) and B (out, r) are for; None without a rank."""
     return (B.shape[0], A.shape[1]) if A.shape[0] == B.shape[1] else None
-
-
-def _refuse_other_base(modules, layers, base, path):
-    """Refuse modules that the base has not, or has with another shape."""
-    others = [name for name, pair in modules.items() if _shape(*pair) != layers.get(name)]
-    if not others:
-        return
-    name = max(others, key=lambda name: name not in layers)
-    A, B = (tuple(matrix.shape) for matrix in modules[name])
-    actual = f"has the shape {layers[name]} there" if name in layers else "is not there"
-    raise InputError(
-        f"does not belong to {base}: {len(others)} of {len(modules)} modules do not fit; {name} "
-        f"{actual}, and A is {A}, B {B} in PEFT's orientation",
-        where=path,
-        fix="name the base it was trained on with --base, or restore the file",
-    )
 
 
 def _alpha(found, ranks, alpha):
@@ -289,7 +271,7 @@ def _lora_findings(modules, names, parts, asked):
     elif _WORD_PARTS.isdisjoint(parts):
         findings.append(_finding("no_word_module"))
     trained = [n for n in modules if not all(map(_NEVER_TRAINED.match, names[n]))]
-    zeros = [name for name in trained if not modules[name].B.any()]
+    zeros = [name for name in trained if not modules[name][1].any()]
     if zeros and len(zeros) == len(trained):
         findings.append(_finding("adapter_at_zero", count=count))
     elif zeros:
@@ -367,11 +349,12 @@ def write_sompote(adapter, output, sections=None):
         stay apart, which only `import_source` reads.
     """
     found, output, layers = read_source(resolve(adapter)), resolve(output), {}
-    for name, pair in lora_matrices(found).items():
+    matrices = lora_matrices(found)
+    for name, (A, B) in matrices.items():
         if to_native(name) is None:
             fix = "train without this module"
             raise InputError(f"{name} is not in Meta's code", where=found.path, fix=fix)
-        layers[to_native(name)] = pair.A.T, pair.B.T
+        layers[to_native(name)] = A.T, B.T
     for name in [name for name in layers if _VIT_QUERY.search(name)]:
         stem, A = name.removesuffix("q_proj"), layers[name][0]
         group = [f"{stem}{letter}_proj" for letter in "qkv"]
@@ -382,7 +365,7 @@ def write_sompote(adapter, output, sections=None):
         for name, pair in layers.items()
         for letter, matrix in zip("AB", pair, strict=True)
     }
-    parts = {lora.component_of(name) for name in lora_matrices(found)}
+    parts = {lora.component_of(name) for name in matrices}
     settings = {key: found.settings[key] for key in ("rank", "alpha")}
     settings["dropout"] = found.settings.get("lora_dropout", 0.0)
     settings["target_modules"] = sorted({name.rpartition(".")[2] for name in layers})

@@ -6,7 +6,6 @@ import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -29,13 +28,6 @@ _PREFIX = re.compile(
 )
 _TRACKER = re.compile(r"tracker(_model|_neck)?\.|.*\bsam2_convs\.")
 _MATRIX = re.compile(r"(.+?)\.(?:lora\.)?lora_([AB])(?:\.default)?(?:\.weight)?")
-
-
-class Matrices(NamedTuple):
-    """The two matrices of LoRA on one module."""
-
-    A: torch.Tensor
-    B: torch.Tensor
 
 
 @dataclass
@@ -135,7 +127,7 @@ def _read_file(path):
             fix = "save the state_dict alone, where you trust the file"
             raise InputError(message, where=path, fix=fix) from error
         reason = str(error).partition("\n")[0][:100]
-        message = f"is not a complete file of torch or safetensors ({reason})"
+        message = f"is cut off, damaged or no file of torch or safetensors ({reason})"
         raise InputError(message, where=path, fix=_AGAIN) from error
 
 
@@ -175,10 +167,7 @@ def _without_prefixes(tensors, path):
 
 
 def lora_matrices(source):
-    """Return the modules of a LoRA file: name to `Matrices`.
-
-    InputError for a matrix without its partner, and for what is no LoRA.
-    """
+    """Return A and B of each module of a LoRA file; InputError for half of one and for other things."""
     halves = {}
     for name, tensor in source.tensors.items():
         match = _MATRIX.fullmatch(name)
@@ -192,10 +181,8 @@ def lora_matrices(source):
             other = "B" if "A" in names else "A"
             message = f"{source.keys[names.popitem()[1]]} has no lora_{other} beside it"
             raise InputError(message, where=source.path, fix=_AGAIN)
-    return {
-        module: Matrices(*(source.tensors[names[letter]] for letter in "AB"))
-        for module, names in halves.items()
-    }
+    tensors = source.tensors
+    return {module: (tensors[names["A"]], tensors[names["B"]]) for module, names in halves.items()}
 
 
 def _yaml_beside(folder):

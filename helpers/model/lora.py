@@ -152,7 +152,7 @@ def add_lora(model, lora):
         target_modules=target_pattern(lora),
         bias="none",
     )
-    peft_model = wrap(model, config)
+    peft_model = _wrap(model, config)
     adapted = {name for name, _ in lora_layers(peft_model)}
     if adapted != expected:
         raise InputError(
@@ -217,7 +217,7 @@ def load_adapter(model, folder, *, lora=None, is_trainable=False):
     saved = read_json(identity, fix="save the adapter again") if identity.is_file() else {}
     expected = saved if lora is None else {"r": lora.rank, "lora_alpha": lora.alpha}
     _check_config(content, expected, path)
-    # An imported adapter knows its base by name only, and its fingerprint is null.
+    # An imported adapter knows its base by name only: its fingerprint is null.
     if saved and saved.get("fingerprint", "") not in (None, base_fingerprint(model)):
         raise _another_base(folder, "the weights of this base differ", saved.get("name"))
     base_of(model).config.native_prompt = bool(saved.get("native_prompt"))
@@ -225,7 +225,7 @@ def load_adapter(model, folder, *, lora=None, is_trainable=False):
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = not is_trainable
         config.base_model_name_or_path = None  # it is where the writer had the base
-        peft_model = wrap(model, config)
+        peft_model = _wrap(model, config)
     except Exception as error:  # PEFT raises what its many settings happen to break
         raise _another_base(path, f"{error!s:.200}") from error
     load_adapter_weights(peft_model, weights, folder)
@@ -238,13 +238,6 @@ def load_adapter(model, folder, *, lora=None, is_trainable=False):
 
 def load_adapter_weights(model, weights, folder):
     """Copy the tensors of a folder into a model with LoRA, refusing any that do not fit."""
-    refuse_other_keys(model, weights, folder)
-    check_tensors(weights, Path(folder) / WEIGHTS_FILE)
-    set_peft_model_state_dict(model, weights)
-
-
-def refuse_other_keys(model, weights, folder):
-    """Refuse tensors whose names and shapes are not all those of the LoRA on a model."""
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     problems = []
     if missing := sorted(set(expected) - set(weights)):
@@ -258,6 +251,8 @@ def refuse_other_keys(model, weights, folder):
             break
     if problems:
         raise _another_base(folder, "; ".join(problems))
+    check_tensors(weights, Path(folder) / WEIGHTS_FILE)
+    set_peft_model_state_dict(model, weights)
 
 
 def check_tensors(tensors, path):
@@ -289,7 +284,7 @@ def read_adapter_weights(folder):
         raise InputError(f"is damaged ({error})", where=path, fix=_RESTORE) from error
 
 
-def wrap(model, config):
+def _wrap(model, config):
     """Call PEFT, which asks transformers for an attribute under its old name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)

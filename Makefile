@@ -72,7 +72,7 @@ bench: $(STAMP) ## time training and detection case by case; numbers go to runs/
 experiment: $(STAMP) ## run the controlled experiment of notebooks 06 and 09 (about four hours on two cores)
 	$(RUN) -m data.experiments.make --publish $(ARGS)
 
-laboratory: $(STAMP) ## plant every fault and diagnose it (about an hour on two cores)
+laboratory: $(STAMP) ## plant every fault and diagnose it twice (about an hour on two cores)
 	$(RUN) -m data.experiments.make_confusion --publish $(ARGS)
 
 base: $(STAMP) ## train the embedded base data/tiny_sam3 again, from nothing (hours on a CPU)

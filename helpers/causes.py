@@ -27,12 +27,13 @@ class Cause(NamedTuple):
 
 
 with CAUSES_TABLE.open(encoding="utf-8", newline="") as _file:
-    _TABLE = {row.pop("cause"): Cause(**row) for row in csv.DictReader(_file)}
-STAGES = tuple(dict.fromkeys(cause.stage for cause in _TABLE.values()))
+    TABLE = {row.pop("cause"): Cause(**row) for row in csv.DictReader(_file)}
+"""The whole catalogue, by key."""
+STAGES = tuple(dict.fromkeys(cause.stage for cause in TABLE.values()))
 """Where a cause lives, in the order in which data flows: an earlier one explains later oddities."""
-CAUSES = {key: cause for key, cause in _TABLE.items() if not cause.test.startswith(NOT_TESTED)}
+CAUSES = {key: cause for key, cause in TABLE.items() if not cause.test.startswith(NOT_TESTED)}
 """The causes that this project can show, by key."""
 LEFT_OUT = {
-    key: cause.test.removeprefix(NOT_TESTED) for key, cause in _TABLE.items() if key not in CAUSES
+    key: cause.test.removeprefix(NOT_TESTED) for key, cause in TABLE.items() if key not in CAUSES
 }
 """The other causes of the catalogue, with the reason why they are not tested here."""

@@ -4,7 +4,7 @@ import json
 import shutil
 
 from helpers.diagnose.diagnosis import pass_gate
-from helpers.diagnose.examination import Examination
+from helpers.diagnose.patient import Examination
 from helpers.files import WALL_CRACKS
 
 

@@ -2,15 +2,15 @@
 
 import json
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 
 from helpers.config import load_config
 from helpers.diagnose.diagnosis import pass_gate, rank
-from helpers.diagnose.examination import Examination
+from helpers.diagnose.patient import Examination
 from helpers.files import CONFIGS, WALL_CRACKS, write_json
-from helpers.lab.faults import LAB_SETTINGS
-from helpers.train.run import PROMPTS_FILE, RUN_CONFIG, trained_prompts
+from helpers.train.run import RUN_CONFIG
+
+ONE_STEP = ("training.batch_size=4", "training.gradient_accumulation_steps=1")
 
 
 def copy_walls(folder, sizes=(("train", 16), ("valid", 5))):
@@ -33,7 +33,7 @@ def copy_walls(folder, sizes=(("train", 16), ("valid", 5))):
 
 def start_run(folder, data_dir, *settings):
     """Write what a run writes before its first step, as far as its data can be read."""
-    overrides = [("data.data_dir", data_dir), *LAB_SETTINGS, *settings]
+    overrides = [("data.data_dir", data_dir), *ONE_STEP, *settings]
     config = load_config(CONFIGS / "crack_detection_config.yaml", "tiny", overrides)
     config.save(Path(folder) / RUN_CONFIG)
     return Path(folder)
@@ -46,19 +46,3 @@ def examine(run, gates, base, data_dir=None):
         examination.base = base
     results = [pass_gate(gate, examination) for gate in gates]
     return [cause.code for cause in rank(results)], {one.name: one for one in results}
-
-
-def examine_fault(fault, folder, data_dir, gates, base):
-    """Plant a fault in a run that has just started, on a copy of the data, and examine it."""
-    data_dir = shutil.copytree(data_dir, folder / "data")
-    if fault.spoil_data is not None:
-        fault.spoil_data(data_dir)
-    with nullcontext() if fault.patch is None else fault.patch():
-        run = start_run(folder / "run", data_dir, *fault.settings)
-        examination = Examination(run)
-        examination.base = base
-        try:
-            write_json(run / PROMPTS_FILE, trained_prompts(examination.train_dataset))
-        except Exception:  # what cannot be read has no prompts
-            pass
-        return examine(run, gates, base)

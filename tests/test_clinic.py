@@ -1,21 +1,16 @@
-"""How patients are drawn, planted, treated and discharged; on a random base in place of a healthy run."""
+"""How patients are drawn, planted, treated and cured; on a random base in place of a healthy run."""
 
-import gc
+import json
 import subprocess
 import sys
+from copy import copy
 from dataclasses import replace
-from functools import partial
-from types import ModuleType
 
 import pytest
-from tiny_random import RESOLUTION
 
 from helpers.causes import CAUSES
-from helpers.data import coco
 from helpers.data.coco import read_split
 from helpers.data.masks import segmentation_to_rle
-from helpers.detect import detections
-from helpers.detect.queries import predict_split
 from helpers.errors import InputError
 from helpers.lab import clinic as clinic_module
 from helpers.lab.clinic import (
@@ -23,201 +18,76 @@ from helpers.lab.clinic import (
     Clinic,
     CureReport,
     VitalSigns,
+    asked,
     check_cause,
     deviations,
     signs_of,
     take_signs,
 )
-from helpers.lab.faults import FAULTS, HEALTHY, Fault, replaced
-from helpers.train.run import read_run
+from helpers.lab.faults import FAULTS
 
-PATCHED = Fault(
-    "nothing passes",
-    "no box",
-    cause="threshold_ignored",
-    patch=partial(
-        replaced, "detect.detections.detect", lambda original: lambda *args, **kwargs: []
-    ),
-    trains=False,
-)
-SPOILED = Fault(
-    "no weights",
-    "an error",
-    cause="adapter_keys",
-    spoil_run=lambda run: (run / "adapter_model.safetensors").unlink(),
-    trains=False,
-)
-TRAINED = Fault(
-    "half is dropped",
-    "low scores",
-    cause="extreme_regularisation",
-    settings=("lora.dropout=0.5", "scale.num_epochs=0.02"),
-)
-FAULTS_HERE = {"patched": PATCHED, "spoiled": SPOILED, "trained": TRAINED}
-
-
-@pytest.fixture(autouse=True)
-def wards(monkeypatch):
-    monkeypatch.setattr(clinic_module, "FAULTS", FAULTS_HERE)
-    monkeypatch.setattr(clinic_module, "WARDS", {name: (name,) for name in FAULTS_HERE})
-    monkeypatch.setattr(clinic_module, "EPOCHS", "scale.num_epochs=0.02")
+WARDS_HERE = {
+    name: (name,) for name in ("threshold fixed", "keys with prefix", "dropout of a half")
+}
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, base, data_dir):
-    return {
-        "folder": tmp_path_factory.mktemp("clinic"),
-        "data_dir": data_dir,
-        "settings": (
-            f"model.name={base}",
-            f"model.resolution={RESOLUTION}",
-            "data.negative_prompts=[joint, moss, dog, hole]",
-            "lora.rank=4",
-        ),
-    }
+    settings = {"rank": 4, "base": str(base), "epochs": 1}
+    return {"folder": tmp_path_factory.mktemp("clinic"), "data_dir": data_dir, **settings}
 
 
-@pytest.fixture
-def clinic(places):
-    with Clinic(**places) as clinic:
-        yield clinic
-
-
-def test_wards_hold_faults_of_the_lab_and_every_patch_has_a_ward():
-    for names in WARDS.values():
-        assert set(names) <= FAULTS.keys()
-        assert len(set(names)) == len(names)
-    patched = {name for name, fault in FAULTS.items() if fault.patch}
-    assert patched <= set(WARDS["06"])
-
-
-def test_the_healthy_run_is_made_once_and_anew_for_another_recipe(places, clinic):
-    first = clinic.healthy / "metrics.json"
-    made = first.stat().st_mtime_ns
-    Clinic(**places)
-    assert first.stat().st_mtime_ns == made
-    Clinic(**places, seed=1)
-    assert first.stat().st_mtime_ns > made
-
-
-def test_a_fault_in_the_code_stays_until_its_own_treatment(clinic):
-    right = detections.detect
-    patient = clinic.admit("patched", 0)
-    assert detections.detect is not right
-    patient.treat("weights_not_loaded")
-    assert detections.detect is not right
-    patient.treat("threshold_ignored")
-    assert detections.detect is right
-    assert patient.treatments == ["weights_not_loaded", "threshold_ignored"]
-
-
-def test_signs_come_back_with_the_right_treatment_only(clinic):
-    patient = clinic.admit("spoiled", 0)
-    assert patient.signs.remark.startswith("raised")
-    patient.treat("no_objects")
-    assert not clinic.check_cure(patient).cured
-    patient.treat("adapter_keys")
-    report = clinic.check_cure(patient)
-    assert report.cured
-    assert report.now == clinic.signs
-
-
-def test_a_trained_patient_trains_as_long_as_the_healthy_run_which_its_cure_gives(places, clinic):
-    steps = read_run(clinic.healthy).metrics["steps"]
-    patient = clinic.admit("trained", 0)
-    ill = read_run(patient.folder)
-    assert ill.config.lora.dropout == 0.5
-    assert ill.metrics["steps"] == steps
-    patient.treat("extreme_regularisation")
-    assert patient.folder == clinic.healthy
-    with clinic.planted(HEALTHY, places["folder"] / "again") as folder:
-        again = read_run(folder)
-    healthy = read_run(clinic.healthy)
-    assert (again.config.lora.dropout, again.metrics["steps"]) == (0.1, steps)
-    assert again.config.fingerprint() == healthy.config.fingerprint()
-    assert again.metrics["valid"] == pytest.approx(healthy.metrics["valid"])
-
-
-def test_there_is_one_bed(clinic):
-    right = detections.detect
-    clinic.admit("patched", 0)
-    clinic.admit("spoiled", 0)
-    assert detections.detect is right
-    clinic.admit("patched", 0)
-    clinic.discharge()
-    assert detections.detect is right
-
-
-def opened_again(places):
-    Clinic(**places).admit("patched", 0)
+@pytest.fixture(scope="module")
+def shared(places):
     return Clinic(**places)
 
 
-def forgotten(places):
-    Clinic(**places).admit("patched", 0)
-    gc.collect()
+@pytest.fixture
+def clinic(shared, monkeypatch):
+    monkeypatch.setattr(clinic_module, "WARDS", WARDS_HERE)
+    return shared
 
 
-def left_by_an_error(places):
-    with pytest.raises(InputError, match="no ward"), Clinic(**places) as clinic:
-        [clinic.admit(ward, 0) for ward in ("patched", "nowhere")]
+def test_wards_hold_faults_of_the_lab_whose_causes_can_be_treated():
+    for names in WARDS.values():
+        assert set(names) <= FAULTS.keys()
+        assert len(set(names)) == len(names)
+        assert {FAULTS[name].cause for name in names} <= set(CAUSES)
 
 
-@pytest.mark.parametrize("leave", [opened_again, forgotten, left_by_an_error])
-def test_a_clinic_that_is_left_takes_its_fault_along(places, leave):
-    right = detections.detect
-    leave(places)
-    assert detections.detect is right
+def test_the_healthy_run_is_made_once_and_anew_for_another_recipe(places, shared):
+    first = shared.healthy / "adapter_model.safetensors"
+    made = first.stat().st_mtime_ns
+    again = Clinic(**places)
+    assert first.stat().st_mtime_ns == made
+    assert again.signs == shared.signs
+    assert take_signs(again.script, shared._truth) == shared.signs
+    other = Clinic(**places | {"folder": places["folder"] / "other"}, seed=1)
+    assert other.healthy != shared.healthy
+    assert other._recipe["seed"] == 1
 
 
-def test_what_is_imported_while_a_function_is_replaced_gets_it_back(monkeypatch):
-    """A module that binds the replacement must not keep it, and none is imported to look into it."""
-    late = ModuleType("helpers.late")
-    before = set(sys.modules)
-    with replaced("data.coco.read_split", lambda original: lambda *args: None) as original:
-        assert set(sys.modules) == before
-        monkeypatch.setitem(sys.modules, "helpers.late", late)
-        late.read_split = coco.read_split  # as by ``from helpers.data.coco import read_split``
-        assert late.read_split is not original
-    assert late.read_split is coco.read_split is read_split is original
+def test_signs_come_back_with_the_right_treatment_only(clinic):
+    patient = clinic.admit("threshold fixed", 0)
+    assert patient.script.mistakes == {"threshold fixed"}
+    assert patient.signs.found == 0 < clinic.signs.best_query
+    patient.treat("weights_not_loaded")
+    assert clinic.check_cure(patient).now == patient.signs
+    patient.treat("threshold_ignored")
+    assert clinic.check_cure(patient).now == clinic.signs
+    assert patient.treatments == ["weights_not_loaded", "threshold_ignored"]
 
 
-WINDOWS = """
-import builtins, importlib, os, pkgutil, signal, sys
-import helpers
-
-def import_all():
-    for module in pkgutil.walk_packages(helpers.__path__, "helpers."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
-
-import_all()  # what other packages import is theirs
-for name in [name for name in sys.modules if name.startswith("helpers.")]:
-    del sys.modules[name]
-POSIX = {"fcntl", "resource", "pwd", "grp", "termios", "pty", "posix"}
-real = builtins.__import__
-
-def on_windows(name, scope=None, *args, **kwargs):
-    if name.split(".")[0] in POSIX and str((scope or {}).get("__name__")).startswith("helpers"):
-        raise ModuleNotFoundError(f"No module named {name!r}")
-    return real(name, scope, *args, **kwargs)
-
-builtins.__import__ = on_windows
-for owner, names in ((os, ("fork", "geteuid", "getuid", "killpg", "setsid", "nice")),
-                     (signal, ("SIGKILL", "SIGALRM", "SIGHUP"))):
-    for name in names:
-        delattr(owner, name)
-import_all()
-"""
-
-
-def test_every_module_is_imported_where_there_is_no_posix():
-    """As on Windows, where a module-level ``import resource`` broke every patched patient."""
-    subprocess.run([sys.executable, "-c", WINDOWS], check=True)
+def test_a_trained_patient_trains_as_long_as_the_healthy_run(clinic):
+    patient = clinic.admit("dropout of a half", 0)
+    assert patient.script.recipe.dropout == 0.5
+    assert len(patient.script.log) == len(clinic.script.log)
+    patient.treat("extreme_regularisation")
+    assert patient.script is clinic.script
 
 
 def test_the_guess_comes_first(clinic):
-    patient = clinic.admit("patched", 0)
+    patient = clinic.admit("threshold fixed", 0)
     for action in (patient.diagnose, patient.reveal):
         with pytest.raises(InputError, match="comes after your guess"):
             action()
@@ -227,29 +97,27 @@ def test_the_guess_comes_first(clinic):
     assert patient.reveal().startswith("threshold_ignored, as guessed")
 
 
-def test_the_diagnosis_runs_with_the_fault_in_place(clinic, monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        clinic_module, "diagnose", lambda folder: calls.append((folder, detections.detect))
-    )
-    right = detections.detect
-    patient = clinic.admit("patched", 0)
+def test_the_diagnosis_is_asked_about_the_script_as_it_stands(clinic, monkeypatch):
+    monkeypatch.setattr(clinic_module, "diagnose", lambda live: live)
+    patient = clinic.admit("threshold fixed", 0)
     patient.guess = "no_objects"
-    patient.diagnose()
-    [(folder, detect)] = calls
-    assert folder == patient.folder
-    assert detect is not right
+    live = patient.diagnose()
+    assert live.model is patient.script.model
+    assert live.detect == patient.script.detect
 
 
 def test_the_same_case_draws_the_same_fault(clinic, monkeypatch):
-    monkeypatch.setattr(clinic_module, "WARDS", {"all": ("patched", "spoiled")})
-    drawn = [clinic.admit("all", case)._fault for case in (0, 1, 2, 0)]
-    assert drawn[0] is drawn[-1]
-    assert {id(fault) for fault in drawn} == {id(PATCHED), id(SPOILED)}
+    names = ("threshold fixed", "keys with prefix")
+    monkeypatch.setattr(clinic_module, "WARDS", {"all": names})
+    drawn = [clinic.admit("all", case)._fault.name for case in (0, 1, 2)]
+    assert drawn[0] == drawn[2]
+    assert set(drawn) == set(names)
     assert clinic.suspects("all") == ["adapter_keys", "threshold_ignored"]
 
 
-@pytest.mark.parametrize(("ward", "case"), [("07", 0), ("patched", -1), ("patched", True)])
+@pytest.mark.parametrize(
+    ("ward", "case"), [("07", 0), ("threshold fixed", -1), ("threshold fixed", True)]
+)
 def test_an_impossible_ward_or_case_is_refused(clinic, ward, case):
     with pytest.raises(InputError, match="ward|case"):
         clinic.admit(ward, case)
@@ -268,9 +136,9 @@ def test_causes_are_checked():
 
 
 def test_names_of_files_do_not_give_the_fault_away(clinic, monkeypatch):
-    monkeypatch.setattr(clinic_module, "WARDS", {"05": ("patched",)})
-    patient = clinic.admit("05", 3)
-    assert str(patient.folder.relative_to(clinic.folder)) == "patient_05_3/run"
+    monkeypatch.setattr(clinic_module, "WARDS", {"05": ("threshold fixed",)})
+    clinic.admit("05", 3)
+    assert (clinic.folder / "patient_05_3" / "run").is_dir()
 
 
 HEALTHY_SIGNS = VitalSigns(found=1.0, outlined=0.8, false_alarms=0.0, AP50=0.6)
@@ -310,10 +178,10 @@ def test_the_report_says_whether_detections_came_back():
     assert list(back.table["found"]) == [1.0, 0.2, 1.0]
 
 
-def test_shares_are_counted_over_images_and_absent_prompts(run, data_dir):
+def test_shares_are_counted_over_images_and_absent_prompts(shared, data_dir):
     """Two of three images show cracks: one is outlined, one answered in a wrong place; moss once."""
     truth = read_split(data_dir, "valid")
-    answers = predict_split(run.model, run.processor, truth, absent_prompts=["moss"])
+    answers = [query for record in truth.records for query in asked(shared.script, record, truth)]
     shown = [query for query in answers if query.is_positive]
     changed = []
     for query in answers:
@@ -327,7 +195,8 @@ def test_shares_are_counted_over_images_and_absent_prompts(run, data_dir):
     signs = signs_of(changed)
     assert signs.found == 1.0
     assert signs.outlined == 0.5
-    assert signs.false_alarms == pytest.approx(1 / 4)  # moss thrice, crack once
+    absent = [query for query in answers if not query.is_positive]
+    assert signs.false_alarms == pytest.approx(1 / len(absent))
     assert (signs.presence, signs.best_query) == pytest.approx((0.8, 0.7))
     assert signs.remark == ""
 
@@ -336,26 +205,52 @@ def empty_rle(query):
     return segmentation_to_rle([[0, 0, 2, 0, 2, 2, 0, 2]], query.height, query.width)
 
 
-def test_a_pipeline_that_raises_is_a_sign(run_folder, tmp_path, data_dir):
-    def broken(*args, **kwargs):
-        raise RuntimeError("broken")
-
+def test_a_script_that_raises_is_a_sign(shared, data_dir):
     truth = read_split(data_dir, "valid")
-    with replaced("detect.metrics.evaluate_queries", lambda original: broken):
-        signs = take_signs(run_folder, truth)
-    assert signs == VitalSigns(remark="raised RuntimeError")
-    assert deviations(signs, signs) == {"remark": "raised RuntimeError"}
-    assert take_signs(tmp_path, truth).remark == "raised InputError"
+    broken = copy(shared.script)
+    broken.answer = None
+    signs = take_signs(broken, truth)
+    assert signs == VitalSigns(remark="raised TypeError")
+    assert deviations(signs, signs) == {"remark": "raised TypeError"}
 
 
-def test_a_dataset_without_objects_is_refused(clinic, places, monkeypatch):
-    split = clinic._truth
-    empty = replace(split, records=tuple(replace(record, objects=()) for record in split.records))
-    monkeypatch.setattr(clinic_module, "load_dataset", lambda *args: Dataset(empty))
+def test_a_dataset_without_objects_is_refused(places, data_copy, tmp_path):
+    for path in data_copy.rglob("*.json"):
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"annotations": []}))
     with pytest.raises(InputError, match="no image shows an object"):
-        Clinic(**places)
+        Clinic(**places | {"folder": tmp_path, "data_dir": data_copy})
 
 
-class Dataset:
-    def __init__(self, split):
-        self.split = lambda name: split
+WINDOWS = """
+import builtins, importlib, os, pkgutil, signal, sys
+import helpers
+
+def import_all():
+    for module in pkgutil.walk_packages(helpers.__path__, "helpers."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+
+import_all()  # what other packages import is theirs
+for name in [name for name in sys.modules if name.startswith("helpers.")]:
+    del sys.modules[name]
+POSIX = {"fcntl", "resource", "pwd", "grp", "termios", "pty", "posix"}
+real = builtins.__import__
+
+def on_windows(name, scope=None, *args, **kwargs):
+    if name.split(".")[0] in POSIX and str((scope or {}).get("__name__")).startswith("helpers"):
+        raise ModuleNotFoundError(f"No module named {name!r}")
+    return real(name, scope, *args, **kwargs)
+
+builtins.__import__ = on_windows
+for owner, names in ((os, ("fork", "geteuid", "getuid", "killpg", "setsid", "nice")),
+                     (signal, ("SIGKILL", "SIGALRM", "SIGHUP"))):
+    for name in names:
+        delattr(owner, name)
+import_all()
+"""
+
+
+def test_every_module_is_imported_where_there_is_no_posix():
+    """As on Windows, where there is no module ``resource``."""
+    subprocess.run([sys.executable, "-c", WINDOWS], check=True)

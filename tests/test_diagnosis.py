@@ -273,7 +273,7 @@ def test_an_interrupted_run_is_called_so(run_copy, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--adapter", "nowhere"], "holds no config.yaml"),
+        (["--adapter", "nowhere"], "no such file or folder"),
         (["--data", "nowhere"], "no such dataset"),
         (["--image", "nowhere.jpg"], "no such image"),
     ],

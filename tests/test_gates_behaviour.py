@@ -10,7 +10,6 @@ from helpers.detect.detections import RawPrediction
 from helpers.diagnose import answer_gates as gates
 from helpers.diagnose.diagnosis import pass_gate
 from helpers.diagnose.examination import Examination, Gate
-from helpers.lab.faults import FAULTS, planted
 from helpers.model.lora import add_lora
 from helpers.model.sam3 import load_base
 
@@ -253,10 +252,3 @@ def test_all_gates_can_be_asked_of_a_real_run(run_folder, data_dir):
     assert {one.status for one in results.values()} <= {"ok", "failed", "not applicable"}
     assert "test_0.png: 'dog' scores" in results["own picture"].measured
     assert {one.cause for result in results.values() for one in result.evidence} <= set(CAUSES)
-
-
-def test_words_of_a_distorted_text_encoder_run_together(tmp_path):
-    with planted(FAULTS["words run together"], tmp_path) as folder:
-        subject = Examination(folder)
-        assert causes(gates.words_apart, subject) == DISTORTED
-        assert causes(gates.size_of_update, subject) == []

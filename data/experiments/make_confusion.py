@@ -1,7 +1,8 @@
 """Make the confusion matrix of the diagnosis: ``python -m data.experiments.make_confusion``.
 
-Every fault is planted, a run is made with it, the diagnosis is asked, and its answer is kept; so
-are its answers on healthy runs. A fault that was judged is not judged again.
+The script of the lab is run with every fault, and the diagnosis is asked twice: about the files that
+it left, and about the objects in its kernel. Healthy runs of the script and of this project are
+asked about, too. A run that was judged is not judged again.
 """
 
 import argparse
@@ -17,73 +18,103 @@ import pandas as pd
 from data.experiments.cells import TABLES, code_version
 from data.experiments.jobs import run_jobs
 from data.experiments.make import run_command
+from helpers.config import load_config
 from helpers.diagnose.diagnosis import diagnose
-from helpers.files import RUNS, WALL_CRACKS, read_json, resolve, write_json, write_text
-from helpers.lab.faults import FAULTS, HEALTHY, planted
+from helpers.files import CONFIGS, RUNS, WALL_CRACKS, read_json, resolve, write_json, write_text
+from helpers.lab.faults import FAULTS, HEALTHY, RUN_FOLDER, alive, left_in, planted
 from helpers.lab.statistics import NOTHING, score
+from helpers.train.training import train
 
 LABORATORY_RUNS = RUNS / "laboratory"
 CONFUSION_TABLE = TABLES / "confusion.csv"
-HEALTHY_RUNS = {f"healthy {seed}": seed for seed in (1, 2, 3)}
-EPOCHS = "scale.num_epochs=0.1"  # five of 50, so that a fault is judged within a minute
+HEALTHY_RUNS = {f"healthy {seed}": seed for seed in (1, 2, 3, 4, 5)}
+OWN_RUNS = {f"own run {seed}": seed for seed in (1, 2, 3)}
+OWN_EPOCHS = "scale.num_epochs=0.1"  # five of 50
+VIEWS = {"files": left_in, "alive": lambda folder, script: alive(script)}
 
 
-def judge_fault(name, output_dir, data_dir, profile):
-    """Plant a fault of `FAULTS`, or none for a key of `HEALTHY_RUNS`, and return its row."""
+def judge(name, output_dir, data_dir):
+    """Make a run, with a fault of `FAULTS` or without any, and return its rows: list of dict."""
+    folder, fault = _place(output_dir, name), FAULTS.get(name, HEALTHY)
+    if name in OWN_RUNS:
+        rows = [_row(name, fault, "files", lambda: _own_run(folder, OWN_RUNS[name], data_dir))]
+    else:
+        healthy = _place(output_dir, next(iter(HEALTHY_RUNS))) / RUN_FOLDER
+        seed = HEALTHY_RUNS.get(name, 1)
+        script = planted(fault, folder, healthy=healthy, data_dir=data_dir, seed=seed)
+        rows = [
+            _row(name, fault, view, lambda make=make: make(folder / RUN_FOLDER, script))
+            for view, make in VIEWS.items()
+        ]
+    if name in FAULTS:
+        shutil.rmtree(folder, ignore_errors=True)
+    return rows
+
+
+def _own_run(folder, seed, data_dir):
+    """Train this project's own run and return its folder."""
+    overrides = [("data.data_dir", data_dir), OWN_EPOCHS, f"training.seed={seed}"]
+    config = load_config(CONFIGS / "crack_detection_config.yaml", "tiny", overrides)
+    train(config, output_dir=folder, overwrite=True, progress=False)
+    return folder
+
+
+def _row(name, fault, view, make):
+    """Ask the diagnosis about what ``make`` returns."""
     started = time.perf_counter()
-    fault, settings = FAULTS.get(name, HEALTHY), (EPOCHS,)
-    if name in HEALTHY_RUNS:
-        settings = (EPOCHS, f"training.seed={HEALTHY_RUNS[name]}")
-    folder = _place(output_dir, name)
-    options = {"settings": settings, "data_dir": data_dir, "profile": profile}
-    healthy = _place(output_dir, next(iter(HEALTHY_RUNS))) / "run"
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        planted(fault, folder, healthy=healthy, **options) as run,
-    ):
-        diagnosis = diagnose(run)
+    row = {"planted": name, "view": view, "cause": fault.cause or NOTHING}
+    row |= {"seen": fault.seen in ("both", view), "shown_by": fault.shown_by}
+    with contextlib.redirect_stdout(io.StringIO()):
+        diagnosis = diagnose(make())
     causes = diagnosis.causes
-    row = {
-        "planted": name,
-        "cause": fault.cause or NOTHING,
+    return row | {
         "first": causes[0].code if causes else NOTHING,
         "found": " ".join(cause.code for cause in causes),
         "confidences": " ".join(f"{cause.confidence:.2f}" for cause in causes),
         "failed_gates": "; ".join(gate.name for gate in diagnosis.gates if gate.status == "failed"),
+        "asked": diagnosis.asked,
         "seconds": round(time.perf_counter() - started, 1),
         "code_version": code_version(),
     }
-    if name in FAULTS:
-        shutil.rmtree(folder, ignore_errors=True)
-    return row
 
 
 def _place(output_dir, name):
     return Path(output_dir) / name.replace(" ", "_")
 
 
-def run_laboratory(output_dir, *, data_dir=WALL_CRACKS, profile="tiny", workers=None):
-    """Judge all healthy runs and faults that have not been judged; return the table, see `score`."""
+def run_laboratory(output_dir, *, names=None, data_dir=WALL_CRACKS, photographs=(), workers=None):
+    """Judge all runs that were not judged, or those named, and return the table, see `score`.
+
+    ``photographs`` are further datasets, of which a healthy run of the script is judged, too.
+    """
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    for names in (HEALTHY_RUNS, FAULTS):  # some faults are planted into a healthy run
-        rows = {name: _place(output_dir, name).with_suffix(".json") for name in names}
-        missing = [name for name, path in rows.items() if not path.is_file()]
-        jobs = [(name, output_dir, data_dir, profile) for name in missing]
-        done = len(names) - len(missing)
-        for row in run_jobs(judge_fault, jobs, description="judged", done=done, workers=workers):
-            write_json(rows[row["planted"]], row)
-    files = [_place(output_dir, name).with_suffix(".json") for name in (*HEALTHY_RUNS, *FAULTS)]
-    table = pd.DataFrame([read_json(path, "run the laboratory again") for path in files])
+    healthy = [*HEALTHY_RUNS, *OWN_RUNS]
+    places = dict.fromkeys([*healthy, *FAULTS], data_dir)
+    places |= {f"healthy {Path(folder).name}": folder for folder in photographs}
+    first = next(iter(HEALTHY_RUNS))  # what acts after a training is planted into this one
+    chosen = [name for name in places if names is None or name in (first, *names)]
+    rows = {name: _place(output_dir, name).with_suffix(".json") for name in chosen}
+    for part in (chosen[:1], chosen[1:]):
+        missing = [name for name in part if not rows[name].is_file()]
+        jobs = [(name, output_dir, places[name]) for name in missing]
+        for judged in run_jobs(judge, jobs, description="judged", workers=workers):
+            write_json(rows[judged[0]["planted"]], {"rows": judged})
+    found = [row for path in rows.values() for row in read_json(path, "run it again")["rows"]]
+    table = pd.DataFrame(found)
     write_text(Path(output_dir) / "confusion.csv", table.to_csv(index=False))
     return table
 
 
 def main(arguments=None):
-    """Run the command line; 1 if a fault was missed or a healthy run has a cause."""
+    """Run the command line; 1 if a fault that can be seen was missed, or a healthy run has a cause."""
     parser = argparse.ArgumentParser(
         prog="python -m data.experiments.make_confusion", description=__doc__
     )
     parser.add_argument("--output", type=resolve, default=LABORATORY_RUNS, help="where rows go")
+    parser.add_argument("--only", nargs="+", help="judge these faults or healthy runs only")
+    parser.add_argument(
+        "--photographs", nargs="+", default=[], type=resolve, help="datasets for healthy runs"
+    )
     parser.add_argument("--workers", type=int, help="runs at a time, by default one per core")
     parser.add_argument(
         "--publish", action="store_true", help="write the table to data/experiments"
@@ -94,7 +125,12 @@ def main(arguments=None):
 
 def _run(options):
     """Run the laboratory as the command line asks for."""
-    table = run_laboratory(options.output, workers=options.workers)
+    table = run_laboratory(
+        options.output,
+        names=options.only,
+        photographs=options.photographs,
+        workers=options.workers,
+    )
     counts = score(table)
     for name, value in counts.items():
         print(f"{name:<13}{value}")

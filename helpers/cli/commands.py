@@ -5,6 +5,7 @@ Libraries are imported inside, so that ``--help`` answers at once.
 """
 
 import argparse
+import difflib
 import sys
 from pathlib import Path
 
@@ -35,6 +36,13 @@ def add_commands(add):
     own = ("--format", "--category", "--objects", "--polygons", "--seed")
     add_options(command, *own, "--tile", "--overlap")
 
+    command = add(import_)
+    text = "weights, or their folder: of Sompote/SAM3_LoRA, Meta's trainer, PEFT or transformers"
+    command.add_argument("source", type=in_current_folder, metavar="SOURCE", help=text)
+    config = "YAML of the training, by default the one beside the weights"
+    own = ("--config", "--base", "--alpha", "--orientation")
+    add_options(command, *own, required=["--output"], config=config)
+
     model = argparse.ArgumentParser(add_help=False)
     source = model.add_mutually_exclusive_group()
     adapter = "run folder, or folder of a PEFT adapter"
@@ -58,7 +66,16 @@ def add_commands(add):
     own = ("--data", "--split", "--prompt", "--threshold", "--routing", "--retention")
     add_options(add(evaluate, model), *own)
     add_options(add(report), required=["--adapter"])
-    add_options(add(diagnose), "--data", "--image", "--prompt", required=["--adapter"])
+    command = add(diagnose)
+    text = "run folder, PEFT folder, *_lora_weights.pt, checkpoint.pt, model folder, log or dataset"
+    command.add_argument("source", nargs="?", type=in_current_folder, metavar="SOURCE", help=text)
+    own = {"adapter": "the same as SOURCE", "config": "YAML of the training, whatever wrote it"}
+    own |= {"words": "what the training asked for", "data": "its dataset"}
+    names = ("--adapter", "--config", "--data", "--log", "--base", "--words", "--image", "--prompt")
+    add_options(command, *names, "--html", **own)
+    text = "a cause, by default all"
+    add(causes).add_argument("code", nargs="?", metavar="CODE", help=text)
+    add_options(add(overfit), "--profile", "--data", "--set", required=["--config"])
     add_options(add(merge), "--dtype", "--base", required=["--adapter", "--output"])
     merged = "run folder, or folder of a merged model"
     add_options(add(push), "--yes", required=["--adapter", "--repo"], adapter=merged)
@@ -91,6 +108,16 @@ def convert(args):
     settings = {name: getattr(args, name) for name in names}
     summary = run_conversion(args.source, args.output, **settings)
     return 0, summary, summary_text(summary)
+
+
+def import_(args):
+    """Make what somebody else trained readable; status 1 if something is wrong with it."""
+    from helpers.foreign import import_source
+
+    names = "config", "base", "alpha", "orientation"
+    own = {name: getattr(args, name) for name in names}
+    report = import_source(args.source, args.output, **own)
+    return report.status, report.to_json(), report.summary()
 
 
 def train(args):
@@ -252,11 +279,54 @@ def report(args):
 def diagnose(args):
     """Say why a run detects nothing; status 1 for causes, 3 if too little could be examined."""
     from helpers.diagnose.diagnosis import diagnose as examine
+    from helpers.files import write_text
 
-    own = {"data_dir": args.data, "image": args.image, "prompt": args.prompt}
-    diagnosis = examine(args.adapter, **own, progress=True)
+    if (args.source is None) == (args.adapter is None):
+        raise InputError("name one SOURCE", fix="name a run, an adapter, a log or a dataset")
+    names = ("config", "log", "base", "image", "prompt")
+    given = {name: getattr(args, name) for name in names} | {"data_dir": args.data}
+    given["words"] = [] if args.words is None else _words(args.words)
+    diagnosis = examine(args.source or args.adapter, **given, progress=True)
+    if args.html is not None:
+        write_text(args.html, diagnosis.to_html())
     status = {"healthy": 0, "causes": 1, "undecided": 3}[diagnosis.verdict]
     return status, diagnosis.to_json(), diagnosis.summary()
+
+
+def causes(args):
+    """Print the catalogue of causes, or one with its test and fix."""
+    from helpers.causes import TABLE
+
+    if args.code is None:
+        lines = [f"{code:<24}{cause.title}" for code, cause in TABLE.items()]
+        return 0, {code: cause._asdict() for code, cause in TABLE.items()}, "\n".join(lines)
+    if args.code not in TABLE:
+        close = difflib.get_close_matches(args.code, TABLE, n=1, cutoff=0.3)
+        fix = (
+            f"did you mean '{close[0]}'?" if close else "list them with 'python -m helpers causes'"
+        )
+        raise InputError(f"there is no cause {args.code!r}", fix=fix)
+    content = TABLE[args.code]._asdict()
+    lines = [args.code, *(f"  {name:<12}{text}" for name, text in content.items() if text)]
+    return 0, {"code": args.code, **content}, "\n".join(lines)
+
+
+def overfit(args):
+    """Train on one batch alone; status 1 if its loss does not come near zero."""
+    from helpers.config import load_config
+    from helpers.diagnose.live_gates import overfit_one_batch, patient_of_config
+
+    overrides = [*args.set, *([] if args.data is None else [("data.data_dir", args.data)])]
+    config = load_config(args.config, profile=args.profile, overrides=overrides)
+    rate = config.effective_learning_rate
+    patient = patient_of_config(config)
+    result = overfit_one_batch(patient, learning_rate=rate, progress=True)
+    text = (
+        "one batch, {objects} objects of {prompts} prompts: loss {first:.4g} at first, {last:.4g} after "
+        "{steps} steps; "
+    ).format(**result)
+    text += "it can be learned" if result["learned"] else "it is not learned: look at the loss"
+    return (0 if result["learned"] else 1), result, text
 
 
 def merge(args):

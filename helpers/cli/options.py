@@ -28,6 +28,8 @@ OPTIONS = {
     "--base": {"type": _base, "metavar": "NAME", "help": "base model: a folder or a hub name"},
     "--config": _path("FILE", "a configuration, such as those in configs/"),
     "--data": _path("DIR", "dataset, by default that of the run or config"),
+    "--html": _path("FILE", "page to write"),
+    "--log": _path("FILE", "training log: CSV, JSON lines or trainer_state.json, with a loss"),
     "--output": _path("DIR", "folder to write"),
     "--profile": {"type": _profile, "help": "tiny, sam3 or a file"},
     "--set": {
@@ -72,6 +74,12 @@ OPTIONS = {
         "help": "what corners (YOLO, LabelMe) are; auto (default): pixels if all are whole numbers",
     },
     "--seed": {"type": int, "default": 42, "help": "of the division, default 42"},
+    # what somebody else trained
+    "--alpha": {"type": float, "help": "of the LoRA, where no file tells it"},
+    "--orientation": {
+        "choices": ("native", "peft"),
+        "help": "A as (in, r) or as (r, in), where the shapes leave it open",
+    },
     # what to give away
     "--dtype": {"help": "float32 or bfloat16, by default that of the base's files"},
     "--repo": {"metavar": "OWNER/NAME", "help": "name on the Hub"},

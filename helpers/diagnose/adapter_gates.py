@@ -7,15 +7,14 @@ from transformers import Sam3Model
 
 from helpers.data.coco import read_split
 from helpers.data.dataset import PromptCollator
-from helpers.data.images import open_upright
 from helpers.detect.metrics import evaluate_queries
 from helpers.detect.queries import predict_split
 from helpers.diagnose.answer_gates import FOUND
-from helpers.diagnose.examination import Evidence, Inapplicable, evidence_if, gate
+from helpers.diagnose.examination import Evidence, evidence_if, gate
+from helpers.diagnose.patient import Inapplicable
 from helpers.errors import InputError
 from helpers.files import TINY_BASE, WALL_CRACKS, read_json, resolve
 from helpers.model.lora import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE, read_adapter_weights
-from helpers.model.prompted import model_inputs
 from helpers.model.sam3 import base_dtype, base_fingerprint
 from helpers.train.trainer import CHECKPOINTS
 
@@ -30,7 +29,7 @@ BASE_GATES, CHECKPOINT_GATES = [], []
 @gate(BASE_GATES, "base", "finds what it knows on bundled pictures")
 def base_knows_its_concepts(examination):
     """Ask the embedded base for what it knows, on bundled pictures that show it."""
-    if resolve(examination.config.model.name) != TINY_BASE:
+    if resolve(examination.base_name) != TINY_BASE:
         fix = "ask it for something that is plainly in one of your pictures"
         raise Inapplicable("no picture with a known answer is bundled for this base", fix=fix)
     predictor, count, total = examination.predictor(adapted=False), 0, 0
@@ -52,6 +51,8 @@ def _known_pictures():
 @gate(BASE_GATES, "port", "equals transformers' Sam3Model, autocast off")
 @torch.no_grad()
 def _port_agrees(examination):
+    if not examination.is_own:
+        raise Inapplicable("'make test' compares this project's model with the library's")
     leaked = [name for name in {"cpu", examination.device.type} if torch.is_autocast_enabled(name)]
     if leaked:
         text = f"autocast is on outside of training, on {', '.join(leaked)}"
@@ -66,6 +67,7 @@ def _port_agrees(examination):
     pixels = pixels["pixel_values"].to(model.device)
     index = torch.zeros(2, dtype=torch.long, device=model.device)
     ours = model(pixel_values=pixels, image_index=index, **tokens)
+    tokens |= model.geometry_inputs(2)
     plain = Sam3Model.forward(model, pixel_values=pixels.repeat(2, 1, 1, 1), **tokens)
     names = ("pred_logits", "presence_logits", "pred_boxes", "pred_masks")
     largest, shown = _largest_gap(ours, plain, names)
@@ -114,6 +116,8 @@ def _keys_fit(examination):
 
 @gate(CHECKPOINT_GATES, "weights in memory", "equal to the file")
 def _weights_are_in_memory(examination):
+    if examination.is_live:
+        raise Inapplicable("they were given in memory")
     weights = examination.adapter_weights
     memory = get_peft_model_state_dict(examination.loaded.model, save_embedding_layers=False)
     differing = [
@@ -154,20 +158,21 @@ def _saved_as_trained(examination):
 @gate(CHECKPOINT_GATES, "effect of the adapter", "outputs differ from the base")
 @torch.no_grad()
 def _adapter_has_an_effect(examination):
-    run, words = examination.loaded, examination.words
-    if any(one.cause == "weights_not_loaded" for one in _weights_are_in_memory(examination)[1]):
+    words = examination.words
+    if examination.is_own and any(
+        one.cause == "weights_not_loaded" for one in _weights_are_in_memory(examination)[1]
+    ):
         raise InputError("the saved weights are not in the model, so it cannot show their effect")
-    picture = open_upright(examination.sample[0].path)
-    batch = {
-        **run.processor.image_processor(images=picture, return_tensors="pt"),
-        **PromptCollator(run.processor).tokenize(words),
-        "image_index": torch.zeros(len(words), dtype=torch.long),
-    }
-    batch = model_inputs(batch, examination.device)
-    adapted = run.model(**batch)
-    with run.model.disable_adapter():
-        plain = run.model(**batch)
-    names = ("pred_logits", "presence_logits", "pred_masks")
+    path = examination.image or examination.sample[0].path
+    adapted, plain = (
+        [vars(raw) for raw in examination.predictor(is_on).raw(path, words)]
+        for is_on in (True, False)
+    )
+    names = ("query_logits", "presence_logit", "mask_logits")
+    adapted, plain = (
+        {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in names}
+        for rows in (adapted, plain)
+    )
     largest, shown = _largest_gap(adapted, plain, names)
     text = f"largest difference that the adapter makes: {shown}"
     return text, evidence_if(not largest, "adapter_at_zero", 1.0, text)

@@ -11,7 +11,8 @@ from torchvision.ops import box_iou
 from helpers.data.prompts import absent_candidates, present_prompts
 from helpers.detect.predictor import untrained_prompts
 from helpers.diagnose.data_gates import MIN_IMAGES
-from helpers.diagnose.examination import Inapplicable, evidence_if, gate
+from helpers.diagnose.examination import evidence_if, gate
+from helpers.diagnose.patient import Inapplicable, Missing
 from helpers.errors import InputError
 from helpers.model.audit import prompt_embeddings
 from helpers.model.lora import component_of, lora_layers
@@ -83,6 +84,16 @@ def run_beside_base(examination):
             f"(the lower factor is the {low})"
         )
     return f"of words in the picture, {'; '.join(texts)}", []
+
+
+@gate(BEHAVIOUR_GATES, "words in the picture", f"a mean best score of {LEAST_PRESENT:g} or more")
+def words_are_found(examination):
+    """Leave it open why a run finds nothing, if no other gate says so."""
+    score = _mean(_of_present(examination), "max_score")
+    text = f"the mean best score of words in the picture is {score:.3f}"
+    if score < LEAST_PRESENT:
+        raise InputError(f"{text}: it finds next to nothing, for a reason that no gate may see")
+    return text, []
 
 
 @gate(BEHAVIOUR_GATES, "presence at its clamp", f"at most {MAX_AT_CLAMP:.0%} of the words")
@@ -191,7 +202,11 @@ def own_picture(examination):
     """Say what run and base answer about the user's own picture, and which word would do."""
     if examination.image is None:
         raise Inapplicable("no picture was given")
-    words = list(dict.fromkeys((*examination.words, *examination.trained_words)))
+    try:
+        trained = examination.trained_words
+    except Missing:
+        trained = ()
+    words = list(dict.fromkeys((*examination.words, *trained)))
     run, base = examination.predictor(adapted=True), examination.predictor(adapted=False)
     answers = (predictor.raw(examination.image, words) for predictor in (run, base))
     texts, means = [], {}
@@ -202,7 +217,7 @@ def own_picture(examination):
             f"query {now.max_query_prob:.3f}; base {before.max_score:.3f}"
         )
     text = f"{examination.image.name}: {'; '.join(texts)}"
-    return text, _wrong_word(examination, text, means)
+    return text, _wrong_word(examination, text, means) if trained else []
 
 
 @gate(
@@ -269,6 +284,13 @@ def _update_medians(examination):
         for adapter in layer.lora_A:
             update = layer.get_delta_weight(adapter).float().norm()
             ratios.setdefault(component_of(name), []).append(float(update / weights))
+    if not ratios:  # a full model
+        before = dict(examination.base[0].named_parameters())
+        for name, after in examination.loaded.model.named_parameters():
+            if after.dim() > 1 and name in before and before[name].shape == after.shape:
+                weights = before[name].float().to(after.device)
+                ratio = float((after.float() - weights).norm() / weights.norm().clamp(min=1e-9))
+                ratios.setdefault(component_of(name), []).append(ratio)
     return {name: float(np.median(values)) for name, values in ratios.items()}
 
 

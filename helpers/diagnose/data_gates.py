@@ -4,6 +4,8 @@ from collections import Counter
 from itertools import combinations
 
 import numpy as np
+import torch
+from torchvision.ops import box_convert, box_iou, masks_to_boxes
 
 from helpers.checks.boxes_and_masks import check_annotations
 from helpers.checks.images import check_images, contrast_per_turn
@@ -11,10 +13,10 @@ from helpers.checks.words import check_categories, similar_names
 from helpers.data.coco import entries_of
 from helpers.data.records import has_mask
 from helpers.detect.predictor import untrained_prompts
-from helpers.diagnose.examination import Evidence, Inapplicable, evidence_if, gate
+from helpers.diagnose.examination import SLIP, Evidence, evidence_if, gate
+from helpers.diagnose.patient import Inapplicable
 from helpers.errors import InputError
 
-SPLITS = ("train", "valid")
 CODES_OF = {
     "unreadable_data": ("D08", "D43", "D44", "D70"),
     "objects_filtered": ("D10",),
@@ -28,7 +30,6 @@ CAUSE_OF = {code: cause for cause, codes in CODES_OF.items() for code in codes}
 MIN_SHARE = 0.05  # of objects or images; a fault below it is a slip and explains no detector
 MIN_SHARES = {"D08": 0.0, "D70": 0.0, "D50": 0.5}
 """One image that cannot be opened stops the loader; many small objects are normal."""
-SLIP = 0.4  # confidence of what is shown and names no cause
 MIN_READ = 0.99  # share of the objects in the files that the reader must find
 MIN_KEPT = 0.95  # share of the objects that reach the loss; below it, lost ones explain a detector
 MIN_MASK_SHARE = 0.5  # of the objects; with fewer, hardly any outline is taught
@@ -42,6 +43,10 @@ that are, and of the others to 0.0 % on walls and 1.1 % on photographs, which it
 MAX_PRESENT_SHARE, MAX_PRESENT = 0.02, 2
 """Of the absent prompts, as a share and as a number, that the base may see in the pictures.
 Healthy: 0 of 192 (walls), 2 of 189 (masonry), 0 of 162 (potholes)."""
+OUTSIDE = 0.05  # of the image, by which a box may leave it
+MAX_OUTSIDE = 0.2  # of the boxes; corners read as centres leave the image in half of all cases
+BETTER_IOU = 0.2  # by which another reading of the numbers must fit the masks better
+BOX_FORMS = {"cxcywh": "(centre, size)", "xyxy": "corners", "xywh": "(corner, size)"}
 BASE_SAMPLE = 48  # images, evenly spaced
 DATA_GATES, PROMPT_GATES = [], []
 
@@ -49,7 +54,7 @@ DATA_GATES, PROMPT_GATES = [], []
 @gate(DATA_GATES, "annotation files", "every split can be read, and the reader finds every object")
 def _annotation_files(examination):
     texts, evidence = [], []
-    for name in SPLITS:
+    for name in examination.split_names:
         try:
             split = examination.split(name)
         except InputError as error:
@@ -66,11 +71,13 @@ def _annotation_files(examination):
 
 @gate(DATA_GATES, "annotations", "no error of boxes, masks and crowd flags")
 def _annotations_alone(examination):
-    model = examination.base[0]
-    num_queries = model.config.detr_decoder_config.num_queries
+    splits, (mask_size, num_queries) = (
+        map(examination.split, examination.split_names),
+        examination.sizes,
+    )
     findings, evidence = [], []
-    for split in map(examination.split, SPLITS):
-        faults = check_annotations(split, mask_size=model.mask_size, num_queries=num_queries)
+    for split in splits:
+        faults = check_annotations(split, mask_size=mask_size, num_queries=num_queries)
         findings += faults
         evidence += evidence_of(faults, split.num_objects)
     return _texts(findings), evidence
@@ -79,7 +86,7 @@ def _annotations_alone(examination):
 @gate(DATA_GATES, "image files", "every image opens and has the stated shape")
 def _image_files(examination):
     findings, evidence = [], []
-    for split in map(examination.split, SPLITS):
+    for split in map(examination.split, examination.split_names):
         faults = check_images(split, examination.dataset.look(split))
         findings += faults
         evidence += evidence_of(faults, len(split.records))
@@ -140,18 +147,25 @@ def _empty_images(examination):
 def objects_after_loader(examination):
     """Count objects in the records against objects in the batches, prompt by prompt."""
     queries = examination.train_queries
-    records = {record.image_id: record for record, _, _ in queries}.values()
+    records = _records(queries)
     objects = [item for record in records for item in record.objects]
     crowd = sum(item.is_crowd for item in objects)
     kept = sum(len(target["boxes_cxcywh"]) for _, _, target in queries)
     text = f"{kept} of {len(objects)} objects of {len(records)} images reach the loss"
+    if not records:
+        text = f"{kept} objects reach the loss in {len(queries)} prompts"
+        return text, evidence_if(not kept, "no_objects", 1.0, text)
     denied = Counter()
     for record, query, target in queries:
+        if record is None:
+            continue
         shown = {item.category for item in record.objects if not item.is_crowd}
         if shown:
             shown.add(examination.config.data.prompt)  # what every object is asked by, if set
         if query["prompt"] in shown and not len(target["boxes_cxcywh"]):
             denied[query["prompt"]] += 1
+    if crowd < len(objects) and not kept:
+        return text, [Evidence("no_objects", 1.0, text)]
     if denied:
         words = ", ".join(f"'{prompt}' on {count} images" for prompt, count in denied.items())
         text = f"{text}; annotated, yet asked without objects: {words}"
@@ -159,8 +173,6 @@ def objects_after_loader(examination):
     if crowd > (1 - MIN_KEPT) * len(objects):
         text = f"{text}; {crowd} are marked as crowd regions and dropped"
         return text, [Evidence("objects_filtered", 1.0, text)]
-    if objects and not kept:
-        return text, [Evidence("no_objects", 1.0, text)]
     if kept < MIN_KEPT * len(objects):
         return text, [Evidence("objects_filtered", 0.7, text)]
     if not (examination.is_finished and examination.is_own_data):
@@ -172,6 +184,11 @@ def objects_after_loader(examination):
     return text, evidence_if(recorded < MIN_KEPT * kept, "objects_filtered", 0.7, text)
 
 
+def _records(queries):
+    """Return the images of some queries, each once, as far as they are known."""
+    return {record.image_id: record for record, _, _ in queries if record is not None}.values()
+
+
 @gate(DATA_GATES, "masks after the loader", "as many as the files hold")
 def _masks_after_loader(examination):
     queries = [query for query in examination.train_queries if len(query[2]["boxes_cxcywh"])]
@@ -179,16 +196,75 @@ def _masks_after_loader(examination):
         raise InputError("no object reaches the loss", where=examination.data_dir)
     total = sum(len(target["boxes_cxcywh"]) for _, _, target in queries)
     masks = sum(int(target["mask_valid"].sum()) for _, _, target in queries)
-    records = {record.image_id: record for record, _, _ in queries}.values()
-    items = [(record, item) for record in records for item in record.objects]
+    items = [(record, item) for record in _records(queries) for item in record.objects]
     in_files = sum(item.rle is not None or item.mask_problem is not None for _, item in items)
     readable = sum(has_mask(record, item) for record, item in items)
     text = f"{masks} of {total} objects reach the loss with a mask; "
     text += f"{readable} have a readable one in the files"
+    if not items:
+        text = f"{masks} of {total} objects reach the loss with a mask"
+        has_masks = any(target["masks"].numel() for _, _, target in queries)
+        return text, evidence_if(has_masks and masks < MIN_KEPT * total, "masks_lost", 0.9, text)
     if masks < MIN_KEPT * min(readable, total):
         return text, [Evidence("masks_lost", 1.0, text)]
     # Unreadable masks are the business of another gate.
     return text, evidence_if(in_files < MIN_MASK_SHARE * total, "masks_lost", 0.8, text)
+
+
+@gate(DATA_GATES, "box targets", "(centre, size) as fractions of the image, on the masks")
+def box_targets(examination):
+    """Look at the numbers of the boxes that reach the loss, and lay them on their masks."""
+    queries = [query for query in examination.train_queries if len(query[2]["boxes_cxcywh"])]
+    if not queries:
+        raise InputError("no object reaches the loss", where="batches")
+    boxes = torch.cat([target["boxes_cxcywh"] for _, _, target in queries])
+    text = f"{len(boxes)} boxes reach from {boxes.min():.3g} to {boxes.max():.3g}"
+    if not boxes.isfinite().all():
+        return text, [Evidence("not_finite", 1.0, text)]
+    if boxes.max() > 1 + OUTSIDE:
+        text += ": they are pixels, not fractions"
+        return text, [Evidence("wrong_box_targets", 1.0, text)]
+    of_masks = []
+    for _, _, target in queries:
+        for box, mask, is_valid in zip(*target.values(), strict=True):
+            if is_valid:
+                height, width = mask.shape
+                scale = torch.tensor([width, height, width, height])
+                tight = masks_to_boxes(mask[None].float())[0] + torch.tensor([0, 0, 1, 1])
+                of_masks.append((box, tight / scale))
+    if of_masks:
+        written, tight = map(torch.stack, zip(*of_masks, strict=True))
+        medians = {
+            name: float(box_iou(box_convert(written, form, "xyxy"), tight).diagonal().median())
+            for form, name in BOX_FORMS.items()
+        }
+        best = max(medians, key=medians.get)
+        ious = ", ".join(f"as {name} {value:.2f}" for name, value in medians.items())
+        text += f"; IoU with their masks (median): {ious}"
+        is_fault = medians[best] > medians[BOX_FORMS["cxcywh"]] + BETTER_IOU
+        return text, evidence_if(is_fault, "wrong_box_targets", 1.0, text)
+    corners = box_convert(boxes, "cxcywh", "xyxy")
+    outside = float(((corners < -OUTSIDE) | (corners > 1 + OUTSIDE)).any(1).float().mean())
+    text += f"; {outside:.0%} leave the image if the first two numbers are the centre"
+    return text, evidence_if(outside > MAX_OUTSIDE, "wrong_box_targets", 0.9, text)
+
+
+@gate(DATA_GATES, "objects of each prompt", "those of its own category")
+def objects_of_prompts(examination):
+    """Count prompts that are given objects of other categories, too."""
+    texts, total = [], 0
+    for record, query, target in examination.train_queries:
+        own = (
+            [item for item in record.objects if item.category == query["prompt"]] if record else []
+        )
+        total += bool(own)
+        if own and len(own) < len(target["boxes_cxcywh"]):
+            texts.append(f"'{query['prompt']}' on {record.image_id}")
+    if not total:
+        raise Inapplicable("the batches name no picture and category of the dataset")
+    text = f"{len(texts)} of {total} prompts are given objects of other categories"
+    reason = f"{text}, for example {', '.join(texts[:2])}"
+    return text, evidence_if(len(texts) > MIN_SHARE * total, "merged_categories", 1.0, reason)
 
 
 @gate(PROMPT_GATES, "names", "no category is nearly another, or the parent of one")
@@ -221,7 +297,7 @@ def _used_categories(split):
 def _absent_prompts_asked(examination):
     queries = [query for _, query, _ in examination.train_queries]
     absent = [query["prompt"] for query in queries if not query["is_positive"]]
-    own = set(examination.train_dataset.own_names)
+    own = set(examination.own_names)
     others = sum(prompt not in own for prompt in absent)
     text = (
         f"{len(absent)} of {len(queries)} prompts of an epoch are absent ones, {others} of them "
@@ -250,9 +326,12 @@ def _absent_prompts_in_pictures(examination):
     by_image = {}
     for record, query, _ in examination.train_queries:
         if not query["is_positive"]:
-            by_image.setdefault(record.image_id, (record, []))[1].append(query["prompt"])
+            name = record and record.image_id
+            by_image.setdefault(name, (record, []))[1].append(query["prompt"])
     if not by_image:
         raise Inapplicable("no absent prompt was asked", where=examination.folder)
+    if None in by_image:
+        raise Inapplicable("the batches do not name their pictures")
     sample = list(by_image.values())[:: max(1, len(by_image) // BASE_SAMPLE)]
     predictor, seen = examination.predictor(adapted=False), Counter()
     for record, prompts in sample:

@@ -6,6 +6,7 @@ healthy detector. What the model says is compared with what the base says to the
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from html import escape
 
 from helpers.causes import CAUSES, STAGES
 from helpers.diagnose.adapter_gates import BASE_GATES, CHECKPOINT_GATES
@@ -14,12 +15,14 @@ from helpers.diagnose.data_gates import DATA_GATES, PROMPT_GATES
 from helpers.diagnose.examination import (
     FAILED,
     LEAST_CONFIDENCE,
+    OK,
     UNDECIDED,
-    Examination,
     GateResult,
     pass_gate,
 )
-from helpers.diagnose.run_gates import CONFIG_GATES, FILE_GATES, RUN_GATES
+from helpers.diagnose.live_gates import DETECT_GATES, LOSS_GATES
+from helpers.diagnose.patient import NEEDS, Patient, open_patient
+from helpers.diagnose.run_gates import CONFIG_GATES, FILE_GATES, LOG_GATES, RUN_GATES
 from helpers.files import progress_bar
 
 GATES = (
@@ -27,19 +30,31 @@ GATES = (
     *DATA_GATES,
     *PROMPT_GATES,
     *CONFIG_GATES,
+    *LOG_GATES,
     *RUN_GATES,
+    *LOSS_GATES,
     *BASE_GATES,
     *CHECKPOINT_GATES,
     *BEHAVIOUR_GATES,
+    *DETECT_GATES,
 )
 """In the order in which they are asked, from cheap to costly."""
 OBSERVED = 0.8  # confidence from which a cause counts as observed, if its evidence is direct
 EXPLAINED = 0.5  # factor on a behaviour that an earlier, observed cause may explain
+DECISIVE = "words in the picture"  # gate without whose answer no run is called healthy
 _VERDICTS = {
     "healthy": "no cause found: the run looks healthy",
     "causes": "causes found: see above, the most likely first",
     "undecided": "no cause found, but the gates above were left open: the run may not be healthy",
 }
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><title>Diagnosis</title>
+<style>body {{ font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+table {{ border-collapse: collapse }} td, th {{ border: 1px solid; padding: .3rem; text-align: left;
+vertical-align: top; overflow-wrap: anywhere }}</style>
+<h1>Diagnosis</h1>{ending}{causes}<h2>Gates</h2>
+<table><tr><th>status<th>gate<th>measured<th>expected</tr>{rows}</table></html>
+"""
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,7 @@ class Diagnosis:
 
     causes: tuple[FoundCause, ...]  # the most likely first
     gates: tuple[GateResult, ...]  # every gate with what it measured
+    is_live: bool = False  # whether the patient was given as objects
 
     @property
     def open_gates(self):
@@ -67,25 +83,44 @@ class Diagnosis:
 
     @property
     def verdict(self):
-        """One of "healthy", "causes", "undecided"; healthy only if no gate was left open."""
+        """One of "healthy", "causes", "undecided"; healthy only if nothing decisive was left open."""
         if self.causes:
             return "causes"
-        return "undecided" if self.open_gates else "healthy"
+        is_open = any(gate.needs is None or gate.name == DECISIVE for gate in self.open_gates)
+        return "undecided" if is_open else "healthy"
+
+    @property
+    def asked(self):
+        """How many gates were asked and gave an answer."""
+        return sum(gate.status in (OK, FAILED) for gate in self.gates)
+
+    @property
+    def needs(self):
+        """What would open more gates, the cheapest first: text with the number of gates."""
+        counts = Counter(gate.needs for gate in self.open_gates)
+        return [
+            f"{name}, with {argument if self.is_live else option} (opens {counts[part]} gates)"
+            for part, (name, option, argument) in NEEDS.items()
+            if counts[part]
+        ]
 
     def to_json(self):
-        """Return ``{"healthy", "verdict", "causes", "gates"}`` of plain values."""
+        """Return ``{"healthy", "verdict", "causes", "gates", "asked", "needs"}`` of plain values."""
         return {
             "healthy": self.verdict == "healthy",
             "verdict": self.verdict,
             "causes": [asdict(cause) for cause in self.causes],
             "gates": [gate.to_json() for gate in self.gates],
+            "asked": self.asked,
+            "needs": self.needs,
         }
 
     def summary(self):
         """Return the diagnosis as text: gates, causes with evidence and fix, what was left open."""
         lines = []
         for gate in self.gates:
-            lines.append(f"{gate.status:<16}{gate.name}: {gate.measured}")
+            if gate.status in (OK, FAILED):
+                lines.append(f"{gate.status:<16}{gate.name}: {gate.measured}")
             if gate.status == FAILED:
                 lines.append(f"{'':<16}expected: {gate.expected}")
         lines.append("")
@@ -94,38 +129,68 @@ class Diagnosis:
             lines.append(f"   confidence {cause.confidence:.2f}")
             lines += [f"   evidence: {text}" for text in cause.evidence]
             lines.append(f"   fix: {cause.fix}")
+        return "\n".join([*lines, *self.ending()])
+
+    def ending(self):
+        """Return lines: how many gates were asked, why others were not, and the verdict."""
         counts = Counter(gate.status for gate in self.gates)
         numbers = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-        lines.append(f"{len(self.gates)} gates: {numbers}")
-        lines += [f"{gate.status}: {gate.name} ({gate.measured})" for gate in self.open_gates]
-        return "\n".join([*lines, _VERDICTS[self.verdict]])
+        lines = [f"asked {self.asked} of {len(self.gates)} gates: {numbers}"]
+        reasons = {}
+        for gate in self.gates:
+            if gate.status not in (OK, FAILED):
+                reasons.setdefault((gate.status, gate.measured), []).append(gate.name)
+        lines += [f"{s}: {', '.join(names)} ({reason})" for (s, reason), names in reasons.items()]
+        if self.verdict == "undecided" and self.needs:
+            lines.append(f"to decide it, cheapest first: {'; '.join(self.needs[:2])}")
+        return [*lines, _VERDICTS[self.verdict]]
+
+    def to_html(self):
+        """Return the diagnosis as one page that needs no other file."""
+        causes = "".join(
+            f"<h2>{number}. {escape(cause.title)}</h2><p><code>{cause.code}</code>, confidence "
+            f"{cause.confidence:.2f}</p><p><b>Fix:</b> {escape(cause.fix)}</p><ul>"
+            + "".join(f"<li>{escape(text)}</li>" for text in cause.evidence)
+            + "</ul>"
+            for number, cause in enumerate(self.causes, start=1)
+        )
+        rows = "".join(
+            f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in texts)}</tr>"
+            for texts in ((g.status, g.name, g.measured, g.expected) for g in self.gates)
+        )
+        ending = "".join(f"<p>{escape(line)}</p>" for line in reversed(self.ending()))
+        return _PAGE.format(causes=causes, rows=rows, ending=ending)
 
 
-def diagnose(folder, *, data_dir=None, image=None, prompt=None, progress=False):
-    """Examine a run and name the causes of what is wrong with it.
+def diagnose(source, *, progress=False, **given):
+    """Examine a run, whoever trained it, and name the causes of what is wrong with it.
 
     Parameters
     ----------
-    folder : os.PathLike
-        Run folder; an interrupted run is examined as far as it goes.
-    data_dir, image, prompt : optional
-        Another dataset, a picture and a word to ask about it, see `Examination`.
+    source : os.PathLike or Patient
+        What `open_patient` recognises, such as a run folder, also of an interrupted run; or a
+        `LivePatient`.
     progress : bool
         Show the gate at work on stderr.
+    **given
+        ``data_dir``, ``image``, ``prompt`` and more of `open_patient`.
 
     Returns
     -------
     Diagnosis
         ``causes``, the most likely first, ``gates`` with what each measured, and ``verdict``.
     """
-    examination = Examination(folder, data_dir, image, prompt)
+    patient = source if isinstance(source, Patient) else open_patient(source, **given)
     results = []
-    with progress_bar(len(GATES), "diagnose", "gate", disable=not progress) as bar:
+    with (
+        patient.at_rest(),
+        progress_bar(len(GATES), "diagnose", "gate", disable=not progress) as bar,
+    ):
         for gate in GATES:
             bar.set_postfix_str(gate.name)
-            results.append(pass_gate(gate, examination))
+            results.append(pass_gate(gate, patient))
             bar.update()
-    return Diagnosis(rank(results), tuple(results))
+    return Diagnosis(rank(results), tuple(results), patient.is_live)
 
 
 def rank(results):

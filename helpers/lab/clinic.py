@@ -1,53 +1,49 @@
 """The clinic: runs that are broken in a way you do not know, to be diagnosed and mended.
 
-A case, drawn by its number, is a fault of `helpers.lab.faults`. It stays in the code of this process
-until it is treated, the next patient comes, or the clinic is closed.
+A case, drawn by its number, is a fault of `helpers.lab.faults` in the script of `helpers.lab.careless`.
 """
 
 import difflib
-import weakref
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean as mean
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 
 from helpers.causes import CAUSES
 from helpers.config import load_config
-from helpers.data.dataset import load_dataset
+from helpers.data.coco import read_split
+from helpers.data.images import open_upright
+from helpers.data.masks import mask_to_rle
+from helpers.data.prompts import absent_candidates, present_prompts
 from helpers.detect.metrics import evaluate_queries, union_iou
-from helpers.detect.queries import predict_split
+from helpers.detect.queries import SCORE_FLOOR, query_of
 from helpers.diagnose.diagnosis import diagnose
 from helpers.errors import InputError
-from helpers.files import WALL_CRACKS, read_json, write_json
-from helpers.lab.faults import FAULTS, HEALTHY, RUN_FOLDER, planted
-from helpers.train.run import METRICS_FILE, RUN_CONFIG, load_run
+from helpers.files import CONFIGS, WALL_CRACKS, read_json, resolve, write_json
+from helpers.lab.careless import Careless
+from helpers.lab.faults import FAULTS, HEALTHY, RUN_FOLDER, alive, planted
 
 SCORE_THRESHOLD = 0.3
 LEAST_IOU = 0.5
 MARGIN = 0.1  # share of the images or prompts that may be judged otherwise than by the healthy run
 LEAST_AP50_SHARE = 0.75  # part of the healthy run's AP50 that a cured one has to reach
-EPOCHS = "scale.num_epochs=0.06"  # for all runs, which are compared: three on the embedded base
+EPOCHS = 2  # of every training: all are compared with one another
+ABSENT_WORDS = ("joint", "moss", "dog")
 WARDS = {
     "01": ("crowd", "images turned", "orientation ignored", "masks swallowed"),
     "02": ("wrong keys", "empty", "emptied by a transform"),
-    "03": (
-        "flag without effect",
-        "lora b frozen",
-        "text features detached",
-        "names of another model",
-    ),
-    "04": ("no absent prompts", "score weight zero", "presence at its clamp"),
-    "05": ("finest level dropped", "loader without effect", "decoder zeroed"),
+    "03": ("flag without effect", "names of another model", "lora b frozen"),
+    "04": ("presence at its clamp", "score weight zero", "sigmoid twice"),
+    "05": ("threshold fixed", "loader without effect", "presence left out"),
 }
 """Lesson to the `FAULTS` of its patients: those that show in the signs after a short training."""
 WARDS["06"] = tuple(name for ward in WARDS.values() for name in ward)
 WARDS["07"] = ("images turned", "crowd", "empty", "trained as object")
-HEALTHY_FOLDER, RECIPE_FILE, PATIENT_FOLDER = "healthy", "recipe.json", "patient"
+HEALTHY_FOLDER, RECIPE_FILE, PATIENT_FOLDER = "healthy", "healthy.json", "patient"
 DRAW_SEED = 6  # orders the faults of a ward; fixed, so that a case stays what it is
-_OPEN_CLINICS = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -125,16 +121,34 @@ def deviations(signs, healthy):
     return worse | ({"remark": signs.remark} if signs.remark else {})
 
 
-def take_signs(folder, truth):
-    """Measure what the run in a folder detects on a split with right annotations."""
+def take_signs(script, truth):
+    """Measure what a script detects on a split with right annotations, as it stands."""
     try:
-        run = load_run(folder)
-        answers = predict_split(
-            run.model, run.processor, truth, absent_prompts=run.config.evaluation.absent_prompts
+        return signs_of(
+            [query for record in truth.records for query in asked(script, record, truth)]
         )
-        return signs_of(answers)
     except Exception as error:  # a fault may stop the pipeline anywhere: that is a sign too
         return VitalSigns(remark=f"raised {type(error).__name__}")
+
+
+def asked(script, record, truth):
+    """Ask a script for the words in a picture and for some absent ones: list of `Query`."""
+    present = present_prompts(record, truth.categories)
+    absent = [word for word in truth.categories if word not in present]
+    absent += absent_candidates(record, ABSENT_WORDS)
+    picture, words, queries = open_upright(record.path), [*present, *absent], []
+    outputs = script.answer(picture, words)
+    presence = outputs.presence_logits[:, 0].sigmoid().tolist()
+    best = outputs.pred_logits.sigmoid().amax(1).tolist()
+    for row, word in enumerate(words):
+        found = [
+            {"score": one["score"], "box_xyxy": one["box"], "mask_rle": mask_to_rle(one["mask"])}
+            for one in script.select(outputs, row, picture.size, SCORE_FLOOR)
+        ]
+        factors = {"presence_prob": presence[row], "max_query_prob": best[row]}
+        answer = SimpleNamespace(prompt=word, max_score=presence[row] * best[row], **factors)
+        queries.append(query_of(answer, found, record, present.get(word, [])))
+    return queries
 
 
 def signs_of(answers):
@@ -156,12 +170,11 @@ def signs_of(answers):
 
 
 class Patient:
-    """A run with one fault: its folder, its signs on admission, and the treatments tried so far."""
+    """A script with one fault, its signs on admission, and the treatments tried so far."""
 
-    def __init__(self, clinic, fault, run_folder, signs):
-        self._clinic, self._fault = clinic, fault
-        self._guess, self._is_planted = None, True
-        self.folder = run_folder  # the healthy run's after a cure that reached into it
+    def __init__(self, clinic, fault, script, signs):
+        self._clinic, self._fault, self._guess = clinic, fault, None
+        self.script = script  # the healthy one after a cure
         self.signs = signs
         self.treatments = []
 
@@ -175,24 +188,20 @@ class Patient:
         self._guess = check_cause(code, "guess")
 
     def diagnose(self):
-        """Run the diagnosis with the fault in place; it is refused before there is a guess."""
+        """Run the diagnosis on the script as it stands; it is refused before there is a guess."""
         self._require_guess("the diagnosis")
-        return diagnose(self.folder)
+        return diagnose(alive(self.script))
 
     def treat(self, cause):
         """Put right what a cause says is wrong.
 
-        If it is the cause, the fault is taken back, and a run that it reached into is replaced by the
-        healthy one: to train again without the fault is the healthy run's recipe, seed for seed. If it
-        is not, what is put right was right before, and nothing changes.
+        If it is the cause, the data, the setting or the line of the script is mended and it runs
+        again, which is the healthy run, seed for seed. If it is not, what is put right was right
+        before, and nothing changes.
         """
         self.treatments.append(check_cause(cause, "treatment"))
-        if cause != self._fault.cause or not self._is_planted:
-            return
-        self._clinic.discharge()
-        self._is_planted = False
-        if self._fault.trains or self._fault.spoil_run is not None:
-            self.folder = self._clinic.healthy
+        if cause == self._fault.cause:
+            self.script = self._clinic.script
 
     def reveal(self):
         """Say what was done to the run; it is refused before there is a guess."""
@@ -214,57 +223,48 @@ class Patient:
             )
 
 
-class Clinic(AbstractContextManager):
-    """Where patients are admitted: one healthy run for comparison, and one bed.
+class Clinic:
+    """Where patients are admitted, with one healthy run of the script for comparison.
 
-    The healthy run is made once for a folder and is used by all exercises. A clinic is also a
-    context manager; leaving it, deleting it, or opening another takes its fault out of the code.
+    The healthy run is made once for a folder and is used by all exercises. Its adapter, in the form
+    of PEFT, is in ``healthy``, the script itself is ``script``.
 
     Parameters
     ----------
     folder, data_dir : os.PathLike
         Where runs go, and the dataset.
-    profile, settings : str, sequence of str
-        Overlay and overrides of the config.
+    profile : str
+        Overlay of the config, which names the base.
     seed : int
         Of every training.
+    **settings
+        Of `helpers.lab.careless.Careless`.
     """
 
-    def __init__(self, folder, *, data_dir=WALL_CRACKS, profile="tiny", seed=42, settings=()):
-        for clinic in list(_OPEN_CLINICS):
-            clinic.close()
-        _OPEN_CLINICS.add(self)
-        self._bed = ExitStack()
-        weakref.finalize(self, self._bed.close)
+    def __init__(self, folder, *, data_dir=WALL_CRACKS, profile="tiny", seed=42, **settings):
         self.folder = Path(folder)
-        self._recipe = {
-            "data_dir": str(data_dir),
-            "profile": str(profile),
-            "settings": [EPOCHS, f"training.seed={seed}", *settings],
-        }
-        self.healthy = self.folder / HEALTHY_FOLDER / RUN_FOLDER
-        recipe = self.healthy.parent / RECIPE_FILE
-        is_finished = recipe.is_file() and (self.healthy / METRICS_FILE).is_file()
-        if not is_finished or read_json(recipe, "remove the folder") != self._recipe:
-            with self.planted(HEALTHY, self.healthy.parent):
-                write_json(recipe, self._recipe)
-        config = load_config(self.healthy / RUN_CONFIG)
-        self._truth = load_dataset(config, data_dir).split(config.data.val_split)
+        base = load_config(CONFIGS / "crack_detection_config.yaml", profile).model.name
+        self._recipe = {"data_dir": str(resolve(data_dir)), "base": base, "epochs": EPOCHS}
+        self._recipe |= {"seed": seed, **settings}
+        self._truth = read_split(data_dir, "valid")
         if not self._truth.num_objects:
             fix = "use another dataset"
             raise InputError("no image shows an object", where=self._truth.root, fix=fix)
-        self.signs = take_signs(self.healthy, self._truth)
-
-    def close(self, *error):
-        """Take the fault of the last patient out of the code of this process."""
-        self._bed.close()
-
-    discharge = __exit__ = close
+        self.healthy = self.folder / HEALTHY_FOLDER / RUN_FOLDER
+        record = self.folder / RECIPE_FILE
+        made = read_json(record, "remove the folder") if record.is_file() else {}
+        if made.get("recipe") == self._recipe:
+            self.script = Careless(**self._recipe).take(self.healthy)
+            self.signs = VitalSigns(**made["signs"])
+        else:
+            self.script = planted(HEALTHY, self.healthy.parent, **self._recipe)
+            self.signs = take_signs(self.script, self._truth)
+            write_json(record, {"recipe": self._recipe, "signs": asdict(self.signs)})
 
     def admit(self, ward, case):
-        """Draw a fault of a ward of `WARDS`, plant it, and return the `Patient`.
+        """Draw a fault of a ward of `WARDS`, run the script with it, and return the `Patient`.
 
-        The same ``case``, a whole number from 0, draws the same fault. The patient before is discharged.
+        The same ``case``, a whole number from 0, draws the same fault.
         """
         if ward not in WARDS:
             raise InputError(f"no ward {ward!r}", where="clinic", fix=f"choose from {list(WARDS)}")
@@ -273,10 +273,9 @@ class Clinic(AbstractContextManager):
         names = WARDS[ward]
         order = np.random.default_rng(DRAW_SEED).permutation(len(names))
         fault = FAULTS[names[order[case % len(names)]]]
-        self.discharge()
         folder = self.folder / f"{PATIENT_FOLDER}_{ward}_{case}"
-        run = self._bed.enter_context(self.planted(fault, folder))
-        return Patient(self, fault, run, take_signs(run, self._truth))
+        script = planted(fault, folder, healthy=self.healthy, **self._recipe)
+        return Patient(self, fault, script, take_signs(script, self._truth))
 
     def suspects(self, ward):
         """Return the causes that a patient of a ward may have, in their order."""
@@ -285,13 +284,7 @@ class Clinic(AbstractContextManager):
 
     def check_cure(self, patient):
         """Say whether detections came back, in a `CureReport`: it measures and compares no name."""
-        return CureReport(self.signs, patient.signs, take_signs(patient.folder, self._truth))
-
-    def planted(self, fault, folder):
-        """Plant a fault in a run of this clinic's recipe, as long as the others."""
-        settings = tuple(text for text in fault.settings if ".num_epochs=" not in text)
-        fault = replace(fault, settings=settings)
-        return planted(fault, folder, healthy=self.healthy, **self._recipe)
+        return CureReport(self.signs, patient.signs, take_signs(patient.script, self._truth))
 
 
 def check_cause(code, name):

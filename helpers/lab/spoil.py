@@ -192,7 +192,6 @@ SPOIL_DATA = {
     "half the labels": in_every_file(_remove_half),
     "seen from afar": _shrink_all,
     "hardly any object": _leave_most_out,
-    "no absent prompts": lambda folder: keep_images(folder, lambda with_objects, ids: with_objects),
 }
 """Faults of ``data/faults.csv`` that lie in the files of a dataset: what changes its folder."""
 

@@ -272,12 +272,15 @@ def _panels(size, names, labels):
 def score(table):
     """Count how often the diagnosis was right in a table of planted faults.
 
-    Returns a dict: ``faults``; ``named_first`` and ``among_found``, shares of the faults;
-    ``healthy_runs``; ``false_alarms``, healthy runs with a cause; ``missed`` and ``not_first``, names.
+    Returns a dict. Of the rows whose fault can be seen from their ``view``: ``faults``, their number;
+    ``named_first`` and ``among_found``, shares; ``not_first`` and ``missed``, "fault (view)".
+    ``unseen``: rows whose fault cannot be seen; ``healthy_runs``; ``false_alarms``, of these with a
+    cause.
     """
     table = table.fillna("")
-    is_fault = table["cause"] != NOTHING
-    faults, healthy = table[is_fault], table[~is_fault]
+    is_fault, is_seen = table["cause"] != NOTHING, table["seen"].astype(str) == "True"
+    faults, healthy = table[is_fault & is_seen], table[~is_fault]
+    names = faults["planted"] + " (" + faults["view"] + ")"
     first = faults["first"] == faults["cause"]
     pairs = zip(faults["cause"], faults["found"], strict=True)
     among = np.array([cause in found.split() for cause, found in pairs], dtype=bool)
@@ -285,17 +288,19 @@ def score(table):
         "faults": len(faults),
         "named_first": float(first.mean()),
         "among_found": float(among.mean()),
+        "unseen": int((is_fault & ~is_seen).sum()),
         "healthy_runs": len(healthy),
         "false_alarms": int((healthy["first"] != NOTHING).sum()),
-        "not_first": faults.loc[~first, "planted"].tolist(),
-        "missed": faults.loc[~among, "planted"].tolist(),
+        "not_first": names[~first].tolist(),
+        "missed": names[~among].tolist(),
     }
 
 
 def confusion_figure(table):
     """Draw planted faults (rows) against the causes found (columns), from the table of `score`.
 
-    A large square is the cause named first, a small one a further cause; a ring marks the planted one.
+    A large square is the cause named first, a small one a further cause; a ring marks the planted one,
+    a cross one that cannot be seen from the view.
     """
     order = [*CAUSES, NOTHING]
     table = table.fillna("").sort_values("cause", key=lambda c: c.map(order.index), kind="stable")
@@ -304,12 +309,16 @@ def confusion_figure(table):
     size = (4 + 0.26 * len(columns), 2.6 + 0.24 * len(table))
     figure = Figure(figsize=size, layout="constrained")
     ax = figure.subplots()
-    for place, (cause, codes) in enumerate(zip(table["cause"], answers, strict=True)):
-        ax.plot(columns.index(cause), place, "o", color="0.4", markersize=9, mfc="none")
+    seen = table["seen"].astype(str) == "True"
+    for place, (cause, is_seen, codes) in enumerate(
+        zip(table["cause"], seen, answers, strict=True)
+    ):
+        mark = "o" if is_seen or cause == NOTHING else "x"
+        ax.plot(columns.index(cause), place, mark, color="0.4", markersize=9, mfc="none")
         for number, code in enumerate(codes):
             size = 5 if number == 0 else 2.5
             ax.plot(columns.index(code), place, "s", color=COLOURS[0], markersize=size)
-    ax.set_yticks(range(len(table)), table["planted"], fontsize=8)
+    ax.set_yticks(range(len(table)), table["planted"] + ", " + table["view"], fontsize=8)
     ax.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
     ax.margins(0.015)
     ax.invert_yaxis()

@@ -13,6 +13,7 @@ from accelerate.utils import gather_object, reduce
 from transformers import TrainerCallback
 
 from helpers.causes import CAUSES
+from helpers.config import GuardSection
 from helpers.errors import InputError
 from helpers.model import losses
 from helpers.model.audit import adapter_report
@@ -33,6 +34,10 @@ ADAPTER_STEPS = 3
 SKIPPED_STEPS = 20
 # Probability of a false alarm at which 'none so far' counts as 'none'.
 CHANCE = 1e-6
+# For a loop of which nothing is known: images that may pass without an object, and the steps that
+# count as its first epoch.
+PATIENCE, FIRST_STEPS = 50, 200
+_TERMS = {"box_terms": ("box", "giou", "l1"), "mask_terms": ("mask", "dice")}
 # Guards that training on purpose without objects (``allow_empty``) would set off.
 OFF_IF_EMPTY = ("no_objects", "vanishing_loss", "at_clamp")
 _LOOK_AT_IMAGES = (
@@ -50,19 +55,42 @@ class GuardStop(InputError):
 
 
 class Guards(TrainerCallback):
-    """Watch a training run and raise `GuardStop` before an optimiser step, in all processes."""
+    """Watch a training run and raise `GuardStop` before an optimiser step, in all processes.
 
-    def __init__(self, config, queries, *, allow_empty=False):
-        self.weights = losses.WEIGHTS[config.loss.variant]
+    Parameters
+    ----------
+    config : helpers.config.Config, optional
+        Of a training of this package. Without it all guards are on, in a loop of your own::
+
+            guards = Guards()  # before the loop
+            ...  # in it, between loss.backward() and optimizer.step()
+            guards.step(loss_terms=terms, num_objects=sum(len(t["boxes"]) for t in targets), model=model)
+
+        In a `transformers.Trainer`, call `note` in ``compute_loss`` with all but the model, and add the
+        guards as a callback.
+    queries : pandas.DataFrame, optional
+        The training data as `count_objects` counts them: how often a thing is to be expected.
+    allow_empty : bool
+        Without the guards `OFF_IF_EMPTY`.
+    """
+
+    def __init__(self, config=None, queries=None, *, allow_empty=False):
+        self.weights = {} if config is None else losses.WEIGHTS[config.loss.variant]
         off = OFF_IF_EMPTY if allow_empty else ()
-        self.active = {key for key, on in config.guards if on and key not in off}
-        # as `count_objects` counts the training data: how often a thing is to be expected
-        by_image = queries.groupby("image_id")["num_objects"]
-        self._images_until = {
-            "objects": _images_until_seen((by_image.sum() > 0).mean(), len(by_image)),
-            "absent": _images_until_seen((by_image.min() == 0).mean(), len(by_image)),
-        }
-        self._batches = []
+        on = (
+            dict.fromkeys(GuardSection.model_fields, True)
+            if config is None
+            else dict(config.guards)
+        )
+        self.active = {key for key, is_on in on.items() if is_on and key not in off}
+        self._images_until = {"objects": PATIENCE, "absent": math.inf}
+        if queries is not None:
+            by_image = queries.groupby("image_id")["num_objects"]
+            self._images_until = {
+                "objects": _images_until_seen((by_image.sum() > 0).mean(), len(by_image)),
+                "absent": _images_until_seen((by_image.min() == 0).mean(), len(by_image)),
+            }
+        self._batches, self._number, self._first_steps = [], 0, FIRST_STEPS
         self._window, self._with_objects = deque(maxlen=WINDOW), deque(maxlen=WINDOW)
         self._seen = {"images": 0, "objects": 0, "absent": 0}
         self._learned_steps = self._overflows = 0
@@ -82,7 +110,6 @@ class Guards(TrainerCallback):
         targets = inputs["targets"]
         counts = [len(target["boxes_cxcywh"]) for target in targets]
         numbers = {
-            "batches": 1,
             "images": int(inputs["image_index"][-1]) + 1,
             "objects": sum(counts),
             "absent": counts.count(0),
@@ -93,14 +120,65 @@ class Guards(TrainerCallback):
             "box_terms": terms.get("loss_bbox", 0) + terms.get("loss_giou", 0),
             "mask_terms": terms.get("loss_mask", 0) + terms.get("loss_dice", 0),
         }
-        numbers |= dict.fromkeys(self.weights, 0.0)
-        # A batch without objects has a single term: that is no dominance.
-        for name, value in terms.items() if numbers["objects"] else ():
-            term = name.rpartition(".")[2]
-            if term in self.weights:
-                numbers[term] = numbers[term] + self.weights[term] * value.detach()
         image_ids = sorted({query["image_id"] for query in inputs["queries"]})
-        values = [torch.as_tensor(value, device=total.device) for value in numbers.values()]
+        weighted = [(name.rpartition(".")[2], value) for name, value in terms.items()]
+        weighted = [(n, self.weights[n] * v) for n, v in weighted if n in self.weights]
+        self._keep(image_ids, numbers, weighted, total.device)
+
+    def note(
+        self,
+        *,
+        loss_terms,
+        num_objects,
+        num_images=1,
+        num_masks=0,
+        num_absent=None,
+        share_at_clamp=0.0,
+        image_ids=(),
+    ):
+        """Note a batch of any loop.
+
+        `loss_terms` are the terms as they are added up, dict of str to scalar; their sum, or the entry
+        ``loss``, is the loss. Terms with "box", "giou" or "l1" in their names are those of boxes, with
+        "mask" or "dice" those of masks. `num_masks` objects have a mask, `num_absent` prompts no object.
+        """
+        terms = {
+            name: torch.as_tensor(value).detach().float() for name, value in loss_terms.items()
+        }
+        total = terms.pop("loss", None)
+        total = sum(terms.values()) if total is None else total
+        named = {
+            kind: [v for name, v in terms.items() if any(word in name.lower() for word in words)]
+            for kind, words in _TERMS.items()
+        }
+        parts = {kind: sum(values) if values else 1.0 for kind, values in named.items()}
+        if num_absent is not None:
+            self._images_until["absent"] = PATIENCE
+        self.weights = dict.fromkeys(terms, 1.0)
+        numbers = {
+            "images": num_images,
+            "objects": num_objects,
+            "absent": num_absent or 0,
+            "masks": num_masks,
+            "total": total,
+            "share_at_clamp": share_at_clamp,
+            **parts,
+        }
+        self._keep(list(image_ids), numbers, terms.items(), torch.as_tensor(total).device)
+
+    def step(self, *, model, **batch):
+        """Note one batch, see `note`, and judge it, after its backward pass."""
+        self.note(**batch)
+        self._judge(model, self._number, learns=True, patience=0)
+        self._number += 1
+
+    def _keep(self, image_ids, numbers, weighted, device):
+        """Keep the numbers of a batch and its weighted terms until the step is judged."""
+        numbers = {"batches": 1, **numbers} | dict.fromkeys(self.weights, 0.0)
+        # A batch without objects has a single term: that is no dominance.
+        for name, value in weighted if numbers["objects"] else ():
+            numbers[name] = numbers[name] + value.detach()
+        values = [torch.as_tensor(value, device=device) for value in numbers.values()]
         self._batches.append((image_ids, torch.stack([v.detach().float() for v in values])))
         self._names = list(numbers)
 
@@ -111,18 +189,24 @@ class Guards(TrainerCallback):
             self._first_share = state.log_history[0].get("train_share_at_clamp")
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        """Judge the batches since the last optimiser step."""
+        """Judge the batches since the last optimiser step of a `transformers.Trainer`."""
+        patience = SKIPPED_STEPS if args.fp16 else 0
+        learns = optimizer.param_groups[0]["lr"] > 0
+        self._judge(model, state.global_step, learns=learns, patience=patience)
+
+    def _judge(self, model, number, *, learns, patience):
+        """Sum up the batches of a step and raise the first fault that shows."""
         image_ids, rows = zip(*self._batches, strict=True)
         self._batches = []
         rows = torch.stack(rows)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm(gradients)).float()
+        norms = torch.stack(torch._foreach_norm(gradients) or [rows.new_zeros(())]).float()
         overflow = (~norms.isfinite().all()).to(rows)
         bad_loss = (~rows[:, self._names.index("total")].isfinite()).to(rows)
         sums = torch.cat([rows.sum(0), overflow[None], bad_loss.sum()[None]])
         sums = reduce(sums, "sum").tolist()
         step = dict(zip([*self._names, "overflow", "bad_losses"], sums, strict=True))
-        step["number"] = state.global_step
+        step["number"] = number
         self._is_first_epoch = step["number"] < self._first_steps
         for name in self._seen:
             self._seen[name] += step[name]
@@ -132,16 +216,15 @@ class Guards(TrainerCallback):
         if step["objects"]:
             self._with_objects.append(step)
         self._overflows = self._overflows + 1 if step["overflow"] else 0
-        learns = optimizer.param_groups[0]["lr"] > 0 and not step["overflow"]
-        self._learns_now = bool(step["objects"] and learns)
-        for key, cause, text in self._faults(step, args, model):
+        self._learns_now = bool(step["objects"] and learns and not step["overflow"])
+        for key, cause, text in self._faults(step, patience, model):
             if key in self.active:
                 where, fix = f"guards.{key}", None
                 if key == "not_finite":
                     batches = zip(image_ids, bad_loss.tolist(), strict=True)
                     chosen = [ids for ids, is_bad in batches if is_bad or not step["bad_losses"]]
                     names = {name for ids in gather_object(chosen) for name in ids}
-                    where = ", ".join(sorted(names))
+                    where = ", ".join(sorted(names)) or where
                     fix = _LOOK_AT_IMAGES
                 raise GuardStop(cause, text, where=where, fix=fix)
 
@@ -153,12 +236,12 @@ class Guards(TrainerCallback):
         """Return whether so many images came by without it that this is no chance."""
         return not self._seen[name] and self._seen["images"] >= self._images_until[name]
 
-    def _faults(self, step, args, model):
+    def _faults(self, step, patience, model):
         """Yield guard, cause and sentence of each fault that shows after this step."""
         number, window = step["number"], self._window
         if step["bad_losses"]:
             yield "not_finite", "not_finite", f"the loss is nan or inf at step {number}"
-        elif self._overflows > (SKIPPED_STEPS if args.fp16 else 0):
+        elif self._overflows > patience:
             text = f"the gradient is nan or inf at step {number}, the loss is not"
             yield "not_finite", "not_finite", text
         if self._never_seen("objects"):
@@ -191,7 +274,7 @@ class Guards(TrainerCallback):
             text = f"no absent prompt was asked of the first {self._seen['images']:.0f} images"
             yield "only_positive_prompts", "only_positive_prompts", text
         sums = {name: sum(step[name] for step in self._with_objects) for name in self.weights}
-        name, value = max(sums.items(), key=lambda item: item[1])
+        name, value = max(sums.items(), key=lambda item: item[1], default=("nothing", 0))
         share = value / (sum(sums.values()) or math.inf)
         is_judged = self._is_first_epoch and len(self._with_objects) == WINDOW
         if is_judged and share > DOMINANT_SHARE:

@@ -11,9 +11,9 @@ from data.experiments.make_confusion import (
     VIEWS,
     run_laboratory,
 )
+from data.experiments.statistics import NOTHING, confusion_figure, score
 from helpers.causes import CAUSES
 from helpers.lab.faults import FAULTS, RUN_FOLDER
-from helpers.lab.statistics import NOTHING, confusion_figure, score
 
 
 def table_of(*rows):

@@ -12,6 +12,13 @@ from data.experiments.cells import (
     cells_of,
     usages_of,
 )
+from data.experiments.statistics import (
+    SHARES,
+    effect_table,
+    effects_figure,
+    levels_figure,
+    steps_table,
+)
 from data.experiments.tables import (
     front_figure,
     load_base_row,
@@ -24,13 +31,6 @@ from helpers.data.coco import read_split
 from helpers.data.prompts import absent_candidates
 from helpers.errors import InputError
 from helpers.files import CONFIGS, ROOT, WALL_CRACKS
-from helpers.lab.statistics import (
-    SHARES,
-    effect_table,
-    effects_figure,
-    levels_figure,
-    steps_table,
-)
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from data.experiments.cells import SUSPECTS
+from data.experiments.statistics import steps_table
 from data.experiments.tables import load_table
 from helpers.config import parse_yaml
 from helpers.course.run import STRIP_ARGUMENTS
 from helpers.environment import SUBJECT_PACKAGES
 from helpers.files import ROOT
-from helpers.lab import steps_table
 
 MACHINE_PATH = re.compile(r"/(?:work|farm|root|home/\w+|Users/\w+)/[\w.]|/tmp/\w")
 REGISTRY = re.compile(

@@ -5,8 +5,7 @@ import pandas as pd
 import pytest
 from scipy.stats import binomtest
 
-from helpers.errors import InputError
-from helpers.lab.statistics import (
+from data.experiments.statistics import (
     INTERACTION,
     contrast,
     effect_table,
@@ -16,6 +15,7 @@ from helpers.lab.statistics import (
     wilson,
     word_effects,
 )
+from helpers.errors import InputError
 
 
 def cells_of(*values, outcome="score"):

@@ -18,11 +18,11 @@ import pandas as pd
 from data.experiments.cells import TABLES, code_version
 from data.experiments.jobs import run_jobs
 from data.experiments.make import run_command
+from data.experiments.statistics import NOTHING, score
 from helpers.config import load_config
 from helpers.diagnose.diagnosis import diagnose
 from helpers.files import CONFIGS, RUNS, WALL_CRACKS, read_json, resolve, write_json, write_text
 from helpers.lab.faults import FAULTS, HEALTHY, RUN_FOLDER, alive, left_in, planted
-from helpers.lab.statistics import NOTHING, score
 from helpers.train.training import train
 
 LABORATORY_RUNS = RUNS / "laboratory"

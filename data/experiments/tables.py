@@ -5,9 +5,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from data.experiments.cells import DATA_DIR, RESPONSES, TABLES, TEXT_COLUMNS, usages_of
+from data.experiments.statistics import LABELS
 from helpers.errors import InputError
 from helpers.files import ROOT, resolve
-from helpers.lab.statistics import LABELS
 from helpers.show.charts import COLOURS, dress
 
 

@@ -11,6 +11,7 @@ import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 from tqdm import tqdm
 
 from helpers.errors import InputError
@@ -31,15 +32,15 @@ _OWN_STAGING = f".partial-{platform.node()}-"
 def staged_folder(folder):
     """Yield a hidden folder in `folder`, and move its files into place only if the block succeeds.
 
-    The destination is made if need be, and removed if it was made in vain; files of the same name are
-    replaced, others stay. Staging folders that killed processes of this machine left are removed.
+    The destination is made if need be, and removed if it was made in vain; files of the same name, and
+    an empty folder, are replaced, others stay. Staging folders that killed processes of this machine left are removed.
     """
     folder = Path(folder)
-    was_missing = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(f"{glob.escape(_OWN_STAGING)}*-*"):
         pid = path.name.removeprefix(_OWN_STAGING).partition("-")[0]
-        if pid.isdigit() and not _is_running(int(pid)):
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=f"{_OWN_STAGING}{os.getpid()}-", dir=folder))
     try:
@@ -48,21 +49,9 @@ def staged_folder(folder):
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        if was_missing:
+        for path in made:
             with suppress(OSError):  # it holds what was made
-                folder.rmdir()
-
-
-def _is_running(pid):
-    """Return False only if no process has this number; Windows has no harmless question."""
-    try:
-        if os.name != "nt":
-            os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # somebody else's
-    return True
+                path.rmdir()
 
 
 def write_text(path, text):

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from helpers.checks.boxes_and_masks import check_annotations
 from helpers.checks.words import check_categories
@@ -23,7 +22,7 @@ from helpers.data.coco import COCO_FILE, find_splits, read_split
 from helpers.data.images import IMAGE_SUFFIXES, spelling
 from helpers.data.masks import rle_area, rle_box_xyxy, segmentation_to_rle
 from helpers.errors import InputError, printable
-from helpers.files import progress_bar
+from helpers.files import progress_bar, staged_folder
 
 # What finds the files of each format, and what reads them, in the order in which they are tried.
 FORMATS = {
@@ -146,7 +145,10 @@ def convert(src, dst, *, split=None, seed=42, tile=None, overlap=0.2, **reading)
         splits = {"train": splits[WHOLE]}
         notes.append("the source has no splits: all images are in train; see --split")
     root = Path(os.path.realpath(src if src.is_dir() else src.parent))
-    with _system_errors(dst), _new_folder(Path(os.path.realpath(dst))) as staging:
+    real_dst = Path(os.path.realpath(dst))
+    with _system_errors(dst), staged_folder(real_dst.parent) as place:
+        staging = place / real_dst.name
+        staging.mkdir()
         for name, images in splits.items():
             if images:
                 _write_split(staging / name, _with_names(images, root), source, tile, overlap)
@@ -156,40 +158,10 @@ def convert(src, dst, *, split=None, seed=42, tile=None, overlap=0.2, **reading)
             where = (error.where or "").replace(f"{staging}{os.sep}", f"{src}, ")
             raise InputError(error.message, where=where, fix=error.fix) from error
         notes += _finding_notes(written)
+        if real_dst.exists():
+            real_dst.rmdir()  # refused if somebody has filled it meanwhile
     summary = {"format": source.format, "source": str(src), "output": str(dst)}
     return summary | {"splits": _counts(written), "unused": source.unused, "notes": notes}
-
-
-@contextmanager
-def _new_folder(dst):
-    """Yield a folder that becomes `dst` in one step; without success nothing stays but what was."""
-    # It lies beside `dst`, in a folder with a lock. The system gives the lock back when a process
-    # dies, so whoever holds it may clear what a killed conversion left there.
-    name = dst.name.encode()[: MAX_NAME - len(".partial-")].decode(errors="ignore")
-    place = dst.with_name(f".partial-{name}")
-    parents = [path for path in place.parents if not path.exists()]
-    lock_file, content = place / "convert.lock", place / "dataset"
-    if place.exists() and not lock_file.exists() and any(place.iterdir()):
-        message = "is in the way, and no conversion made it"
-        raise InputError(message, where=place, fix="move or remove it")
-    place.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(lock_file, timeout=0):
-            shutil.rmtree(content, ignore_errors=True)
-            content.mkdir()
-            try:
-                yield content
-                if dst.exists():
-                    dst.rmdir()
-                content.rename(dst)
-            finally:
-                shutil.rmtree(place, ignore_errors=True)
-                for path in parents:
-                    with suppress(OSError):  # holds the new dataset, or files of others
-                        path.rmdir()
-    except Timeout as error:
-        fix = "wait for it, or choose another folder"
-        raise InputError("another conversion is writing it", where=dst, fix=fix) from error
 
 
 def _with_names(images, root):

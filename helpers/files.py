@@ -104,11 +104,7 @@ class _LinePerUpdate:
     def write(self, text):
         """Write an update without the cursor movements around it."""
         if text := text.strip():
-            print(text, file=sys.stderr)
-
-    def flush(self):
-        """Flush standard error."""
-        sys.stderr.flush()
+            print(text, file=sys.stderr, flush=True)
 
 
 def progress_bar(total, title, unit="image", *, disable=False):
@@ -124,17 +120,9 @@ def resolve(path):
     A relative path lies in the repository, whatever the current folder is and whatever exists. Only
     one on the command line lies in the current folder: `in_current_folder` says so first.
     """
-    return ROOT / _expand(path)
+    return ROOT / os.path.expanduser(path)
 
 
 def in_current_folder(path):
     """Turn a path from the command line into an absolute one, see `resolve`."""
-    return Path.cwd() / _expand(path)
-
-
-def _expand(path):
-    """Replace a leading ``~``; one that stands for no user is a name like any other."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
+    return Path.cwd() / os.path.expanduser(path)

@@ -100,21 +100,17 @@ def _opened(source, path, any_depth=False):
             yield image
     except InputError:
         raise
-    except FileNotFoundError as error:
-        fix = "check the path, or remove its annotation entry"
-        raise InputError("no such image", where=path, fix=fix) from error
-    except Image.DecompressionBombError as error:
-        message = f"is larger than {MAX_PIXELS / 1e6:.0f} megapixels"
-        fix = "cut it into several images, or save it smaller"
-        raise InputError(message, where=path, fix=fix) from error
-    except UnidentifiedImageError as error:
-        message, fix = "is no readable image (of no known format)", "replace or remove the file"
-        with Path(path).open("rb") as file:
-            if file.read(8)[4:] == b"ftyp" or Path(path).suffix.lower() in (".heic", ".heif"):
-                message, fix = "HEIC cannot be read", "save it as JPEG or PNG"
-        raise InputError(message, where=path, fix=fix) from error
     except Exception as error:  # Pillow raises a different type for each way a file can be broken
         message, fix = f"is no readable image ({error})", "replace or remove the file"
+        if isinstance(error, FileNotFoundError):
+            message, fix = "no such image", "check the path, or remove its annotation entry"
+        elif isinstance(error, Image.DecompressionBombError):
+            message = f"is larger than {MAX_PIXELS / 1e6:.0f} megapixels"
+            fix = "cut it into several images, or save it smaller"
+        elif isinstance(error, UnidentifiedImageError):
+            message, suffix = "is no readable image (of no known format)", Path(path).suffix.lower()
+            if Path(path).read_bytes()[4:8] == b"ftyp" or suffix in (".heic", ".heif"):
+                message, fix = "HEIC cannot be read", "save it as JPEG or PNG"
         raise InputError(message, where=path, fix=fix) from error
 
 

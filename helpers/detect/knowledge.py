@@ -71,11 +71,9 @@ def word_knowledge(model, processor, split, words=None, *, threshold=0.3):
     for word in words:
         answered = answers[answers["prompt"] == word]
         if answered.empty:
-            raise InputError(
-                f"no image shows {word!r}",
-                where=f"{split.root}, {split.name}",
-                fix="name a split with objects of this word",
-            )
+            message = f"no image shows {word!r}"
+            fix = "name a split with objects of this word"
+            raise InputError(message, where=f"{split.root}, {split.name}", fix=fix)
         count, hits = len(answered), int((answered["max_score"] >= threshold).sum())
         interval = scipy.stats.binomtest(hits, count).proportion_ci(method="wilson")
         means = answered[["presence_prob", "max_query_prob"]].mean()

@@ -26,11 +26,7 @@ LEAST_COMMON = 0.5
 
 
 def tile_boxes(width, height, tile, overlap):
-    """Cover an image with square tiles: list of ``(x0, y0, x1, y1)`` in pixels, row by row.
-
-    `overlap`, in [0, 1), is the least share of its side that a tile has in common with the next one.
-    The last tile of a row or column ends with the image and overlaps more.
-    """
+    """Cover an image with tiles ``(x0, y0, x1, y1)`` that share `overlap`, in [0, 1), or more."""
     if type(tile) is not int or tile < 1:
         raise InputError(f"the tile is {tile!r} pixels", fix="give a whole number such as 1008")
     if not 0 <= overlap < 1:

@@ -78,11 +78,9 @@ def target_modules(model, lora):
             raise InputError(message, where="lora.target_modules", fix=fix)
     for component, modules in names.items():
         if not modules:
-            raise InputError(
-                f"none of {', '.join(lora.target_modules)} occurs in {component}",
-                where=f"lora.apply_to_{component}",
-                fix="add a name that occurs there to lora.target_modules, or set the flag to false",
-            )
+            message = f"none of {', '.join(lora.target_modules)} occurs in {component}"
+            fix = "add a name that occurs there to lora.target_modules, or set the flag to false"
+            raise InputError(message, where=f"lora.apply_to_{component}", fix=fix)
     return names
 
 

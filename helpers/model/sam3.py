@@ -117,11 +117,9 @@ def _locate(name_or_path):
     path = resolve(name_or_path)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputError(
-                "the folder has no config.json, so it is not a model",
-                where=path,
-                fix="name the folder that holds config.json and model.safetensors",
-            )
+            message = "the folder has no config.json, so it is not a model"
+            fix = "name the folder that holds config.json and model.safetensors"
+            raise InputError(message, where=path, fix=fix)
         return str(path)
     name = str(name_or_path)
     looks_like_hub_name = name.count("/") == 1 and not name.startswith((".", "/", "~"))

@@ -197,10 +197,7 @@ def describe(figure, sentence):
 
 
 def _grid(panels, columns=3):
-    """Lay ``(picture, *title lines)`` out in a grid; None leaves a place empty.
-
-    A title is a user's text: it is no mathematics, and what cannot be drawn is escaped.
-    """
+    """Lay ``(picture, *title lines)`` out in a grid; None leaves a place empty."""
     if not panels:
         raise InputError("nothing to draw", fix="pass at least one image with something to show")
     columns = min(columns, len(panels))

@@ -77,11 +77,9 @@ def _filled_cache(config, model, processor, splits, pictures):
     if folder is None:
         return None
     if lora.apply_to_vision_encoder and lora.apply_to_text_encoder:
-        raise InputError(
-            "both encoders are trained, so neither has features that stay the same",
-            where="training.feature_cache",
-            fix="set it to null, or freeze an encoder: lora.apply_to_vision_encoder=false",
-        )
+        message = "both encoders are trained, so neither has features that stay the same"
+        fix = "set it to null, or freeze an encoder: lora.apply_to_vision_encoder=false"
+        raise InputError(message, where="training.feature_cache", fix=fix)
     model.to(PartialState().device)
     if lora.apply_to_vision_encoder:
         return None

@@ -212,11 +212,9 @@ def _refuse_other_data(folder, config, data):
     before = run_folder.read_run_file(folder / run_folder.VERSIONS_FILE).get("data_fingerprint")
     lora = load_config(folder / run_folder.RUN_CONFIG).lora
     if before not in (None, data.fingerprint) or lora != config.lora:
-        raise InputError(
-            "the run to resume had other training data, or adapted other components",
-            where=folder,
-            fix="resume with the dataset it was started with, or start a new run",
-        )
+        message = "the run to resume had other training data, or adapted other components"
+        fix = "resume with the dataset it was started with, or start a new run"
+        raise InputError(message, where=folder, fix=fix)
 
 
 @contextmanager

@@ -42,5 +42,4 @@ def printable(text):
 def check_probability(value, name, where=None):
     """Raise an `InputError` with `name` and `where` unless the value is a number in [0, 1]."""
     if not isinstance(value, Real) or not math.isfinite(value) or not 0 <= value <= 1:
-        fix = "give a probability in [0, 1]"
-        raise InputError(f"{name} is {value!r}", where=where, fix=fix)
+        raise InputError(f"{name} is {value!r}", where=where, fix="give a probability in [0, 1]")

@@ -18,20 +18,10 @@ MIN_KEPT = 0.99  # share of the objects in the files that must reach the loss
 def check_dataset(dataset, model=None, processor=None):
     """Look for every fault of a dataset that makes a fine-tuned SAM3 detect nothing.
 
-    Parameters
-    ----------
-    dataset : helpers.data.dataset.Dataset
-        Its config says which prompts and nouns are asked. Each image is decoded once and stays
-        described in its ``pictures``.
-    model : helpers.model.prompted.PromptedSam3, optional
-        Its base. Without it the sizes are those of a SAM3 at ``model.resolution`` of the config.
-    processor : transformers.Sam3Processor, optional
-        Of the base. Without it prompts are not turned into tokens.
-
-    Returns
-    -------
-    Report
-        Errors first. Codes and severities are in `helpers.checks.findings.CODES`.
+    The config of the `helpers.data.Dataset` says which prompts and nouns are asked. Each image is
+    decoded once and stays described in its ``pictures``. Without ``model``, its base, the sizes are
+    those of a SAM3 at ``model.resolution`` of the config; without ``processor`` prompts are not turned
+    into tokens. Returns a `Report`, errors first; codes are in `helpers.checks.findings.CODES`.
     """
     splits, findings = {}, []
     for name in dataset.names:
@@ -73,11 +63,10 @@ def _check_loading(dataset, split, model, processor):
     data, findings, queries = dataset.config.data, [], Counter()
     try:
         prompts = PromptDataset.from_config(dataset.config, split, model)
+        queries, findings = _count_queries(prompts, dataset.pictures, processor)
     except InputError as error:
         if split.records:  # without any it is reported as D06_EMPTY_SPLIT
             findings = [_refusal(error, split.name)]
-    else:
-        queries, findings = _count_queries(prompts, dataset.pictures, processor)
     counts = _counts(split, queries)
     findings += _check_objects_arrive(split, counts)
     if queries:
@@ -92,13 +81,12 @@ def _refusal(error, where):
 
 def _count_queries(prompts, pictures, processor):
     """Count what of a `PromptDataset` reaches the loss, without pixels; find refusals: D09."""
-    counts, findings, problems, collator = Counter(), {}, {}, PromptCollator(processor)
+    counts, findings, collator = Counter(), {}, PromptCollator(processor)
+    problems = {noun: _token_problem(collator, noun) for noun in prompts.nouns}
     for index, record in enumerate(prompts.records):
         if not is_usable_picture(record, pictures[record.path]):
             continue  # reported by the check of images
         queries = prompts.targets(index, 0)
-        for prompt in {query["prompt"] for query in queries} - problems.keys():
-            problems[prompt] = _token_problem(collator, prompt)
         refused = [problems[query["prompt"]] for query in queries if problems[query["prompt"]]]
         for error in refused[:1]:
             where = f"{prompts.split.name}/{record.image_id}"

@@ -272,8 +272,7 @@ def _labelme_object(shape, width, height, where):
         points = points[0] + ring * np.linalg.norm(points[1] - points[0])
     elif kind not in POLYGONS or len(points) < 3:
         message = f"is a {kind} of {len(points)} points, which has no area"
-        fix = "draw a polygon around the object, or remove the shape"
-        raise InputError(message, where=where, fix=fix)
+        raise InputError(message, where=where, fix="draw a polygon, or remove the shape")
     return entry | {"segmentation": [points.ravel().tolist()]}
 
 

@@ -42,8 +42,7 @@ def read_masks(root, category=None, objects="components"):
             if values.shape != size[::-1]:
                 sides = f"{values.shape[1]} x {values.shape[0]}"
                 message = f"is {sides} pixels, its image {size[0]} x {size[1]}"
-                fix = "save the mask at the size of the upright image"
-                raise InputError(message, where=mask_file, fix=fix)
+                raise InputError(message, where=mask_file, fix="save the mask at the image's size")
             if is_soft and (objects == "values" or len(names) > 1):
                 message = "has soft edges, whose values are neither classes nor instances"
                 fix = "save it without smoothing, or leave --objects values out"
@@ -137,8 +136,7 @@ def _names_of_values(names, masks, objects, has_soft, notes):
         unnamed = [value for value in present if is_named and value not in names]
         if unnamed:
             message = f"holds the value {unnamed[0]}, which {CLASSES_FILE} does not name"
-            fix = f"add its name as line {unnamed[0]}"
-            raise InputError(message, where=mask_file, fix=fix)
+            raise InputError(message, where=mask_file, fix=f"add its name as line {unnamed[0]}")
         if not is_named and objects != "values" and len(present) > 1:
             message = f"holds {len(present)} values beside 0, which are not named"
             fix = f"name classes in {CLASSES_FILE}, or give --objects values for instances"

@@ -112,8 +112,7 @@ def _images_of(place, base, root, files):
     for line in filter(None, map(str.strip, source.read_text(place).splitlines())):
         path = _existing(line, place.parent, root, place) or _existing(line, base, root, place)
         if path is None or not path.is_file():
-            message = f"names '{line}', which does not exist"
-            raise InputError(message, where=place, fix="correct the path")
+            raise InputError(f"names '{line}', which does not exist", where=place, fix="correct it")
         images.append(path)
     return images
 
@@ -186,8 +185,7 @@ def _check_values(content, rows, where):
         for value in values[: 4 if is_pose else None]:
             if not -OUTSIDE <= value <= 1 + OUTSIDE:
                 message = f"{value:g} is no share of the image's side"
-                fix = "divide x by the width and y by the height"
-                raise InputError(message, where=place, fix=fix)
+                raise InputError(message, where=place, fix="divide x by the width, y by the height")
     return is_pose
 
 

@@ -257,16 +257,13 @@ def image_record(where, image, annotations, names, root):
         (width, height), _ = upright_size(path)
     message = f"the size is {width!r} x {height!r}"
     if not all(type(side) is int and side > 0 for side in (width, height)):
-        fix = "write width and height in pixels as whole numbers"
-        raise InputError(message, where=place, fix=fix)
+        raise InputError(message, where=place, fix="write whole numbers of pixels")
     if width * height > MAX_PIXELS:
         message += f", more than {MAX_PIXELS / 1e6:.0f} megapixels"
-        fix = "correct width and height, or cut the image into several"
-        raise InputError(message, where=place, fix=fix)
+        raise InputError(message, where=place, fix="correct them, or cut the image into several")
     contents = image.get("contents", [])
     if not isinstance(contents, list) or not all(isinstance(noun, str) for noun in contents):
-        fix = 'write "contents": ["joint"]'
-        raise InputError("'contents' is no list of nouns", where=place, fix=fix)
+        raise InputError("'contents' is no list of nouns", where=place, fix='write ["joint"]')
     size = (width, height)
     objects = tuple(_object(place, *entry, names, *size) for entry in enumerate(annotations))
     contradiction = image.get(_CONTRADICTION)
@@ -285,8 +282,7 @@ def _object(where, index, annotation, names, width, height):
             fix=f"use one of {sorted(names)} or add the category with its name",
         )
     if annotation.get("iscrowd", 0) not in (0, 1):
-        message = f"iscrowd is {annotation['iscrowd']!r}"
-        raise InputError(message, where=where, fix="write 0 for an object")
+        raise InputError(f"iscrowd is {annotation['iscrowd']!r}", where=where, fix="write 0 or 1")
     rle, mask_problem = None, None
     if annotation.get("segmentation") not in (None, [], {}):
         try:

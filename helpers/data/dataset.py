@@ -282,8 +282,7 @@ class PromptCollator:
         for prompt in prompts:
             if any("\ud800" <= character <= "\udfff" for character in prompt):
                 message = f"the prompt {prompt!r} is no text: it holds bytes that are not UTF-8"
-                fix = "type the prompt in a terminal or file that uses UTF-8"
-                raise InputError(message, fix=fix)
+                raise InputError(message, fix="type it in a terminal or file that uses UTF-8")
         tokens = self.processor.tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS)
         for prompt, ids in zip(prompts, tokens["input_ids"], strict=True):
             if len(ids) > MAX_TOKENS:

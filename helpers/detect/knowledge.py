@@ -54,11 +54,7 @@ def word_knowledge(model, processor, split, words=None, *, threshold=0.3):
         Index ``word``; ``images``, ``presence_prob`` and ``max_query_prob`` (means), ``detected``
         (share of the images) with its 95 % interval (Wilson) ``low`` and ``high``, and
         ``knowledge``: "known", "half known", "open" (neither detected nor locked) or "locked".
-
-    Raises
-    ------
-    InputError
-        When no image shows an object.
+        InputError for a word that no image shows.
     """
     words = check_prompts(list(split.categories) if words is None else words)
     prompts, foreign = {}, set(words).difference(split.categories)

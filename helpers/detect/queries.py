@@ -60,8 +60,7 @@ class Query:
             raise InputError(message, where=where)
         for box_xyxy in (*gt_boxes, *(detection.get("box_xyxy") for detection in self.pred)):
             if box_xyxy is not None and not _is_box(box_xyxy):
-                fix = "give x0, y0, x1, y1 in pixels"
-                raise InputError(f"a box is {box_xyxy!r}", where=where, fix=fix)
+                raise InputError(f"a box is {box_xyxy!r}", where=where, fix="give x0, y0, x1, y1")
 
     @classmethod
     def from_dict(cls, mapping):
@@ -132,25 +131,11 @@ def predict_split(
     batch_size=4,
     adapter_words=None,
 ):
-    """Ask a model about every image of a split.
+    """Ask a model, see `Predictor`, about every image of a split, at `mask_threshold` in [0, 1].
 
-    Parameters
-    ----------
-    model, processor
-        See `helpers.detect.predictor.Predictor`.
-    split : helpers.data.records.Split
-    prompt, absent_prompts
-        See `helpers.data.PromptDataset.for_evaluation`.
-    mask_threshold : float
-        In [0, 1]; a pixel with a higher probability belongs to the mask.
-    batch_size : int
-    adapter_words : sequence of str, optional
-        Routing: only these are asked of the adapter, all others of its base.
-
-    Returns
-    -------
-    list of Query
-        One per image and prompt, with the 100 best detections that score at least 0.001.
+    What is asked says `helpers.data.PromptDataset.for_evaluation`. With ``adapter_words``, a sequence
+    of str, only these are asked of the adapter, all others of its base. Returns a list of `Query`, one
+    per image and prompt, with the 100 best detections that score at least 0.001.
     """
     asked = {"prompt": prompt, "absent_prompts": absent_prompts}
     if adapter_words is not None:

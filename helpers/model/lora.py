@@ -119,20 +119,10 @@ def _closest_fix(model, components, target):
 
 
 def add_lora(model, lora):
-    """Put LoRA on a base and freeze everything else.
+    """Put LoRA, a `helpers.config.LoraSection`, on a base in place and freeze everything else.
 
-    Parameters
-    ----------
-    model : helpers.model.sam3.PromptedSam3
-        Changed in place.
-    lora : helpers.config.LoraSection
-        Rank, alpha, dropout, names and flags.
-
-    Returns
-    -------
-    peft.PeftModel
-        B is zero, so outputs equal those of the base until a step was taken. A is drawn from
-        torch's global generator: set the seed before.
+    B of the `peft.PeftModel` is zero, so outputs equal those of the base until a step was taken. A is
+    drawn from torch's global generator: set the seed before.
     """
     if lora_layers(model):
         raise InputError("the model already carries LoRA", fix="load the base again")

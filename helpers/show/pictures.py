@@ -68,7 +68,7 @@ def annotate(image, boxes_xyxy, masks=None, labels=None, colour=PREDICTION_COLOU
     masks : array_like, optional
         (n, H, W) bool at the size of the image.
     labels : sequence of str, optional
-        n texts; an empty one is not drawn.
+        At most n texts; an empty one is not drawn.
     colour : str
         Hexadecimal.
     """
@@ -110,7 +110,6 @@ def annotate_detections(image, detections):
     detections = sorted(detections, key=lambda item: item["score"], reverse=True)
     masks = [decode_mask(item["mask_rle"], picture.size, "detection") for item in detections]
     labels = [f"{item['score']:.2f}" for item in detections[:MAX_LABELS]]
-    labels += [""] * (len(detections) - len(labels))
     return annotate(picture, [item["box_xyxy"] for item in detections], masks, labels)
 
 

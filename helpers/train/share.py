@@ -177,9 +177,8 @@ def push(plan):
         )
     except Exception as error:  # refused, offline, not logged in: classes of three libraries
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        message = f"the Hub did not take it ({reason})"
         fix = "log in with 'hf auth login', with a token that may write, and try again"
-        raise InputError(message, where=plan.repo, fix=fix) from error
+        raise InputError(f"the Hub did not take it ({reason})", where=plan.repo, fix=fix) from error
     return str(url)
 
 
@@ -192,8 +191,7 @@ def _missing_from_card(folder):
         data = ModelCard.load(path).data
     except Exception as error:  # YAML and Hub classes
         message = f"the metadata block cannot be read ({str(error).partition(chr(10))[0]})"
-        fix = "mend the lines between the two '---'"
-        raise InputError(message, where=path, fix=fix) from error
+        raise InputError(message, where=path, fix="mend the lines between the two '---'") from error
     missing = [name for name in _MISSING if data.get(name) in (None, "", [], "unknown")]
     return [f"{name}: {_MISSING[name]}" for name in missing]
 

@@ -297,17 +297,10 @@ def train_within_memory(config, *, on_retry=None, **options):
 def dry_run(config):
     """Take a training step on the fullest batch of a dataset, on the device at hand.
 
-    Parameters
-    ----------
-    config : helpers.config.Config
-
-    Returns
-    -------
-    dict
-        ``fits``; ``device``; ``images``, ``prompts`` and ``objects`` of the batch;
-        ``peak_memory_bytes`` of ``peak_memory_of``; ``seconds_per_step``, with its accumulation;
-        ``steps_per_epoch``; ``seconds_per_epoch``, if all batches were as full, without validation;
-        ``next``, the settings to try, as arguments of ``--set``. What was not measured is None.
+    Returns a dict: ``fits``; ``device``; ``images``, ``prompts`` and ``objects`` of the batch;
+    ``peak_memory_bytes`` of ``peak_memory_of``; ``seconds_per_step``, with its accumulation;
+    ``steps_per_epoch``; ``seconds_per_epoch``, if all batches were as full, without validation;
+    ``next``, the settings to try, as arguments of ``--set``. What was not measured is None.
     """
     training, on_gpu = config.training, torch.cuda.is_available()
     dataset = load_dataset(config)

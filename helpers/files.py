@@ -33,7 +33,7 @@ def staged_folder(folder):
     """Yield a hidden folder in `folder`, and move its files into place only if the block succeeds.
 
     The destination is made if need be, and removed if it was made in vain; files of the same name, and
-    an empty folder, are replaced, others stay. Staging folders that killed processes of this machine left are removed.
+    an empty folder, are replaced, others stay. What killed processes of this machine left is removed.
     """
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]

@@ -40,20 +40,12 @@ def check_annotations(split, *, mask_size, num_queries):
             if rles:
                 share = rle_area(coco_mask.merge(rles)) / (record.width * record.height)
                 covers[category].append(Place(*image, badness=share))
-    no_outline, advice = "", "add a segmentation, or expect boxes only"
+    values = {"total": total, "annotations": split.num_objects, "iou": MIN_BOX_IOU}
+    values |= {"no_outline": "", "advice": "add a segmentation, or expect boxes only"}
     if sum(code == "D45_NO_MASK" for code, _, _ in faults) == total:
-        no_outline = "; the mask decoder has nothing to learn from"
-        setting = "lora.apply_to_mask_decoder=false"
-        advice = f"leave the mask decoder out with {setting}, or add segmentations"
-    findings = findings_by_code(
-        faults,
-        total=total,
-        annotations=split.num_objects,
-        iou=MIN_BOX_IOU,
-        mask_size=mask_size,
-        no_outline=no_outline,
-        advice=advice,
-    )
+        values["no_outline"] = "; the mask decoder has nothing to learn from"
+        values["advice"] = "add segmentations, or set lora.apply_to_mask_decoder=false"
+    findings = findings_by_code(faults, mask_size=mask_size, **values)
     findings += finding_at("D51_TOO_MANY", crowded, num_queries=num_queries)
     for category, places in covers.items():
         mean = np.mean([place.badness for place in places])

@@ -4,9 +4,11 @@ from collections import Counter
 
 from helpers.checks.boxes_and_masks import check_annotations
 from helpers.checks.findings import SEVERITIES, Finding, Report, finding_of
-from helpers.checks.images import check_images, check_leakage, is_usable_picture
+from helpers.checks.images import check_images, check_leakage
 from helpers.checks.words import check_categories, check_prompts, check_splits_agree
 from helpers.data.dataset import PromptCollator, PromptDataset, model_sizes
+from helpers.data.images import same_shape
+from helpers.data.records import refuse_unknown_categories
 from helpers.errors import InputError
 from helpers.files import progress_bar
 
@@ -30,7 +32,7 @@ def check_dataset(dataset, model=None, processor=None):
         except InputError as error:
             where = error.where or name
             findings.append(Finding("D03_UNREADABLE", where, error.message, error.fix))
-    dataset.refuse_unknown_categories()
+    refuse_unknown_categories(dataset.config.data.prompts_by_category, [*dataset.read.values()])
     if "train" not in dataset.names:
         names = ", ".join(dataset.names)
         findings.append(finding_of("D04_NO_TRAIN_SPLIT", dataset.root, names=names))
@@ -84,7 +86,8 @@ def _count_queries(prompts, pictures, processor):
     counts, findings, collator = Counter(), {}, PromptCollator(processor)
     problems = {noun: _token_problem(collator, noun) for noun in prompts.nouns}
     for index, record in enumerate(prompts.records):
-        if not is_usable_picture(record, pictures[record.path]):
+        size = pictures[record.path].size
+        if size is None or not same_shape(size, (record.width, record.height)):
             continue  # reported by the check of images
         queries = prompts.targets(index, 0)
         refused = [problems[query["prompt"]] for query in queries if problems[query["prompt"]]]

@@ -115,9 +115,7 @@ def _cut(image, boxes, folder, tile):
     if picture.size != (image.width, image.height):
         upright = f"the upright image is {picture.width} x {picture.height} pixels"
         message = f"{upright}, its annotation says {image.width} x {image.height}"
-        raise InputError(
-            message, where=image.path, fix="annotate the upright image at its own size"
-        )
+        raise InputError(message, where=image.path, fix="annotate the upright image at its size")
     objects, contents = [[] for _ in boxes], [set(image.extra.get("contents", ())) for _ in boxes]
     for item in image.objects:
         mask, extent = _mask_and_extent(item, image)
@@ -143,11 +141,10 @@ def _mask_and_extent(item, image):
         where = f"{image.path}, annotation {item.get('id')}"
         try:
             rle = segmentation_to_rle(item["segmentation"], image.height, image.width)
+            if rle["size"] != [image.height, image.width]:
+                raise ValueError(f"its size {rle['size']} is not [height, width] of the image")
         except ValueError as error:
             raise InputError(str(error), where=where, fix="draw the mask again") from error
-        if rle["size"] != [image.height, image.width]:
-            message = f"the mask has the size {rle['size']}"
-            raise InputError(message, where=where, fix="use [height, width]")
         if rle_area(rle):
             return coco_mask.decode(rle), rle_box_xyxy(rle)
     x, y, width, height = item.get("bbox", (0, 0, 0, 0))

@@ -79,8 +79,6 @@ def refuse_outside(path, root, where=None):
 def picture_size(path, root):
     """Return the upright (width, height) in pixels of an image file inside the source."""
     refuse_outside(path, root)
-    if path.suffix.lower() in (".heic", ".heif"):
-        raise InputError("HEIC cannot be read", where=path, fix="save it as JPEG or PNG")
     return upright_size(path)[0]
 
 

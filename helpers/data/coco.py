@@ -45,12 +45,9 @@ def find_splits(data_dir):
     ):
         fix = f"name the folder above it, {data_dir.parent}"
         raise InputError("is one split and no dataset", where=data_dir, fix=fix)
-    raise InputError(
-        "holds no split",
-        where=data_dir,
-        fix=f"put {COCO_FILE}, or images/ and annotations/, into {data_dir.name}/train, or convert "
-        "the dataset with 'python -m helpers convert'",
-    )
+    fix = f"put {COCO_FILE}, or images/ and annotations/, into {data_dir.name}/train, or convert "
+    fix += "the dataset with 'python -m helpers convert'"
+    raise InputError("holds no split", where=data_dir, fix=fix)
 
 
 def read_split(data_dir, split, layout=None):
@@ -156,19 +153,16 @@ def coco_entries(where):
     for annotation in _list_of(content, "annotations", where):
         for key, task in (("segments_info", "panoptic segmentation"), ("caption", "captions")):
             if key in annotation and "category_id" not in annotation:
-                raise InputError(
-                    f"is a COCO file for {task}: an annotation has '{key}' and no 'category_id'",
-                    where=where,
-                    fix="export instances, with 'bbox', 'segmentation' and 'category_id'",
-                )
+                message = f"is a COCO file for {task}: it has '{key}' and no 'category_id'"
+                fix = "export instances, with 'bbox', 'segmentation' and 'category_id'"
+                raise InputError(message, where=where, fix=fix)
         image_id = annotation.get("image_id")
         if not isinstance(image_id, _ID) or image_id not in by_image:
-            raise InputError(
-                f"annotation {annotation.get('id')!r} belongs to image {image_id!r}, which the "
-                f"file does not list{_same_in_another_type(image_id, by_image)}",
-                where=where,
-                fix="add the image entry or remove the annotation",
-            )
+            name, same = annotation.get("id"), _same_in_another_type(image_id, by_image)
+            message = f"annotation {name!r} belongs to image {image_id!r}, which the file does not "
+            message += f"list{same}"
+            fix = "add the image entry or remove the annotation"
+            raise InputError(message, where=where, fix=fix)
         by_image[image_id][1].append(annotation)
     for image, objects in by_image.values():
         yield where, image, objects, categories
@@ -275,12 +269,10 @@ def _object(where, index, annotation, names, width, height):
     annotation_id, category_id = annotation.get("id", index), annotation.get("category_id")
     where = f"{where}, annotation {annotation_id}"
     if not isinstance(category_id, _ID) or category_id not in names:
-        raise InputError(
-            f"category_id {category_id!r} has no name in 'categories'"
-            f"{_same_in_another_type(category_id, names)}",
-            where=where,
-            fix=f"use one of {sorted(names)} or add the category with its name",
-        )
+        same = _same_in_another_type(category_id, names)
+        message = f"category_id {category_id!r} has no name in 'categories'{same}"
+        fix = f"use one of {sorted(names)} or add the category with its name"
+        raise InputError(message, where=where, fix=fix)
     if annotation.get("iscrowd", 0) not in (0, 1):
         raise InputError(f"iscrowd is {annotation['iscrowd']!r}", where=where, fix="write 0 or 1")
     rle, mask_problem = None, None

@@ -21,7 +21,7 @@ from helpers.data.prompts import (
     present_prompts,
     replayed_prompts,
 )
-from helpers.data.records import Split, has_mask, refuse_unknown_categories, rename_categories
+from helpers.data.records import Split, has_mask, rename_categories
 from helpers.errors import InputError
 from helpers.files import file_digest, resolve
 
@@ -33,7 +33,7 @@ class Dataset:
     root: Path  # resolved
     config: Config  # its `data` holds the nouns and the absent prompts
     pictures: dict = field(default_factory=dict, repr=False, compare=False)  # see `look`
-    _read: dict = field(default_factory=dict, repr=False, compare=False)
+    read: dict = field(default_factory=dict, repr=False, compare=False)  # splits as in the files
     _splits: dict = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -45,14 +45,10 @@ class Dataset:
         """Return a split, see `helpers.data.coco.read_split`, with the nouns of the config."""
         name, _ = split_folder(self.root, name)
         if name not in self._splits:
-            self._read[name] = read_split(self.root, name)
+            self.read[name] = read_split(self.root, name)
             nouns = self.config.data.prompts_by_category
-            self._splits[name] = rename_categories(self._read[name], nouns)
+            self._splits[name] = rename_categories(self.read[name], nouns)
         return self._splits[name]
-
-    def refuse_unknown_categories(self):
-        """Raise InputError if the config renames a category that none of the splits read has."""
-        refuse_unknown_categories(self.config.data.prompts_by_category, [*self._read.values()])
 
     def look(self, split, bar=None):
         """Decode the images of a split that were not decoded yet; return a dict of path to Picture."""

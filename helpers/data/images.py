@@ -92,11 +92,9 @@ def _opened(source, path, any_depth=False):
             raw_modes = [str(tile[3]) for tile in image.tile]  # Pillow cuts "RGB;16B" to mode RGB
             is_deep = image.mode in DEEP_MODES or re.search(r";16[BLN]", " ".join(raw_modes))
             if is_deep and not any_depth:
-                raise InputError(
-                    f"holds more than 8 bits per channel ({image.mode}), which would be cut off",
-                    where=path,
-                    fix="convert it to 8 bits per channel, spreading its values over 0 to 255",
-                )
+                message = f"holds more than 8 bits per channel ({image.mode}): they would be cut"
+                fix = "convert it to 8 bits per channel, spreading its values over 0 to 255"
+                raise InputError(message, where=path, fix=fix)
             yield image
     except InputError:
         raise
@@ -150,12 +148,10 @@ def load_pixels(record, processor, resolution):
     """Load the image of a record as float32 (3, resolution, resolution), as the processor says."""
     image = open_upright(record.path)
     if not same_shape(image.size, (record.width, record.height)):
-        size = f"{image.width} x {image.height} pixels"
-        raise InputError(
-            f"the upright image is {size}, its annotation says {record.width} x {record.height}",
-            where=record.path,
-            fix="annotate the upright image, or save the image without an EXIF orientation",
-        )
+        size, stated = f"{image.width} x {image.height}", f"{record.width} x {record.height}"
+        message = f"the upright image is {size} pixels, its annotation says {stated}"
+        fix = "annotate the upright image, or save it without an EXIF orientation"
+        raise InputError(message, where=record.path, fix=fix)
     size = {"height": resolution, "width": resolution}
     content = processor.image_processor(images=image, size=size, return_tensors="pt")
     return content["pixel_values"][0]

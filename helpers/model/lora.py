@@ -247,12 +247,10 @@ def check_tensors(tensors, path):
         broken = ~torch.isfinite(tensor)
         if broken.any():
             value, count = tensor[broken][0].item(), int(broken.sum())
-            raise InputError(
-                f"{name} holds {value} in {count} of {tensor.numel()} places",
-                where=path,
-                fix="the training diverged or the file is damaged: train again with a lower "
-                "training.learning_rate, or restore the file",
-            )
+            message = f"{name} holds {value} in {count} of {tensor.numel()} places"
+            fix = "the training diverged or the file is damaged: train again with a lower "
+            fix += "training.learning_rate, or restore the file"
+            raise InputError(message, where=path, fix=fix)
 
 
 def read_adapter_weights(folder):
@@ -282,9 +280,8 @@ def _check_config(content, expected, path):
         raise InputError(message, where=path, fix=_NAME_A_RUN)
     are_numbers = type(rank) is int and type(alpha) in (int, float)
     if not are_numbers or not 0 < alpha <= MAX_SCALE * rank:
-        message = (
-            f"lora_alpha is {alpha!r:.100}, not between 0 and {MAX_SCALE:g} times r, {rank!r:.100}"
-        )
+        limit = f"{MAX_SCALE:g} times r, {rank!r:.100}"
+        message = f"lora_alpha is {alpha!r:.100}, not between 0 and {limit}"
         raise InputError(message, where=path, fix=_RESTORE)
     for key in ("r", "lora_alpha"):
         if expected.get(key) not in (None, content[key]):
@@ -295,8 +292,6 @@ def _check_config(content, expected, path):
 def _another_base(where, reason, name=None):
     """Build the one error for an adapter that does not belong to the base."""
     made_for = f" (it was made for {name})" if name else ""
-    return InputError(
-        f"the adapter belongs to another base or LoRA setting{made_for}: {reason}",
-        where=where,
-        fix="load the base it was trained on, with --base or --profile",
-    )
+    message = f"the adapter belongs to another base or LoRA setting{made_for}: {reason}"
+    fix = "load the base it was trained on, with --base or --profile"
+    return InputError(message, where=where, fix=fix)

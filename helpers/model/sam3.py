@@ -137,10 +137,8 @@ def _load_part(source, cls, options):
     except Exception as error:  # damaged files raise classes of five libraries
         lines = str(error).strip().splitlines() or [type(error).__name__]
         message = f"the hub gave no access ({lines[0][:200]})"
-        fix = (
-            f"ask for access at https://huggingface.co/{source}, run 'hf auth login', and try "
-            "again; the profile 'tiny' needs none of this"
-        )
+        fix = f"ask for access at https://huggingface.co/{source}, run 'hf auth login', and try "
+        fix += "again; the profile 'tiny' needs none of this"
         if Path(source).is_dir():
             for path in sorted(Path(source).glob("*.safetensors")):
                 refuse_lfs_pointer(path)

@@ -48,9 +48,7 @@ def training_data(config, model, processor, *, train_split=None, val_split=None,
         model.to(PartialState().device)
         for word, noun in product(data.replay_words, train.own_names):
             if nouns_overlap(word, noun):
-                message = (
-                    f"{word!r} means what is annotated as {noun!r}: the base would contradict it"
-                )
+                message = f"{word!r} may be what is annotated as {noun!r}; the base would deny it"
                 fix = "list other things that the base knows"
                 raise InputError(message, where="data.replay_words", fix=fix)
         answers = clear_answers(model, processor, train.records, data.replay_words)
@@ -63,12 +61,10 @@ def training_data(config, model, processor, *, train_split=None, val_split=None,
     for _ in counts:  # the draw of a loader that starts: seeds give the runs that they always gave
         torch.empty((), dtype=torch.int64).random_()
     if not counts["train"]["num_objects"].any() and not allow_empty:
-        raise InputError(
-            f"no object of {len(splits[0].records)} images reaches the loss "
-            "(cause no_objects in data/causes.csv); training would teach to detect nothing",
-            where=splits[0].root,
-            fix="run 'python -m helpers check' on the dataset, or pass allow_empty=True on purpose",
-        )
+        message = f"no object of {len(splits[0].records)} images reaches the loss (cause "
+        message += "no_objects in data/causes.csv); training would teach to detect nothing"
+        fix = "run 'python -m helpers check' on the dataset, or pass allow_empty=True on purpose"
+        raise InputError(message, where=splits[0].root, fix=fix)
     states = None
     if config.training.feature_cache is not None and not config.lora.apply_to_text_encoder:
         states = text_states(model, processor, (*train.nouns, *valid.nouns))

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 from tqdm import tqdm
@@ -98,18 +99,16 @@ def file_digest(path):
         raise InputError(f"cannot be read ({reason})", where=path, fix=fix) from error
 
 
-class _LinePerUpdate:
-    """Let a progress bar write lines, which a log file and a notebook keep readable."""
-
-    def write(self, text):
-        """Write an update without the cursor movements around it."""
-        if text := text.strip():
-            print(text, file=sys.stderr, flush=True)
+def _write_line(text):
+    """Write an update of a progress bar as a line, which a log and a notebook keep readable."""
+    if text := text.strip():
+        print(text, file=sys.stderr, flush=True)
 
 
 def progress_bar(total, title, unit="image", *, disable=False):
     """Return a `tqdm.tqdm` on stderr for work of seconds: a bar, or a line every ten seconds."""
-    look = {} if sys.stderr.isatty() else {"file": _LinePerUpdate(), "mininterval": 10, "ncols": 80}
+    lines = {"file": SimpleNamespace(write=_write_line), "mininterval": 10, "ncols": 80}
+    look = {} if sys.stderr.isatty() else lines
     look |= {"delay": PROGRESS_DELAY, "disable": disable}
     return tqdm(total=total, desc=title, unit=unit, **look)
 

@@ -40,9 +40,8 @@ def find_splits(data_dir):
     names += sorted(present.difference(SPLIT_FOLDERS))
     if names:
         return names
-    if (data_dir / COCO_FILE).is_file() or (
-        split_name(data_dir.name) in SPLIT_FOLDERS and layouts_of(data_dir)
-    ):
+    is_split = split_name(data_dir.name) in SPLIT_FOLDERS and layouts_of(data_dir)
+    if is_split or (data_dir / COCO_FILE).is_file():
         fix = f"name the folder above it, {data_dir.parent}"
         raise InputError("is one split and no dataset", where=data_dir, fix=fix)
     fix = f"put {COCO_FILE}, or images/ and annotations/, into {data_dir.name}/train, or convert "

@@ -89,8 +89,7 @@ def clear_answers(model, processor, records, words):
     another name in the annotations makes no answer.
     """
     answers, words = {}, check_prompts(list(words))
-    hidden = not sys.stderr.isatty()
-    with progress_bar(len(records), "asking the base", disable=hidden) as bar:
+    with progress_bar(len(records), "asking the base", disable=not sys.stderr.isatty()) as bar:
         for record in records:
             detected, possible = {}, set()
             for raw in raw_outputs(model, processor, [record], words):

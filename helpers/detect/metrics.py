@@ -95,22 +95,13 @@ def _numbered(values):
 def cgf1(queries, score_threshold=0.5):
     """Compute cgF1 and its parts, equal to the numbers of Meta's ``CGF1Evaluator`` (segm).
 
-    Parameters
-    ----------
-    queries : list of Query or of dict
-        Those that are not exhaustive are skipped; InputError if none is left.
-    score_threshold : float
-        In [0, 1]; detections below it are ignored.
-
-    Returns
-    -------
-    dict of str to float
-        ``cgF1 = positive_micro_F1 * IL_MCC``, ``positive_micro_F1``, ``positive_macro_F1``,
-        ``positive_micro_precision``, ``precision``, ``recall``, ``F1``: means over IoU 0.50:0.95,
-        and with ``@0.5`` and ``@0.75`` at one IoU. ``IL_MCC``, ``IL_FPR``, ``IL_recall``,
-        ``IL_precision``, ``IL_F1``: presence per query. The native numbers also where they have no
-        meaning (0 or -1), which `evaluate_queries` refuses to report.
-
+    Queries, each a `Query` or a dict, that are not exhaustive are skipped; InputError if none is left.
+    Detections below ``score_threshold``, in [0, 1], are ignored. Returns a dict of str to float:
+    ``cgF1 = positive_micro_F1 * IL_MCC``, ``positive_micro_F1``, ``positive_macro_F1``,
+    ``positive_micro_precision``, ``precision``, ``recall``, ``F1``: means over IoU 0.50:0.95, and with
+    ``@0.5`` and ``@0.75`` at one IoU. ``IL_MCC``, ``IL_FPR``, ``IL_recall``, ``IL_precision``,
+    ``IL_F1``: presence per query. The native numbers also where they have no meaning (0 or -1), which
+    `evaluate_queries` refuses to report.
     """
     # Per query one assignment makes the summed mask IoU greatest; a pair is a hit at every threshold
     # it reaches. Source: ``sam3/eval/cgf1_eval.py`` of facebookresearch/sam3 at 99d02f2.

@@ -18,6 +18,7 @@ from helpers.errors import InputError, check_probability
 from helpers.model.prompted import outputs_by_rows
 
 SCORE_FLOOR = 1e-3  # average precision needs low scores, not the lowest
+IMAGES_AT_ONCE = 4
 MAX_DETECTIONS = 100  # per prompt and image, as many as COCO's average precision looks at
 _REQUIRED = ("image_id", "prompt", "height", "width", "gt", "pred")
 
@@ -128,7 +129,6 @@ def predict_split(
     prompt=None,
     absent_prompts=(),
     mask_threshold=0.5,
-    batch_size=4,
     adapter_words=None,
 ):
     """Ask a model, see `Predictor`, about every image of a split, at `mask_threshold` in [0, 1].
@@ -139,7 +139,7 @@ def predict_split(
     """
     asked = {"prompt": prompt, "absent_prompts": absent_prompts}
     if adapter_words is not None:
-        asked |= {"mask_threshold": mask_threshold, "batch_size": batch_size}
+        asked["mask_threshold"] = mask_threshold
         queries = predict_split(model, processor, split, **asked)
         with model.disable_adapter():
             queries_of_base = predict_split(model, processor, split, **asked)
@@ -147,7 +147,7 @@ def predict_split(
         pairs = zip(queries, queries_of_base, strict=True)
         return [own if plain_prompt(own.prompt) in words else other for own, other in pairs]
     dataset = PromptDataset.for_evaluation(split, model, processor, **asked)
-    loader = DataLoader(dataset, batch_size, collate_fn=PromptCollator(processor))
+    loader = DataLoader(dataset, IMAGES_AT_ONCE, collate_fn=PromptCollator(processor))
     model.eval()
     device, queries = next(model.parameters()).device, []
     for batch in loader:

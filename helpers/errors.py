@@ -2,6 +2,7 @@
 
 import math
 import unicodedata
+from contextlib import contextmanager
 from numbers import Real
 
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats, surrogates, separators of lines
@@ -27,6 +28,15 @@ class InputError(Exception):
             return line
         end = "" if line.endswith((".", "!", "?")) else "."
         return f"{line}{end} Fix: {self.fix}"
+
+
+@contextmanager
+def explain(errors, message, *, where, fix):
+    """Raise an InputError in place of errors of some types, whose own text follows the message."""
+    try:
+        yield
+    except errors as error:
+        raise InputError(f"{message} ({error})", where=where, fix=fix) from error
 
 
 def printable(text):

@@ -12,7 +12,7 @@ from helpers.convert.source import SourceImage
 from helpers.data.images import IMAGE_SUFFIXES, near_pairs, open_upright, picture_hash
 from helpers.data.masks import mask_to_rle, rle_area, rle_box_xyxy, segmentation_to_rle
 from helpers.detect.tiles import tile_boxes
-from helpers.errors import InputError
+from helpers.errors import InputError, explain
 from helpers.files import progress_bar
 
 NAMES = ("train", "valid", "test")
@@ -139,12 +139,10 @@ def _mask_and_extent(item, image):
     """Return the mask of an object, None for a box alone, and its tight box in pixels."""
     if item.get("segmentation"):
         where = f"{image.path}, annotation {item.get('id')}"
-        try:
+        with explain(ValueError, "its mask cannot be cut", where=where, fix="draw it again"):
             rle = segmentation_to_rle(item["segmentation"], image.height, image.width)
             if rle["size"] != [image.height, image.width]:
                 raise ValueError(f"its size {rle['size']} is not [height, width] of the image")
-        except ValueError as error:
-            raise InputError(str(error), where=where, fix="draw the mask again") from error
         if rle_area(rle):
             return coco_mask.decode(rle), rle_box_xyxy(rle)
     x, y, width, height = item.get("bbox", (0, 0, 0, 0))

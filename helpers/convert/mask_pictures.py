@@ -9,7 +9,7 @@ from scipy import ndimage
 from helpers.convert import source
 from helpers.data.images import IMAGE_SUFFIXES
 from helpers.data.masks import mask_to_rle
-from helpers.errors import InputError
+from helpers.errors import InputError, explain
 from helpers.files import progress_bar
 
 IMAGE_FOLDERS = ("images", "jpegimages")
@@ -146,13 +146,11 @@ def _names_of_values(names, masks, objects, has_soft, notes):
 
 def _mask_values(path):
     """Read a mask picture as whole numbers, a palette's as indices; and whether edges are soft."""
-    try:
-        with Image.open(path) as picture:
-            is_jpeg, has_alpha = picture.format == "JPEG", picture.mode in ("LA", "RGBA")
-            values = np.array(picture.convert("L") if is_jpeg else picture)
-    except Exception as error:  # Pillow raises another type for each way a file can be broken
-        message = f"is no readable picture ({error})"
-        raise InputError(message, where=path, fix="save it as PNG") from error
+    # Pillow raises another type for each way a file can be broken.
+    broken = explain(Exception, "is no readable picture", where=path, fix="save it as PNG")
+    with broken, Image.open(path) as picture:
+        is_jpeg, has_alpha = picture.format == "JPEG", picture.mode in ("LA", "RGBA")
+        values = np.array(picture.convert("L") if is_jpeg else picture)
     if values.ndim == 3:
         colours = values[..., :-1] if has_alpha else values
         if (colours != colours[..., :1]).any():

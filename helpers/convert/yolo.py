@@ -8,7 +8,7 @@ import numpy as np
 from helpers.config import read_yaml
 from helpers.convert import source
 from helpers.data.images import IMAGE_SUFFIXES
-from helpers.errors import InputError
+from helpers.errors import InputError, explain
 
 OUTSIDE = 0.01  # share of a side by which rounding and clumsy drawing may leave the image
 MIN_ROWS = 3  # different lines from which a pattern that all share is no chance
@@ -149,11 +149,9 @@ def _rows(label, names, root):
     rows = []
     for number, line in enumerate(source.read_text(label).splitlines(), start=1):
         where = f"{label}, line {number}"
-        try:
+        message = f"'{line.strip()[:60]}' is not all numbers"
+        with explain(ValueError, message, where=where, fix="write: class x y ..."):
             values = [float(value) for value in line.split()]
-        except ValueError as error:
-            message = f"'{line.strip()[:60]}' is not all numbers"
-            raise InputError(message, where=where, fix="write: class x y ...") from error
         if values and values[0] not in names:
             message = f"class {line.split()[0]} is not among the names {str(names)[:200]}"
             raise InputError(message, where=where, fix="add it to names in the YAML file")

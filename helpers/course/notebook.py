@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from helpers.config import load_config
 from helpers.environment import quieten, require, versions_line
-from helpers.errors import InputError
+from helpers.errors import InputError, explain
 from helpers.files import CONFIGS, ROOT, resolve, write_json
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -56,11 +56,9 @@ class NotebookRun(BaseModel):
     def folder(self):
         """Folder for what this notebook writes; made when it is first asked for."""
         folder = self.output_dir / self.name
-        try:
+        fix = "set output_dir to a folder that you may write to"
+        with explain(OSError, "cannot be made", where=folder, fix=fix):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fix = "set output_dir to a folder that you may write to"
-            raise InputError(f"cannot be made ({error})", where=folder, fix=fix) from error
         return folder
 
     def folder_of(self, name):

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from helpers.errors import InputError
+from helpers.errors import InputError, explain
 from helpers.files import file_digest, read_json, staged_folder, write_json
 from helpers.model.prompted import base_of
 from helpers.model.sam3 import base_fingerprint, refuse_lfs_pointer
@@ -143,12 +143,9 @@ def add_lora(model, lora):
     peft_model = _wrap(model, config)
     adapted = {name for name, _ in lora_layers(peft_model)}
     if adapted != expected:
-        raise InputError(
-            f"PEFT adapted {len(adapted)} modules, expected {len(expected)}; the first that "
-            f"differs is {min(adapted ^ expected)}",
-            where="lora.target_modules",
-            fix="name linear layers only",
-        )
+        message = f"PEFT adapted {len(adapted)} modules, expected {len(expected)}; the first that "
+        message += f"differs is {min(adapted ^ expected)}"
+        raise InputError(message, where="lora.target_modules", fix="name linear layers only")
     return peft_model
 
 
@@ -179,11 +176,9 @@ def save_adapter(model, folder, base_name, revision=None):
 
 def write_tensors(path, tensors, metadata=None):
     """Write a safetensors file; InputError if the disk is full."""
-    try:
+    fix = "make room on the disk, or name another folder"
+    with explain(SafetensorError, "cannot be written", where=path, fix=fix):
         save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
-    except SafetensorError as error:
-        fix = "make room on the disk, or name another folder"
-        raise InputError(f"cannot be written ({error})", where=path, fix=fix) from error
 
 
 def load_adapter(model, folder, *, lora=None, is_trainable=False):
@@ -259,10 +254,9 @@ def read_adapter_weights(folder):
     if not path.is_file():
         raise InputError(f"holds no {WEIGHTS_FILE}", where=folder, fix=_NAME_A_RUN)
     refuse_lfs_pointer(path)
-    try:
+    # safetensors raises a class of its own for damaged files.
+    with explain(Exception, "is damaged", where=path, fix=_RESTORE):
         return load_file(path)
-    except Exception as error:  # safetensors raises a class of its own for damaged files
-        raise InputError(f"is damaged ({error})", where=path, fix=_RESTORE) from error
 
 
 def _wrap(model, config):

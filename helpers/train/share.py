@@ -18,7 +18,7 @@ from transformers import Sam3Model
 from helpers.data.coco import read_split
 from helpers.detect.detections import masks_at_image_size, reaches
 from helpers.detect.predictor import GENERIC_PROMPT, Predictor
-from helpers.errors import InputError, printable
+from helpers.errors import InputError, explain, printable
 from helpers.files import WALL_CRACKS, read_json, resolve, staged_folder, write_json, write_text
 from helpers.model.lora import BASE_FILE, CONFIG_FILE, read_adapter_weights
 from helpers.model.sam3 import base_config, load_base
@@ -114,10 +114,8 @@ def plan_push(folder, repo):
     ``folder`` is a finished run, or was written by `merge`; InputError if it is damaged. ``repo`` is
     ``name`` or ``owner/name`` on the Hub.
     """
-    try:
+    with explain(HFValidationError, "is no name on the Hub", where="--repo", fix="give owner/name"):
         validate_repo_id(repo)
-    except HFValidationError as error:
-        raise InputError(str(error).strip(), where="--repo", fix="give owner/name") from error
     folder = resolve(folder)
     is_merged = (folder / MERGE_FILE).is_file()
     paths = _check_merged(folder) if is_merged else _check_run(folder)
@@ -153,12 +151,10 @@ def _check_merged(folder):
     if not weights:
         raise InputError("holds no model.safetensors", where=folder, fix="merge again")
     for path in weights:
-        try:
-            with safe_open(path, framework="pt") as file:
-                if not file.keys():
-                    raise OSError("it holds no weights")
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"is damaged ({error})", where=path, fix="merge again") from error
+        damage = explain((OSError, SafetensorError), "is damaged", where=path, fix="merge again")
+        with damage, safe_open(path, framework="pt") as file:
+            if not file.keys():
+                raise OSError("it holds no weights")
     base = read_json(folder / MERGE_FILE, fix="merge again").get("base", "")
     return [(MERGE_FILE, str(base))]
 

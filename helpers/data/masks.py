@@ -40,10 +40,9 @@ def _as_text(rle):
 def _rle_from_runs(segmentation):
     """Check run lengths against their own size and compress them."""
     size, counts = segmentation.get("size"), segmentation.get("counts")
-    if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int for n in size)):
+    is_list = isinstance(size, list) and len(size) == 2
+    if not is_list or not all(type(side) is int and side > 0 for side in size):
         raise ValueError(f"its size is {size!r}, not [height, width]")
-    if min(size) < 1:
-        raise ValueError(f"its size {size} is empty")
     if math.prod(size) > MAX_PIXELS:
         raise ValueError(f"its size {size} is more than {MAX_PIXELS / 1e6:.0f} megapixels")
     if isinstance(counts, str):

@@ -48,8 +48,9 @@ class Query:
                 message, fix = "a mask is not a COCO compressed RLE", "use pycocotools.mask.encode"
                 raise InputError(message, where=where, fix=fix)
             if list(rle.get("size", ())) != size:
-                stated = rle.get("size")
-                message = f"a mask has size {stated}, the picture has {size} (height, width)"
+                message = (
+                    f"a mask has size {rle.get('size')}, the picture has {size} (height, width)"
+                )
                 raise InputError(message, where=where)
         for detection in self.pred:
             check_probability(detection.get("score"), "score", where)

@@ -3,7 +3,7 @@
 import html
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
@@ -208,25 +208,14 @@ EXACT = Tolerance(logit=1e-3, score=1e-3, margin=0.0, mask_iou=0.999)
 CAST = Tolerance(logit=float("inf"), score=0.05, margin=0.05, mask_iou=0.9)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What differs between two models on the same questions, images times prompts."""
-
-    num_questions: int
-    num_detections: int  # of the first model
-    max_logit_difference: float  # over all queries, detected or not
-    max_score_difference: float
-    num_changed: int  # queries that one model alone detects outside the margin
-    min_mask_iou: float  # over what both detect
-
-    def within(self, tolerance):
-        """Return whether the two models count as the same; NaN never does."""
-        return (
-            self.max_logit_difference <= tolerance.logit
-            and self.max_score_difference <= tolerance.score
-            and self.num_changed == 0
-            and self.min_mask_iou >= tolerance.mask_iou
-        )
+def is_same(comparison, tolerance):
+    """Return whether two models count as the same by what `compare` says; NaN never does."""
+    return (
+        comparison["max_logit_difference"] <= tolerance.logit
+        and comparison["max_score_difference"] <= tolerance.score
+        and comparison["num_changed"] == 0
+        and comparison["min_mask_iou"] >= tolerance.mask_iou
+    )
 
 
 class MergeDiffers(Exception):
@@ -245,7 +234,7 @@ def merge(folder, output, dtype=None, base=None):
     missing, and stays so unless everything went well. ``dtype``, "float32" or "bfloat16", is by
     default that of the base's own files; ``base`` is another place of it than the run names.
 
-    Returns a dict, also in ``merge.json``: what was merged, the two `Comparison` ``merged`` and
+    Returns a dict, also in ``merge.json``: what was merged, what `compare` says of ``merged`` and
     ``written`` with base and adapter, and ``same``. If that is not so, within `EXACT` or for a cast
     `CAST`, a `MergeDiffers` is raised instead.
     """
@@ -300,14 +289,14 @@ def _merge_into(staging, run, dtype):
         "data_fingerprint": run.metrics.get("data_fingerprint"),
         "images": source,
         "num_images": len(images),
-        "merged": asdict(in_memory),
-        "written": asdict(written),
-        "same": in_memory.within(EXACT) and written.within(tolerance),
+        "merged": in_memory,
+        "written": written,
+        "same": is_same(in_memory, EXACT) and is_same(written, tolerance),
     }
 
 
 def compare(expected, actual, score_threshold, mask_threshold, margin=0.0):
-    """Compare two sequences of `RawPrediction` for the same questions, see `Comparison`."""
+    """Compare two sequences of `RawPrediction` for the same questions, images times prompts."""
     logits, scores, ious, num_changed, num_detections = [0.0], [0.0], [1.0], 0, 0
     for pair in zip(expected, actual, strict=True):
         for name in ("query_logits", "presence_logit", "mask_logits"):
@@ -326,8 +315,14 @@ def compare(expected, actual, score_threshold, mask_threshold, margin=0.0):
             )
             union = (mask | other).sum()
             ious.append((mask & other).sum() / union if union else 1.0)
-    largest = [float(np.max(values)) for values in (logits, scores)]
-    return Comparison(len(expected), num_detections, *largest, num_changed, float(np.min(ious)))
+    return {
+        "num_questions": len(expected),
+        "num_detections": num_detections,  # of the first model
+        "max_logit_difference": float(np.max(logits)),  # over all queries, detected or not
+        "max_score_difference": float(np.max(scores)),
+        "num_changed": num_changed,  # queries that one model alone detects outside the margin
+        "min_mask_iou": float(np.min(ious)),  # over what both detect
+    }
 
 
 def _sample_images(config):

@@ -227,20 +227,17 @@ def _readable_errors(trainer):
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         memory_errors = (torch.OutOfMemoryError, MemoryError)
         if isinstance(error, memory_errors) or "allocate memory" in str(error):
-            raise OutOfMemory(
-                f"out of memory at step {step}: {reason}",
-                where=where,
-                fix="set training.gradient_checkpointing=true, lower training.batch_size (and "
-                "raise gradient_accumulation_steps) or data.num_negatives, or lower "
-                "model.resolution; 'python -m helpers train --dry-run' tries a single step",
-            ) from error
+            message = f"out of memory at step {step}: {reason}"
+            fix = "set training.gradient_checkpointing=true, lower training.batch_size (and raise "
+            fix += "gradient_accumulation_steps) or data.num_negatives, or lower model.resolution; "
+            fix += "'python -m helpers train --dry-run' tries a single step"
+            raise OutOfMemory(message, where=where, fix=fix) from error
         failed_to_write = any(part in reason for part in _WRITE_FAILED)
         if failed_to_write or isinstance(error, OSError | SafetensorError):
-            raise InputError(
-                f"a file could not be written or read at step {step} ({reason})",
-                where=getattr(error, "filename", None) or where,
-                fix="make room or correct the permissions, then continue with --resume",
-            ) from error
+            message = f"a file could not be written or read at step {step} ({reason})"
+            fix = "make room or correct the permissions, then continue with --resume"
+            where = getattr(error, "filename", None) or where
+            raise InputError(message, where=where, fix=fix) from error
         raise
 
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import psutil
 from tqdm import tqdm
 
-from helpers.errors import InputError
+from helpers.errors import InputError, explain
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -73,12 +73,9 @@ def read_json(path, fix="export the file again"):
     path = Path(path)
     if not path.is_file():
         raise InputError("no such file", where=path, fix=fix)
-    try:
+    errors = (OSError, ValueError, RecursionError)
+    with explain(errors, "is no complete JSON in UTF-8", where=path, fix=fix):
         content = json.loads(path.read_text(encoding="utf-8-sig"), parse_int=_parse_int)
-    except UnicodeDecodeError as error:
-        raise InputError("is not UTF-8 text", where=path, fix="save it as UTF-8") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"is no complete JSON ({error})", where=path, fix=fix) from error
     if not isinstance(content, dict):
         raise InputError("is a JSON without keys", where=path, fix=fix)
     return content
@@ -91,12 +88,9 @@ def _parse_int(digits):
 
 def file_digest(path):
     """Return the SHA-256 of a file's bytes as 64 hex digits."""
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        reason, fix = error.strerror or error, "restore the file or remove its entry"
-        raise InputError(f"cannot be read ({reason})", where=path, fix=fix) from error
+    fix = "restore the file or remove its entry"
+    with explain(OSError, "cannot be read", where=path, fix=fix), Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_line(text):

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from helpers.convert.yolo import names_file, read_yolo
 from helpers.data.coco import COCO_FILE, find_splits, read_split
 from helpers.data.images import IMAGE_SUFFIXES, spelling
 from helpers.data.masks import rle_area, rle_box_xyxy, segmentation_to_rle
-from helpers.errors import InputError, printable
+from helpers.errors import InputError, explain, printable
 from helpers.files import progress_bar, staged_folder
 
 # What finds the files of each format, and what reads them, in the order in which they are tried.
@@ -33,6 +33,7 @@ FORMATS = {
     "labelme": (is_labelme, read_labelme),
 }
 MAX_NAME = 255  # bytes of a file name
+_OTHER_PLACE = "make room, choose another folder or a shorter name"
 PICTURES = (*IMAGE_SUFFIXES, ".heic", ".heif", ".gif", ".avif")
 # Findings of `check` about what the source states twice or cannot mean, told here at once.
 NOTED = ("D20", "D21", "D22", "D24", "D31", "D32", "D36", "D40", "D42", "D43", "D44", "D46", "D52")
@@ -58,7 +59,7 @@ def read_source(root, format=None, *, category=None, objects="components", polyg
     root = Path(os.path.realpath(Path(root).expanduser()))
     if format is not None and format not in FORMATS:
         raise InputError(f"there is no format {format!r}", fix=f"use one of {', '.join(FORMATS)}")
-    with _system_errors(root):
+    with explain(OSError, "cannot be read", where=root, fix=_OTHER_PLACE):
         name = format or detect_format(root)
         find, read = FORMATS[name]
         if format is not None and not find(root):
@@ -69,16 +70,6 @@ def read_source(root, format=None, *, category=None, objects="components", polyg
             raise InputError("lists no image", where=root, fix="put images beside the annotations")
         source = _checked(source, root if root.is_dir() else root.parent)
     return source if name == "coco" else settle_polygons(source, polygons)
-
-
-@contextmanager
-def _system_errors(where):
-    """Turn what the operating system refuses (a full disk, a long name) into one line."""
-    try:
-        yield
-    except OSError as error:
-        place, fix = error.filename or where, "make room, choose another folder or a shorter name"
-        raise InputError(error.strerror or str(error), where=place, fix=fix) from error
 
 
 def _checked(source, root):
@@ -131,7 +122,7 @@ def convert(src, dst, *, split=None, seed=42, tile=None, overlap=0.2, **reading)
         in ``splits`` by name ``images``, ``empty``, ``objects``, ``with_mask``, ``categories``.
     """
     src, dst = Path(src).expanduser().absolute(), Path(dst).expanduser().absolute()
-    with _system_errors(dst):
+    with explain(OSError, "cannot be written", where=dst, fix=_OTHER_PLACE):
         if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
             raise InputError("exists and is not empty", where=dst, fix="choose another folder")
         if src.is_dir() and Path(os.path.realpath(dst)).is_relative_to(os.path.realpath(src)):
@@ -146,7 +137,8 @@ def convert(src, dst, *, split=None, seed=42, tile=None, overlap=0.2, **reading)
         notes.append("the source has no splits: all images are in train; see --split")
     root = Path(os.path.realpath(src if src.is_dir() else src.parent))
     real_dst = Path(os.path.realpath(dst))
-    with _system_errors(dst), staged_folder(real_dst.parent) as place:
+    writing = explain(OSError, "cannot be written", where=dst, fix=_OTHER_PLACE)
+    with writing, staged_folder(real_dst.parent) as place:
         staging = place / real_dst.name
         staging.mkdir()
         for name, images in splits.items():

@@ -183,11 +183,9 @@ def _missing_from_card(folder):
     path = folder / CARD_FILE
     if not path.is_file():
         return [f"{CARD_FILE}: there is no model card"]
-    try:
+    fix = "mend the lines between the two '---'"
+    with explain(Exception, "the metadata block cannot be read", where=path, fix=fix):
         data = ModelCard.load(path).data
-    except Exception as error:  # YAML and Hub classes
-        message = f"the metadata block cannot be read ({str(error).partition(chr(10))[0]})"
-        raise InputError(message, where=path, fix="mend the lines between the two '---'") from error
     missing = [name for name in _MISSING if data.get(name) in (None, "", [], "unknown")]
     return [f"{name}: {_MISSING[name]}" for name in missing]
 

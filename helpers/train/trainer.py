@@ -12,7 +12,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from helpers.detect.metrics import evaluate_queries
 from helpers.detect.queries import queries_from_outputs
-from helpers.errors import InputError
+from helpers.errors import explain
 from helpers.files import write_text
 from helpers.model import prompted
 from helpers.model.lora import load_adapter_weights, read_adapter_weights, save_adapter
@@ -31,7 +31,9 @@ _SAME_NAMES = (  # settings that the trainer and the config call the same
 def training_arguments(config, folder, **changes):
     """Translate a config, with its multipliers and `changes`, for a run in a folder."""
     training = config.training
-    try:
+    message = f"'{training.mixed_precision}' cannot be used here"
+    fix = "set training.mixed_precision=no"
+    with explain(ValueError, message, where="training.mixed_precision", fix=fix):
         if training.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise ValueError("it needs a GPU")
         settings = {
@@ -59,10 +61,6 @@ def training_arguments(config, folder, **changes):
         }
         settings |= {name: getattr(training, name) for name in _SAME_NAMES}
         arguments = TrainingArguments(**settings | changes)
-    except ValueError as error:
-        message = f"'{training.mixed_precision}' cannot be used here: {str(error).splitlines()[0]}"
-        fix = "set training.mixed_precision=no"
-        raise InputError(message, where="training.mixed_precision", fix=fix) from error
     # Several would mean torch's DataParallel, which cannot split targets.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

@@ -60,8 +60,7 @@ def require():
     broken = table[table["status"].isin(["missing", "too old"])]
     if len(broken):
         listed = [f"{row.Index} {row.declared} is {row.status}" for row in broken.itertuples()]
-        message = f"the environment does not fit: {', '.join(listed)}"
-        raise InputError(message, where=sys.prefix, fix=_SETUP)
+        raise InputError(f"does not fit: {', '.join(listed)}", where=sys.prefix, fix=_SETUP)
     return table
 
 

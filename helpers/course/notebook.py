@@ -65,9 +65,8 @@ class NotebookRun(BaseModel):
         """Return the folder that the notebook of this stem wrote; `InputError` if it did not."""
         folder = self.output_dir / name
         if not (folder / RESULTS_FILE).is_file():
-            message = f"notebook {name} has not finished with this output_dir"
             fix = f"run notebooks/{name}.ipynb first, or `make course` for all of them"
-            raise InputError(message, where=folder, fix=fix)
+            raise InputError(f"notebook {name} has not finished here", where=folder, fix=fix)
         return folder
 
     def config(self, name, *overrides):

@@ -56,11 +56,10 @@ class Query:
             check_probability(detection.get("score"), "score", where)
         if self.max_score is not None:
             check_probability(self.max_score, "max_score", where)
-        gt_boxes = [None] * len(self.gt) if self.gt_boxes_xyxy is None else self.gt_boxes_xyxy
-        if len(gt_boxes) != len(self.gt):
-            message = f"{len(gt_boxes)} gt_boxes_xyxy for {len(self.gt)} objects"
-            raise InputError(message, where=where)
-        for box_xyxy in (*gt_boxes, *(detection.get("box_xyxy") for detection in self.pred)):
+        boxes = [None] * len(self.gt) if self.gt_boxes_xyxy is None else self.gt_boxes_xyxy
+        if len(boxes) != len(self.gt):
+            raise InputError(f"{len(boxes)} gt_boxes_xyxy for {len(self.gt)} objects", where=where)
+        for box_xyxy in (*boxes, *(detection.get("box_xyxy") for detection in self.pred)):
             if box_xyxy is not None and not _is_box(box_xyxy):
                 raise InputError(f"a box is {box_xyxy!r}", where=where, fix="give x0, y0, x1, y1")
 

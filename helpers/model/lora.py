@@ -270,8 +270,7 @@ def _check_config(content, expected, path):
     """Refuse an adapter_config.json that is no LoRA, damaged, or not the one of the training."""
     kind, rank, alpha = (content.get(key) for key in ("peft_type", "r", "lora_alpha"))
     if kind != "LORA":
-        message = f"is an adapter of type {kind!r}, expected 'LORA'"
-        raise InputError(message, where=path, fix=_NAME_A_RUN)
+        raise InputError(f"is of type {kind!r}, expected 'LORA'", where=path, fix=_NAME_A_RUN)
     are_numbers = type(rank) is int and type(alpha) in (int, float)
     if not are_numbers or not 0 < alpha <= MAX_SCALE * rank:
         limit = f"{MAX_SCALE:g} times r, {rank!r:.100}"

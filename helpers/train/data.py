@@ -48,7 +48,7 @@ def training_data(config, model, processor, *, train_split=None, val_split=None,
         model.to(PartialState().device)
         for word, noun in product(data.replay_words, train.own_names):
             if nouns_overlap(word, noun):
-                message = f"{word!r} may be what is annotated as {noun!r}; the base would deny it"
+                message = f"{word!r} means what is annotated as {noun!r}; the base would deny it"
                 fix = "list other things that the base knows"
                 raise InputError(message, where="data.replay_words", fix=fix)
         answers = clear_answers(model, processor, train.records, data.replay_words)

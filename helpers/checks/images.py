@@ -91,10 +91,9 @@ def _shared(first, second, pictures):
 
 def turns(picture):
     """Yield a square picture turned and mirrored in eight ways, by name, first as it is."""
+    names = ("as it is", "turned by 90", "turned by 180", "turned by 270")
     for mirrored, pixels in (("", picture), ("mirrored, ", picture[:, ::-1])):
-        for quarter, name in enumerate(
-            ("as it is", "turned by 90", "turned by 180", "turned by 270")
-        ):
+        for quarter, name in enumerate(names):
             yield mirrored + name, np.rot90(pixels, quarter)
 
 

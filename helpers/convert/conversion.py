@@ -63,7 +63,7 @@ def read_source(root, format=None, *, category=None, objects="components", polyg
         name = format or detect_format(root)
         find, read = FORMATS[name]
         if format is not None and not find(root):
-            raise InputError(f"holds nothing in {name}", where=root, fix="leave --format out")
+            raise InputError(f"holds no {name} dataset", where=root, fix="leave --format out")
         source = read(root, category, objects) if name == "masks" else read(root)
         if not any(source.splits.values()):
             raise InputError("lists no image", where=root, fix="put images beside the annotations")

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from helpers.errors import InputError
+from helpers.errors import InputError, explain
 
 DISTRIBUTION = "sam3-lora-workbook"
 SUBJECT_PACKAGES = ("torch", "transformers", "peft")  # their release decides the numbers
@@ -23,10 +23,8 @@ _SETUP = "run `make setup`, which installs the versions of requirements.lock"
 
 def declared_requirements():
     """Return the direct dependencies that `pyproject.toml` declares, development tools included."""
-    try:
+    with explain(PackageNotFoundError, f"{DISTRIBUTION} is missing", where=sys.prefix, fix=_SETUP):
         return tuple(Requirement(line) for line in requires(DISTRIBUTION) or ())
-    except PackageNotFoundError:
-        raise InputError(f"{DISTRIBUTION} is not installed here", fix=_SETUP) from None
 
 
 def package_status(installed, specifier):
@@ -60,8 +58,7 @@ def require():
     broken = table[table["status"].isin(["missing", "too old"])]
     if len(broken):
         listed = [f"{row.Index} {row.declared} is {row.status}" for row in broken.itertuples()]
-        message = f"the environment does not fit: {', '.join(listed)}"
-        raise InputError(message, where=sys.prefix, fix=_SETUP)
+        raise InputError(f"does not fit: {', '.join(listed)}", where=sys.prefix, fix=_SETUP)
     return table
 
 

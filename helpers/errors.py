@@ -2,6 +2,7 @@
 
 import math
 import unicodedata
+from contextlib import contextmanager
 from numbers import Real
 
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats, surrogates, separators of lines
@@ -29,6 +30,15 @@ class InputError(Exception):
         return f"{line}{end} Fix: {self.fix}"
 
 
+@contextmanager
+def explain(errors, message, *, where, fix):
+    """Raise an InputError in place of errors of some types, whose own text follows the message."""
+    try:
+        yield
+    except errors as error:
+        raise InputError(f"{message} ({error})", where=where, fix=fix) from error
+
+
 def printable(text):
     """Escape what a terminal would obey or cannot encode; newlines and tabs stay as they are."""
     return "".join(
@@ -42,5 +52,4 @@ def printable(text):
 def check_probability(value, name, where=None):
     """Raise an `InputError` with `name` and `where` unless the value is a number in [0, 1]."""
     if not isinstance(value, Real) or not math.isfinite(value) or not 0 <= value <= 1:
-        fix = "give a probability in [0, 1]"
-        raise InputError(f"{name} is {value!r}", where=where, fix=fix)
+        raise InputError(f"{name} is {value!r}", where=where, fix="give a probability in [0, 1]")

@@ -10,10 +10,12 @@ import sys
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 from tqdm import tqdm
 
-from helpers.errors import InputError
+from helpers.errors import InputError, explain
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -31,15 +33,15 @@ _OWN_STAGING = f".partial-{platform.node()}-"
 def staged_folder(folder):
     """Yield a hidden folder in `folder`, and move its files into place only if the block succeeds.
 
-    The destination is made if need be, and removed if it was made in vain; files of the same name are
-    replaced, others stay. Staging folders that killed processes of this machine left are removed.
+    The destination is made if need be, and removed if it was made in vain; files of the same name, and
+    an empty folder, are replaced, others stay. What killed processes of this machine left is removed.
     """
     folder = Path(folder)
-    was_missing = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(f"{glob.escape(_OWN_STAGING)}*-*"):
         pid = path.name.removeprefix(_OWN_STAGING).partition("-")[0]
-        if pid.isdigit() and not _is_running(int(pid)):
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=f"{_OWN_STAGING}{os.getpid()}-", dir=folder))
     try:
@@ -48,21 +50,9 @@ def staged_folder(folder):
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        if was_missing:
+        for path in made:
             with suppress(OSError):  # it holds what was made
-                folder.rmdir()
-
-
-def _is_running(pid):
-    """Return False only if no process has this number; Windows has no harmless question."""
-    try:
-        if os.name != "nt":
-            os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # somebody else's
-    return True
+                path.rmdir()
 
 
 def write_text(path, text):
@@ -83,12 +73,9 @@ def read_json(path, fix="export the file again"):
     path = Path(path)
     if not path.is_file():
         raise InputError("no such file", where=path, fix=fix)
-    try:
+    errors = (OSError, ValueError, RecursionError)
+    with explain(errors, "is no complete JSON in UTF-8", where=path, fix=fix):
         content = json.loads(path.read_text(encoding="utf-8-sig"), parse_int=_parse_int)
-    except UnicodeDecodeError as error:
-        raise InputError("is not UTF-8 text", where=path, fix="save it as UTF-8") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"is no complete JSON ({error})", where=path, fix=fix) from error
     if not isinstance(content, dict):
         raise InputError("is a JSON without keys", where=path, fix=fix)
     return content
@@ -101,30 +88,21 @@ def _parse_int(digits):
 
 def file_digest(path):
     """Return the SHA-256 of a file's bytes as 64 hex digits."""
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        reason, fix = error.strerror or error, "restore the file or remove its entry"
-        raise InputError(f"cannot be read ({reason})", where=path, fix=fix) from error
+    fix = "restore the file or remove its entry"
+    with explain(OSError, "cannot be read", where=path, fix=fix), Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class _LinePerUpdate:
-    """Let a progress bar write lines, which a log file and a notebook keep readable."""
-
-    def write(self, text):
-        """Write an update without the cursor movements around it."""
-        if text := text.strip():
-            print(text, file=sys.stderr)
-
-    def flush(self):
-        """Flush standard error."""
-        sys.stderr.flush()
+def _write_line(text):
+    """Write an update of a progress bar as a line, which a log and a notebook keep readable."""
+    if text := text.strip():
+        print(text, file=sys.stderr, flush=True)
 
 
 def progress_bar(total, title, unit="image", *, disable=False):
     """Return a `tqdm.tqdm` on stderr for work of seconds: a bar, or a line every ten seconds."""
-    look = {} if sys.stderr.isatty() else {"file": _LinePerUpdate(), "mininterval": 10, "ncols": 80}
+    lines = {"file": SimpleNamespace(write=_write_line), "mininterval": 10, "ncols": 80}
+    look = {} if sys.stderr.isatty() else lines
     look |= {"delay": PROGRESS_DELAY, "disable": disable}
     return tqdm(total=total, desc=title, unit=unit, **look)
 
@@ -135,17 +113,9 @@ def resolve(path):
     A relative path lies in the repository, whatever the current folder is and whatever exists. Only
     one on the command line lies in the current folder: `in_current_folder` says so first.
     """
-    return ROOT / _expand(path)
+    return ROOT / os.path.expanduser(path)
 
 
 def in_current_folder(path):
     """Turn a path from the command line into an absolute one, see `resolve`."""
-    return Path.cwd() / _expand(path)
-
-
-def _expand(path):
-    """Replace a leading ``~``; one that stands for no user is a name like any other."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
+    return Path.cwd() / os.path.expanduser(path)

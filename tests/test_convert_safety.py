@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -247,7 +248,7 @@ def test_a_killed_conversion_leaves_no_destination_and_can_be_repeated(tmp_path,
     assert len(read_split(dst, "train").records) == 4
 
 
-def test_of_two_at_once_the_second_is_refused(tmp_path, monkeypatch):
+def test_of_two_at_once_one_is_written_whole_and_one_refused(tmp_path, monkeypatch):
     src = write_coco(tmp_path / "src")
     entered, leave = threading.Event(), threading.Event()
     place = module._place
@@ -258,13 +259,18 @@ def test_of_two_at_once_the_second_is_refused(tmp_path, monkeypatch):
         place(path, target)
 
     monkeypatch.setattr(module, "_place", wait)
-    first = threading.Thread(target=convert, args=(src, tmp_path / "dst"))
-    first.start()
-    assert entered.wait(60)
-    with pytest.raises(InputError, match="another conversion is writing"):
+    with ThreadPoolExecutor() as pool:
+        slow = pool.submit(convert, src, tmp_path / "dst")
+        assert entered.wait(60)
+        monkeypatch.setattr(module, "_place", place)
         convert(src, tmp_path / "dst")
-    leave.set()
-    first.join()
+        leave.set()
+    with pytest.raises(
+        InputError, match="dst: cannot be written.*not empty.* choose another folder"
+    ):
+        slow.result()
+    assert [path.name for path in tmp_path.glob("*dst*")] == ["dst"]
+    assert not list(tmp_path.glob(".partial*"))
     assert len(read_split(tmp_path / "dst", "train").records) == 4
 
 
@@ -273,11 +279,11 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path):
     own = tmp_path / ".partial-dst" / "notes.txt"
     own.parent.mkdir()
     own.write_text("mine")
-    refused(src, tmp_path / "dst", str(own.parent), "move or remove it")
+    convert(src, tmp_path / "dst")
     assert own.read_text() == "mine"
 
 
-@pytest.mark.parametrize("owner", ["shutil.copyfileobj", "Path.write_text", "Path.rename"])
+@pytest.mark.parametrize("owner", ["shutil.copyfileobj", "Path.write_text", "os.replace"])
 @pytest.mark.parametrize(
     ("number", "text"), [(28, "No space left on device"), (30, "Read-only file system")]
 )

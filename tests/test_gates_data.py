@@ -64,7 +64,7 @@ def test_thin_boxes_are_not_reported_as_off_their_masks_too():
 
 def test_turns_are_the_eight_symmetries_of_a_square():
     pixels = np.arange(9).reshape(3, 3)
-    turned = [turn(pixels) for turn in turns().values()]
+    turned = [array for _, array in turns(pixels)]
     assert np.array_equal(turned[0], pixels)
     assert len({array.tobytes() for array in map(np.ascontiguousarray, turned)}) == 8
 

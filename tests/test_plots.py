@@ -70,7 +70,7 @@ def test_only_the_best_detections_are_labelled(image, rle, monkeypatch):
     monkeypatch.setattr(overlays, "annotate", lambda *args: seen.append(args[-1]))
     annotate_detections(image, make_prediction(rle, 11)["detections"][::-1])
     assert seen[0][:2] == ["0.90", "0.85"]
-    assert len(seen[0]) == 11
+    assert len(seen[0]) == overlays.MAX_LABELS
     assert sum(map(bool, seen[0])) == overlays.MAX_LABELS
 
 

@@ -230,11 +230,10 @@ def test_untrained_prompts_are_named_with_the_closest_trained_one():
     assert untrained_prompts(["cracks", "zebra"], trained) == {"cracks": "crack", "zebra": None}
 
 
-def test_queries_of_a_split(data_dir):
+def test_queries_of_a_split(data_dir, monkeypatch):
     split = read_split(data_dir, "valid")
-    queries = predict_split(
-        tiny_model(), tiny_processor(), split, absent_prompts=("joint", "dog"), batch_size=2
-    )
+    monkeypatch.setattr("helpers.detect.queries.IMAGES_AT_ONCE", 2)
+    queries = predict_split(tiny_model(), tiny_processor(), split, absent_prompts=("joint", "dog"))
     asked = {(query.image_id, query.prompt) for query in queries}
     images = [record.image_id for record in split.records]
     assert asked == {(image, prompt) for image in images for prompt in ("crack", "joint", "dog")}

@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -39,20 +40,12 @@ def check_annotations(split, *, mask_size, num_queries):
             if rles:
                 share = rle_area(coco_mask.merge(rles)) / (record.width * record.height)
                 covers[category].append(Place(*image, badness=share))
-    no_outline, advice = "", "add a segmentation, or expect boxes only"
+    values = {"total": total, "annotations": split.num_objects, "iou": MIN_BOX_IOU}
+    values |= {"no_outline": "", "advice": "add a segmentation, or expect boxes only"}
     if sum(code == "D45_NO_MASK" for code, _, _ in faults) == total:
-        no_outline = "; the mask decoder has nothing to learn from"
-        setting = "lora.apply_to_mask_decoder=false"
-        advice = f"leave the mask decoder out with {setting}, or add segmentations"
-    findings = findings_by_code(
-        faults,
-        total=total,
-        annotations=split.num_objects,
-        iou=MIN_BOX_IOU,
-        mask_size=mask_size,
-        no_outline=no_outline,
-        advice=advice,
-    )
+        values["no_outline"] = "; the mask decoder has nothing to learn from"
+        values["advice"] = "add segmentations, or set lora.apply_to_mask_decoder=false"
+    findings = findings_by_code(faults, mask_size=mask_size, **values)
     findings += finding_at("D51_TOO_MANY", crowded, num_queries=num_queries)
     for category, places in covers.items():
         mean = np.mean([place.badness for place in places])
@@ -139,20 +132,16 @@ def _doubles(objects):
     objects = [item for item in objects if all(map(math.isfinite, item.box_xyxy))]
     objects.sort(key=lambda item: item.box_xyxy)
     for index, item in enumerate(objects):
-        for other in objects[index + 1 :]:
-            if other.box_xyxy[0] - item.box_xyxy[0] > SAME_EDGE_PX:
-                break
-            if _is_same(item, other):
-                yield other
-                break
+        end = item.box_xyxy[0] + SAME_EDGE_PX
+        near = takewhile(lambda other, end=end: other.box_xyxy[0] <= end, objects[index + 1 :])
+        yield from [other for other in near if _is_same(item, other)][:1]
 
 
 def _is_same(first, second):
     """Return whether two annotations are of one object."""
-    if first.category != second.category or first.is_crowd != second.is_crowd:
-        return False
+    is_alike = first.category == second.category and first.is_crowd == second.is_crowd
     edges = zip(first.box_xyxy, second.box_xyxy, strict=True)
-    if max(abs(a - b) for a, b in edges) > SAME_EDGE_PX:
+    if not is_alike or max(abs(a - b) for a, b in edges) > SAME_EDGE_PX:
         return False
     if first.rle is None or second.rle is None or first.rle["size"] != second.rle["size"]:
         return True

@@ -4,9 +4,11 @@ from collections import Counter
 
 from helpers.checks.boxes_and_masks import check_annotations
 from helpers.checks.findings import SEVERITIES, Finding, Report, finding_of
-from helpers.checks.images import check_images, check_leakage, is_usable_picture
+from helpers.checks.images import check_images, check_leakage
 from helpers.checks.words import check_categories, check_prompts, check_splits_agree
 from helpers.data.dataset import PromptCollator, PromptDataset, model_sizes
+from helpers.data.images import same_shape
+from helpers.data.records import refuse_unknown_categories
 from helpers.errors import InputError
 from helpers.files import progress_bar
 
@@ -18,20 +20,10 @@ MIN_KEPT = 0.99  # share of the objects in the files that must reach the loss
 def check_dataset(dataset, model=None, processor=None):
     """Look for every fault of a dataset that makes a fine-tuned SAM3 detect nothing.
 
-    Parameters
-    ----------
-    dataset : helpers.data.dataset.Dataset
-        Its config says which prompts and nouns are asked. Each image is decoded once and stays
-        described in its ``pictures``.
-    model : helpers.model.prompted.PromptedSam3, optional
-        Its base. Without it the sizes are those of a SAM3 at ``model.resolution`` of the config.
-    processor : transformers.Sam3Processor, optional
-        Of the base. Without it prompts are not turned into tokens.
-
-    Returns
-    -------
-    Report
-        Errors first. Codes and severities are in `helpers.checks.findings.CODES`.
+    The config of the `helpers.data.Dataset` says which prompts and nouns are asked. Each image is
+    decoded once and stays described in its ``pictures``. Without ``model``, its base, the sizes are
+    those of a SAM3 at ``model.resolution`` of the config; without ``processor`` prompts are not turned
+    into tokens. Returns a `Report`, errors first; codes are in `helpers.checks.findings.CODES`.
     """
     splits, findings = {}, []
     for name in dataset.names:
@@ -40,7 +32,7 @@ def check_dataset(dataset, model=None, processor=None):
         except InputError as error:
             where = error.where or name
             findings.append(Finding("D03_UNREADABLE", where, error.message, error.fix))
-    dataset.refuse_unknown_categories()
+    refuse_unknown_categories(dataset.config.data.prompts_by_category, [*dataset.read.values()])
     if "train" not in dataset.names:
         names = ", ".join(dataset.names)
         findings.append(finding_of("D04_NO_TRAIN_SPLIT", dataset.root, names=names))
@@ -73,11 +65,10 @@ def _check_loading(dataset, split, model, processor):
     data, findings, queries = dataset.config.data, [], Counter()
     try:
         prompts = PromptDataset.from_config(dataset.config, split, model)
+        queries, findings = _count_queries(prompts, dataset.pictures, processor)
     except InputError as error:
         if split.records:  # without any it is reported as D06_EMPTY_SPLIT
             findings = [_refusal(error, split.name)]
-    else:
-        queries, findings = _count_queries(prompts, dataset.pictures, processor)
     counts = _counts(split, queries)
     findings += _check_objects_arrive(split, counts)
     if queries:
@@ -92,13 +83,13 @@ def _refusal(error, where):
 
 def _count_queries(prompts, pictures, processor):
     """Count what of a `PromptDataset` reaches the loss, without pixels; find refusals: D09."""
-    counts, findings, problems, collator = Counter(), {}, {}, PromptCollator(processor)
+    counts, findings, collator = Counter(), {}, PromptCollator(processor)
+    problems = {noun: _token_problem(collator, noun) for noun in prompts.nouns}
     for index, record in enumerate(prompts.records):
-        if not is_usable_picture(record, pictures[record.path]):
+        size = pictures[record.path].size
+        if size is None or not same_shape(size, (record.width, record.height)):
             continue  # reported by the check of images
         queries = prompts.targets(index, 0)
-        for prompt in {query["prompt"] for query in queries} - problems.keys():
-            problems[prompt] = _token_problem(collator, prompt)
         refused = [problems[query["prompt"]] for query in queries if problems[query["prompt"]]]
         for error in refused[:1]:
             where = f"{prompts.split.name}/{record.image_id}"

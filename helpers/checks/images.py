@@ -1,6 +1,6 @@
 """Faults of image files: broken, of another size, in two splits, turned against their masks."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from itertools import combinations
 
 import cv2
@@ -61,11 +61,6 @@ def _faults_of(record, picture, root):
         yield "D76_SEVERAL_FRAMES", f"{record.image_id} with {picture.num_frames}"
 
 
-def is_usable_picture(record, picture):
-    """Return whether the training loader can take the image of a record."""
-    return picture.size is not None and same_shape(picture.size, (record.width, record.height))
-
-
 def check_leakage(splits, pictures):
     """Find images of one split in another, as the same file or a copy that looks the same."""
     findings = []
@@ -94,15 +89,12 @@ def _shared(first, second, pictures):
     return same, [second[row][0] for row in rows if second[row][1].digest not in digests]
 
 
-def turns():
-    """Return the eight ways to turn and mirror a square picture, by name, the idle one first."""
-    ways = {}
-    for mirrored, step in (("", 1), ("mirrored, ", -1)):
-        for quarter, name in enumerate(("as it is", *(f"turned by {a}" for a in (90, 180, 270)))):
-            ways[mirrored + name] = lambda pixels, quarter=quarter, step=step: np.rot90(
-                pixels[:, ::step], quarter
-            )
-    return ways
+def turns(picture):
+    """Yield a square picture turned and mirrored in eight ways, by name, first as it is."""
+    names = ("as it is", "turned by 90", "turned by 180", "turned by 270")
+    for mirrored, pixels in (("", picture), ("mirrored, ", picture[:, ::-1])):
+        for quarter, name in enumerate(names):
+            yield mirrored + name, np.rot90(pixels, quarter)
 
 
 def contrast(grey, mask):
@@ -117,7 +109,7 @@ def contrast(grey, mask):
 
 def contrast_per_turn(records):
     """Return one `contrast` per image with masks, for each of the `turns` by name."""
-    values = {name: [] for name in turns()}
+    values = defaultdict(list)
     for record in records:
         rles = [item.rle for item in record.objects if mask_fits_image(record, item)]
         if not rles:
@@ -125,6 +117,6 @@ def contrast_per_turn(records):
         picture = np.asarray(open_upright(record.path).convert("L").resize((SIDE_PX, SIDE_PX)))
         mask = coco_mask.decode(coco_mask.merge(rles))
         mask = cv2.resize(mask, (SIDE_PX, SIDE_PX), interpolation=cv2.INTER_NEAREST)
-        for name, turn in turns().items():
-            values[name].append(contrast(turn(picture).astype(np.float32), mask))
+        for name, turned in turns(picture.astype(np.float32)):
+            values[name].append(contrast(turned, mask))
     return {name: np.array(contrasts) for name, contrasts in values.items()}

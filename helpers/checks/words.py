@@ -16,10 +16,7 @@ NO_NOUNS = frozenset(
 
 
 def check_categories(split):
-    """List a `Finding` per name, in the whole category table of a split, that makes a bad prompt.
-
-    These are ``D30_ROOT_CATEGORY`` to ``D34_ZERO_BASED_IDS`` and ``D36_NO_WORD``.
-    """
+    """List a `Finding` per name in the category table that makes a bad prompt: D30 to D34, D36."""
     table, used, faults = split.category_table, _used_categories(split), []
     entries = [entry for entry in table if entry.name in split.categories]
     for entry in table:
@@ -28,12 +25,11 @@ def check_categories(split):
             kind = "is the parent of other categories" if has_word else "holds no word"
             faults.append(("D30_ROOT_CATEGORY", {"name": entry.name, "kind": kind}))
     for first, second in combinations(entries, 2):
-        if first.name == second.name:
-            ids = f"the categories {first.category_id} and {second.category_id}"
-            pair = f"{ids} are both '{first.name}' and are asked as one"
-            faults.append(("D31_SIMILAR_NAMES", {"pair": pair}))
-        elif similar_names(first.name, second.name):
+        if similar_names(first.name, second.name):
             pair = f"'{first.name}' and '{second.name}' are nearly the same, yet are asked apart"
+            if first.name == second.name:
+                ids = f"the categories {first.category_id} and {second.category_id}"
+                pair = f"{ids} are both '{first.name}' and are asked as one"
             faults.append(("D31_SIMILAR_NAMES", {"pair": pair}))
     for name in split.categories:
         words = normalise_noun(name).split()

@@ -33,8 +33,7 @@ def read_coco(root):
             stated = size if stated == (None, None) else stated
             if not all(type(side) is int and side > 0 for side in stated):
                 message = f"the size of '{path.name}' is {stated[0]!r} x {stated[1]!r}"
-                fix = "write width and height in pixels as whole numbers"
-                raise InputError(message, where=where, fix=fix)
+                raise InputError(message, where=where, fix="write whole numbers of pixels")
             if stated != size:
                 sizes = f"{size[0]} x {size[1]}, stated {stated[0]} x {stated[1]}"
                 resized.append(f"{path.name} ({sizes})")

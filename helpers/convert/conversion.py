@@ -4,12 +4,11 @@ import json
 import os
 import shutil
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from helpers.checks.boxes_and_masks import check_annotations
 from helpers.checks.words import check_categories
@@ -22,8 +21,8 @@ from helpers.convert.yolo import names_file, read_yolo
 from helpers.data.coco import COCO_FILE, find_splits, read_split
 from helpers.data.images import IMAGE_SUFFIXES, spelling
 from helpers.data.masks import rle_area, rle_box_xyxy, segmentation_to_rle
-from helpers.errors import InputError, printable
-from helpers.files import progress_bar
+from helpers.errors import InputError, explain, printable
+from helpers.files import progress_bar, staged_folder
 
 # What finds the files of each format, and what reads them, in the order in which they are tried.
 FORMATS = {
@@ -34,6 +33,7 @@ FORMATS = {
     "labelme": (is_labelme, read_labelme),
 }
 MAX_NAME = 255  # bytes of a file name
+_OTHER_PLACE = "make room, choose another folder or a shorter name"
 PICTURES = (*IMAGE_SUFFIXES, ".heic", ".heif", ".gif", ".avif")
 # Findings of `check` about what the source states twice or cannot mean, told here at once.
 NOTED = ("D20", "D21", "D22", "D24", "D31", "D32", "D36", "D40", "D42", "D43", "D44", "D46", "D52")
@@ -59,27 +59,16 @@ def read_source(root, format=None, *, category=None, objects="components", polyg
     root = Path(os.path.realpath(Path(root).expanduser()))
     if format is not None and format not in FORMATS:
         raise InputError(f"there is no format {format!r}", fix=f"use one of {', '.join(FORMATS)}")
-    with _system_errors(root):
+    with explain(OSError, "cannot be read", where=root, fix=_OTHER_PLACE):
         name = format or detect_format(root)
         find, read = FORMATS[name]
         if format is not None and not find(root):
-            message = f"holds nothing in the format {name}"
-            raise InputError(message, where=root, fix="leave --format out")
+            raise InputError(f"holds no {name} dataset", where=root, fix="leave --format out")
         source = read(root, category, objects) if name == "masks" else read(root)
         if not any(source.splits.values()):
             raise InputError("lists no image", where=root, fix="put images beside the annotations")
         source = _checked(source, root if root.is_dir() else root.parent)
     return source if name == "coco" else settle_polygons(source, polygons)
-
-
-@contextmanager
-def _system_errors(where):
-    """Turn what the operating system refuses (a full disk, a long name) into one line."""
-    try:
-        yield
-    except OSError as error:
-        place, fix = error.filename or where, "make room, choose another folder or a shorter name"
-        raise InputError(error.strerror or str(error), where=place, fix=fix) from error
 
 
 def _checked(source, root):
@@ -132,7 +121,7 @@ def convert(src, dst, *, split=None, seed=42, tile=None, overlap=0.2, **reading)
         in ``splits`` by name ``images``, ``empty``, ``objects``, ``with_mask``, ``categories``.
     """
     src, dst = Path(src).expanduser().absolute(), Path(dst).expanduser().absolute()
-    with _system_errors(dst):
+    with explain(OSError, "cannot be written", where=dst, fix=_OTHER_PLACE):
         if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
             raise InputError("exists and is not empty", where=dst, fix="choose another folder")
         if src.is_dir() and Path(os.path.realpath(dst)).is_relative_to(os.path.realpath(src)):
@@ -146,7 +135,11 @@ def convert(src, dst, *, split=None, seed=42, tile=None, overlap=0.2, **reading)
         splits = {"train": splits[WHOLE]}
         notes.append("the source has no splits: all images are in train; see --split")
     root = Path(os.path.realpath(src if src.is_dir() else src.parent))
-    with _system_errors(dst), _new_folder(Path(os.path.realpath(dst))) as staging:
+    real_dst = Path(os.path.realpath(dst))
+    writing = explain(OSError, "cannot be written", where=dst, fix=_OTHER_PLACE)
+    with writing, staged_folder(real_dst.parent) as place:
+        staging = place / real_dst.name
+        staging.mkdir()
         for name, images in splits.items():
             if images:
                 _write_split(staging / name, _with_names(images, root), source, tile, overlap)
@@ -156,40 +149,10 @@ def convert(src, dst, *, split=None, seed=42, tile=None, overlap=0.2, **reading)
             where = (error.where or "").replace(f"{staging}{os.sep}", f"{src}, ")
             raise InputError(error.message, where=where, fix=error.fix) from error
         notes += _finding_notes(written)
+        if real_dst.exists():
+            real_dst.rmdir()  # refused if somebody has filled it meanwhile
     summary = {"format": source.format, "source": str(src), "output": str(dst)}
     return summary | {"splits": _counts(written), "unused": source.unused, "notes": notes}
-
-
-@contextmanager
-def _new_folder(dst):
-    """Yield a folder that becomes `dst` in one step; without success nothing stays but what was."""
-    # It lies beside `dst`, in a folder with a lock. The system gives the lock back when a process
-    # dies, so whoever holds it may clear what a killed conversion left there.
-    name = dst.name.encode()[: MAX_NAME - len(".partial-")].decode(errors="ignore")
-    place = dst.with_name(f".partial-{name}")
-    parents = [path for path in place.parents if not path.exists()]
-    lock_file, content = place / "convert.lock", place / "dataset"
-    if place.exists() and not lock_file.exists() and any(place.iterdir()):
-        message = "is in the way, and no conversion made it"
-        raise InputError(message, where=place, fix="move or remove it")
-    place.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(lock_file, timeout=0):
-            shutil.rmtree(content, ignore_errors=True)
-            content.mkdir()
-            try:
-                yield content
-                if dst.exists():
-                    dst.rmdir()
-                content.rename(dst)
-            finally:
-                shutil.rmtree(place, ignore_errors=True)
-                for path in parents:
-                    with suppress(OSError):  # holds the new dataset, or files of others
-                        path.rmdir()
-    except Timeout as error:
-        fix = "wait for it, or choose another folder"
-        raise InputError("another conversion is writing it", where=dst, fix=fix) from error
 
 
 def _with_names(images, root):

@@ -12,7 +12,7 @@ from helpers.convert.source import SourceImage
 from helpers.data.images import IMAGE_SUFFIXES, near_pairs, open_upright, picture_hash
 from helpers.data.masks import mask_to_rle, rle_area, rle_box_xyxy, segmentation_to_rle
 from helpers.detect.tiles import tile_boxes
-from helpers.errors import InputError
+from helpers.errors import InputError, explain
 from helpers.files import progress_bar
 
 NAMES = ("train", "valid", "test")
@@ -115,9 +115,7 @@ def _cut(image, boxes, folder, tile):
     if picture.size != (image.width, image.height):
         upright = f"the upright image is {picture.width} x {picture.height} pixels"
         message = f"{upright}, its annotation says {image.width} x {image.height}"
-        raise InputError(
-            message, where=image.path, fix="annotate the upright image at its own size"
-        )
+        raise InputError(message, where=image.path, fix="annotate the upright image at its size")
     objects, contents = [[] for _ in boxes], [set(image.extra.get("contents", ())) for _ in boxes]
     for item in image.objects:
         mask, extent = _mask_and_extent(item, image)
@@ -141,13 +139,10 @@ def _mask_and_extent(item, image):
     """Return the mask of an object, None for a box alone, and its tight box in pixels."""
     if item.get("segmentation"):
         where = f"{image.path}, annotation {item.get('id')}"
-        try:
+        with explain(ValueError, "its mask cannot be cut", where=where, fix="draw it again"):
             rle = segmentation_to_rle(item["segmentation"], image.height, image.width)
-        except ValueError as error:
-            raise InputError(str(error), where=where, fix="draw the mask again") from error
-        if rle["size"] != [image.height, image.width]:
-            message = f"the mask has the size {rle['size']}"
-            raise InputError(message, where=where, fix="use [height, width]")
+            if rle["size"] != [image.height, image.width]:
+                raise ValueError(f"its size {rle['size']} is not [height, width] of the image")
         if rle_area(rle):
             return coco_mask.decode(rle), rle_box_xyxy(rle)
     x, y, width, height = item.get("bbox", (0, 0, 0, 0))

@@ -15,7 +15,7 @@ from PIL import Image
 from helpers.convert import source
 from helpers.data.images import IMAGE_SUFFIXES
 from helpers.data.masks import mask_to_rle
-from helpers.errors import InputError
+from helpers.errors import InputError, explain
 from helpers.files import read_json
 
 CIRCLE_CORNERS = 64
@@ -88,10 +88,9 @@ def _parse(path):
     if "<!ENTITY" in text:  # a few bytes of entities can grow to gigabytes, or read other files
         raise InputError("defines entities", where=path, fix=_ANEW)
     text = re.sub(r"^\s*<\?xml.*?\?>", "", text, count=1, flags=re.DOTALL)
-    try:
+    errors = (ElementTree.ParseError, ValueError)
+    with explain(errors, "is no complete XML", where=path, fix=_ANEW):
         return ElementTree.fromstring(text)
-    except (ElementTree.ParseError, ValueError) as error:
-        raise InputError(f"is no complete XML ({error})", where=path, fix=_ANEW) from error
 
 
 def _text(element, key, where):
@@ -254,11 +253,9 @@ def _labelme_object(shape, width, height, where):
     if not isinstance(label, str) or not label.strip():
         raise InputError("has no label", where=where, fix="name it after what the picture shows")
     entry = {"category": label.strip(), "iscrowd": 0}
-    try:
+    errors = (TypeError, ValueError)
+    with explain(errors, "its points are not pairs of numbers", where=where, fix="draw it again"):
         points = np.array(shape.get("points"), dtype=float).reshape(-1, 2)
-    except (TypeError, ValueError) as error:
-        message = f"its points are not pairs of numbers ({error})"
-        raise InputError(message, where=where, fix="draw it again") from error
     if not (np.abs(points) <= 100 * max(width, height)).all():
         raise InputError("a point is far outside", where=where, fix="draw it again")
     if kind == "rectangle" and len(points) >= 2:
@@ -272,18 +269,15 @@ def _labelme_object(shape, width, height, where):
         points = points[0] + ring * np.linalg.norm(points[1] - points[0])
     elif kind not in POLYGONS or len(points) < 3:
         message = f"is a {kind} of {len(points)} points, which has no area"
-        fix = "draw a polygon around the object, or remove the shape"
-        raise InputError(message, where=where, fix=fix)
+        raise InputError(message, where=where, fix="draw a polygon, or remove the shape")
     return entry | {"segmentation": [points.ravel().tolist()]}
 
 
 def _painted(shape, corner, width, height, where):
     """Put a painted mask, a PNG of its own box in base64, at its place in the image."""
     canvas = Image.new("L", (width, height))
-    try:
+    # Pillow raises another type for each way a file can be broken.
+    with explain(Exception, "its mask is no PNG in base64", where=where, fix="draw it again"):
         png = base64.b64decode(shape.get("mask") or "", validate=True)
         canvas.paste(Image.open(io.BytesIO(png)).convert("L"), tuple(map(round, corner.tolist())))
-    except Exception as error:  # Pillow raises another type for each way a file can be broken
-        message = f"its mask is no PNG in base64 ({error})"
-        raise InputError(message, where=where, fix="draw it again") from error
     return mask_to_rle(np.array(canvas) > 0)

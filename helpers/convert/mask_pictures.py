@@ -9,7 +9,7 @@ from scipy import ndimage
 from helpers.convert import source
 from helpers.data.images import IMAGE_SUFFIXES
 from helpers.data.masks import mask_to_rle
-from helpers.errors import InputError
+from helpers.errors import InputError, explain
 from helpers.files import progress_bar
 
 IMAGE_FOLDERS = ("images", "jpegimages")
@@ -42,8 +42,7 @@ def read_masks(root, category=None, objects="components"):
             if values.shape != size[::-1]:
                 sides = f"{values.shape[1]} x {values.shape[0]}"
                 message = f"is {sides} pixels, its image {size[0]} x {size[1]}"
-                fix = "save the mask at the size of the upright image"
-                raise InputError(message, where=mask_file, fix=fix)
+                raise InputError(message, where=mask_file, fix="save the mask at the image's size")
             if is_soft and (objects == "values" or len(names) > 1):
                 message = "has soft edges, whose values are neither classes nor instances"
                 fix = "save it without smoothing, or leave --objects values out"
@@ -137,8 +136,7 @@ def _names_of_values(names, masks, objects, has_soft, notes):
         unnamed = [value for value in present if is_named and value not in names]
         if unnamed:
             message = f"holds the value {unnamed[0]}, which {CLASSES_FILE} does not name"
-            fix = f"add its name as line {unnamed[0]}"
-            raise InputError(message, where=mask_file, fix=fix)
+            raise InputError(message, where=mask_file, fix=f"add its name as line {unnamed[0]}")
         if not is_named and objects != "values" and len(present) > 1:
             message = f"holds {len(present)} values beside 0, which are not named"
             fix = f"name classes in {CLASSES_FILE}, or give --objects values for instances"
@@ -148,13 +146,11 @@ def _names_of_values(names, masks, objects, has_soft, notes):
 
 def _mask_values(path):
     """Read a mask picture as whole numbers, a palette's as indices; and whether edges are soft."""
-    try:
-        with Image.open(path) as picture:
-            is_jpeg, has_alpha = picture.format == "JPEG", picture.mode in ("LA", "RGBA")
-            values = np.array(picture.convert("L") if is_jpeg else picture)
-    except Exception as error:  # Pillow raises another type for each way a file can be broken
-        message = f"is no readable picture ({error})"
-        raise InputError(message, where=path, fix="save it as PNG") from error
+    # Pillow raises another type for each way a file can be broken.
+    broken = explain(Exception, "is no readable picture", where=path, fix="save it as PNG")
+    with broken, Image.open(path) as picture:
+        is_jpeg, has_alpha = picture.format == "JPEG", picture.mode in ("LA", "RGBA")
+        values = np.array(picture.convert("L") if is_jpeg else picture)
     if values.ndim == 3:
         colours = values[..., :-1] if has_alpha else values
         if (colours != colours[..., :1]).any():

@@ -17,7 +17,7 @@ from helpers.data.coco import SPLIT_FOLDERS, SPLIT_WORDS
 from helpers.data.images import upright_size
 from helpers.data.masks import mask_to_rle
 from helpers.data.records import Category
-from helpers.errors import InputError
+from helpers.errors import InputError, explain
 
 WHOLE = "all"  # name of the one split of a source that has none
 MEANINGS = ("auto", "outline", "pixels")
@@ -79,8 +79,6 @@ def refuse_outside(path, root, where=None):
 def picture_size(path, root):
     """Return the upright (width, height) in pixels of an image file inside the source."""
     refuse_outside(path, root)
-    if path.suffix.lower() in (".heic", ".heif"):
-        raise InputError("HEIC cannot be read", where=path, fix="save it as JPEG or PNG")
     return upright_size(path)[0]
 
 
@@ -89,11 +87,9 @@ def read_text(path, encoding="utf-8-sig"):
     content = path.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding = "utf-16"
-    try:
+    message = f"is no text in {encoding.removesuffix('-sig')}"
+    with explain((UnicodeDecodeError, LookupError), message, where=path, fix="save it as UTF-8"):
         return content.decode(encoding)
-    except (UnicodeDecodeError, LookupError) as error:
-        message = f"is no text in {encoding.removesuffix('-sig')} ({error})"
-        raise InputError(message, where=path, fix="save it as UTF-8") from error
 
 
 def split_of_name(name):

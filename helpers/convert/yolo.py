@@ -8,7 +8,7 @@ import numpy as np
 from helpers.config import read_yaml
 from helpers.convert import source
 from helpers.data.images import IMAGE_SUFFIXES
-from helpers.errors import InputError
+from helpers.errors import InputError, explain
 
 OUTSIDE = 0.01  # share of a side by which rounding and clumsy drawing may leave the image
 MIN_ROWS = 3  # different lines from which a pattern that all share is no chance
@@ -112,8 +112,7 @@ def _images_of(place, base, root, files):
     for line in filter(None, map(str.strip, source.read_text(place).splitlines())):
         path = _existing(line, place.parent, root, place) or _existing(line, base, root, place)
         if path is None or not path.is_file():
-            message = f"names '{line}', which does not exist"
-            raise InputError(message, where=place, fix="correct the path")
+            raise InputError(f"names '{line}', which does not exist", where=place, fix="correct it")
         images.append(path)
     return images
 
@@ -150,11 +149,9 @@ def _rows(label, names, root):
     rows = []
     for number, line in enumerate(source.read_text(label).splitlines(), start=1):
         where = f"{label}, line {number}"
-        try:
+        message = f"'{line.strip()[:60]}' is not all numbers"
+        with explain(ValueError, message, where=where, fix="write: class x y ..."):
             values = [float(value) for value in line.split()]
-        except ValueError as error:
-            message = f"'{line.strip()[:60]}' is not all numbers"
-            raise InputError(message, where=where, fix="write: class x y ...") from error
         if values and values[0] not in names:
             message = f"class {line.split()[0]} is not among the names {str(names)[:200]}"
             raise InputError(message, where=where, fix="add it to names in the YAML file")
@@ -186,8 +183,7 @@ def _check_values(content, rows, where):
         for value in values[: 4 if is_pose else None]:
             if not -OUTSIDE <= value <= 1 + OUTSIDE:
                 message = f"{value:g} is no share of the image's side"
-                fix = "divide x by the width and y by the height"
-                raise InputError(message, where=place, fix=fix)
+                raise InputError(message, where=place, fix="divide x by the width, y by the height")
     return is_pose
 
 

@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from helpers.config import load_config
 from helpers.environment import quieten, require, versions_line
-from helpers.errors import InputError
+from helpers.errors import InputError, explain
 from helpers.files import CONFIGS, ROOT, resolve, write_json
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -56,20 +56,17 @@ class NotebookRun(BaseModel):
     def folder(self):
         """Folder for what this notebook writes; made when it is first asked for."""
         folder = self.output_dir / self.name
-        try:
+        fix = "set output_dir to a folder that you may write to"
+        with explain(OSError, "cannot be made", where=folder, fix=fix):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fix = "set output_dir to a folder that you may write to"
-            raise InputError(f"cannot be made ({error})", where=folder, fix=fix) from error
         return folder
 
     def folder_of(self, name):
         """Return the folder that the notebook of this stem wrote; `InputError` if it did not."""
         folder = self.output_dir / name
         if not (folder / RESULTS_FILE).is_file():
-            message = f"notebook {name} has not finished with this output_dir"
             fix = f"run notebooks/{name}.ipynb first, or `make course` for all of them"
-            raise InputError(message, where=folder, fix=fix)
+            raise InputError(f"notebook {name} has not finished here", where=folder, fix=fix)
         return folder
 
     def config(self, name, *overrides):

@@ -67,11 +67,9 @@ def notebooks_read_by(path):
 
 
 def execute(path, output_path, parameters=None, *, cell_timeout=None):
-    """Execute a notebook with papermill, in its own folder, and write the executed copy.
-
-    An error that a widget hid and an unknown parameter, which papermill would only log, are raised.
-    """
+    """Execute a notebook in its own folder into a copy; an error that a widget hid is raised, too."""
     parameters = dict(parameters or {})
+    # papermill would only log an unknown one.
     _refuse_unknown(parameters, parameter_names(path), "no parameter", path)
     Path(output_path).parent.mkdir(parents=True, exist_ok=True)
     settings = {"kernel_name": "python3", "cwd": Path(path).parent, "progress_bar": False}
@@ -97,11 +95,7 @@ def hidden_errors(notebook):
 
 
 def run_side_by_side(paths, output_dir, parameters=None, *, jobs=None):
-    """Execute notebooks side by side, each as soon as those that it reads are done.
-
-    Returns name to seconds. One that fails stops only those that read its results; `NotebookError`
-    names all failures at the end.
-    """
+    """Execute notebooks, each once those that it reads are done; return a dict of name to seconds."""
     waiting = sorted(paths, key=_place_in_line)
     names = {path.stem for path in waiting}
     cores = 1 if torch.accelerator.is_available() else joblib.cpu_count()  # a GPU is shared
@@ -166,10 +160,7 @@ def _attempt(path, output_path, parameters):
 
 
 def run_course(output_dir=COURSE_RUN, parameters=None, *, folder=NOTEBOOKS, jobs=None):
-    """Execute the notebooks of a folder into another one; write and return the summary.
-
-    Every notebook gets those of the parameters that it has. The summary: versions, seconds, notebooks.
-    """
+    """Execute the notebooks of a folder, each with the parameters that it has; return the summary."""
     output_dir, paths = Path(output_dir), find_notebooks(folder)
     parameters = {"output_dir": str(output_dir), **(parameters or {})}
     known = set().union(*map(parameter_names, paths))
@@ -211,11 +202,9 @@ def strip(paths, *, verify=False):
 
 
 def exercise_from(solution):
-    """Return a copy of a notebook without its solutions, outputs and counts; ids are kept.
-
-    A code cell tagged ``solution`` begins with the task as comments; the next code cell calls
-    `answered` with the names that the task is to assign. Only the task is left, and names to fill in.
-    """
+    """Return a copy of a notebook without its solutions, outputs and counts; ids are kept."""
+    # A code cell tagged "solution" begins with the task as comments, and the next code cell calls
+    # `answered` with the names that the task is to assign: only these are left.
     exercise = deepcopy(solution)
     code = [cell for cell in exercise.cells if cell.cell_type == "code"]
     for cell, following in zip(code, [*code[1:], None], strict=True):

@@ -40,17 +40,13 @@ def find_splits(data_dir):
     names += sorted(present.difference(SPLIT_FOLDERS))
     if names:
         return names
-    if (data_dir / COCO_FILE).is_file() or (
-        split_name(data_dir.name) in SPLIT_FOLDERS and layouts_of(data_dir)
-    ):
+    is_split = split_name(data_dir.name) in SPLIT_FOLDERS and layouts_of(data_dir)
+    if is_split or (data_dir / COCO_FILE).is_file():
         fix = f"name the folder above it, {data_dir.parent}"
         raise InputError("is one split and no dataset", where=data_dir, fix=fix)
-    raise InputError(
-        "holds no split",
-        where=data_dir,
-        fix=f"put {COCO_FILE}, or images/ and annotations/, into {data_dir.name}/train, or convert "
-        "the dataset with 'python -m helpers convert'",
-    )
+    fix = f"put {COCO_FILE}, or images/ and annotations/, into {data_dir.name}/train, or convert "
+    fix += "the dataset with 'python -m helpers convert'"
+    raise InputError("holds no split", where=data_dir, fix=fix)
 
 
 def read_split(data_dir, split, layout=None):
@@ -156,19 +152,16 @@ def coco_entries(where):
     for annotation in _list_of(content, "annotations", where):
         for key, task in (("segments_info", "panoptic segmentation"), ("caption", "captions")):
             if key in annotation and "category_id" not in annotation:
-                raise InputError(
-                    f"is a COCO file for {task}: an annotation has '{key}' and no 'category_id'",
-                    where=where,
-                    fix="export instances, with 'bbox', 'segmentation' and 'category_id'",
-                )
+                message = f"is a COCO file for {task}: it has '{key}' and no 'category_id'"
+                fix = "export instances, with 'bbox', 'segmentation' and 'category_id'"
+                raise InputError(message, where=where, fix=fix)
         image_id = annotation.get("image_id")
         if not isinstance(image_id, _ID) or image_id not in by_image:
-            raise InputError(
-                f"annotation {annotation.get('id')!r} belongs to image {image_id!r}, which the "
-                f"file does not list{_same_in_another_type(image_id, by_image)}",
-                where=where,
-                fix="add the image entry or remove the annotation",
-            )
+            name, same = annotation.get("id"), _same_in_another_type(image_id, by_image)
+            message = f"annotation {name!r} belongs to image {image_id!r}, which the file does not "
+            message += f"list{same}"
+            fix = "add the image entry or remove the annotation"
+            raise InputError(message, where=where, fix=fix)
         by_image[image_id][1].append(annotation)
     for image, objects in by_image.values():
         yield where, image, objects, categories
@@ -257,16 +250,13 @@ def image_record(where, image, annotations, names, root):
         (width, height), _ = upright_size(path)
     message = f"the size is {width!r} x {height!r}"
     if not all(type(side) is int and side > 0 for side in (width, height)):
-        fix = "write width and height in pixels as whole numbers"
-        raise InputError(message, where=place, fix=fix)
+        raise InputError(message, where=place, fix="write whole numbers of pixels")
     if width * height > MAX_PIXELS:
         message += f", more than {MAX_PIXELS / 1e6:.0f} megapixels"
-        fix = "correct width and height, or cut the image into several"
-        raise InputError(message, where=place, fix=fix)
+        raise InputError(message, where=place, fix="correct them, or cut the image into several")
     contents = image.get("contents", [])
     if not isinstance(contents, list) or not all(isinstance(noun, str) for noun in contents):
-        fix = 'write "contents": ["joint"]'
-        raise InputError("'contents' is no list of nouns", where=place, fix=fix)
+        raise InputError("'contents' is no list of nouns", where=place, fix='write ["joint"]')
     size = (width, height)
     objects = tuple(_object(place, *entry, names, *size) for entry in enumerate(annotations))
     contradiction = image.get(_CONTRADICTION)
@@ -278,15 +268,12 @@ def _object(where, index, annotation, names, width, height):
     annotation_id, category_id = annotation.get("id", index), annotation.get("category_id")
     where = f"{where}, annotation {annotation_id}"
     if not isinstance(category_id, _ID) or category_id not in names:
-        raise InputError(
-            f"category_id {category_id!r} has no name in 'categories'"
-            f"{_same_in_another_type(category_id, names)}",
-            where=where,
-            fix=f"use one of {sorted(names)} or add the category with its name",
-        )
+        same = _same_in_another_type(category_id, names)
+        message = f"category_id {category_id!r} has no name in 'categories'{same}"
+        fix = f"use one of {sorted(names)} or add the category with its name"
+        raise InputError(message, where=where, fix=fix)
     if annotation.get("iscrowd", 0) not in (0, 1):
-        message = f"iscrowd is {annotation['iscrowd']!r}"
-        raise InputError(message, where=where, fix="write 0 for an object")
+        raise InputError(f"iscrowd is {annotation['iscrowd']!r}", where=where, fix="write 0 or 1")
     rle, mask_problem = None, None
     if annotation.get("segmentation") not in (None, [], {}):
         try:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from helpers.data.prompts import (
     present_prompts,
     replayed_prompts,
 )
-from helpers.data.records import has_mask, refuse_unknown_categories, rename_categories
+from helpers.data.records import Split, has_mask, rename_categories
 from helpers.errors import InputError
 from helpers.files import file_digest, resolve
 
@@ -33,7 +33,7 @@ class Dataset:
     root: Path  # resolved
     config: Config  # its `data` holds the nouns and the absent prompts
     pictures: dict = field(default_factory=dict, repr=False, compare=False)  # see `look`
-    _read: dict = field(default_factory=dict, repr=False, compare=False)
+    read: dict = field(default_factory=dict, repr=False, compare=False)  # splits as in the files
     _splits: dict = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -45,14 +45,10 @@ class Dataset:
         """Return a split, see `helpers.data.coco.read_split`, with the nouns of the config."""
         name, _ = split_folder(self.root, name)
         if name not in self._splits:
-            self._read[name] = read_split(self.root, name)
+            self.read[name] = read_split(self.root, name)
             nouns = self.config.data.prompts_by_category
-            self._splits[name] = rename_categories(self._read[name], nouns)
+            self._splits[name] = rename_categories(self.read[name], nouns)
         return self._splits[name]
-
-    def refuse_unknown_categories(self):
-        """Raise InputError if the config renames a category that none of the splits read has."""
-        refuse_unknown_categories(self.config.data.prompts_by_category, [*self._read.values()])
 
     def look(self, split, bar=None):
         """Decode the images of a split that were not decoded yet; return a dict of path to Picture."""
@@ -90,10 +86,7 @@ def object_targets(objects, record, mask_size):
 
 
 def data_fingerprint(split, pictures=None):
-    """Return 16 hex digits of the SHA-256 of what a split teaches, wherever it lies.
-
-    Also of file names: they decide the draw of absent prompts. Images not in ``pictures`` are read.
-    """
+    """Return 16 hex digits of the SHA-256 of what a split teaches; images not known are read."""
     pictures = pictures or {}
     digest = hashlib.sha256(json.dumps(split.categories).encode("utf-8"))
     for record in split.records:
@@ -102,6 +95,7 @@ def data_fingerprint(split, pictures=None):
             for item in record.objects
         ]
         size = [record.width, record.height]
+        # The file name, too, decides the draw of absent prompts.
         description = [record.image_id, size, sorted(record.contents), objects]
         digest.update(json.dumps(description, sort_keys=True).encode("utf-8"))
         known = getattr(pictures.get(record.path), "digest", "")
@@ -113,60 +107,41 @@ _TARGETS = ("boxes_cxcywh", "masks", "mask_valid")
 MAX_TOKENS = 32  # context of SAM3's text encoder; its processor would cut or fail beyond it
 
 
+@dataclass(eq=False, repr=False)
 class PromptDataset(torch.utils.data.Dataset):
     """The images of a split with their prompts and targets.
 
-    Parameters
-    ----------
-    split : helpers.data.records.Split
-        Its images with a query become ``records``, those about which nothing is asked ``skipped``.
-    resolution, mask_size : int
-        Side of the square input in pixels, and of the grid of predicted masks in cells.
-    prompt : str, optional
-        Replaces every category name; one query then gets all objects of the image.
-    num_negatives, negative_prompts, seed
-        Count, further nouns and seed of `helpers.data.prompts.absent_prompts`.
-    resample_negatives : bool
-        True draws anew in each epoch (`set_epoch`), False always draws the same.
-    backbone_cache : helpers.model.cache.BackboneCache, optional
-        Filled with the images of the split; its features then take the place of the pixels.
+    Images with a query become ``records``, those about which nothing is asked ``skipped``.
     """
 
-    def __init__(
-        self,
-        split,
-        processor,
-        *,
-        resolution,
-        mask_size,
-        prompt=None,
-        num_negatives=0,
-        negative_prompts=(),
-        seed=42,
-        resample_negatives=True,
-        backbone_cache=None,
-    ):
-        self.split, self.processor, self.backbone_cache = split, processor, backbone_cache
-        self.resolution, self.mask_size = resolution, mask_size
-        self.prompt, self.num_negatives = prompt, num_negatives
-        self.negative_prompts = tuple(
-            noun for noun in negative_prompts if prompt is None or not nouns_overlap(noun, prompt)
-        )
-        self.seed, self.resample_negatives = seed, resample_negatives
-        self.epoch = 0
-        self.replay = {}
+    split: Split
+    processor: object  # transformers.Sam3Processor
+    _: KW_ONLY
+    resolution: int  # side of the square input in pixels
+    mask_size: int  # and of the grid of predicted masks in cells
+    prompt: str | None = None  # replaces every category name: one query for all objects
+    num_negatives: int = 0  # this and the next two: see `helpers.data.prompts.absent_prompts`
+    negative_prompts: tuple[str, ...] = ()
+    seed: int = 42
+    resample_negatives: bool = True  # draw anew in each epoch (`set_epoch`)
+    backbone_cache: object = None  # of these images: its features take the place of the pixels
+
+    def __post_init__(self):
+        """Choose the images that are asked about; refuse a split without any."""
+        split, prompt = self.split, self.prompt
+        nouns = [n for n in self.negative_prompts if prompt is None or not nouns_overlap(n, prompt)]
+        self.negative_prompts, self.epoch, self.replay = tuple(nouns), 0, {}
         self.own_names = split.categories if prompt is None else (prompt,)
         self.records, self.skipped = [], []
         for record in split.records:
             (self.records if self._prompts(record) else self.skipped).append(record)
         if not self.records:
-            raise InputError(
-                f"the {len(split.records)} images of split '{split.name}' give no query to train on",
-                where=split.root,
-                fix="annotate objects inside the images that are not marked as crowd",
-            )
-        if num_negatives > 0 and not any(absent_candidates(r, self.nouns) for r in self.records):
-            message = f"num_negatives is {num_negatives}, but no noun is absent from any image"
+            message = f"the {len(split.records)} images of split '{split.name}' give no query"
+            fix = "annotate objects inside the images that are not marked as crowd"
+            raise InputError(message, where=split.root, fix=fix)
+        wants_absent = self.num_negatives > 0
+        if wants_absent and not any(absent_candidates(r, self.nouns) for r in self.records):
+            message = f"num_negatives is {self.num_negatives}, but no noun is absent from any image"
             fix = "list nouns in data.negative_prompts that the images do not show"
             raise InputError(message, where=split.root, fix=fix)
 
@@ -267,19 +242,12 @@ def model_sizes(config, model=None):
     return config.model.resolution, config.model.resolution // 14 * 4
 
 
+@dataclass(eq=False, repr=False)
 class PromptCollator:
-    """Join items to a batch in which every query knows its image, so that each is encoded once.
+    """Join items to a batch in which every query knows its image, so that each is encoded once."""
 
-    Parameters
-    ----------
-    processor : transformers.Sam3Processor
-        Its ``tokenizer`` turns prompts into 32 token ids.
-    text_states : dict of str to torch.Tensor, optional
-        From `helpers.model.cache.text_states`; takes the place of the token ids.
-    """
-
-    def __init__(self, processor, text_states=None):
-        self.processor, self.text_states = processor, text_states
+    processor: object  # transformers.Sam3Processor: its ``tokenizer`` makes 32 token ids
+    text_states: dict | None = None  # from `helpers.model.cache.text_states`, in their place
 
     def __call__(self, items):
         """Collate I items with B queries in all.
@@ -310,8 +278,7 @@ class PromptCollator:
         for prompt in prompts:
             if any("\ud800" <= character <= "\udfff" for character in prompt):
                 message = f"the prompt {prompt!r} is no text: it holds bytes that are not UTF-8"
-                fix = "type the prompt in a terminal or file that uses UTF-8"
-                raise InputError(message, fix=fix)
+                raise InputError(message, fix="type it in a terminal or file that uses UTF-8")
         tokens = self.processor.tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS)
         for prompt, ids in zip(prompts, tokens["input_ids"], strict=True):
             if len(ids) > MAX_TOKENS:

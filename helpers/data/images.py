@@ -92,29 +92,23 @@ def _opened(source, path, any_depth=False):
             raw_modes = [str(tile[3]) for tile in image.tile]  # Pillow cuts "RGB;16B" to mode RGB
             is_deep = image.mode in DEEP_MODES or re.search(r";16[BLN]", " ".join(raw_modes))
             if is_deep and not any_depth:
-                raise InputError(
-                    f"holds more than 8 bits per channel ({image.mode}), which would be cut off",
-                    where=path,
-                    fix="convert it to 8 bits per channel, spreading its values over 0 to 255",
-                )
+                message = f"holds more than 8 bits per channel ({image.mode}): they would be cut"
+                fix = "convert it to 8 bits per channel, spreading its values over 0 to 255"
+                raise InputError(message, where=path, fix=fix)
             yield image
     except InputError:
         raise
-    except FileNotFoundError as error:
-        fix = "check the path, or remove its annotation entry"
-        raise InputError("no such image", where=path, fix=fix) from error
-    except Image.DecompressionBombError as error:
-        message = f"is larger than {MAX_PIXELS / 1e6:.0f} megapixels"
-        fix = "cut it into several images, or save it smaller"
-        raise InputError(message, where=path, fix=fix) from error
-    except UnidentifiedImageError as error:
-        message, fix = "is no readable image (of no known format)", "replace or remove the file"
-        with Path(path).open("rb") as file:
-            if file.read(8)[4:] == b"ftyp" or Path(path).suffix.lower() in (".heic", ".heif"):
-                message, fix = "HEIC cannot be read", "save it as JPEG or PNG"
-        raise InputError(message, where=path, fix=fix) from error
     except Exception as error:  # Pillow raises a different type for each way a file can be broken
         message, fix = f"is no readable image ({error})", "replace or remove the file"
+        if isinstance(error, FileNotFoundError):
+            message, fix = "no such image", "check the path, or remove its annotation entry"
+        elif isinstance(error, Image.DecompressionBombError):
+            message = f"is larger than {MAX_PIXELS / 1e6:.0f} megapixels"
+            fix = "cut it into several images, or save it smaller"
+        elif isinstance(error, UnidentifiedImageError):
+            message, suffix = "is no readable image (of no known format)", Path(path).suffix.lower()
+            if Path(path).read_bytes()[4:8] == b"ftyp" or suffix in (".heic", ".heif"):
+                message, fix = "HEIC cannot be read", "save it as JPEG or PNG"
         raise InputError(message, where=path, fix=fix) from error
 
 
@@ -154,12 +148,10 @@ def load_pixels(record, processor, resolution):
     """Load the image of a record as float32 (3, resolution, resolution), as the processor says."""
     image = open_upright(record.path)
     if not same_shape(image.size, (record.width, record.height)):
-        size = f"{image.width} x {image.height} pixels"
-        raise InputError(
-            f"the upright image is {size}, its annotation says {record.width} x {record.height}",
-            where=record.path,
-            fix="annotate the upright image, or save the image without an EXIF orientation",
-        )
+        size, stated = f"{image.width} x {image.height}", f"{record.width} x {record.height}"
+        message = f"the upright image is {size} pixels, its annotation says {stated}"
+        fix = "annotate the upright image, or save it without an EXIF orientation"
+        raise InputError(message, where=record.path, fix=fix)
     size = {"height": resolution, "width": resolution}
     content = processor.image_processor(images=image, size=size, return_tensors="pt")
     return content["pixel_values"][0]

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
+from torch.nn.functional import interpolate
 
 from helpers.data.images import MAX_PIXELS
 
@@ -12,11 +13,9 @@ TOUCHED_BELOW = 0.5  # share of an object's area under which all cells that it t
 
 
 def segmentation_to_rle(segmentation, height, width):
-    """Convert polygons ``[[x, y, ...], ...]`` or run lengths of COCO into compressed run lengths.
-
-    Run lengths keep their own size, even a wrong one, for the checks to name. A malformed one is a
-    ValueError: pycocotools decodes run lengths that do not fill their size into arbitrary memory.
-    """
+    """Return polygons ``[[x, y, ...], ...]`` or COCO's runs as compressed RLE, else a ValueError."""
+    # pycocotools decodes run lengths that do not fill their size into arbitrary memory. Run lengths
+    # keep their own size, even a wrong one, for the checks to name.
     if isinstance(segmentation, dict):
         return _rle_from_runs(segmentation)
     if not isinstance(segmentation, list):
@@ -41,10 +40,9 @@ def _as_text(rle):
 def _rle_from_runs(segmentation):
     """Check run lengths against their own size and compress them."""
     size, counts = segmentation.get("size"), segmentation.get("counts")
-    if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int for n in size)):
+    is_list = isinstance(size, list) and len(size) == 2
+    if not is_list or not all(type(side) is int and side > 0 for side in size):
         raise ValueError(f"its size is {size!r}, not [height, width]")
-    if min(size) < 1:
-        raise ValueError(f"its size {size} is empty")
     if math.prod(size) > MAX_PIXELS:
         raise ValueError(f"its size {size} is more than {MAX_PIXELS / 1e6:.0f} megapixels")
     if isinstance(counts, str):
@@ -100,17 +98,13 @@ def rle_box_xyxy(rle):
 
 
 def masks_on_grid(rles, mask_size):
-    """Decode n RLEs and shrink them to uint8 (n, mask_size, mask_size), of any size each.
-
-    A cell is foreground if at least half of it is covered. Where this keeps less than half of an
-    object's area, as with a crack thinner than a cell, every cell it touches is kept instead.
-    """
+    """Decode n RLEs and shrink them to uint8 (n, mask_size, mask_size), of any size each."""
+    # A cell is foreground if at least half of it is covered. Where this keeps less than half of an
+    # object's area, as with a crack thinner than a cell, every cell it touches is kept instead.
     masks = torch.zeros((len(rles), mask_size, mask_size), dtype=torch.uint8)
     for index, rle in enumerate(rles):
         full = torch.from_numpy(np.ascontiguousarray(coco_mask.decode(rle))).float()
-        coverage = torch.nn.functional.interpolate(
-            full[None, None], size=(mask_size, mask_size), mode="area"
-        )[0, 0]
+        coverage = interpolate(full[None, None], (mask_size, mask_size), mode="area")[0, 0]
         cells = coverage >= 0.5
         if cells.sum() < TOUCHED_BELOW * coverage.sum():
             cells = coverage > 0

@@ -43,11 +43,9 @@ def nouns_overlap(first, second):
 
 
 def present_prompts(record, categories, prompt=None):
-    """Map prompts, in the order of the categories, to the objects of an image they ask for.
-
-    ``prompt`` replaces every category name. A prompt that loses all its objects, as crowd regions or
-    outside the image, is not asked at all: as absent, it would teach the opposite.
-    """
+    """Map the categories, or the one prompt in their place, to the objects of an image, if any."""
+    # One that loses all its objects, as crowd regions or outside the image, is not asked at all: as
+    # absent, it would teach the opposite.
     objects = true_objects(record)
     if prompt is not None:
         return {prompt: objects} if objects else {}
@@ -85,10 +83,7 @@ def absent_prompts(record, own_names, other_nouns, count, *, seed, epoch):
 
 
 def replayed_prompts(record, answers, *, seed, epoch):
-    """Draw at most `REPLAYED_PER_IMAGE` of the words a base detected on an image, with its objects.
-
-    ``answers`` maps words to objects, see `helpers.detect.knowledge.clear_answers`.
-    """
+    """Draw at most `REPLAYED_PER_IMAGE` of the words in ``answers``, which maps them to objects."""
     words = [word for word, objects in answers.items() if objects]
     drawn = _generator(record, seed, epoch).permutation(len(words))[:REPLAYED_PER_IMAGE]
     return {words[index]: answers[words[index]] for index in sorted(drawn)}

@@ -54,11 +54,7 @@ def word_knowledge(model, processor, split, words=None, *, threshold=0.3):
         Index ``word``; ``images``, ``presence_prob`` and ``max_query_prob`` (means), ``detected``
         (share of the images) with its 95 % interval (Wilson) ``low`` and ``high``, and
         ``knowledge``: "known", "half known", "open" (neither detected nor locked) or "locked".
-
-    Raises
-    ------
-    InputError
-        When no image shows an object.
+        InputError for a word that no image shows.
     """
     words = check_prompts(list(split.categories) if words is None else words)
     prompts, foreign = {}, set(words).difference(split.categories)
@@ -71,11 +67,9 @@ def word_knowledge(model, processor, split, words=None, *, threshold=0.3):
     for word in words:
         answered = answers[answers["prompt"] == word]
         if answered.empty:
-            raise InputError(
-                f"no image shows {word!r}",
-                where=f"{split.root}, {split.name}",
-                fix="name a split with objects of this word",
-            )
+            message = f"no image shows {word!r}"
+            fix = "name a split with objects of this word"
+            raise InputError(message, where=f"{split.root}, {split.name}", fix=fix)
         count, hits = len(answered), int((answered["max_score"] >= threshold).sum())
         interval = scipy.stats.binomtest(hits, count).proportion_ci(method="wilson")
         means = answered[["presence_prob", "max_query_prob"]].mean()
@@ -95,8 +89,7 @@ def clear_answers(model, processor, records, words):
     another name in the annotations makes no answer.
     """
     answers, words = {}, check_prompts(list(words))
-    hidden = not sys.stderr.isatty()
-    with progress_bar(len(records), "asking the base", disable=hidden) as bar:
+    with progress_bar(len(records), "asking the base", disable=not sys.stderr.isatty()) as bar:
         for record in records:
             detected, possible = {}, set()
             for raw in raw_outputs(model, processor, [record], words):

@@ -18,6 +18,7 @@ from helpers.errors import InputError, check_probability
 from helpers.model.prompted import outputs_by_rows
 
 SCORE_FLOOR = 1e-3  # average precision needs low scores, not the lowest
+IMAGES_AT_ONCE = 4
 MAX_DETECTIONS = 100  # per prompt and image, as many as COCO's average precision looks at
 _REQUIRED = ("image_id", "prompt", "height", "width", "gt", "pred")
 
@@ -47,21 +48,20 @@ class Query:
                 message, fix = "a mask is not a COCO compressed RLE", "use pycocotools.mask.encode"
                 raise InputError(message, where=where, fix=fix)
             if list(rle.get("size", ())) != size:
-                stated = rle.get("size")
-                message = f"a mask has size {stated}, the picture has {size} (height, width)"
+                message = (
+                    f"a mask has size {rle.get('size')}, the picture has {size} (height, width)"
+                )
                 raise InputError(message, where=where)
         for detection in self.pred:
             check_probability(detection.get("score"), "score", where)
         if self.max_score is not None:
             check_probability(self.max_score, "max_score", where)
-        gt_boxes = [None] * len(self.gt) if self.gt_boxes_xyxy is None else self.gt_boxes_xyxy
-        if len(gt_boxes) != len(self.gt):
-            message = f"{len(gt_boxes)} gt_boxes_xyxy for {len(self.gt)} objects"
-            raise InputError(message, where=where)
-        for box_xyxy in (*gt_boxes, *(detection.get("box_xyxy") for detection in self.pred)):
+        boxes = [None] * len(self.gt) if self.gt_boxes_xyxy is None else self.gt_boxes_xyxy
+        if len(boxes) != len(self.gt):
+            raise InputError(f"{len(boxes)} gt_boxes_xyxy for {len(self.gt)} objects", where=where)
+        for box_xyxy in (*boxes, *(detection.get("box_xyxy") for detection in self.pred)):
             if box_xyxy is not None and not _is_box(box_xyxy):
-                fix = "give x0, y0, x1, y1 in pixels"
-                raise InputError(f"a box is {box_xyxy!r}", where=where, fix=fix)
+                raise InputError(f"a box is {box_xyxy!r}", where=where, fix="give x0, y0, x1, y1")
 
     @classmethod
     def from_dict(cls, mapping):
@@ -129,32 +129,17 @@ def predict_split(
     prompt=None,
     absent_prompts=(),
     mask_threshold=0.5,
-    batch_size=4,
     adapter_words=None,
 ):
-    """Ask a model about every image of a split.
+    """Ask a model, see `Predictor`, about every image of a split, at `mask_threshold` in [0, 1].
 
-    Parameters
-    ----------
-    model, processor
-        See `helpers.detect.predictor.Predictor`.
-    split : helpers.data.records.Split
-    prompt, absent_prompts
-        See `helpers.data.PromptDataset.for_evaluation`.
-    mask_threshold : float
-        In [0, 1]; a pixel with a higher probability belongs to the mask.
-    batch_size : int
-    adapter_words : sequence of str, optional
-        Routing: only these are asked of the adapter, all others of its base.
-
-    Returns
-    -------
-    list of Query
-        One per image and prompt, with the 100 best detections that score at least 0.001.
+    What is asked says `helpers.data.PromptDataset.for_evaluation`. With ``adapter_words``, a sequence
+    of str, only these are asked of the adapter, all others of its base. Returns a list of `Query`, one
+    per image and prompt, with the 100 best detections that score at least 0.001.
     """
     asked = {"prompt": prompt, "absent_prompts": absent_prompts}
     if adapter_words is not None:
-        asked |= {"mask_threshold": mask_threshold, "batch_size": batch_size}
+        asked["mask_threshold"] = mask_threshold
         queries = predict_split(model, processor, split, **asked)
         with model.disable_adapter():
             queries_of_base = predict_split(model, processor, split, **asked)
@@ -162,7 +147,7 @@ def predict_split(
         pairs = zip(queries, queries_of_base, strict=True)
         return [own if plain_prompt(own.prompt) in words else other for own, other in pairs]
     dataset = PromptDataset.for_evaluation(split, model, processor, **asked)
-    loader = DataLoader(dataset, batch_size, collate_fn=PromptCollator(processor))
+    loader = DataLoader(dataset, IMAGES_AT_ONCE, collate_fn=PromptCollator(processor))
     model.eval()
     device, queries = next(model.parameters()).device, []
     for batch in loader:

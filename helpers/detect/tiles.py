@@ -26,11 +26,7 @@ LEAST_COMMON = 0.5
 
 
 def tile_boxes(width, height, tile, overlap):
-    """Cover an image with square tiles: list of ``(x0, y0, x1, y1)`` in pixels, row by row.
-
-    `overlap`, in [0, 1), is the least share of its side that a tile has in common with the next one.
-    The last tile of a row or column ends with the image and overlaps more.
-    """
+    """Cover an image with tiles ``(x0, y0, x1, y1)`` that share `overlap`, in [0, 1), or more."""
     if type(tile) is not int or tile < 1:
         raise InputError(f"the tile is {tile!r} pixels", fix="give a whole number such as 1008")
     if not 0 <= overlap < 1:
@@ -97,8 +93,8 @@ def _join(answers, height, width, least):
     for box, answer in answers:
         for item in answer.detections:
             mask = coco_mask.decode(item["mask_rle"]).astype(bool)
-            pieces.append(_Piece(mask, int(mask.sum()), item["score"], box))
-    pieces = [piece for piece in pieces if piece.area]
+            if mask.any():
+                pieces.append(_Piece(mask, int(mask.sum()), item["score"], box))
     if not pieces:
         return []
     edges = np.array(_agreeing_pairs(pieces, least), dtype=int).reshape(-1, 2)
@@ -111,10 +107,8 @@ def _join(answers, height, width, least):
         for piece in members:
             x0, y0, x1, y1 = piece.tile_xyxy
             mask[y0:y1, x0:x1] |= piece.mask
-        rle = mask_to_rle(mask)
-        score = max(piece.score for piece in members)
-        box_xyxy = list(rle_box_xyxy(rle))
-        detections.append({"score": score, "box_xyxy": box_xyxy, "mask_rle": rle})
+        rle, score = mask_to_rle(mask), max(piece.score for piece in members)
+        detections.append({"score": score, "box_xyxy": list(rle_box_xyxy(rle)), "mask_rle": rle})
     return sorted(detections, key=lambda item: -item["score"])
 
 
@@ -128,10 +122,10 @@ def _agreeing_pairs(pieces, least):
         low, high = np.maximum(first[:2], second[:2]), np.minimum(first[2:], second[2:])
         if (high <= low).any():
             continue
-        windows = [
-            [(index, _window(pieces[index], low, high)) for index in by_tile[tile]]
-            for tile in (first, second)
-        ]
+        windows = []
+        for tile in (first, second):
+            (left, top), (right, bottom) = low - tile[:2], high - tile[:2]
+            windows.append([(i, pieces[i].mask[top:bottom, left:right]) for i in by_tile[tile]])
         for (index, part), (other, other_part) in product(*windows):
             common = (part & other_part).sum()
             smaller = min(pieces[index].area, pieces[other].area)
@@ -139,9 +133,3 @@ def _agreeing_pairs(pieces, least):
             if common and common >= enough:
                 pairs.append((index, other))
     return pairs
-
-
-def _window(piece, low, high):
-    """Cut the part of a piece out that lies between two corners of the image."""
-    x, y = piece.tile_xyxy[:2]
-    return piece.mask[low[1] - y : high[1] - y, low[0] - x : high[0] - x]

@@ -11,20 +11,12 @@ from helpers.model.prompted import SCORE_LOGIT_CLAMP, base_of
 
 
 def adapter_report(model):
-    """Count and measure the LoRA of every component.
+    """Count and measure the LoRA of every component; of a model on ``meta`` what needs no values.
 
-    Parameters
-    ----------
-    model : peft.PeftModel
-        May be on ``meta``; what needs values is then NaN.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per ``component`` and a row ``total``: ``modules`` (adapted linear layers),
-        ``parameters`` (of A and B), ``share`` (of all parameters of the model), ``grad_norm``
-        (Euclidean; NaN before a backward pass), ``B_norm`` (Euclidean) and ``B_nonzero``, the
-        share of modules whose B, first zero, has moved.
+    Returns a DataFrame with a row per ``component`` and a row ``total``: ``modules`` (adapted linear
+    layers), ``parameters`` (of A and B), ``share`` (of all parameters of the model), ``grad_norm``
+    (Euclidean; NaN before a backward pass), ``B_norm`` (Euclidean) and ``B_nonzero``, the share of
+    modules whose B, first zero, has moved.
     """
     layers = lora_layers(model)
     total = sum(parameter.numel() for parameter in model.parameters())

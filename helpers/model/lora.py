@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from helpers.errors import InputError
+from helpers.errors import InputError, explain
 from helpers.files import file_digest, read_json, staged_folder, write_json
 from helpers.model.prompted import base_of
 from helpers.model.sam3 import base_fingerprint, refuse_lfs_pointer
@@ -78,11 +78,9 @@ def target_modules(model, lora):
             raise InputError(message, where="lora.target_modules", fix=fix)
     for component, modules in names.items():
         if not modules:
-            raise InputError(
-                f"none of {', '.join(lora.target_modules)} occurs in {component}",
-                where=f"lora.apply_to_{component}",
-                fix="add a name that occurs there to lora.target_modules, or set the flag to false",
-            )
+            message = f"none of {', '.join(lora.target_modules)} occurs in {component}"
+            fix = "add a name that occurs there to lora.target_modules, or set the flag to false"
+            raise InputError(message, where=f"lora.apply_to_{component}", fix=fix)
     return names
 
 
@@ -121,20 +119,10 @@ def _closest_fix(model, components, target):
 
 
 def add_lora(model, lora):
-    """Put LoRA on a base and freeze everything else.
+    """Put LoRA, a `helpers.config.LoraSection`, on a base in place and freeze everything else.
 
-    Parameters
-    ----------
-    model : helpers.model.sam3.PromptedSam3
-        Changed in place.
-    lora : helpers.config.LoraSection
-        Rank, alpha, dropout, names and flags.
-
-    Returns
-    -------
-    peft.PeftModel
-        B is zero, so outputs equal those of the base until a step was taken. A is drawn from
-        torch's global generator: set the seed before.
+    B of the `peft.PeftModel` is zero, so outputs equal those of the base until a step was taken. A is
+    drawn from torch's global generator: set the seed before.
     """
     if lora_layers(model):
         raise InputError("the model already carries LoRA", fix="load the base again")
@@ -155,12 +143,9 @@ def add_lora(model, lora):
     peft_model = _wrap(model, config)
     adapted = {name for name, _ in lora_layers(peft_model)}
     if adapted != expected:
-        raise InputError(
-            f"PEFT adapted {len(adapted)} modules, expected {len(expected)}; the first that "
-            f"differs is {min(adapted ^ expected)}",
-            where="lora.target_modules",
-            fix="name linear layers only",
-        )
+        message = f"PEFT adapted {len(adapted)} modules, expected {len(expected)}; the first that "
+        message += f"differs is {min(adapted ^ expected)}"
+        raise InputError(message, where="lora.target_modules", fix="name linear layers only")
     return peft_model
 
 
@@ -192,11 +177,9 @@ def save_adapter(model, folder, base_name, revision=None):
 
 def write_tensors(path, tensors, metadata=None):
     """Write a safetensors file; InputError if the disk is full."""
-    try:
+    fix = "make room on the disk, or name another folder"
+    with explain(SafetensorError, "cannot be written", where=path, fix=fix):
         save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
-    except SafetensorError as error:
-        fix = "make room on the disk, or name another folder"
-        raise InputError(f"cannot be written ({error})", where=path, fix=fix) from error
 
 
 def load_adapter(model, folder, *, lora=None, is_trainable=False):
@@ -264,12 +247,10 @@ def check_tensors(tensors, path):
         broken = ~torch.isfinite(tensor)
         if broken.any():
             value, count = tensor[broken][0].item(), int(broken.sum())
-            raise InputError(
-                f"{name} holds {value} in {count} of {tensor.numel()} places",
-                where=path,
-                fix="the training diverged or the file is damaged: train again with a lower "
-                "training.learning_rate, or restore the file",
-            )
+            message = f"{name} holds {value} in {count} of {tensor.numel()} places"
+            fix = "the training diverged or the file is damaged: train again with a lower "
+            fix += "training.learning_rate, or restore the file"
+            raise InputError(message, where=path, fix=fix)
 
 
 def read_adapter_weights(folder):
@@ -278,10 +259,9 @@ def read_adapter_weights(folder):
     if not path.is_file():
         raise InputError(f"holds no {WEIGHTS_FILE}", where=folder, fix=_NAME_A_RUN)
     refuse_lfs_pointer(path)
-    try:
+    # safetensors raises a class of its own for damaged files.
+    with explain(Exception, "is damaged", where=path, fix=_RESTORE):
         return load_file(path)
-    except Exception as error:  # safetensors raises a class of its own for damaged files
-        raise InputError(f"is damaged ({error})", where=path, fix=_RESTORE) from error
 
 
 def _wrap(model, config):
@@ -295,13 +275,11 @@ def _check_config(content, expected, path):
     """Refuse an adapter_config.json that is no LoRA, damaged, or not the one of the training."""
     kind, rank, alpha = (content.get(key) for key in ("peft_type", "r", "lora_alpha"))
     if kind != "LORA":
-        message = f"is an adapter of type {kind!r}, expected 'LORA'"
-        raise InputError(message, where=path, fix=_NAME_A_RUN)
+        raise InputError(f"is of type {kind!r}, expected 'LORA'", where=path, fix=_NAME_A_RUN)
     are_numbers = type(rank) is int and type(alpha) in (int, float)
     if not are_numbers or not 0 < alpha <= MAX_SCALE * rank:
-        message = (
-            f"lora_alpha is {alpha!r:.100}, not between 0 and {MAX_SCALE:g} times r, {rank!r:.100}"
-        )
+        limit = f"{MAX_SCALE:g} times r, {rank!r:.100}"
+        message = f"lora_alpha is {alpha!r:.100}, not between 0 and {limit}"
         raise InputError(message, where=path, fix=_RESTORE)
     for key in ("r", "lora_alpha"):
         if expected.get(key) not in (None, content[key]):
@@ -312,8 +290,6 @@ def _check_config(content, expected, path):
 def _another_base(where, reason, name=None):
     """Build the one error for an adapter that does not belong to the base."""
     made_for = f" (it was made for {name})" if name else ""
-    return InputError(
-        f"the adapter belongs to another base or LoRA setting{made_for}: {reason}",
-        where=where,
-        fix="load the base it was trained on, with --base or --profile",
-    )
+    message = f"the adapter belongs to another base or LoRA setting{made_for}: {reason}"
+    fix = "load the base it was trained on, with --base or --profile"
+    return InputError(message, where=where, fix=fix)

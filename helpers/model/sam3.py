@@ -131,11 +131,9 @@ def _locate(name_or_path):
     path = resolve(name_or_path)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputError(
-                "the folder has no config.json, so it is not a model",
-                where=path,
-                fix="name the folder that holds config.json and model.safetensors",
-            )
+            message = "the folder has no config.json, so it is not a model"
+            fix = "name the folder that holds config.json and model.safetensors"
+            raise InputError(message, where=path, fix=fix)
         return str(path)
     name = str(name_or_path)
     looks_like_hub_name = name.count("/") == 1 and not name.startswith((".", "/", "~"))
@@ -153,10 +151,8 @@ def _load_part(source, cls, options):
     except Exception as error:  # damaged files raise classes of five libraries
         lines = str(error).strip().splitlines() or [type(error).__name__]
         message = f"the hub gave no access ({lines[0][:200]})"
-        fix = (
-            f"ask for access at https://huggingface.co/{source}, run 'hf auth login', and try "
-            "again; the profile 'tiny' needs none of this"
-        )
+        fix = f"ask for access at https://huggingface.co/{source}, run 'hf auth login', and try "
+        fix += "again; the profile 'tiny' needs none of this"
         if Path(source).is_dir():
             for path in sorted(Path(source).glob("*.safetensors")):
                 refuse_lfs_pointer(path)

@@ -56,8 +56,7 @@ def threshold_panel(image, raws, *, score_threshold=0.3, mask_threshold=0.5):
         In [0, 1]; an impossible value is refused, also when a slider is set from code.
     """
     if not raws:
-        fix = "pass Predictor.raw(...)"
-        raise InputError("a panel needs the outputs of at least one prompt", fix=fix)
+        raise InputError("a panel needs outputs of a prompt", fix="pass Predictor.raw(...)")
     image, by_prompt = pictures.as_picture(image), {raw.prompt: raw for raw in raws}
     panel = SimpleNamespace(readout=widgets.Label(), picture=widgets.HTML())
     options = {"min": 0.0, "max": 1.0, "step": 0.01, "readout_format": ".2f", **_WIDE}

@@ -68,7 +68,7 @@ def annotate(image, boxes_xyxy, masks=None, labels=None, colour=PREDICTION_COLOU
     masks : array_like, optional
         (n, H, W) bool at the size of the image.
     labels : sequence of str, optional
-        n texts; an empty one is not drawn.
+        At most n texts; an empty one is not drawn.
     colour : str
         Hexadecimal.
     """
@@ -110,7 +110,6 @@ def annotate_detections(image, detections):
     detections = sorted(detections, key=lambda item: item["score"], reverse=True)
     masks = [decode_mask(item["mask_rle"], picture.size, "detection") for item in detections]
     labels = [f"{item['score']:.2f}" for item in detections[:MAX_LABELS]]
-    labels += [""] * (len(detections) - len(labels))
     return annotate(picture, [item["box_xyxy"] for item in detections], masks, labels)
 
 
@@ -197,10 +196,7 @@ def describe(figure, sentence):
 
 
 def _grid(panels, columns=3):
-    """Lay ``(picture, *title lines)`` out in a grid; None leaves a place empty.
-
-    A title is a user's text: it is no mathematics, and what cannot be drawn is escaped.
-    """
+    """Lay ``(picture, *title lines)`` out in a grid; None leaves a place empty."""
     if not panels:
         raise InputError("nothing to draw", fix="pass at least one image with something to show")
     columns = min(columns, len(panels))

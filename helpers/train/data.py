@@ -1,6 +1,7 @@
 """The data of a training run: checked, as queries, with the features that do not change."""
 
 import sys
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -45,25 +46,25 @@ def training_data(config, model, processor, *, train_split=None, val_split=None,
     counts = {"train": count_objects(train), "valid": count_objects(valid)}
     if data.replay_words:  # after the counts: a run whose own objects are missing must not pass
         model.to(PartialState().device)
-        _refuse_own_words(data.replay_words, train)
+        for word, noun in product(data.replay_words, train.own_names):
+            if nouns_overlap(word, noun):
+                message = f"{word!r} means what is annotated as {noun!r}; the base would deny it"
+                fix = "list other things that the base knows"
+                raise InputError(message, where="data.replay_words", fix=fix)
         answers = clear_answers(model, processor, train.records, data.replay_words)
         if not any(detected for detected, _ in answers.values()):
-            raise InputError(
-                f"the base detects none of {', '.join(data.replay_words)} on {len(answers)} images, so "
-                "there is nothing to replay",
-                where="data.replay_words",
-                fix="list things that the images show and the base knows, see 'python -m helpers knows'",
-            )
+            words = ", ".join(data.replay_words)
+            message = f"the base detects none of {words} on {len(answers)} images to replay"
+            fix = "list what the images show and the base knows, see 'python -m helpers knows'"
+            raise InputError(message, where="data.replay_words", fix=fix)
         train.set_replay(answers)
     for _ in counts:  # the draw of a loader that starts: seeds give the runs that they always gave
         torch.empty((), dtype=torch.int64).random_()
     if not counts["train"]["num_objects"].any() and not allow_empty:
-        raise InputError(
-            f"no object of {len(splits[0].records)} images reaches the loss "
-            "(cause no_objects in data/causes.csv); training would teach to detect nothing",
-            where=splits[0].root,
-            fix="run 'python -m helpers check' on the dataset, or pass allow_empty=True on purpose",
-        )
+        message = f"no object of {len(splits[0].records)} images reaches the loss (cause "
+        message += "no_objects in data/causes.csv); training would teach to detect nothing"
+        fix = "run 'python -m helpers check' on the dataset, or pass allow_empty=True on purpose"
+        raise InputError(message, where=splits[0].root, fix=fix)
     states = None
     if config.training.feature_cache is not None and not config.lora.apply_to_text_encoder:
         states = text_states(model, processor, (*train.nouns, *valid.nouns))
@@ -77,11 +78,9 @@ def _filled_cache(config, model, processor, splits, pictures):
     if folder is None:
         return None
     if lora.apply_to_vision_encoder and lora.apply_to_text_encoder:
-        raise InputError(
-            "both encoders are trained, so neither has features that stay the same",
-            where="training.feature_cache",
-            fix="set it to null, or freeze an encoder: lora.apply_to_vision_encoder=false",
-        )
+        message = "both encoders are trained, so neither has features that stay the same"
+        fix = "set it to null, or freeze an encoder: lora.apply_to_vision_encoder=false"
+        raise InputError(message, where="training.feature_cache", fix=fix)
     model.to(PartialState().device)
     if lora.apply_to_vision_encoder:
         return None
@@ -94,15 +93,3 @@ def _filled_cache(config, model, processor, splits, pictures):
     loading = {"batch_size": config.training.batch_size, "num_workers": config.training.num_workers}
     cache.fill(records, **loading, progress=sys.stderr.isatty())
     return cache
-
-
-def _refuse_own_words(words, dataset):
-    """Raise InputError for a word to replay that may mean what is annotated."""
-    for word in words:
-        for noun in dataset.own_names:
-            if nouns_overlap(word, noun):
-                raise InputError(
-                    f"{word!r} means what is annotated as {noun!r}, and the base would contradict it",
-                    where="data.replay_words",
-                    fix="list other things that the base knows",
-                )

@@ -26,6 +26,7 @@ def checklist(run, words=None):
     valid_losses = epoch_means(run.history, "eval_loss")
     moved, share = total["B_nonzero"], float(total["share"])
     modules = f"{total['modules']:.0f} modules, {moved:.0%} moved", bool(moved == 1)
+    trainable = f"{share:.2%}", 0.02 <= round(share, 3) <= 0.03
     epochs, wanted = run.metrics["epochs"], run.config.effective_num_epochs
     completed = f"{epochs:g} of {wanted} epochs", epochs >= wanted
     best = run.metrics["valid"].get("max_score_present")
@@ -35,11 +36,7 @@ def checklist(run, words=None):
     late = [epoch for epoch in losses if epoch >= 10]
     items = [
         ("LoRA is applied to modules", "a number of modules", modules),
-        (
-            "Trainable parameters",
-            "about 2 to 3 %",
-            (f"{share:.2%}", 0.02 <= round(share, 3) <= 0.03),
-        ),
+        ("Trainable parameters", "about 2 to 3 %", trainable),
         ("Loss in epoch 1", "from about 2.0 to below 1.0", _loss(run, [1], 0.0, 1.0)),
         ("Loss in epoch 5", "below 0.5", _loss(run, [5], 0.0, 0.5)),
         ("Loss from epoch 10 on", "0.1 to 0.3", _loss(run, late, 0.1, 0.3)),

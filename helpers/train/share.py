@@ -3,7 +3,7 @@
 import html
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from transformers import Sam3Model
 from helpers.data.coco import read_split
 from helpers.detect.detections import masks_at_image_size, reaches
 from helpers.detect.predictor import GENERIC_PROMPT, Predictor
-from helpers.errors import InputError, printable
+from helpers.errors import InputError, explain, printable
 from helpers.files import WALL_CRACKS, read_json, resolve, staged_folder, write_json, write_text
 from helpers.model.lora import BASE_FILE, CONFIG_FILE, read_adapter_weights
 from helpers.model.sam3 import base_config, load_base
@@ -114,10 +114,8 @@ def plan_push(folder, repo):
     ``folder`` is a finished run, or was written by `merge`; InputError if it is damaged. ``repo`` is
     ``name`` or ``owner/name`` on the Hub.
     """
-    try:
+    with explain(HFValidationError, "is no name on the Hub", where="--repo", fix="give owner/name"):
         validate_repo_id(repo)
-    except HFValidationError as error:
-        raise InputError(str(error).strip(), where="--repo", fix="give owner/name") from error
     folder = resolve(folder)
     is_merged = (folder / MERGE_FILE).is_file()
     paths = _check_merged(folder) if is_merged else _check_run(folder)
@@ -153,12 +151,10 @@ def _check_merged(folder):
     if not weights:
         raise InputError("holds no model.safetensors", where=folder, fix="merge again")
     for path in weights:
-        try:
-            with safe_open(path, framework="pt") as file:
-                if not file.keys():
-                    raise OSError("it holds no weights")
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"is damaged ({error})", where=path, fix="merge again") from error
+        damage = explain((OSError, SafetensorError), "is damaged", where=path, fix="merge again")
+        with damage, safe_open(path, framework="pt") as file:
+            if not file.keys():
+                raise OSError("it holds no weights")
     base = read_json(folder / MERGE_FILE, fix="merge again").get("base", "")
     return [(MERGE_FILE, str(base))]
 
@@ -177,11 +173,8 @@ def push(plan):
         )
     except Exception as error:  # refused, offline, not logged in: classes of three libraries
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"the Hub did not take it ({reason})",
-            where=plan.repo,
-            fix="log in with 'hf auth login', with a token that may write, and try again",
-        ) from error
+        fix = "log in with 'hf auth login', with a token that may write, and try again"
+        raise InputError(f"the Hub did not take it ({reason})", where=plan.repo, fix=fix) from error
     return str(url)
 
 
@@ -190,14 +183,9 @@ def _missing_from_card(folder):
     path = folder / CARD_FILE
     if not path.is_file():
         return [f"{CARD_FILE}: there is no model card"]
-    try:
+    fix = "mend the lines between the two '---'"
+    with explain(Exception, "the metadata block cannot be read", where=path, fix=fix):
         data = ModelCard.load(path).data
-    except Exception as error:  # YAML and Hub classes
-        raise InputError(
-            f"the metadata block cannot be read ({str(error).partition(chr(10))[0]})",
-            where=path,
-            fix="mend the lines between the two '---'",
-        ) from error
     missing = [name for name in _MISSING if data.get(name) in (None, "", [], "unknown")]
     return [f"{name}: {_MISSING[name]}" for name in missing]
 
@@ -218,25 +206,14 @@ EXACT = Tolerance(logit=1e-3, score=1e-3, margin=0.0, mask_iou=0.999)
 CAST = Tolerance(logit=float("inf"), score=0.05, margin=0.05, mask_iou=0.9)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What differs between two models on the same questions, images times prompts."""
-
-    num_questions: int
-    num_detections: int  # of the first model
-    max_logit_difference: float  # over all queries, detected or not
-    max_score_difference: float
-    num_changed: int  # queries that one model alone detects outside the margin
-    min_mask_iou: float  # over what both detect
-
-    def within(self, tolerance):
-        """Return whether the two models count as the same; NaN never does."""
-        return (
-            self.max_logit_difference <= tolerance.logit
-            and self.max_score_difference <= tolerance.score
-            and self.num_changed == 0
-            and self.min_mask_iou >= tolerance.mask_iou
-        )
+def is_same(comparison, tolerance):
+    """Return whether two models count as the same by what `compare` says; NaN never does."""
+    return (
+        comparison["max_logit_difference"] <= tolerance.logit
+        and comparison["max_score_difference"] <= tolerance.score
+        and comparison["num_changed"] == 0
+        and comparison["min_mask_iou"] >= tolerance.mask_iou
+    )
 
 
 class MergeDiffers(Exception):
@@ -255,7 +232,7 @@ def merge(folder, output, dtype=None, base=None):
     missing, and stays so unless everything went well. ``dtype``, "float32" or "bfloat16", is by
     default that of the base's own files; ``base`` is another place of it than the run names.
 
-    Returns a dict, also in ``merge.json``: what was merged, the two `Comparison` ``merged`` and
+    Returns a dict, also in ``merge.json``: what was merged, what `compare` says of ``merged`` and
     ``written`` with base and adapter, and ``same``. If that is not so, within `EXACT` or for a cast
     `CAST`, a `MergeDiffers` is raised instead.
     """
@@ -310,14 +287,14 @@ def _merge_into(staging, run, dtype):
         "data_fingerprint": run.metrics.get("data_fingerprint"),
         "images": source,
         "num_images": len(images),
-        "merged": asdict(in_memory),
-        "written": asdict(written),
-        "same": in_memory.within(EXACT) and written.within(tolerance),
+        "merged": in_memory,
+        "written": written,
+        "same": is_same(in_memory, EXACT) and is_same(written, tolerance),
     }
 
 
 def compare(expected, actual, score_threshold, mask_threshold, margin=0.0):
-    """Compare two sequences of `RawPrediction` for the same questions, see `Comparison`."""
+    """Compare two sequences of `RawPrediction` for the same questions, images times prompts."""
     logits, scores, ious, num_changed, num_detections = [0.0], [0.0], [1.0], 0, 0
     for pair in zip(expected, actual, strict=True):
         for name in ("query_logits", "presence_logit", "mask_logits"):
@@ -336,8 +313,14 @@ def compare(expected, actual, score_threshold, mask_threshold, margin=0.0):
             )
             union = (mask | other).sum()
             ious.append((mask & other).sum() / union if union else 1.0)
-    largest = [float(np.max(values)) for values in (logits, scores)]
-    return Comparison(len(expected), num_detections, *largest, num_changed, float(np.min(ious)))
+    return {
+        "num_questions": len(expected),
+        "num_detections": num_detections,  # of the first model
+        "max_logit_difference": float(np.max(logits)),  # over all queries, detected or not
+        "max_score_difference": float(np.max(scores)),
+        "num_changed": num_changed,  # queries that one model alone detects outside the margin
+        "min_mask_iou": float(np.min(ious)),  # over what both detect
+    }
 
 
 def _sample_images(config):

@@ -12,7 +12,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from helpers.detect.metrics import evaluate_queries
 from helpers.detect.queries import queries_from_outputs
-from helpers.errors import InputError
+from helpers.errors import explain
 from helpers.files import write_text
 from helpers.model import prompted
 from helpers.model.lora import load_adapter_weights, read_adapter_weights, save_adapter
@@ -22,35 +22,33 @@ CURVES_FILE = "curves.csv"
 CHECKPOINTS = "checkpoints"
 SELECTION = "selection"  # the trainer's name of the metric that chooses the checkpoint
 _AT_CLAMP = 0.999
+_SAME_NAMES = (  # settings that the trainer and the config call the same
+    *("gradient_accumulation_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("max_grad_norm", "logging_steps", "seed"),
+)
 
 
 def training_arguments(config, folder, **changes):
     """Translate a config, with its multipliers and `changes`, for a run in a folder."""
     training = config.training
-    try:
+    message = f"'{training.mixed_precision}' cannot be used here"
+    fix = "set training.mixed_precision=no"
+    with explain(ValueError, message, where="training.mixed_precision", fix=fix):
         if training.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise ValueError("it needs a GPU")
         settings = {
             "output_dir": str(folder / CHECKPOINTS),
             "per_device_train_batch_size": training.batch_size,
-            "gradient_accumulation_steps": training.gradient_accumulation_steps,
             "num_train_epochs": config.effective_num_epochs,
             "learning_rate": config.effective_learning_rate,
             "warmup_steps": config.effective_warmup_steps,
             "lr_scheduler_type": training.lr_scheduler,
-            "weight_decay": training.weight_decay,
-            "adam_beta1": training.adam_beta1,
-            "adam_beta2": training.adam_beta2,
-            "adam_epsilon": training.adam_epsilon,
-            "max_grad_norm": training.max_grad_norm,
             "use_cpu": not torch.accelerator.is_available(),
             "bf16": training.mixed_precision == "bf16",
             "fp16": training.mixed_precision == "fp16",
             "dataloader_num_workers": training.num_workers,
             "dataloader_pin_memory": torch.cuda.is_available(),
-            "seed": training.seed,
             "data_seed": training.seed,
-            "logging_steps": training.logging_steps,
             "logging_first_step": True,
             "logging_nan_inf_filter": False,
             "eval_strategy": "epoch",
@@ -61,13 +59,8 @@ def training_arguments(config, folder, **changes):
             "report_to": "none",
             "disable_tqdm": True,
         }
+        settings |= {name: getattr(training, name) for name in _SAME_NAMES}
         arguments = TrainingArguments(**settings | changes)
-    except ValueError as error:
-        raise InputError(
-            f"'{training.mixed_precision}' cannot be used here: {str(error).splitlines()[0]}",
-            where="training.mixed_precision",
-            fix="set training.mixed_precision=no",
-        ) from error
     # Several would mean torch's DataParallel, which cannot split targets.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

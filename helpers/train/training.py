@@ -215,11 +215,9 @@ def _refuse_other_data(folder, config, data):
     before = run_folder.read_run_file(folder / run_folder.VERSIONS_FILE).get("data_fingerprint")
     lora = load_config(folder / run_folder.RUN_CONFIG).lora
     if before not in (None, data.fingerprint) or lora != config.lora:
-        raise InputError(
-            "the run to resume had other training data, or adapted other components",
-            where=folder,
-            fix="resume with the dataset it was started with, or start a new run",
-        )
+        message = "the run to resume had other training data, or adapted other components"
+        fix = "resume with the dataset it was started with, or start a new run"
+        raise InputError(message, where=folder, fix=fix)
 
 
 @contextmanager
@@ -232,20 +230,17 @@ def _readable_errors(trainer):
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         memory_errors = (torch.OutOfMemoryError, MemoryError)
         if isinstance(error, memory_errors) or "allocate memory" in str(error):
-            raise OutOfMemory(
-                f"out of memory at step {step}: {reason}",
-                where=where,
-                fix="set training.gradient_checkpointing=true, lower training.batch_size (and "
-                "raise gradient_accumulation_steps) or data.num_negatives, or lower "
-                "model.resolution; 'python -m helpers train --dry-run' tries a single step",
-            ) from error
+            message = f"out of memory at step {step}: {reason}"
+            fix = "set training.gradient_checkpointing=true, lower training.batch_size (and raise "
+            fix += "gradient_accumulation_steps) or data.num_negatives, or lower model.resolution; "
+            fix += "'python -m helpers train --dry-run' tries a single step"
+            raise OutOfMemory(message, where=where, fix=fix) from error
         failed_to_write = any(part in reason for part in _WRITE_FAILED)
         if failed_to_write or isinstance(error, OSError | SafetensorError):
-            raise InputError(
-                f"a file could not be written or read at step {step} ({reason})",
-                where=getattr(error, "filename", None) or where,
-                fix="make room or correct the permissions, then continue with --resume",
-            ) from error
+            message = f"a file could not be written or read at step {step} ({reason})"
+            fix = "make room or correct the permissions, then continue with --resume"
+            where = getattr(error, "filename", None) or where
+            raise InputError(message, where=where, fix=fix) from error
         raise
 
 
@@ -302,17 +297,10 @@ def train_within_memory(config, *, on_retry=None, **options):
 def dry_run(config):
     """Take a training step on the fullest batch of a dataset, on the device at hand.
 
-    Parameters
-    ----------
-    config : helpers.config.Config
-
-    Returns
-    -------
-    dict
-        ``fits``; ``device``; ``images``, ``prompts`` and ``objects`` of the batch;
-        ``peak_memory_bytes`` of ``peak_memory_of``; ``seconds_per_step``, with its accumulation;
-        ``steps_per_epoch``; ``seconds_per_epoch``, if all batches were as full, without validation;
-        ``next``, the settings to try, as arguments of ``--set``. What was not measured is None.
+    Returns a dict: ``fits``; ``device``; ``images``, ``prompts`` and ``objects`` of the batch;
+    ``peak_memory_bytes`` of ``peak_memory_of``; ``seconds_per_step``, with its accumulation;
+    ``steps_per_epoch``; ``seconds_per_epoch``, if all batches were as full, without validation;
+    ``next``, the settings to try, as arguments of ``--set``. What was not measured is None.
     """
     training, on_gpu = config.training, torch.cuda.is_available()
     dataset = load_dataset(config)

@@ -306,7 +306,9 @@ def detection(patient):
     for picture, word in pictures(patient):
         found, raw = _captured(patient, picture, word, **low)
         if raw is None:
-            evidence += _another_model(patient, picture, word, found)
+            if others := _another_model(patient, picture, word, found):
+                evidence += others
+                continue
             raw = patient.predictor(adapted=True).raw(picture, [word])[0]
         scores = [score for score, _, _ in found]
         forms = score_forms(raw)

@@ -108,6 +108,14 @@ def test_a_run_of_sompote_is_imported_with_its_yaml():
     assert not place.exists()
 
 
+def test_data_that_settings_name_are_taken_only_from_where_they_say(data_dir):
+    patient = Patient(settings={"training": {"data_dir": str(data_dir)}})
+    assert patient.data_dir == data_dir
+    patient = Patient(settings={"training": {"data_dir": "data/wall_cracks"}})  # of whose folder?
+    with pytest.raises(Missing, match="--data DIR"):
+        _ = patient.data_dir
+
+
 def test_claimed_components_are_compared_with_the_file(tmp_path):
     folder = shutil.copytree(FOREIGN / "text_attention_r8", tmp_path / "run")
     text = (folder / "config.yaml").read_text()

@@ -164,6 +164,15 @@ NAN_KEY = f"{BLOCK}.attn.v_proj.lora.lora_B"
         (renamed("resblocks.1", "resblocks.7"), {}, f"{BLOCK[:-1]}7.attn"),
         (changed("lora_A", lambda A: torch.cat([A, A])), {}, "the base it was trained on"),
         (renamed("segmentation_head", "lm_head"), {}, "modules that SAM3 has not"),
+        (
+            lambda tensors: {
+                key.replace(f"{HEAD}.q_proj", "geometry_encoder.points_direct_project"): tensor
+                for key, tensor in only(f"{HEAD}.q_proj")(tensors).items()
+            },
+            {},
+            "adapts 1 modules that SAM3 has not",
+        ),
+        (lambda tensors: tensors | fuse(tensors)[0], {}, "twice, in one matrix and apart"),
         (lambda tensors: {}, {}, "holds no tensor"),
         (lambda tensors: [1], {}, "holds no tensor but a list"),
         (lambda tensors: tensors | {"epoch_bias": torch.zeros(3)}, {}, "holds epoch_bias"),

@@ -142,7 +142,7 @@ def _write_lora(found, staging, base, alpha, orientation):
     shapes = {name: tuple(module.weight.shape) for name, module in linear}
     names = {name: (name,) if name in shapes else to_hf(name) for name in modules}
     if unknown := [name for name in modules if not names[name]]:
-        if not all(map(WITHOUT_COUNTERPART.match, unknown)):
+        if len(unknown) == len(modules) or not all(map(WITHOUT_COUNTERPART.match, unknown)):
             message = f"adapts {len(unknown)} modules that SAM3 has not, such as {unknown[-1]}"
             raise InputError(message, where=found.path, fix="name a LoRA of SAM3")
         left_out = {"count": len(unknown), "names": ", ".join(unknown)}
@@ -166,14 +166,16 @@ def _write_lora(found, staging, base, alpha, orientation):
             rank_of[hf] = len(A)
             tensors[f"base_model.model.{hf}.lora_A.weight"] = A.float().contiguous().clone()
             tensors[f"base_model.model.{hf}.lora_B.weight"] = part.float().contiguous().clone()
+    if len(rank_of) < sum(len(names[name]) for name in modules):
+        message = "holds LoRA for the same q, k and v twice, in one matrix and apart"
+        raise InputError(message, where=found.path, fix="remove one of the two")
+    # PEFT compares endings, and the text tower has a `text_projection` of its own.
+    others = [name for name in shapes.keys() - rank_of if name.endswith("text_projection")]
     LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules=sorted(rank_of),
-        # PEFT compares endings, and the text tower has a `text_projection` of its own.
-        exclude_modules=[
-            name for name in shapes.keys() - rank_of if name.endswith("text_projection")
-        ],
+        exclude_modules=others,
         rank_pattern={name: own for name, own in rank_of.items() if own != rank},
         base_model_name_or_path=base,
         inference_mode=True,

@@ -13,7 +13,14 @@ from safetensors.torch import load_file, save_file
 from helpers.__main__ import main
 from helpers.causes import CAUSES, CAUSES_TABLE, LEFT_OUT, STAGES
 from helpers.checks.findings import CODES
-from helpers.diagnose import adapter_gates, answer_gates, data_gates, diagnosis, run_gates
+from helpers.diagnose import (
+    adapter_gates,
+    answer_gates,
+    data_gates,
+    diagnosis,
+    live_gates,
+    run_gates,
+)
 from helpers.diagnose.diagnosis import diagnose, pass_gate, rank
 from helpers.diagnose.examination import (
     CRASHED,
@@ -70,7 +77,7 @@ def test_every_test_of_the_catalogue_exists():
 
 def test_every_cause_that_a_gate_may_name_is_in_the_catalogue():
     place = {"Evidence": 0, "evidence_if": 1}
-    for module in (adapter_gates, answer_gates, data_gates, run_gates):
+    for module in (adapter_gates, answer_gates, data_gates, live_gates, run_gates):
         calls = [
             node
             for node in ast.walk(ast.parse(inspect.getsource(module)))

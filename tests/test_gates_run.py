@@ -138,7 +138,7 @@ def test_trained_parameters_are_counted_from_the_optimiser():
 def test_questions_without_an_answer_are_not_asked(records):
     config = load_config(records / "config.yaml", overrides=["model.name=facebook/sam3"])
     with pytest.raises(Inapplicable, match="no picture with a known answer"):
-        base_knows_its_concepts(SimpleNamespace(config=config))
+        base_knows_its_concepts(SimpleNamespace(base_name=config.model.name))
     with pytest.raises(Inapplicable, match="another dataset"):
         results_are_kept(SimpleNamespace(config=config, is_own_data=False))
 

@@ -152,13 +152,13 @@ class Patient:
         image=None,
         prompt=None,
     ):
-        content = (
-            settings if isinstance(settings, dict) else read_yaml(resolve(settings or "/dev/null"))
-        )
+        content = settings or {}
+        if not isinstance(content, dict):
+            content = read_yaml(resolve(content))
         self.settings = {name: keys for name, keys in content.items() if isinstance(keys, dict)}
-        stated = str(self.settings.get("training", {}).get("data_dir"))
-        if data_dir is None and resolve(stated).is_dir():
-            data_dir = stated
+        stated = Path(str(self.settings.get("training", {}).get("data_dir")))
+        if data_dir is None and stated.is_absolute() and stated.is_dir():
+            data_dir = stated  # a relative one lies in a folder that nobody names
         for name, path in (("data_dir", data_dir), ("image", image)):
             path = None if path is None else resolve(path)
             if path is not None and not path.exists():
@@ -249,6 +249,11 @@ class Patient:
         if self.prompt:
             return [self.prompt]
         return self.given_words or list(self.split("valid").categories)
+
+    @property
+    def asked_words(self):
+        """The words that were said to be asked now; none if nothing was said."""
+        return [self.prompt] if self.prompt else self.given_words * self.is_live
 
     @part
     def device(self):

@@ -13,26 +13,19 @@ from safetensors.torch import load_file, save_file
 from helpers.__main__ import main
 from helpers.causes import CAUSES, CAUSES_TABLE, LEFT_OUT, STAGES
 from helpers.checks.findings import CODES
-from helpers.diagnose import (
-    adapter_gates,
-    answer_gates,
-    data_gates,
-    diagnosis,
-    live_gates,
-    run_gates,
-)
-from helpers.diagnose.diagnosis import diagnose, pass_gate, rank
-from helpers.diagnose.examination import (
+from helpers.diagnose import answer_gates, data_gates, diagnosis, live_gates, run_gates
+from helpers.diagnose.diagnosis import (
     CRASHED,
     FAILED,
     NOT_APPLICABLE,
     NOT_CHECKED,
     OK,
-    Evidence,
-    Gate,
     GateResult,
-    Inapplicable,
+    diagnose,
+    pass_gate,
+    rank,
 )
+from helpers.diagnose.patient import Evidence, Gate, Inapplicable
 from helpers.diagnose.run_gates import FILE_GATES, RUN_GATES
 from helpers.errors import InputError
 from helpers.files import write_json
@@ -77,7 +70,7 @@ def test_every_test_of_the_catalogue_exists():
 
 def test_every_cause_that_a_gate_may_name_is_in_the_catalogue():
     place = {"Evidence": 0, "evidence_if": 1}
-    for module in (adapter_gates, answer_gates, data_gates, live_gates, run_gates):
+    for module in (answer_gates, data_gates, live_gates, run_gates):
         calls = [
             node
             for node in ast.walk(ast.parse(inspect.getsource(module)))
@@ -262,7 +255,7 @@ def test_values_that_no_training_writes_are_named(run_copy, only_files, name, da
 
 def test_an_adapter_of_NaN_is_named_and_nothing_else(run_copy, monkeypatch):
     change_weights(lambda tensor: tensor * math.nan)(run_copy / "adapter_model.safetensors")
-    gates = (*FILE_GATES, *RUN_GATES, *adapter_gates.CHECKPOINT_GATES)
+    gates = (*FILE_GATES, *RUN_GATES, *run_gates.CHECKPOINT_GATES)
     monkeypatch.setattr(diagnosis, "GATES", gates)
     [cause] = diagnose(run_copy).causes
     assert (cause.code, cause.confidence) == ("not_finite", 1.0)

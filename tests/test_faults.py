@@ -15,8 +15,7 @@ from helpers.checks.findings import CODES
 from helpers.config import load_config
 from helpers.data.coco import read_split
 from helpers.data.dataset import load_dataset
-from helpers.diagnose.diagnosis import GATES, pass_gate
-from helpers.diagnose.examination import FAILED
+from helpers.diagnose.diagnosis import FAILED, GATES, pass_gate
 from helpers.errors import InputError
 from helpers.files import CONFIGS, WALL_CRACKS
 from helpers.lab.careless import AFTER_TRAINING, IN_CODE, IN_MODEL, MISTAKES, Careless

@@ -9,7 +9,7 @@ from helpers.data.records import ImageRecord, ObjectAnnotation
 from helpers.detect.detections import RawPrediction
 from helpers.diagnose import answer_gates as gates
 from helpers.diagnose.diagnosis import pass_gate
-from helpers.diagnose.examination import Examination, Gate
+from helpers.diagnose.patient import Examination, Gate
 from helpers.model.lora import add_lora
 from helpers.model.sam3 import load_base
 
@@ -33,7 +33,7 @@ def answer(presence_logit, query_logit=4.0, box=BOX):
     )
 
 
-def examination(run, base=None, *, asked=("crack",), objects=True, history=()):
+def examination(run, base=None, *, asked=("crack",), objects=True):
     """Return what the gates look at: three images, and answers by (word, image shows it)."""
     base = base or (lambda word, shown: answer(-10.0))
     thing = ObjectAnnotation("crack", BOX, None, False)
@@ -64,7 +64,6 @@ def examination(run, base=None, *, asked=("crack",), objects=True, history=()):
         image=None,
         words=list(asked),
         trained_words=["crack"],
-        history=list(history),
         raws=raws,
         split=lambda name: section(categories=("crack",)),
         config=section(
@@ -89,7 +88,6 @@ def test_every_gate_passes_a_healthy_run():
         gates.presence_at_clamp,
         gates.words_told_apart,
         gates.boxes_and_scores,
-        gates.words_on_same_image,
     ):
         assert gate(subject)[1] == []
     assert pass_gate(Gate("a gate", "", gates.own_picture), subject).status == "not applicable"
@@ -97,12 +95,12 @@ def test_every_gate_passes_a_healthy_run():
 
 def test_text_names_the_lower_factor():
     text, _ = gates.run_beside_base(
-        examination(lambda word, shown: answer(-3.0, 4.0), lambda word, shown: answer(5.0, -2.0))
+        examination(lambda word, shown: answer(-2.0, 4.0), lambda word, shown: answer(5.0, -2.0))
     )
     run, base = text.split("; base")
     assert "the lower factor is the presence" in run
     assert "the lower factor is the query" in base
-    assert f"presence {torch.tensor(-3.0).sigmoid():.3f}" in run
+    assert f"presence {torch.tensor(-2.0).sigmoid():.3f}" in run
 
 
 def known_base(word, shown):
@@ -162,43 +160,6 @@ def test_boxes_and_scores(run, base, expected):
         lambda word, shown: answer(base[0], box=base[1]),
     )
     assert causes(gates.boxes_and_scores, subject) == expected
-
-
-@pytest.mark.parametrize(
-    ("asked", "presence", "expected"),
-    [
-        ("fissure", -9.0, [("other_training_prompt", False)]),
-        ("fissure", 3.0, []),  # it answers all the same
-        ("Crack ", -9.0, []),  # the same word to the tokenizer
-        ("crack", 4.0, []),
-    ],
-)
-def test_words_on_same_image(asked, presence, expected):
-    subject = examination(
-        lambda word, shown: answer(4.0 if word == "crack" else presence), asked=[asked]
-    )
-    assert causes(gates.words_on_same_image, subject) == expected
-
-
-def curve(*values):
-    entries = [{"step": 1, "loss": 100.0}]
-    return [*entries, *[{"eval_loss": 1.0, "eval_cgF1": value} for value in values]]
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ((0.1, 0.4, 0.2, 0.1, 0.05), [("overtrained", False)]),
-        ((0.0, 0.1, 0.2, 0.3, 0.3), []),
-        ((0.1, 0.4, 0.35, 0.3, 0.3), []),
-        ((0.01, 0.05, 0.02, 0.01, 0.0), []),  # noise of a weak detector
-        ((0.4, 0.1), []),  # too few points
-        ((0.0, 0.0, 0.0, 0.0), []),
-    ],
-)
-def test_learning_curve(values, expected):
-    subject = examination(healthy, history=curve(*values))
-    assert causes(gates.learning_curve, subject) == expected
 
 
 DISTORTED = [("text_distorted", True)]

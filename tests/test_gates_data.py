@@ -17,16 +17,14 @@ from helpers.diagnose.data_gates import (
     PROMPT_GATES,
     SLIP,
     evidence_of,
-    objects_after_loader,
     trained_and_asked,
 )
-from helpers.diagnose.examination import Examination, Inapplicable
-from helpers.diagnose.run_gates import CONFIG_GATES, regularisation, settings_in_log
+from helpers.diagnose.patient import Examination, Inapplicable
+from helpers.diagnose.run_gates import CONFIG_GATES, regularisation
 from helpers.errors import InputError
 from helpers.files import ROOT, TINY_BASE, write_json
 from helpers.lab.spoil import in_every_file
 from helpers.model.sam3 import load_base
-from helpers.train.trainer import CURVES_FILE
 
 REAL = ROOT.parent / "shared" / "data"
 
@@ -149,43 +147,6 @@ def test_regularisation_limits(tmp_path, walls, settings, causes):
     assert [one.cause for one in evidence] == ["extreme_regularisation"] * causes
 
 
-def write_log(run, rates):
-    rows = [f"{step},{step / 4},1.0,1.0,{rate}" for step, rate in enumerate(rates, start=1)]
-    header = "step,epoch,loss,eval_loss,learning_rate"
-    (run / CURVES_FILE).write_text("\n".join([header, *rows]) + "\n")
-
-
-def log_causes(run, tiny_sam3):
-    examination = Examination(run)
-    examination.base = tiny_sam3
-    return [one.cause for one in settings_in_log(examination)[1]]
-
-
-@pytest.mark.parametrize(
-    ("processes", "rates"),
-    [
-        # 16 images in batches of 4, two epochs: 8 steps, 4 of them warm-up, peak 3e-3
-        (1, [0.003 * share for share in (0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25)]),
-        # two processes take 8 images together: 4 steps, all of them warm-up
-        (2, [0.003 * share for share in (0, 0.25, 0.5, 0.75)]),
-    ],
-)
-def test_log_is_compared_with_the_schedule_worked_out_by_hand(
-    tmp_path, walls, tiny_sam3, processes, rates
-):
-    settings = ("training.lr_scheduler=linear", "scale.num_epochs=0.04", "scale.warmup_steps=0.04")
-    start_run(tmp_path, walls, *settings)
-    write_json(tmp_path / "environment.json", {"packages": {}, "num_processes": processes})
-    write_log(tmp_path, rates)
-    assert log_causes(tmp_path, tiny_sam3) == []
-    write_json(tmp_path / "environment.json", {"packages": {}, "num_processes": 4})
-    assert log_causes(tmp_path, tiny_sam3) == ["dead_config_keys"]
-    write_json(tmp_path / "environment.json", {"packages": {}, "num_processes": processes})
-    for wrong in ([2 * rate for rate in rates], [*rates, 0.0]):  # another peak, a step too many
-        write_log(tmp_path, wrong)
-        assert log_causes(tmp_path, tiny_sam3) == ["dead_config_keys"]
-
-
 def test_words_are_compared_without_case_and_space_but_with_plural(tmp_path, walls):
     run = start_run(tmp_path, walls)
     prompts = {"prompts": {"Crack ": 12}, "negatives": {"moss": 16}, "negatives_per_image": 3}
@@ -220,19 +181,6 @@ def test_a_second_name_is_a_cause_where_it_takes_objects_away(
     found, results = examine(start_run(tmp_path / "run", folder), PROMPT_GATES[:1], tiny_sam3)
     assert found == causes
     assert "'cracks'" in results["names"].measured
-
-
-def test_records_of_the_run_are_compared_on_its_own_data_only(tmp_path, walls, tiny_sam3):
-    run = start_run(tmp_path / "run", walls)
-    examination = Examination(run)
-    examination.base = tiny_sam3
-    examination.is_finished = True
-    examination.files = SimpleNamespace(metrics={"objects": {"train": 0}})
-    _, evidence = objects_after_loader(examination)
-    assert [one.cause for one in evidence] == ["no_objects"]
-    examination.is_own_data = False
-    _, evidence = objects_after_loader(examination)
-    assert evidence == []
 
 
 @pytest.mark.parametrize("name", ["masonry224", "pothole90"])

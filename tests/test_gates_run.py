@@ -9,13 +9,8 @@ import torch
 from lab import ask, causes
 
 from helpers.config import load_config
-from helpers.diagnose.adapter_gates import (
-    CHECKPOINT_GATES,
-    base_knows_its_concepts,
-    results_are_kept,
-)
-from helpers.diagnose.examination import Examination, Inapplicable
-from helpers.diagnose.run_gates import RUN_GATES
+from helpers.diagnose.patient import Examination, Inapplicable
+from helpers.diagnose.run_gates import CHECKPOINT_GATES, RUN_GATES, base_knows_its_concepts
 from helpers.files import CONFIGS
 from helpers.model.losses import NATIVE_WEIGHTS
 from helpers.train.run import trained_parameters
@@ -81,14 +76,6 @@ def test_a_stopped_run_names_its_cause_and_an_interrupted_one_does_not(records):
     assert ask(RUN_GATES, "the run", records).status == "not checked"
 
 
-def test_the_best_checkpoint_has_to_be_kept(records):
-    assert ask(RUN_GATES, "kept checkpoint", records).status == "ok"
-    change_metrics(records, best_step=4)
-    assert causes(ask(RUN_GATES, "kept checkpoint", records)) == {"wrong_checkpoint"}
-    change_metrics(records, best_step=None)
-    assert causes(ask(RUN_GATES, "kept checkpoint", records)) == {"wrong_checkpoint"}
-
-
 def test_idle_components_are_told_from_idle_adapters(records):
     change_metrics(records, objects={"train": 3})
     assert ask(RUN_GATES, "learning", records).status == "ok"
@@ -100,22 +87,6 @@ def test_idle_components_are_told_from_idle_adapters(records):
     path.write_text(REPORT.format(vision=MOVED, text=IDLE))
     change_metrics(records, objects={"train": 0})  # then some components have nothing to learn
     assert ask(RUN_GATES, "learning", records).status == "ok"
-
-
-def test_weights_of_the_logged_loss_are_recovered(records):
-    assert ask(RUN_GATES, "logged loss", records).status == "ok"
-    log = pd.read_csv(records / "curves.csv")
-    log.assign(loss=log["loss"] * 1.05).to_csv(records / "curves.csv", index=False)
-    assert causes(ask(RUN_GATES, "logged loss", records)) == {"loss_weights"}
-
-
-def test_a_term_that_dominates_is_seen(records):
-    log = pd.read_csv(records / "curves.csv").assign(loss_bbox=1e4)
-    log.loc[0, "loss"] = sum(weight * log.loc[0, name] for name, weight in NATIVE_WEIGHTS.items())
-    log.to_csv(records / "curves.csv", index=False)
-    (evidence,) = ask(RUN_GATES, "logged loss", records).evidence
-    assert evidence.cause == "loss_weights"
-    assert not evidence.is_direct
 
 
 def test_trained_parameters_are_compared(records):
@@ -139,8 +110,6 @@ def test_questions_without_an_answer_are_not_asked(records):
     config = load_config(records / "config.yaml", overrides=["model.name=facebook/sam3"])
     with pytest.raises(Inapplicable, match="no picture with a known answer"):
         base_knows_its_concepts(SimpleNamespace(base_name=config.model.name))
-    with pytest.raises(Inapplicable, match="another dataset"):
-        results_are_kept(SimpleNamespace(config=config, is_own_data=False))
 
 
 def test_without_an_adapter_nothing_about_it_is_checked(records):

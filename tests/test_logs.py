@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from helpers.__main__ import main
-from helpers.diagnose.examination import pass_gate
+from helpers.diagnose.diagnosis import pass_gate
 from helpers.diagnose.logs import read_log
 from helpers.diagnose.patient import Patient
 from helpers.diagnose.run_gates import LOG_GATES

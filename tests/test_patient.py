@@ -18,7 +18,7 @@ from helpers.causes import TABLE
 from helpers.data.dataset import PromptCollator, PromptDataset, load_dataset
 from helpers.diagnose import LivePatient, diagnose, open_patient, overfit_one_batch
 from helpers.diagnose.data_gates import DATA_GATES, PROMPT_GATES
-from helpers.diagnose.examination import pass_gate
+from helpers.diagnose.diagnosis import pass_gate
 from helpers.diagnose.live_gates import DETECT_GATES, LOSS_GATES
 from helpers.diagnose.patient import NEEDS, Foreign, Missing, Patient, prompted_view
 from helpers.diagnose.run_gates import CONFIG_GATES, FILE_GATES, RUN_GATES

@@ -11,8 +11,7 @@ from torchvision.ops import box_iou
 from helpers.data.prompts import absent_candidates, present_prompts
 from helpers.detect.predictor import untrained_prompts
 from helpers.diagnose.data_gates import MIN_IMAGES
-from helpers.diagnose.examination import evidence_if, gate
-from helpers.diagnose.patient import Inapplicable, Missing
+from helpers.diagnose.patient import FOUND, Inapplicable, Missing, evidence_if, gate
 from helpers.errors import InputError
 from helpers.model.audit import prompt_embeddings
 from helpers.model.lora import component_of, lora_layers
@@ -29,7 +28,7 @@ GOOD_IOU, LOW_SCORE, MAX_UNDERSOLD = 0.5, 0.3, 0.5
 """An object is undersold if a box has this IoU and no query of the prompt this score. Share of the
 located objects; healthy runs: 0 of them, with 0.14 to 0.86 of the objects located."""
 MORE_LOCATED = 0.2  # share of the objects to locate beyond the base, which also has boxes
-FOUND, HIDDEN = 0.3, 0.1  # a word that answers, and one that does not, on the same pictures
+HIDDEN = 0.1  # best score of a word that does not answer
 MISSED_BY = 0.5  # of the median score where the object is annotated
 MISSED_SHARE = 0.25  # of the images without annotation; healthy: at most 0.25, 4 of 16
 MIN_APART = 0.9  # share of pairs ordered rightly; healthy: 0.99 or more, half the labels: 0.77
@@ -37,13 +36,9 @@ MIN_SEEN = 0.1  # best score where the object is annotated, below which the mode
 MAX_UPDATE = 0.6
 """Median norm of the update over that of the weights it is added to. Healthy runs of the embedded
 base: 0.13 to 0.27, no single module above 0.38."""
-SURE, FORGOTTEN, LEAST_KNOWN = 0.5, 0.2, 4  # share of the base's sure answers that are left
 COSINE_RISE = 0.1
 """Rise of the mean cosine between trained words and others over that of the base. Healthy runs fall
 or stay, at text updates of 0.2 of the weights; distorted ones rise by 0.05 to 0.32, at 8 or more."""
-LEAST_BEST, LOST_SHARE, LEAST_POINTS = 0.1, 0.5, 4
-"""A validation metric that was this high, lost this share again, over so many validations. The
-noisiest healthy run (potholes) never rose above 0.06."""
 BEHAVIOUR_GATES = []
 
 
@@ -71,11 +66,11 @@ def _mean(answers, name):
     return float(np.mean([getattr(one, name) for one in answers])) if answers else float("nan")
 
 
-@gate(BEHAVIOUR_GATES, "run beside base", "the run scores the words in the picture higher")
+@gate(BEHAVIOUR_GATES, "words in the picture", f"a mean best score of {LEAST_PRESENT:g} or more")
 def run_beside_base(examination):
     """Compare the two factors of the score of present words with those of the base."""
     texts, factors = [], ("max_score", "presence_prob", "max_query_prob")
-    for name, adapted in (("run", True), ("base", False)):
+    for name, adapted in (("base", False), ("run", True)):
         answers = _of_present(examination, adapted=adapted)
         score, presence, query = (_mean(answers, factor) for factor in factors)
         low = "presence" if presence < query else "query"
@@ -83,14 +78,7 @@ def run_beside_base(examination):
             f"{name}: best score {score:.3f}, presence {presence:.3f}, best query {query:.3f} "
             f"(the lower factor is the {low})"
         )
-    return f"of words in the picture, {'; '.join(texts)}", []
-
-
-@gate(BEHAVIOUR_GATES, "words in the picture", f"a mean best score of {LEAST_PRESENT:g} or more")
-def words_are_found(examination):
-    """Leave it open why a run finds nothing, if no other gate says so."""
-    score = _mean(_of_present(examination), "max_score")
-    text = f"the mean best score of words in the picture is {score:.3f}"
+    text = f"means over words in the picture: {'; '.join(texts[::-1])}"
     if score < LEAST_PRESENT:
         raise InputError(f"{text}: it finds next to nothing, for a reason that no gate may see")
     return text, []
@@ -173,30 +161,6 @@ def boxes_and_scores(examination):
     return text, evidence_if(is_fault, "low_confidence", 0.8, text, is_direct=False)
 
 
-@gate(BEHAVIOUR_GATES, "words on the same image", "the word asked now answers too")
-def words_on_same_image(examination):
-    """Ask the word that is asked now and the trained ones about the same images."""
-    trained = examination.trained_words
-    records = [record for record in examination.few if record.objects]
-    words = list(dict.fromkeys((*examination.words, *trained)))
-    answers = examination.raws(words)
-    means, texts = {}, []
-    for word in words:
-        means[word] = _mean([answers[record.image_id, word] for record in records], "max_score")
-        remark = "" if word in trained else " (not trained)"
-        texts.append(f"{word!r} {means[word]:.3f}{remark}")
-    text = f"mean best score on the same images: {', '.join(texts)}"
-    return text, _wrong_word(examination, text, means)
-
-
-def _wrong_word(examination, text, means):
-    """Return evidence if an untrained word is silent where a trained one answers."""
-    trained = examination.trained_words
-    is_silent = any(means[w] < HIDDEN for w in untrained_prompts(examination.words, trained))
-    is_fault = is_silent and max(means[word] for word in trained) > FOUND
-    return evidence_if(is_fault, "other_training_prompt", 0.8, text, is_direct=False)
-
-
 @gate(BEHAVIOUR_GATES, "own picture", "the word asked of it answers")
 def own_picture(examination):
     """Say what run and base answer about the user's own picture, and which word would do."""
@@ -217,7 +181,9 @@ def own_picture(examination):
             f"query {now.max_query_prob:.3f}; base {before.max_score:.3f}"
         )
     text = f"{examination.image.name}: {'; '.join(texts)}"
-    return text, _wrong_word(examination, text, means) if trained else []
+    is_silent = any(means[word] < HIDDEN for word in untrained_prompts(examination.words, trained))
+    is_fault = is_silent and max((means[word] for word in trained), default=0) > FOUND
+    return text, evidence_if(is_fault, "other_training_prompt", 0.8, text, is_direct=False)
 
 
 @gate(
@@ -319,39 +285,3 @@ def _mean_cosine(model, processor, own, others):
     embeddings = prompt_embeddings(model, processor, [*own, *others])
     embeddings = torch.nn.functional.normalize(embeddings, dim=1)
     return float((embeddings[: len(own)] @ embeddings[len(own) :].T).mean())
-
-
-@gate(BEHAVIOUR_GATES, "known words", "some are still found")
-def _known_words(examination):
-    contents = {word for record in examination.few for word in record.contents}
-    absent = examination.config.evaluation.absent_prompts
-    words = dict.fromkeys((*sorted(contents), *absent))
-    words = [word for word in words if word not in examination.trained_words]
-    before = examination.raws(words, adapted=False)
-    known = [key for key, raw in before.items() if raw.max_score > SURE]
-    if len(known) < LEAST_KNOWN:
-        raise Inapplicable(f"the base finds {len(known)} of {len(words)} other words on the images")
-    now = examination.raws(words)
-    kept = sum(now[key].max_score > FOUND for key in known)
-    text = f"of {len(known)} answers that the base gives to other words, the run keeps {kept}"
-    # Healthy runs of the embedded base forget as much, so this speaks only beside large updates.
-    is_fault = kept < FORGOTTEN * len(known) and size_of_update(examination)[1]
-    return text, evidence_if(is_fault, "overtrained", 0.8, text, is_direct=False)
-
-
-@gate(BEHAVIOUR_GATES, "learning curve", "the metric stays near its best")
-def learning_curve(examination):
-    """Look for a validation metric that was better long before the end."""
-    metric = examination.config.evaluation.metric_for_best
-    history = examination.history
-    values = [entry.get(f"eval_{metric}", 0.0) for entry in history if "eval_loss" in entry]
-    if not values:
-        raise InputError("no validation was logged", where=examination.folder)
-    best = int(np.argmax(values))
-    text = (
-        f"{metric} on the validation split: best {values[best]:.3f} after {best + 1} of "
-        f"{len(values)} epochs, {values[-1]:.3f} at the end"
-    )
-    is_early = best + 1 <= len(values) / 2 and len(values) >= LEAST_POINTS
-    is_fault = is_early and values[best] > LEAST_BEST and values[-1] < LOST_SHARE * values[best]
-    return text, evidence_if(is_fault, "overtrained", 0.7, text, is_direct=False)

@@ -13,8 +13,7 @@ from helpers.checks.words import check_categories, similar_names
 from helpers.data.coco import entries_of
 from helpers.data.records import has_mask
 from helpers.detect.predictor import untrained_prompts
-from helpers.diagnose.examination import SLIP, Evidence, evidence_if, gate
-from helpers.diagnose.patient import Inapplicable
+from helpers.diagnose.patient import SLIP, Evidence, Inapplicable, evidence_if, gate
 from helpers.errors import InputError
 
 CODES_OF = {
@@ -173,15 +172,8 @@ def objects_after_loader(examination):
     if crowd > (1 - MIN_KEPT) * len(objects):
         text = f"{text}; {crowd} are marked as crowd regions and dropped"
         return text, [Evidence("objects_filtered", 1.0, text)]
-    if kept < MIN_KEPT * len(objects):
-        return text, [Evidence("objects_filtered", 0.7, text)]
-    if not (examination.is_finished and examination.is_own_data):
-        return text, []
-    recorded = examination.files.metrics["objects"]["train"]
-    text += f"; the run recorded {recorded} objects at its start, the loader now gives {kept}"
-    if kept and not recorded:
-        return text, [Evidence("no_objects", 0.95, text)]
-    return text, evidence_if(recorded < MIN_KEPT * kept, "objects_filtered", 0.7, text)
+    is_fault = kept < MIN_KEPT * len(objects)
+    return text, evidence_if(is_fault, "objects_filtered", 0.7, text)
 
 
 def _records(queries):
@@ -329,7 +321,7 @@ def _absent_prompts_in_pictures(examination):
             name = record and record.image_id
             by_image.setdefault(name, (record, []))[1].append(query["prompt"])
     if not by_image:
-        raise Inapplicable("no absent prompt was asked", where=examination.folder)
+        raise Inapplicable("no absent prompt was asked")
     if None in by_image:
         raise Inapplicable("the batches do not name their pictures")
     sample = list(by_image.values())[:: max(1, len(by_image) // BASE_SAMPLE)]

@@ -9,20 +9,26 @@ from dataclasses import asdict, dataclass
 from html import escape
 
 from helpers.causes import CAUSES, STAGES
-from helpers.diagnose.adapter_gates import BASE_GATES, CHECKPOINT_GATES
 from helpers.diagnose.answer_gates import BEHAVIOUR_GATES
 from helpers.diagnose.data_gates import DATA_GATES, PROMPT_GATES
-from helpers.diagnose.examination import (
-    FAILED,
-    LEAST_CONFIDENCE,
-    OK,
-    UNDECIDED,
-    GateResult,
-    pass_gate,
-)
 from helpers.diagnose.live_gates import DETECT_GATES, LOSS_GATES
-from helpers.diagnose.patient import NEEDS, Patient, open_patient
-from helpers.diagnose.run_gates import CONFIG_GATES, FILE_GATES, LOG_GATES, RUN_GATES
+from helpers.diagnose.patient import (
+    NEEDS,
+    Evidence,
+    Inapplicable,
+    Missing,
+    Patient,
+    open_patient,
+)
+from helpers.diagnose.run_gates import (
+    BASE_GATES,
+    CHECKPOINT_GATES,
+    CONFIG_GATES,
+    FILE_GATES,
+    LOG_GATES,
+    RUN_GATES,
+)
+from helpers.errors import InputError
 from helpers.files import progress_bar
 
 GATES = (
@@ -39,6 +45,10 @@ GATES = (
     *DETECT_GATES,
 )
 """In the order in which they are asked, from cheap to costly."""
+OK, FAILED, NOT_CHECKED = "ok", "failed", "not checked"
+NOT_APPLICABLE, CRASHED = "not applicable", "crashed"
+UNDECIDED = (NOT_CHECKED, CRASHED)  # nobody knows whether the run is healthy
+LEAST_CONFIDENCE = 0.5  # evidence below is shown with its gate but names no cause
 OBSERVED = 0.8  # confidence from which a cause counts as observed, if its evidence is direct
 EXPLAINED = 0.5  # factor on a behaviour that an earlier, observed cause may explain
 DECISIVE = "words in the picture"  # gate without whose answer no run is called healthy
@@ -55,6 +65,38 @@ vertical-align: top; overflow-wrap: anywhere }}</style>
 <h1>Diagnosis</h1>{ending}{causes}<h2>Gates</h2>
 <table><tr><th>status<th>gate<th>measured<th>expected</tr>{rows}</table></html>
 """
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What became of a gate."""
+
+    name: str
+    status: str  # one of the five above
+    measured: str
+    expected: str
+    evidence: tuple[Evidence, ...] = ()
+    needs: str | None = None  # the part of the patient that is missing, a key of `NEEDS`
+
+    def to_json(self):
+        """Return the texts as a dict."""
+        return {key: value for key, value in vars(self).items() if key != "evidence"}
+
+
+def pass_gate(gate, examination):
+    """Ask one gate and return a `GateResult`; whatever the gate raises is a result too."""
+    try:
+        measured, evidence = gate.examine(examination)
+    except Inapplicable as error:
+        return GateResult(gate.name, NOT_APPLICABLE, str(error), gate.expected)
+    except InputError as error:
+        needs = error.part if isinstance(error, Missing) else None
+        return GateResult(gate.name, NOT_CHECKED, str(error), gate.expected, needs=needs)
+    except Exception as error:  # a pipeline that raises here is part of what is examined
+        text = f"raised {type(error).__name__}: {' '.join(str(error).split())}"
+        return GateResult(gate.name, CRASHED, text, gate.expected)
+    status = FAILED if any(item.confidence >= LEAST_CONFIDENCE for item in evidence) else OK
+    return GateResult(gate.name, status, measured, gate.expected, tuple(evidence))
 
 
 @dataclass(frozen=True)

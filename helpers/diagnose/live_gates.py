@@ -2,22 +2,18 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import is_dataclass, replace
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 from transformers import set_seed
-from transformers.image_transforms import to_pil_image
 
 from helpers.data.dataset import PromptCollator, PromptDataset, load_dataset
 from helpers.data.images import open_upright
 from helpers.detect.detections import masks_at_image_size, raw_predictions, reaches
-from helpers.diagnose.examination import Evidence, evidence_if, gate
-from helpers.diagnose.patient import LivePatient
+from helpers.diagnose.patient import Evidence, LivePatient, evidence_if, gate
 from helpers.errors import InputError
 from helpers.files import progress_bar
 from helpers.model.lora import add_lora, component_of
@@ -33,6 +29,7 @@ SCORE_GAP, PIXEL_GAP, LEAST_MASK_IOU = 2e-3, 2.0, 0.7
 """How far results may be from ours: scores, box corners, and the masks of the same query."""
 FOREIGN_WORDS = ("zebra", "violin")
 NUM_PICTURES = 3
+_RESULT_NAMES = {"scores": "score", "boxes": "box", "masks": "mask"}
 LEARNED = 0.1  # of the first loss of a batch that is trained on alone
 LOSS_GATES, DETECT_GATES = [], []
 
@@ -49,10 +46,10 @@ def loss_of(patient, outputs, targets):
     """Return the loss as a scalar tensor."""
     value = patient.loss(outputs, targets)
     if isinstance(value, Mapping):
-        named = [value[name] for name in ("loss", "total") if name in value]
-        value = named[0] if named else sum(value.values())
+        value = value.get("loss", value.get("total"))
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
-        raise InputError(f"loss returns a {type(value).__name__}", fix="return a scalar or terms")
+        fix = "return a scalar, or terms with their sum as 'loss' or 'total'"
+        raise InputError(f"loss returns a {type(value).__name__}", where="loss", fix=fix)
     return value.reshape(())
 
 
@@ -71,68 +68,54 @@ def loss_of_a_batch(patient):
     patient.model.train()
     with torch.random.fork_rng():
         loss = loss_of(patient, forward(patient, batch), batch["targets"])
-    value = float(loss.detach())
-    text = f"the loss of a batch with objects is {value:.4g}"
-    if not np.isfinite(value):
+    text = f"the loss of a batch with objects is {float(loss.detach()):.4g}"
+    if not loss.isfinite():
         return text, [Evidence("not_finite", 1.0, text)]
-    if value == 0:
+    if loss == 0:
         return text, [Evidence("no_objects", 1.0, f"{text}: nothing is compared")]
-    named = [(n, p) for n, p in patient.model.named_parameters() if p.requires_grad]
+    named = {n: p for n, p in patient.model.named_parameters() if p.requires_grad}
     if not named:
         return f"{text}; no parameter is set to be trained, so no gradient was asked", []
-    if not loss.requires_grad:
-        text += f"; it carries no gradient to any of {len(named)} trained tensors"
-        return text, [Evidence("adapter_at_zero", 1.0, text)]
-    gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
-    norms = {}
-    for (name, _), gradient in zip(named, gradients, strict=True):
+    gradients, norms = [None] * len(named), {}
+    if loss.requires_grad:
+        gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    for name, gradient in zip(named, gradients, strict=True):
         part = component_of(name.removeprefix("base_model.model.")) or "other modules"
         norms[part] = norms.get(part, 0.0) + (0.0 if gradient is None else float(gradient.norm()))
     text += "; norm of the gradient: " + ", ".join(f"{k} {v:.2g}" for k, v in norms.items())
-    if not all(map(np.isfinite, norms.values())):
+    if not np.isfinite(sum(norms.values())):
         return text, [Evidence("not_finite", 1.0, text)]
     idle = [name for name, norm in norms.items() if not norm and name != "geometry_encoder"]
-    is_all = len(idle) == len(norms)
     reason = f"no gradient arrives in {', '.join(idle)}: {text}"
-    return text, evidence_if(idle, "adapter_at_zero", 1.0 if is_all else 0.8, reason)
+    return text, evidence_if(idle, "adapter_at_zero", 0.8 if any(norms.values()) else 1.0, reason)
 
 
 def changed(outputs, **changes):
-    """Return outputs of any class with other tensors, for those names that it has."""
+    """Return outputs of the same class with other tensors, for those names that it has."""
     changes = {name: value for name, value in changes.items() if name in outputs}
-    return replace(outputs, **changes) if is_dataclass(outputs) else {**outputs, **changes}
+    return type(outputs)(**{**outputs, **changes})
 
 
 def perfect(outputs, rows):
     """Return outputs that say exactly what the rows of a batch hold: query n finds object n."""
-    logits = torch.full_like(outputs["pred_logits"], -SURE_LOGIT)
-    boxes, masks = (
-        outputs["pred_boxes"].clone(),
-        torch.full_like(outputs["pred_masks"], -SURE_LOGIT),
+    names = ("pred_logits", "presence_logits", "pred_masks", "semantic_seg")
+    logits, presence, masks, semantic = (
+        torch.full_like(outputs[name], -SURE_LOGIT) for name in names
     )
-    presence = torch.full_like(outputs["presence_logits"], -SURE_LOGIT)
-    semantic = torch.full_like(outputs["semantic_seg"], -SURE_LOGIT)
+    boxes = outputs["pred_boxes"].clone()
     for row, (_, objects) in enumerate(rows):
-        count = min(len(objects["boxes_cxcywh"]), logits.shape[1])
-        if not count:
+        targets = objects["boxes_cxcywh"][: logits.shape[1]]
+        if not (count := len(targets)):
             continue
         logits[row, :count] = presence[row] = SURE_LOGIT
-        boxes[row, :count] = box_convert(objects["boxes_cxcywh"][:count], "cxcywh", "xyxy").to(
-            boxes
-        )
+        boxes[row, :count] = box_convert(targets, "cxcywh", "xyxy").to(boxes)
         if objects["masks"].numel():
             grid = functional.interpolate(objects["masks"][None, :count].float(), masks.shape[-2:])
             masks[row, :count] = SURE_LOGIT * (2 * grid[0].to(masks) - 1)
             semantic[row] = masks[row, :count].amax(0)
-    return changed(
-        _with_boxes(outputs, boxes),
-        pred_logits=logits,
-        presence_logits=presence,
-        pred_masks=masks,
-        semantic_seg=semantic,
-        semantic_logits=semantic,
-        aux=[],
-    )
+    certain = {"pred_logits": logits, "presence_logits": presence, "pred_masks": masks}
+    certain |= {"semantic_seg": semantic, "semantic_logits": semantic, "aux": []}
+    return changed(_with_boxes(outputs, boxes), **certain)
 
 
 def _with_boxes(outputs, boxes):
@@ -194,26 +177,11 @@ def loss_and_objects(patient):
 
 
 def pictures(patient):
-    """List (PIL image, word) to detect: of the dataset, or else as the batches show them."""
+    """List (PIL image, word) to detect: the image that was named, or some of the dataset."""
     if patient.image is not None:
         return [(open_upright(patient.image), word) for word in patient.words]
-    try:
-        shown = [(record, item.category) for record in patient.few for item in record.objects[:1]]
-        found = [(open_upright(record.path), word) for record, word in shown[:NUM_PICTURES]]
-    except InputError:
-        batch, scale = objects_batch(patient), patient.processor.image_processor
-        mean, deviation = (
-            torch.tensor(v)[:, None, None] for v in (scale.image_mean, scale.image_std)
-        )
-        pixels, index = batch["inputs"]["pixel_values"], batch["inputs"]["image_index"]
-        found = [
-            (
-                to_pil_image((pixels[i].cpu() * deviation + mean).clamp(0, 1).numpy()),
-                query["prompt"],
-            )
-            for i, (query, _) in zip(index, batch["rows"], strict=True)
-            if query["is_positive"]
-        ][:NUM_PICTURES]
+    shown = [(record, item.category) for record in patient.few for item in record.objects[:1]]
+    found = [(open_upright(record.path), word) for record, word in shown[:NUM_PICTURES]]
     return found + [(picture, word) for (picture, _) in found[:1] for word in FOREIGN_WORDS]
 
 
@@ -221,126 +189,93 @@ def detections_of(patient, picture, word, **threshold):
     """Ask the patient's own detection; list of (score, box (4,) or None, mask or None)."""
     answer = patient.detect(picture, word, **threshold)
     if isinstance(answer, Mapping):
-        columns = [_first(answer, *names) for names in _RESULT_NAMES]
-        count = len(columns[0])
-        answer = [tuple(c[n] if c is not None else None for c in columns) for n in range(count)]
-    else:
-        answer = [tuple(_first(one, *names) for names in _RESULT_NAMES) for one in answer]
-    return [
-        (
-            float(score),
-            None if box is None else np.asarray(torch.as_tensor(box).cpu(), dtype=float),
-            coco_mask.decode(mask) if isinstance(mask, Mapping) else mask,
-        )
-        for score, box, mask in answer
-    ]
-
-
-_RESULT_NAMES = (
-    ("score", "scores"),
-    ("box", "boxes", "box_xyxy", "bbox"),
-    ("mask", "masks", "mask_rle"),
-)
-
-
-def _first(answer, *names):
-    """Return the first of some entries of a dict that is there; a score has to be."""
-    found = [answer[name] for name in names if name in answer]
-    if not found and "score" in names:
-        message = f"detect returns {', '.join(map(str, answer.keys()))} and no score"
-        raise InputError(message, where="detect", fix="see LivePatient")
-    return found[0] if found else None
+        given = {key: answer[name] for name, key in _RESULT_NAMES.items() if name in answer}
+        answer = [{key: values[n] for key, values in given.items()}
+                  for n in range(len(given.get("score", [0])))]  # fmt: skip
+    for one in answer:
+        if "score" not in one:
+            fix = "see helpers.diagnose.LivePatient"
+            raise InputError("detect returns no score", where="detect", fix=fix)
+    return [(float(one["score"]), one.get("box"), one.get("mask")) for one in answer]
 
 
 def _captured(patient, picture, word, **threshold):
     """Run the patient's detection; its detections and the outputs of the model within, or None."""
     outputs = []
-    model = base_of(patient.model)
-    hook = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    hook = base_of(patient.model).register_forward_hook(
+        lambda module, args, output: outputs.append(output)
+    )
     try:
         found = detections_of(patient, picture, word, **threshold)
     finally:
         hook.remove()
     if not outputs:
         return found, None
-    last = dict(outputs[-1].items()) if hasattr(outputs[-1], "items") else {}
-    if len(last.get("pred_logits", ())) != 1:
-        raise InputError(
-            "detect asks several prompts at once", fix="give one that asks a single one"
-        )
-    last.setdefault("semantic_logits", last.get("semantic_seg"))
+    last = dict(outputs[-1])
+    if len(last["pred_logits"]) != 1:
+        raise InputError("detect asks several prompts at once", fix="ask a single one")
+    last.setdefault("semantic_logits", last["semantic_seg"])
     width, height = picture.size
     return found, raw_predictions(last, [("picture", word, height, width)])[0]
 
 
 def score_forms(raw):
     """Return ways to turn outputs into scores: name to (Q,); the right one is ``score``."""
-    query, presence = raw.query_prob, raw.presence_prob
-    sigmoid = torch.from_numpy(query).sigmoid().numpy()
     return {
         "score": raw.scores,
-        "score without presence": query,
-        "score with presence twice": query * presence**2,
-        "sigmoid taken twice": sigmoid * presence,
-        "sigmoid taken twice, without presence": sigmoid,
+        "score without presence": raw.query_prob,
+        "score with presence twice": raw.query_prob * raw.presence_prob**2,
+        "sigmoid taken twice": raw.presence_prob / (1 + np.exp(-raw.query_prob)),
         "logit": raw.query_logits,
     }
 
 
 def _is_among(scores, values):
     """Return whether each score is one of the values, within `SCORE_GAP`."""
-    gaps = np.abs(np.subtract.outer(np.asarray(scores), values)).min(1)
-    return bool((gaps < SCORE_GAP).all())
+    return bool((np.abs(np.subtract.outer(scores, values)).min(1) < SCORE_GAP).all())
 
 
-@gate(
-    DETECT_GATES, "detection", "scores, boxes and masks that the outputs hold, above the threshold"
-)
+@gate(DETECT_GATES, "detection", "scores, boxes and masks of the outputs, above the threshold")
 @torch.no_grad()
 def detection(patient):
     """Compare the patient's own detection with ours, on the very outputs of its model."""
     patient.detect, patient.model.eval()
     takes_threshold = "threshold" in inspect.signature(patient.detect).parameters
     low = {"threshold": LOW} if takes_threshold else {}
-    texts, evidence, count, lowest = [], [], 0, []
+    texts, evidence = [], []
     for picture, word in pictures(patient):
         found, raw = _captured(patient, picture, word, **low)
         if raw is None:
             raw = patient.predictor(adapted=True).raw(picture, [word])[0]
-            whatever = {"threshold": 0.0} if takes_threshold else {}
-            if base_asked := _base_asked(patient, picture, word, raw.max_score, whatever):
+            if base_asked := _base_asked(patient, picture, word, raw.max_score, low):
                 evidence += base_asked
                 continue
-        scores = [score for score, _, _ in found]
-        forms = score_forms(raw)
-        expected = int(reaches(raw.scores, LOW if takes_threshold else HIGH).sum())
-        texts.append(f"'{word}': {len(found)} detections, best {max(scores, default=0):.3f}, "
-                     f"ours {raw.max_score:.3f}")  # fmt: skip
+        scores, forms = [score for score, _, _ in found], score_forms(raw)
+        best = max(scores, default=0)
+        texts.append(f"'{word}': {len(found)}, best {best:.3f}, ours {raw.max_score:.3f}")
         if not scores:
+            expected = int(reaches(raw.scores, LOW if takes_threshold else HIGH).sum())
             reason = f"'{word}': nothing is returned, the outputs hold {expected} detections"
             evidence += evidence_if(expected, "threshold_ignored", 0.9, reason)
-            continue
-        count, lowest = count + len(found), [*lowest, *scores]
-        if not _is_among(scores, forms["score"]):
+        elif not _is_among(scores, forms["score"]):
             names = [name for name, values in forms.items() if _is_among(scores, values)]
-            reason = f"'{word}': the scores are each a {names[0] if names else 'number of no known form'}"
+            name = names[0] if names else "number of no known form"
+            reason = f"'{word}': the scores are each a {name}"
             evidence.append(Evidence("presence_ignored", 0.95 if names else 0.6, reason))
-            continue
-        evidence += _places(raw, word, found)
-        if takes_threshold:
-            high = [score for score, _, _ in detections_of(patient, picture, word, threshold=HIGH)]
-            is_same = min(high, default=1) < HIGH or (
-                len(found) > len(high) == 0 < (raw.max_score >= HIGH)
-            )
-            reason = f"'{word}': at a threshold of {HIGH:g} scores of {min(high, default=1):.3f} are left"
-            evidence += evidence_if(is_same, "threshold_ignored", 0.95, reason)
-    return f"{count} detections compared; {'; '.join(texts)}", evidence
+        else:
+            evidence += _places(raw, word, found)
+            high = detections_of(patient, picture, word, threshold=HIGH) if takes_threshold else []
+            least = min((score for score, _, _ in high), default=1.0)
+            is_lost = takes_threshold and not high and raw.max_score >= HIGH
+            reason = f"'{word}': a threshold of {HIGH:g} leaves scores of {least:.3f} or more"
+            evidence += evidence_if(least < HIGH or is_lost, "threshold_ignored", 0.95, reason)
+    return f"detections: {'; '.join(texts)}", evidence
 
 
-def _base_asked(patient, picture, word, of_run, whatever):
+def _base_asked(patient, picture, word, of_run, threshold):
     """Return evidence if the best detection, made without the model, is what its base says."""
     of_base = patient.predictor(adapted=False).raw(picture, [word])[0].max_score
-    scores = [score for score, _, _ in detections_of(patient, picture, word, **whatever)]
+    scores = [score for score, _, _ in detections_of(patient, picture, word, **threshold)]
     text = f"'{word}': detect does not ask the model that was given; its best score is the base's, "
     text += f"{of_base:.3f}, where the model says {of_run:.3f}"
     is_base = abs(max(scores, default=np.inf) - of_base) < SCORE_GAP < abs(of_run - of_base)
@@ -355,7 +290,8 @@ def _places(raw, word, found):
     for score, box, mask in found:
         same = np.flatnonzero(np.abs(raw.scores - score) < SCORE_GAP)
         if box is not None:
-            gaps.append(np.abs(ours[same] - np.clip(box, 0, limits)).max(1).min())
+            box = np.clip(torch.as_tensor(box).cpu().numpy(), 0, limits)
+            gaps.append(np.abs(ours[same] - box).max(1).min())
         if mask is not None:
             mask = np.asarray(torch.as_tensor(mask).cpu() > 0).squeeze()
             right = masks_at_image_size(raw.mask_logits[same], raw.height, raw.width, 0.5)

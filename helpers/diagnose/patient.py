@@ -5,8 +5,10 @@ give it. No setting that a run does not state is replaced by a default of this p
 """
 
 import tempfile
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -25,14 +27,7 @@ from helpers.errors import InputError
 from helpers.files import CONFIGS, read_json, resolve
 from helpers.foreign import import_source
 from helpers.model.audit import adapter_report
-from helpers.model.lora import (
-    BASE_FILE,
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    check_tensors,
-    load_adapter,
-    read_adapter_weights,
-)
+from helpers.model.lora import BASE_FILE, CONFIG_FILE, load_adapter, read_adapter_weights
 from helpers.model.prompted import PromptedSam3, base_of
 from helpers.model.sam3 import base_dtype, best_device, load_base
 from helpers.train import run as run_folder
@@ -50,32 +45,65 @@ NEEDS = {
 }
 """Part to what it is, how the command line and how `LivePatient` take it; the cheapest first."""
 _PART_OF = {
-    **{
-        "data_dir": "data",
-        "base_name": "base",
-        "train_queries": "batches",
-        "trained_words": "words",
-    },
-    **dict.fromkeys(("adapter_weights", "raw_weights", "loaded"), "weights"),
+    **{"data_dir": "data", "base_name": "base", "place": "weights"},
+    **{"train_queries": "batches", "trained_words": "words"},
     **{name: name for name in ("log", "batches", "loss", "detect")},
 }
-_OWN = ("folder", "files", "is_own_data", "history", "adapter_report", "trained_parameters")
+_OWN = ("folder", "files", "trained_parameters")
+FOUND = 0.3  # best score of a word that answers
 SAMPLE = 12  # images with objects, and as many without, that the costly gates look at
 FEW_WITH, FEW_WITHOUT = 6, 2  # of these, how many are asked for many words
 TRAIN_SAMPLE = 256  # training images that pass through the loader, about
 MAX_BATCHES = 16  # of a live patient that are looked at
 SAM3_SIZES = 288, 200  # cells along a mask and queries of the released SAM3
 _INPUTS = ("pixel_values", "input_ids", "attention_mask")
-_SEE = "give the batch as model and loss get it, see helpers.diagnose.LivePatient"
-_LOG_SUFFIXES = (".json", ".jsonl", ".csv", ".txt", ".log")
 _SOURCES = (
     "name a run folder, a folder of a PEFT adapter, a *_lora_weights.pt, a checkpoint.pt, a model "
     "folder, a log or a dataset"
 )
-_OWN_MARKS = {
+_OWN_MARKS = {  # files that only a run folder of this project has
     *(run_folder.PROMPTS_FILE, run_folder.METRICS_FILE, run_folder.STOPPED_FILE),
     *(run_folder.CURVES_FILE, run_folder.AUDIT_FILE),
-}  # files that only a run folder of this project has
+}
+SLIP = 0.4  # confidence of evidence that is shown with its gate but names no cause
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A measurement that speaks for a cause."""
+
+    cause: str
+    confidence: float  # in (0, 1], and 1.0 only for what was counted or computed
+    text: str
+    is_direct: bool = True  # False for a behaviour of the model that an earlier cause may explain
+
+
+def evidence_if(is_fault, cause, confidence, text, is_direct=True):
+    """Return a list with one `Evidence`, empty if there is no fault."""
+    return [Evidence(cause, confidence, text, is_direct)] if is_fault else []
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One question, a function of a `Patient` that returns a text and a list of `Evidence`.
+
+    It raises `Inapplicable` if it does not apply, `Missing` for a part that the patient does not
+    offer, and another `InputError` if what it needs cannot be read.
+    """
+
+    name: str
+    expected: str  # of a healthy run
+    examine: Callable
+
+
+def gate(gates, name, expected):
+    """Return a decorator that appends a function to a list of gates."""
+
+    def append(examine):
+        gates.append(Gate(name, expected, examine))
+        return examine
+
+    return append
 
 
 class Inapplicable(InputError):
@@ -140,6 +168,7 @@ class Patient:
 
     is_own = is_live = is_finished = False
     findings = ()  # of the import, each with ``code`` and ``message``
+    base_options = {}  # of `load_base`, beside the name
 
     def __init__(
         self,
@@ -250,11 +279,6 @@ class Patient:
             return [self.prompt]
         return self.given_words or list(self.split("valid").categories)
 
-    @property
-    def asked_words(self):
-        """The words that were said to be asked now; none if nothing was said."""
-        return [self.prompt] if self.prompt else self.given_words * self.is_live
-
     @part
     def device(self):
         """Where run and base compute: the accelerator if there is one."""
@@ -263,18 +287,43 @@ class Patient:
     @part
     def base(self):
         """A second model without any adapter, and its processor."""
-        return self.fresh_base()
-
-    def fresh_base(self, dtype=None):
-        """Load a base to train or wrap, on the device of the run."""
-        model, processor = load_base(self.base_name, dtype=dtype)
+        model, processor = load_base(self.base_name, **self.base_options)
         return model.to(self.device), processor
 
     @part
+    def is_adapter(self):
+        """Whether the weights are those of a PEFT adapter, and not of a full model."""
+        return (self.place / CONFIG_FILE).is_file()
+
+    @part
+    def adapter_weights(self):
+        """The tensors of the adapter by name, whatever their values."""
+        if not self.is_adapter:
+            raise Inapplicable("it is a full model, without adapter")
+        return read_adapter_weights(self.place)
+
+    @part
+    def loaded(self):
+        """The trained model, with ``model`` and ``processor``."""
+        if self.is_adapter:
+            model, processor = load_base(self.base_name, **self.base_options)
+            model = load_adapter(model, self.place)
+        else:
+            model, processor = load_base(self.place)
+        return SimpleNamespace(model=model.to(self.device), processor=processor)
+
+    @part
+    def adapter_report(self):
+        """The adapter as it is loaded, see `helpers.model.adapter_report`."""
+        if not self.is_adapter:
+            raise Inapplicable("it is a full model, without adapter")
+        return adapter_report(self.loaded.model)
+
+    @part
     def sizes(self):
-        """Cells along a mask and number of queries, of the base or, unknown, of SAM3 itself."""
+        """Cells along a mask and number of queries, of the model or, unknown, of SAM3 itself."""
         try:
-            model = self.base[0]
+            model = self.loaded.model if self.is_live else self.base[0]
         except InputError:
             return SAM3_SIZES
         return model.mask_size, model.config.detr_decoder_config.num_queries
@@ -312,7 +361,8 @@ class Examination(Patient):
     ``data_dir`` stands in for the dataset of the config; for ``image`` and ``prompt`` see `Patient`.
     """
 
-    is_own, split_names = True, ("train", "valid")
+    is_own = is_adapter = True
+    split_names = ("train", "valid")
 
     def __init__(self, folder, data_dir=None, image=None, prompt=None):
         self.folder = resolve(folder)
@@ -322,10 +372,16 @@ class Examination(Patient):
                 where=self.folder,
                 fix="name the folder of a run, or train one with 'python -m helpers train'",
             )
-        self.config = run_folder.read_config(self.folder)
+        self.place, self.config = self.folder, run_folder.read_config(self.folder)
+        model = self.config.model
+        self.base_options = {
+            "revision": model.revision,
+            "dtype": base_dtype(self.config.training.mixed_precision),
+            "resolution": model.resolution,
+            "native_prompt": model.native_prompt,
+        }
         data_dir = resolve(data_dir or self.config.data.data_dir)
-        base = self.config.model.name
-        super().__init__(data_dir=data_dir, base=base, image=image, prompt=prompt)
+        super().__init__(data_dir=data_dir, base=model.name, image=image, prompt=prompt)
 
     @part
     def is_finished(self):
@@ -338,33 +394,9 @@ class Examination(Patient):
         return run_folder.read_run(self.folder)
 
     @part
-    def history(self):
-        """The log of the run, also of an unfinished one: list of dict."""
-        return run_folder.read_history(self.folder)
-
-    @part
     def log(self):
-        """The log, see `helpers.diagnose.logs.read_log`."""
-        return tidy_log(self.history)
-
-    @part
-    def loaded(self):
-        """The run with its model, a `helpers.train.run.RunResult`; InputError if it cannot load."""
-        result = run_folder.load_run(self.folder)
-        result.model.to(self.device)
-        return result
-
-    @part
-    def adapter_weights(self):
-        """The tensors of the adapter file by name; InputError if a number in it is not finite."""
-        weights = read_adapter_weights(self.files.folder)
-        check_tensors(weights, self.files.folder / WEIGHTS_FILE)
-        return weights
-
-    @property
-    def raw_weights(self):
-        """Say that another gate looks at the file."""
-        raise Inapplicable("'files of the run' looks at them")
+        """The log of the run, also of an unfinished one, see `helpers.diagnose.logs.read_log`."""
+        return tidy_log(run_folder.read_history(self.folder))
 
     @part
     def adapter_report(self):
@@ -382,23 +414,10 @@ class Examination(Patient):
             )
         return counts
 
-    def fresh_base(self, dtype=None):
-        """Load a base to train or wrap: on the run's device, by default in the run's precision."""
-        settings = self.config.model
-        dtype = dtype or base_dtype(self.config.training.mixed_precision)
-        own = {"resolution": settings.resolution, "native_prompt": settings.native_prompt}
-        model, processor = load_base(settings.name, settings.revision, dtype, **own)
-        return model.to(self.device), processor
-
     @part
     def dataset(self):
         """What the run was trained on or what stands in for it, a `helpers.data.Dataset`."""
         return load_dataset(self.config, self.data_dir)
-
-    @part
-    def is_own_data(self):
-        """Whether the dataset is the one that the run was trained on."""
-        return self.data_dir == resolve(self.config.data.data_dir)
 
     def split(self, name):
         """Return the split ``train`` or ``valid`` of the dataset, as the config calls them."""
@@ -453,48 +472,20 @@ class Foreign(Patient):
     def __init__(self, place, findings=(), keeper=None, **given):
         super().__init__(**given)
         self.place, self.findings, self._keeper = Path(place), findings, keeper
-        self.is_adapter = (self.place / CONFIG_FILE).is_file()
-        self._identity = {}
-        if self.is_adapter:
-            content = read_json(self.place / CONFIG_FILE)
-            if (self.place / BASE_FILE).is_file():
-                self._identity = read_json(self.place / BASE_FILE)
-            noted = self._identity.get("name") or content.get("base_model_name_or_path")
-            if given.get("base") is None and noted:
-                self.base_name = noted
-            if keeper is None and "lora_dropout" in content:  # an import knows nothing of it
-                own = {"dropout": content["lora_dropout"]}
-                self.settings["lora"] = own | self.settings.get("lora", {})
-
-    @part
-    def raw_weights(self):
-        """The tensors by name, whatever their values."""
-        if self.is_adapter:
-            return read_adapter_weights(self.place)
-        return dict(self.loaded.model.named_parameters())
-
-    @part
-    def adapter_weights(self):
-        """The tensors of the adapter by name; InputError if a number in it is not finite."""
         if not self.is_adapter:
-            raise Inapplicable("it is a full model, without adapter")
-        check_tensors(self.raw_weights, self.place / WEIGHTS_FILE)
-        return self.raw_weights
-
-    def fresh_base(self, dtype=None):
-        """Load a base, with the resolution and the kind of prompt of the training if they are noted."""
-        own = {name: self._identity.get(name) for name in ("resolution", "native_prompt")}
-        if self.is_adapter:  # as `load_adapter` does
-            own["native_prompt"] = bool(own["native_prompt"])
-        model, processor = load_base(self.base_name, dtype=dtype, **own)
-        return model.to(self.device), processor
-
-    @part
-    def loaded(self):
-        """The trained model, with ``model`` and ``processor``."""
-        model, processor = self.fresh_base() if self.is_adapter else load_base(self.place)
-        model = load_adapter(model, self.place) if self.is_adapter else model
-        return SimpleNamespace(model=model.to(self.device), processor=processor)
+            return
+        content, path = read_json(self.place / CONFIG_FILE), self.place / BASE_FILE
+        identity = read_json(path) if path.is_file() else {}
+        self.base_options = {
+            "resolution": identity.get("resolution"),
+            "native_prompt": bool(identity.get("native_prompt")),  # as `load_adapter` does
+        }
+        noted = identity.get("name") or content.get("base_model_name_or_path")
+        if given.get("base") is None and noted:
+            self.base_name = noted
+        if keeper is None and "lora_dropout" in content:  # an import knows nothing of it
+            own = {"dropout": content["lora_dropout"]}
+            self.settings["lora"] = own | self.settings.get("lora", {})
 
 
 class LivePatient(Patient):
@@ -506,13 +497,13 @@ class LivePatient(Patient):
         As trained, or before training.
     processor : transformers.Sam3Processor, optional
     batches : iterable of dict, optional
-        What the loop reads, of which 32 are looked at. Each has ``pixel_values`` (I, 3, S, S),
-        ``input_ids`` and ``attention_mask`` (B, T), and ``targets`` (or ``labels``), a list of B
-        dicts: ``boxes`` (or ``boxes_cxcywh``) (n, 4), and maybe ``masks`` (n, h, w). Row b belongs
-        to image b, or to ``image_index[b]``. It may have ``image_ids``, I file names of the dataset.
+        What the loop reads, of which 16 are looked at. Each has ``pixel_values`` (I, 3, S, S),
+        ``input_ids`` and ``attention_mask`` (B, T), and ``targets``, a list of B dicts: ``boxes``
+        (or ``boxes_cxcywh``) (n, 4), and maybe ``masks`` (n, h, w). Row b belongs to image b, or to
+        ``image_index[b]``. It may have ``image_ids``, I file names of the dataset.
     loss : callable, optional
         ``loss(outputs, targets)`` of the model's outputs and the targets of a batch: a scalar, or a
-        dict of terms, of which ``loss`` or ``total`` counts, or else their sum.
+        dict of terms with their sum as ``loss`` or ``total``.
     detect : callable, optional
         ``detect(picture, word)`` of a PIL image, and ``threshold=`` if it takes one. It returns dicts
         of ``score``, ``box`` (x0, y0, x1, y1 in pixels), and maybe ``mask`` (height, width), or one
@@ -554,19 +545,11 @@ class LivePatient(Patient):
         """Where the model is."""
         return next(self.model.parameters()).device
 
-    @part
-    def sizes(self):
-        """Cells along a mask and number of queries, of the model."""
-        model = self.loaded.model
-        return model.mask_size, model.config.detr_decoder_config.num_queries
-
     def predictor(self, adapted):
         """Return a predictor of the model; of the base that was named, or with the adapter off."""
         if adapted or "base_name" in vars(self):
             return super().predictor(adapted)
-        predictor = BarePredictor(self.loaded.model, self._processor)
-        predictor.peft_model = self._peft_model
-        return predictor
+        return BarePredictor(self.loaded.model, self._processor, self._peft_model)
 
     @contextmanager
     def at_rest(self):
@@ -590,11 +573,6 @@ class LivePatient(Patient):
         """The tensors of the adapter in memory, by the names that PEFT would save."""
         weights = get_peft_model_state_dict(self._peft_model, save_embedding_layers=False)
         return {name: tensor.detach().cpu() for name, tensor in weights.items()}
-
-    @property
-    def raw_weights(self):
-        """The tensors of the adapter in memory."""
-        return self.adapter_weights
 
     @part
     def adapter_report(self):
@@ -622,30 +600,26 @@ class LivePatient(Patient):
     def _batch(self, batch):
         """Check one batch and gather, row by row, what its words and objects are."""
         keys = list(batch.keys()) if hasattr(batch, "keys") else [type(batch).__name__]
-        given = next((batch[name] for name in ("targets", "labels") if name in keys), None)
-        lacking = [name for name in _INPUTS if name not in keys]
-        lacking += ["targets"] if given is None else []
-        if lacking:
-            message = f"a batch lacks {', '.join(lacking)}; it has {', '.join(map(str, keys))}"
-            raise InputError(message, where="batches", fix=_SEE)
-        inputs = {name: batch[name] for name in _INPUTS}
+        if lacking := [name for name in (*_INPUTS, "targets") if name not in keys]:
+            raise _bad_batch(f"a batch lacks {', '.join(lacking)}; it has {', '.join(keys)}")
+        inputs, targets = {name: batch[name] for name in _INPUTS}, batch["targets"]
         num_rows, num_images = len(inputs["input_ids"]), len(inputs["pixel_values"])
-        index = batch["image_index"] if "image_index" in keys else range(num_rows)
-        index = [int(one) for one in index] if num_images > 1 else [0] * num_rows
-        if isinstance(given, dict) or {len(given), len(index)} != {num_rows}:
-            message = f"a batch has {num_rows} prompts and {len(given)} targets"
-            raise InputError(message, where="batches", fix=_SEE)
-        if max(index) >= num_images:
-            message = f"a batch has {num_rows} prompts, {num_images} images and no image_index"
-            raise InputError(message, where="batches", fix=_SEE)
+        index = (
+            [int(one) for one in batch["image_index"]] if "image_index" in keys else range(num_rows)
+        )
+        if len(targets) != num_rows:
+            raise _bad_batch(f"a batch has {num_rows} prompts and {len(targets)} targets")
+        if len(index) != num_rows or max(index) >= num_images:
+            raise _bad_batch(f"{num_rows} prompts, {num_images} images and no image_index for them")
         inputs["image_index"] = torch.tensor(index)
         names = batch["image_ids"] if "image_ids" in keys else [None] * num_images
         decode, rows = self._processor.tokenizer.decode, []
-        for image, ids, target in zip(index, inputs["input_ids"], given, strict=True):
+        for image, ids, target in zip(index, inputs["input_ids"], targets, strict=True):
             objects, word = _objects(target), decode(ids, skip_special_tokens=True).strip()
-            query = {"prompt": word, "is_positive": bool(len(objects["boxes_cxcywh"]))}
-            rows.append((query | {"image_id": names[image]}, objects))
-        return {"inputs": inputs, "targets": given, "rows": rows}
+            is_positive = bool(len(objects["boxes_cxcywh"]))
+            query = {"prompt": word, "is_positive": is_positive, "image_id": names[image]}
+            rows.append((query, objects))
+        return {"inputs": inputs, "targets": targets, "rows": rows}
 
     @part
     def train_queries(self):
@@ -663,27 +637,34 @@ class LivePatient(Patient):
         return self.own_names
 
 
+def _bad_batch(message):
+    fix = "give the batch as model and loss get it, see helpers.diagnose.LivePatient"
+    return InputError(message, where="batches", fix=fix)
+
+
 def _objects(target):
     """Return the objects of one target as float ``boxes_cxcywh``, ``masks`` and ``mask_valid``."""
-    keys = list(target.keys()) if hasattr(target, "keys") else [type(target).__name__]
-    boxes = next((target[name] for name in ("boxes_cxcywh", "boxes") if name in keys), None)
+    boxes = next((target[name] for name in ("boxes_cxcywh", "boxes") if name in target), None)
     if boxes is None:
-        message = f"a target lacks boxes; it has {', '.join(map(str, keys))}"
-        raise InputError(message, where="batches", fix=_SEE)
+        raise _bad_batch(f"a target lacks boxes; it has {', '.join(map(str, target))}")
     boxes = torch.as_tensor(boxes).detach().float().cpu().reshape(-1, 4)
-    masks = (
-        torch.as_tensor(target["masks"]).cpu() if "masks" in keys else torch.zeros(len(boxes), 0, 0)
-    )
-    valid = masks.flatten(1).any(1) if masks.numel() else torch.zeros(len(boxes), dtype=torch.bool)
+    masks = torch.as_tensor(target["masks"]).cpu() if "masks" in target else torch.zeros(0)
+    has_masks = masks.numel() > 0
+    valid = masks.flatten(1).any(1) if has_masks else torch.zeros(len(boxes), dtype=torch.bool)
+    masks = masks if has_masks else torch.zeros(len(boxes), 0, 0)
     return {"boxes_cxcywh": boxes, "masks": masks, "mask_valid": valid}
 
 
 class BarePredictor(Predictor):
-    """Ask a model with the adapter of its `peft_model` switched off."""
+    """Ask a model with its adapter, that of a `PeftModel`, switched off."""
+
+    def __init__(self, model, processor, peft_model):
+        super().__init__(model, processor)
+        self._peft_model = peft_model
 
     def raw(self, *args, **options):
         """Ask as `Predictor.raw` does."""
-        with self.peft_model.disable_adapter():
+        with self._peft_model.disable_adapter():
             return super().raw(*args, **options)
 
 
@@ -724,7 +705,7 @@ def open_patient(source, *, config=None, log=None, **given):
         own = ("data_dir", "image", "prompt")
         return Examination(path, **{name: given.get(name) for name in own})
     given["settings"] = config
-    if path.is_file() and path.suffix.lower() in _LOG_SUFFIXES:
+    if path.is_file() and path.suffix.lower() in (".json", ".jsonl", ".csv", ".txt", ".log"):
         return Patient(**given, log=path if log is None else log)
     logs = [folder / name for name in LOG_FILES if (folder / name).is_file()]
     given["log"] = logs[0] if log is None and logs else log

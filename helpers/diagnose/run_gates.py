@@ -1,30 +1,33 @@
-"""Gates on what a run wrote down: its files, its settings, where LoRA sits, what learned."""
+"""Gates on what a training wrote: files, settings, log, base, where LoRA sits, what it learned."""
 
 import math
 from pathlib import Path
 
-import pandas as pd
 import torch
-from torch import nn
-from transformers import get_scheduler
 
 from helpers.causes import CAUSES
 from helpers.config import load_config, read_yaml
-from helpers.diagnose.examination import SLIP, Evidence, evidence_if, gate
-from helpers.diagnose.patient import Inapplicable, Missing, module_of
+from helpers.data.coco import read_split
+from helpers.diagnose.patient import (
+    FOUND,
+    SLIP,
+    Evidence,
+    Inapplicable,
+    Missing,
+    evidence_if,
+    gate,
+    module_of,
+)
 from helpers.errors import InputError
-from helpers.files import read_json
+from helpers.files import TINY_BASE, WALL_CRACKS, read_json, resolve
 from helpers.model.lora import (
     BASE_FILE,
     COMPONENTS,
     CONFIG_FILE,
-    SPELLINGS,
     WEIGHTS_FILE,
     component_of,
     read_adapter_weights,
 )
-from helpers.model.losses import WEIGHTS
-from helpers.show.charts import schedule_frame
 from helpers.train import run as run_folder
 from helpers.train.trainer import CURVES_FILE
 
@@ -33,10 +36,7 @@ EARLY_FILES = (run_folder.RUN_CONFIG, run_folder.PROMPTS_FILE, run_folder.VERSIO
 LATE_FILES = (WEIGHTS_FILE, CONFIG_FILE, BASE_FILE, run_folder.AUDIT_FILE, run_folder.CARD_FILE)
 MAX_DROPOUT = 0.2
 FEW_IMAGES, MAX_EPOCHS = 100, 50
-RATE_TOLERANCE = 1e-3  # relative to the peak; healthy: below 1e-9
 IDLE_COMPONENT = "geometry_encoder"  # a text prompt never passes through it
-LOSS_TOLERANCE = 0.02  # relative, logged loss against the sum of its terms; measured: 4e-8
-DOMINANT = 0.95  # share of one term, in half of the steps with objects; measured: at most 0.38
 WORD_PARTS = {"text_encoder", "detr_encoder"}  # where a word can be learned
 FINDINGS = {
     "lora_elsewhere": ("lora_elsewhere", 1.0),
@@ -52,7 +52,9 @@ PIXEL_TERM, PIXEL_LOSS = 50.0, 1000.0
 training loss is up to 250 in healthy runs of Meta's trainer, which adds up 18 layers."""
 LEAST_COURSE = 6  # values of a log from which its course is judged
 FLAT, RISE = 1e-4, 1.3  # of the loss
+KNOWN_PICTURES, KNOWN_SHARE = 12, 0.8  # of their concepts that the base finds; measured: 18 of 18
 FILE_GATES, CONFIG_GATES, RUN_GATES, LOG_GATES = [], [], [], []
+BASE_GATES, CHECKPOINT_GATES = [], []
 
 
 @gate(FILE_GATES, "files of the run", "all there, complete, without NaN")
@@ -116,60 +118,25 @@ def _read_run_file(path):
 )
 def regularisation(examination):
     """Compare dropout, images and epochs with what a small dataset bears."""
-    questions = {
-        "dropout": lambda: examination.config.lora.dropout,
-        "images": lambda: len(examination.split("train").records),
-        "epochs": lambda: examination.config.effective_num_epochs,
-    }
-    known, absent = {}, {}
-    for name, question in questions.items():
-        try:
-            known[name] = question()
-        except Missing as error:
-            absent[name] = error
-    if "dropout" not in known and len(known) < 2:
-        raise absent["dropout"]
-    dropout, images, epochs = (known.get(name) for name in questions)
+    dropout = _stated(lambda: examination.config.lora.dropout)
+    images = _stated(lambda: len(examination.split("train").records))
+    epochs = _stated(lambda: examination.config.effective_num_epochs)
+    if dropout is None and None in (images, epochs):
+        return f"dropout {examination.config.lora.dropout}", []  # raises: it is not stated
     reason = f"lora.dropout is {dropout}: so much of the input of LoRA is left out"
     evidence = evidence_if((dropout or 0) > MAX_DROPOUT, "extreme_regularisation", 0.9, reason)
     is_long = None not in (images, epochs) and images < FEW_IMAGES and epochs > MAX_EPOCHS
     reason = f"{images} images were seen {epochs} times each"
     evidence += evidence_if(is_long, "extreme_regularisation", 0.8, reason)
-    texts = [f"{name} {known.get(name, 'not stated')}" for name in questions]
-    return ", ".join(texts), evidence
+    return f"dropout {dropout}, images {images}, epochs {epochs}; None is not stated", evidence
 
 
-@gate(CONFIG_GATES, "settings in the log", "steps and learning rates are those of the config")
-def settings_in_log(examination):
-    """Compare the logged steps and learning rates with what config and data come to."""
-    if not examination.is_own_data:
-        raise Inapplicable("asked about another dataset than was trained on", where="data_dir")
-    config, history = examination.config, examination.history
-    logged = {one["step"]: one["learning_rate"] for one in history if "learning_rate" in one}
-    if not logged:
-        raise InputError("no learning rate was logged", where=examination.folder)
-    versions = read_json(
-        examination.folder / run_folder.VERSIONS_FILE, fix="train again with --overwrite"
-    )
-    images, processes = len(examination.train_dataset), versions.get("num_processes", 1)
-    steps = int(schedule_frame({"run": config}, images, processes).loc["run", "steps"])
-    peak, warmup = config.effective_learning_rate, config.effective_warmup_steps
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
-    scheduler = get_scheduler(config.training.lr_scheduler, optimizer, warmup, steps)
-    expected = [peak * scheduler.lr_lambdas[0](step) for step in range(steps)]
-    off = [
-        step
-        for step, rate in logged.items()
-        if step > steps or abs(rate - expected[step - 1]) > RATE_TOLERANCE * peak
-    ]
-    last = max(entry["step"] for entry in history)
-    text = (
-        f"{last} steps logged, {steps} expected with {processes} processes; highest learning rate "
-        f"logged {max(logged.values()):g}, expected {max(expected):g}; {len(off)} of {len(logged)} "
-        "logged learning rates are not those of the config"
-    )
-    is_fault = bool(off) or (examination.is_finished and last != steps)
-    return text, evidence_if(is_fault, "dead_config_keys", 0.95, text)
+def _stated(question):
+    """Return an answer, or None if the patient lacks what it needs."""
+    try:
+        return question()
+    except Missing:
+        return None
 
 
 @gate(RUN_GATES, "the run", "finished")
@@ -198,7 +165,13 @@ def _is_finished(examination):
 @gate(FILE_GATES, "weights as they are", "finite, and where a word can be learned")
 def weights_as_they_are(examination):
     """Say what the file of weights shows by itself, and what its import found."""
-    weights, findings = examination.raw_weights, examination.findings
+    if examination.is_own:
+        raise Inapplicable("'files of the run' looks at them")
+    try:
+        weights = examination.adapter_weights
+    except Inapplicable:
+        weights = dict(examination.loaded.model.named_parameters())
+    findings = examination.findings
     broken = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
     text = f"{len(weights)} tensors, NaN or infinite numbers in {len(broken)} of them"
     evidence = evidence_if(broken, "not_finite", 1.0, f"{text}, for example {broken[:1]}")
@@ -218,32 +191,7 @@ def weights_as_they_are(examination):
 @gate(RUN_GATES, "places of LoRA", "every enabled component has LoRA, no other")
 def _lora_places(examination):
     modules = {module_of(key) for key in examination.adapter_weights if ".lora_B" in key}
-    if not examination.is_own:
-        return _claimed_places(examination.config.lora, modules)
-    lora, (base, _) = examination.config.lora, examination.base
-    names = {name for target in lora.target_modules for name in SPELLINGS.get(target, (target,))}
-    linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
-    targets = [component_of(name) for name in linear if name.rpartition(".")[2] in names]
-    if unknown := modules - set(linear):
-        where, fix = examination.folder / WEIGHTS_FILE, CAUSES["adapter_keys"].fix
-        raise InputError(f"{len(unknown)} keys name no linear layer", where=where, fix=fix)
-    adapted = [component_of(name) for name in modules]
-    counts, evidence = [], []
-    for component in COMPONENTS:
-        is_on = getattr(lora, f"apply_to_{component}")
-        expected, count = targets.count(component) if is_on else 0, adapted.count(component)
-        counts.append(f"{component} {count} of {expected}")
-        text = (
-            f"lora.apply_to_{component} is {str(is_on).lower()}, so {expected} modules should carry "
-            f"LoRA; the adapter file has {count}"
-        )
-        evidence += evidence_if(count != expected, "lora_elsewhere", 1.0, text)
-    return f"modules with LoRA: {', '.join(counts)}", evidence
-
-
-def _claimed_places(lora, modules):
-    """Compare the modules with the components that the settings of another script claim."""
-    adapted = [component_of(name) for name in modules]
+    lora, adapted = examination.config.lora, [component_of(name) for name in modules]
     claims = {name: vars(lora).get(f"apply_to_{name}") for name in COMPONENTS}
     if set(claims.values()) == {None}:
         return lora.apply_to_text_encoder, []  # raises: no component is claimed
@@ -273,7 +221,7 @@ def _learning(examination):
         if not row["B_nonzero"] or row["grad_norm"] == 0:
             idle.append(component)
     if not texts:
-        raise InputError("the run's report lists no module with LoRA", where=examination.folder)
+        raise InputError("no module with LoRA is listed")
     text = "; ".join(texts)
     is_part = len(idle) < len(texts)
     if not idle or (is_part and not _had_objects(examination)):
@@ -296,42 +244,6 @@ def _trained_weights(examination):
     text = f"the optimiser trained {counts['all']:,} parameters, {counts['lora']:,} of LoRA"
     reason = f"{text}: {beside:,} of the base were changed and are not in the adapter file"
     return text, evidence_if(beside, "base_not_frozen", 1.0, reason)
-
-
-@gate(RUN_GATES, "kept checkpoint", "the best one by the metric of the config")
-def _kept_checkpoint(examination):
-    metrics, name = examination.files.metrics, examination.config.evaluation.metric_for_best
-    validations = [entry for entry in examination.files.history if "eval_loss" in entry]
-    values = {entry["step"]: entry.get(f"eval_{name}", 0.0) for entry in validations}
-    kept = metrics["best_step"] or max(values)
-    best = max(values, key=lambda step: (values[step], -step))
-    text = f"kept step {kept} with {name} {values.get(kept, 0.0):.3f}; best in the log: step "
-    text += f"{best} with {values[best]:.3f}"
-    return text, evidence_if(values.get(kept, 0.0) < values[best], "wrong_checkpoint", 1.0, text)
-
-
-@gate(RUN_GATES, "logged loss", "the published weights, and no term dominates")
-def _logged_loss(examination):
-    folder, weights = examination.folder, WEIGHTS[examination.config.loss.variant]
-    log = pd.DataFrame([entry for entry in examination.history if "loss" in entry])
-    if log.empty:
-        raise InputError("the run logged no loss", where=folder)
-    leaves = {name: name.rpartition(".")[2] for name in log}
-    names = [name for name, leaf in leaves.items() if leaf in weights]
-    terms = log[names].fillna(0) * [weights[leaves[name]] for name in names]
-    total = terms.sum(axis=1)
-    gap = float(((log["loss"] - total).abs() / total.clip(lower=1e-9)).median())
-    text = f"logged loss against the weighted sum of its terms: {gap:.1g} apart"
-    reason = f"{text}: the training did not weigh the terms as published"
-    evidence = evidence_if(gap > LOSS_TOLERANCE, "loss_weights", 1.0, reason)
-    shares = (terms.max(axis=1) / total)[log["loss_bbox"] > 0].sort_values()
-    if len(shares):
-        row = shares.index[len(shares) // 2]
-        share, name = shares[row], terms.loc[row].idxmax()
-        text += f"; largest share of one term, median: {share:.0%} ({name})"
-        reason = f"{name} makes up {share:.1%} of the loss in half of the steps"
-        evidence += evidence_if(share > DOMINANT, "loss_weights", 0.7, reason, is_direct=False)
-    return text, evidence
 
 
 def _points(examination, *names):
@@ -413,3 +325,67 @@ def course_of_the_loss(examination):
             is_fault &= list(valid.index).index(best) < len(valid) / 2
             evidence += evidence_if(is_fault, "overtrained", 0.6, text, is_direct=False)
     return text, evidence
+
+
+@gate(BASE_GATES, "base", "finds what it knows on bundled pictures")
+def base_knows_its_concepts(examination):
+    """Ask the embedded base for what it knows, on bundled pictures that show it."""
+    if resolve(examination.base_name) != TINY_BASE:
+        fix = "ask it for something that is plainly in one of your pictures"
+        raise Inapplicable("no picture with a known answer is bundled for this base", fix=fix)
+    predictor, count, total = examination.predictor(adapted=False), 0, 0
+    for path, nouns in _known_pictures():
+        raws = predictor.raw(path, nouns)
+        count += sum(raw.max_score > FOUND for raw in raws)
+        total += len(raws)
+    text = f"the base finds {count} of {total} concepts that it knows and bundled pictures show"
+    return text, evidence_if(count < KNOWN_SHARE * total, "blank_base", 1.0, text)
+
+
+def _known_pictures():
+    """List (path, words): bundled pictures and what the embedded base knows in them."""
+    records = read_split(WALL_CRACKS, "test").records
+    pictures = [(record.path, sorted(record.contents)) for record in records if record.contents]
+    return pictures[:KNOWN_PICTURES]
+
+
+@gate(CHECKPOINT_GATES, "keys of the adapter", "each names a module of the base")
+def _keys_fit(examination):
+    weights = examination.adapter_weights
+    modules = {name for name, _ in examination.base[0].named_modules()}
+    lost = [key for key in weights if module_of(key) not in modules]
+    text = f"{len(lost)} of {len(weights)} keys of the adapter file name no module of the base"
+    if not lost:
+        _ = examination.loaded  # raises what else does not fit
+    return text, evidence_if(lost, "adapter_keys", 1.0, f"{text}, for example {lost[:1]}")
+
+
+@gate(CHECKPOINT_GATES, "saved adapter", "with alpha / rank of the config")
+def _saved_as_trained(examination):
+    lora, saved = (
+        examination.config.lora,
+        read_json(examination.place / CONFIG_FILE, fix="train again"),
+    )
+    text = f"alpha / rank is {saved['lora_alpha']:g} / {saved['r']} in the adapter, "
+    text += f"{lora.alpha:g} / {lora.rank} in the config"
+    is_scaled = saved["lora_alpha"] / saved["r"] != lora.alpha / lora.rank
+    return text, evidence_if(is_scaled, "merge_changed_outputs", 1.0, text)
+
+
+@gate(CHECKPOINT_GATES, "effect of the adapter", "outputs differ from the base")
+@torch.no_grad()
+def _adapter_has_an_effect(examination):
+    path = examination.image or examination.sample[0].path
+    adapted, plain = (
+        examination.predictor(is_on).raw(path, examination.words) for is_on in (True, False)
+    )
+    largest = {
+        name: max(
+            abs(getattr(a, name) - getattr(b, name)).max()
+            for a, b in zip(adapted, plain, strict=True)
+        )
+        for name in ("query_logits", "mask_logits")
+    }
+    text = "largest difference that the adapter makes: "
+    text += ", ".join(f"{name} {gap:.2g}" for name, gap in largest.items())
+    return text, evidence_if(not any(largest.values()), "adapter_at_zero", 1.0, text)

@@ -66,7 +66,7 @@ def test_a_stopped_run_names_its_cause_and_an_interrupted_one_does_not(records):
     (records / "metrics.json").unlink()
     result = ask(RUN_GATES, "the run", records)
     assert result.status == "not checked"
-    assert "no checkpoint" in result.measured
+    assert "interrupted" in result.measured
     stopped = {"cause": "no_objects", "message": "0 objects in 20 steps", "where": "", "fix": ""}
     (records / "stopped.json").write_text(json.dumps(stopped))
     result = ask(RUN_GATES, "the run", records)

@@ -9,7 +9,6 @@ import difflib
 import sys
 from pathlib import Path
 
-from helpers.cli.options import add_options
 from helpers.errors import InputError, printable
 from helpers.files import CONFIGS, in_current_folder, resolve
 
@@ -17,6 +16,97 @@ DEFAULT_CONFIG = CONFIGS / "crack_detection_config.yaml"
 LARGE = 2  # sides of the model's input from which an image should be cut into tiles
 _SIGNATURE = "sam3-lora-workbook predict"  # in a picture: a later call may replace it
 _HEADLINES = "AP AP50 AP75 cgF1 pmF1 IL_MCC union_iou max_score_present max_score_absent".split()
+
+
+# A profile that is a file in the current folder, or a base that is a folder in it, becomes its path.
+def _profile(text):
+    path = in_current_folder(text)
+    return str(path) if path.is_file() else text
+
+
+def _base_name(text):
+    path = in_current_folder(text)
+    return str(path) if path.is_dir() else text
+
+
+def _text(text, **settings):
+    return {"help": text, **settings}
+
+
+def _path(metavar, text):
+    return _text(text, type=in_current_folder, metavar=metavar)
+
+
+def _flag(text):
+    return _text(text, action="store_true")
+
+
+def _choice(text, *choices, **settings):
+    return _text(text, choices=choices, **settings)
+
+
+OPTIONS = {
+    # what to work on
+    "--adapter": _path("RUN", "run folder"),
+    "--base": _text("base model: a folder or a hub name", type=_base_name, metavar="NAME"),
+    "--config": _path("FILE", "a configuration, such as those in configs/"),
+    "--data": _path("DIR", "dataset, by default that of the run or config"),
+    "--html": _path("FILE", "page to write"),
+    "--log": _path("FILE", "training log: CSV, JSON lines or trainer_state.json, with a loss"),
+    "--output": _path("DIR", "folder to write"),
+    "--profile": _text("tiny, sam3 or a file", type=_profile),
+    "--set": _text("change a setting", action="append", default=[], metavar="SECTION.KEY=VALUE"),
+    "--split": {"default": "test", "help": "split, by default test"},
+    # what to ask
+    "--image": _path("IMG", "a picture in which nothing is found"),
+    "--words": {"metavar": "WORD,...", "help": "by default the categories of the dataset"},
+    "--routing": _flag("ask the adapter for the words it was trained for only, else its base"),
+    "--retention": _text("what the base knows, compared with its own answers", metavar="WORD,..."),
+    "--prompt": {"help": "ask for this word in place of the category names"},
+    "--threshold": {"type": float, "help": "in [0, 1]; by default as the config says, 0.3"},
+    "--mask-threshold": {"type": float, "help": "in [0, 1]; by default as the config says, 0.5"},
+    "--tile": {"type": int, "metavar": "PIXELS", "help": "cut larger images into tiles"},
+    "--overlap": {"type": float, "default": 0.2, "help": "of tiles, default 0.2"},
+    # how to train
+    "--resume": _flag("continue an interrupted run"),
+    "--overwrite": _flag("replace a run in the folder"),
+    "--retry-smaller": _flag("when memory runs out, checkpoint, then use smaller batches"),
+    "--dry-run": _flag("one step on the fullest batch, no files; status 1 if memory runs out"),
+    # how to convert
+    "--format": _choice(
+        "by default recognised; coco means Roboflow's export and per-image JSON, too",
+        *("coco", "yolo", "voc", "masks", "labelme"),
+    ),
+    "--category": _text("what binary mask pictures show", metavar="NOUN"),
+    "--objects": _choice(
+        "one object of a mask picture: a component (default), all of a class, each value",
+        *("components", "whole", "values"),
+        default="components",
+    ),
+    "--polygons": _choice(
+        "what corners (YOLO, LabelMe) are; auto (default): pixels if all are whole numbers",
+        *("auto", "outline", "pixels"),
+        default="auto",
+    ),
+    "--seed": {"type": int, "default": 42, "help": "of the division, default 42"},
+    # what somebody else trained
+    "--alpha": {"type": float, "help": "of the LoRA, where no file tells it"},
+    "--orientation": _choice(
+        "A as (in, r) or (r, in), where shapes leave it open", "native", "peft"
+    ),
+    # what to give away
+    "--dtype": {"help": "float32 or bfloat16, by default that of the base's files"},
+    "--repo": {"metavar": "OWNER/NAME", "help": "name on the Hub"},
+    "--yes": _flag("upload; by default only look"),
+}
+
+
+def add_options(command, *names, required=(), **helps):
+    """Add options to a parser; `helps` replaces the help of one, ``data="a folder"``."""
+    for name in (*required, *names):
+        settings = OPTIONS[name] | ({"required": True} if name in required else {})
+        settings["help"] = helps.get(name.strip("-"), settings["help"])
+        command.add_argument(name, **settings)
 
 
 def add_commands(add):

@@ -247,7 +247,8 @@ def detection(patient):
         found, raw = _captured(patient, picture, word, **low)
         if raw is None:
             raw = patient.predictor(adapted=True).raw(picture, [word])[0]
-            if base_asked := _base_asked(patient, picture, word, raw.max_score, low):
+            everything = dict.fromkeys(low, 0.0)
+            if base_asked := _base_asked(patient, picture, word, raw.max_score, everything):
                 evidence += base_asked
                 continue
         scores, forms = [score for score, _, _ in found], score_forms(raw)

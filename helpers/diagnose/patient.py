@@ -150,20 +150,10 @@ class Stated:
 class Patient:
     """A run, its data and its models, each read once and only if a gate asks for it.
 
-    Parameters
-    ----------
-    data_dir : os.PathLike, optional
-        Dataset in the layout of `helpers.data`.
-    words : sequence of str
-        What the training asked for.
-    log : os.PathLike, pandas.DataFrame or list of dict, optional
-        See `helpers.diagnose.logs.read_log`.
-    settings : os.PathLike or dict, optional
-        YAML, or its content, with sections such as ``lora`` and ``training``.
-    base : str, optional
-        Folder or name of the base.
-    image, prompt : os.PathLike, str, optional
-        A picture in which nothing is found, and the word that is asked now.
+    ``data_dir`` is a dataset in the layout of `helpers.data`; ``words`` are what the training asked
+    for; ``log`` is what `helpers.diagnose.logs.read_log` reads; ``settings`` are a YAML, or its
+    content, with sections such as ``lora`` and ``training``; ``base`` is a folder or name; ``image``
+    and ``prompt`` are a picture in which nothing is found, and the word that is asked now.
     """
 
     is_own = is_live = is_finished = False
@@ -188,13 +178,12 @@ class Patient:
         stated = Path(str(self.settings.get("training", {}).get("data_dir")))
         if data_dir is None and stated.is_absolute() and stated.is_dir():
             data_dir = stated  # a relative one lies in a folder that nobody names
-        for name, path in (("data_dir", data_dir), ("image", image)):
-            path = None if path is None else resolve(path)
+        self.image = None if image is None else resolve(image)
+        if data_dir is not None:
+            self.data_dir = resolve(data_dir)
+        for kind, path in (("dataset", vars(self).get("data_dir")), ("image", self.image)):
             if path is not None and not path.exists():
-                kind = "image" if name == "image" else "dataset"
                 raise InputError(f"no such {kind}", where=path, fix="check the path")
-            if path is not None or name == "image":
-                setattr(self, name, path)
         if log is not None:
             self.log = read_log(log)
         if name := base or self.settings.get("model", {}).get("name"):
@@ -406,13 +395,9 @@ class Examination(Patient):
     @part
     def trained_parameters(self):
         """What the run recorded of its optimiser."""
-        counts = self.files.metrics.get("trained_parameters")
-        if counts is None:
-            where = self.folder / run_folder.METRICS_FILE
-            raise InputError(
-                "holds no number of trained parameters", where=where, fix="train again"
-            )
-        return counts
+        if counts := self.files.metrics.get("trained_parameters"):
+            return counts
+        raise InputError("the run recorded no number of trained parameters", fix="train again")
 
     @part
     def dataset(self):

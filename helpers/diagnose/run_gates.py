@@ -59,22 +59,17 @@ BASE_GATES, CHECKPOINT_GATES = [], []
 
 @gate(FILE_GATES, "files of the run", "all there, complete, without NaN")
 def _run_files(examination):
-    folder, is_finished = examination.folder, examination.is_finished
-    late = (CURVES_FILE, *LATE_FILES, run_folder.METRICS_FILE) if is_finished else ()
-    names = (*EARLY_FILES, *late)
+    folder = examination.folder
+    late = (CURVES_FILE, *LATE_FILES, run_folder.METRICS_FILE)
+    was_saved = any((folder / name).is_file() for name in late[1:])
+    names = (*EARLY_FILES, *(late if was_saved else ()))
     problems = {}
     for name in names:
         try:
             _read_run_file(folder / name)
         except InputError as error:
             problems[name] = error.message
-    saved = [name for name in LATE_FILES if (folder / name).is_file()]
-    if saved and not is_finished:
-        problem = f"is missing, although it is written after {saved[0]}"
-        problems[run_folder.METRICS_FILE] = (
-            f"{problem}: lost, or the run was interrupted while it saved"
-        )
-    if is_finished and not problems:
+    if was_saved and not problems:
         try:
             _ = examination.files
         except InputError as error:
@@ -84,7 +79,7 @@ def _run_files(examination):
         Evidence("damaged_run", 0.7 if name == run_folder.CARD_FILE else 1.0, f"{name} {problem}")
         for name, problem in problems.items()
     ]
-    if WEIGHTS_FILE in saved and WEIGHTS_FILE not in problems:
+    if was_saved and WEIGHTS_FILE not in problems:
         weights = read_adapter_weights(folder)
         broken = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
         text = f"NaN or infinite numbers in {len(broken)} of {len(weights)} tensors"
@@ -141,25 +136,14 @@ def _stated(question):
 
 @gate(RUN_GATES, "the run", "finished")
 def _is_finished(examination):
-    folder = examination.folder
-    if examination.is_finished:
-        metrics = examination.files.metrics
-        return f"finished: {metrics['steps']} steps, {metrics['epochs']:g} epochs", []
-    if (folder / run_folder.STOPPED_FILE).is_file():
-        record = read_json(folder / run_folder.STOPPED_FILE, fix="train again with --overwrite")
+    path = examination.folder / run_folder.STOPPED_FILE
+    if path.is_file() and not examination.is_finished:
+        record = read_json(path, fix="train again with --overwrite")
         text = f"the training was stopped: {record['message']}"
-        if record["cause"] not in CAUSES:  # such as a full memory
-            raise InputError(text, where=record["where"], fix=record["fix"])
-        return text, [Evidence(record["cause"], 1.0, text)]
-    reach = "it has no checkpoint, so it ended before or in the first validation"
-    if checkpoint := run_folder.last_checkpoint(folder):
-        reach = f"its last complete checkpoint is {checkpoint.name}"
-    raise InputError(
-        f"the run was interrupted, its last files are not there; {reach}",
-        where=folder,
-        fix="read the error it ended with, then continue with 'python -m helpers train ... "
-        "--resume'; the gates below examine what can be examined without it",
-    )
+        if record["cause"] in CAUSES:  # others are such as a full memory
+            return text, [Evidence(record["cause"], 1.0, text)]
+    metrics = examination.files.metrics  # raises what the run lacks
+    return f"finished: {metrics['steps']} steps, {metrics['epochs']:g} epochs", []
 
 
 @gate(FILE_GATES, "weights as they are", "finite, and where a word can be learned")

@@ -48,6 +48,7 @@ ALIVE = {
 SAVED = {
     "keys with prefix": "keys of the adapter",
     "keys of another version": "keys of the adapter",
+    "alpha halved": "saved adapter",
 }
 """Fault of what was saved to the gate that sees it in the files."""
 LEARNED = {
@@ -60,7 +61,6 @@ LEARNED = {
         "scores hardly paid",
         "first epoch kept",
         "evaluation shifted",
-        "alpha halved",
         "weights rounded",
         "numbers lost",
     ),

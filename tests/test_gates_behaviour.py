@@ -191,7 +191,7 @@ def test_size_of_update_is_that_of_the_product(base, config):
     subject = SimpleNamespace(loaded=SimpleNamespace(model=model))
     text, evidence = gates.size_of_update(subject)
     assert "vision_encoder 0.00" in text
-    assert evidence == []
+    assert [one.cause for one in evidence] == ["adapter_at_zero"]
     for name, layer in gates.lora_layers(model):
         weights = layer.get_base_layer().weight.detach()
         torch.nn.init.zeros_(layer.lora_A["default"].weight)

@@ -11,7 +11,7 @@ from torchvision.ops import box_iou
 from helpers.data.prompts import absent_candidates, present_prompts
 from helpers.detect.predictor import untrained_prompts
 from helpers.diagnose.data_gates import MIN_IMAGES
-from helpers.diagnose.patient import FOUND, Inapplicable, Missing, evidence_if, gate
+from helpers.diagnose.patient import FOUND, Evidence, Inapplicable, Missing, evidence_if, gate
 from helpers.errors import InputError
 from helpers.model.audit import prompt_embeddings
 from helpers.model.lora import component_of, lora_layers
@@ -236,6 +236,8 @@ def size_of_update(examination):
     text = "median norm of update over weights: " + ", ".join(
         f"{name} {value:.2f}" for name, value in medians.items()
     )
+    if medians and not any(medians.values()):
+        return text, [Evidence("adapter_at_zero", 1.0, f"nothing was changed: {text}")]
     large = {name for name, value in medians.items() if value > MAX_UPDATE}
     # Where the text encoder alone is outgrown, its words have the say: see `words_apart`.
     return text, evidence_if(large - {"text_encoder"}, "overtrained", 0.95, text)

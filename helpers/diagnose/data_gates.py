@@ -70,12 +70,9 @@ def _annotation_files(examination):
 
 @gate(DATA_GATES, "annotations", "no error of boxes, masks and crowd flags")
 def _annotations_alone(examination):
-    splits, (mask_size, num_queries) = (
-        map(examination.split, examination.split_names),
-        examination.sizes,
-    )
+    mask_size, num_queries = examination.sizes
     findings, evidence = [], []
-    for split in splits:
+    for split in map(examination.split, examination.split_names):
         faults = check_annotations(split, mask_size=mask_size, num_queries=num_queries)
         findings += faults
         evidence += evidence_of(faults, split.num_objects)
@@ -191,12 +188,11 @@ def _masks_after_loader(examination):
     items = [(record, item) for record in _records(queries) for item in record.objects]
     in_files = sum(item.rle is not None or item.mask_problem is not None for _, item in items)
     readable = sum(has_mask(record, item) for record, item in items)
-    text = f"{masks} of {total} objects reach the loss with a mask; "
-    text += f"{readable} have a readable one in the files"
+    text = f"{masks} of {total} objects reach the loss with a mask"
     if not items:
-        text = f"{masks} of {total} objects reach the loss with a mask"
         has_masks = any(target["masks"].numel() for _, _, target in queries)
         return text, evidence_if(has_masks and masks < MIN_KEPT * total, "masks_lost", 0.9, text)
+    text += f"; {readable} have a readable one in the files"
     if masks < MIN_KEPT * min(readable, total):
         return text, [Evidence("masks_lost", 1.0, text)]
     # Unreadable masks are the business of another gate.
@@ -216,16 +212,10 @@ def box_targets(examination):
     if boxes.max() > 1 + OUTSIDE:
         text += ": they are pixels, not fractions"
         return text, [Evidence("wrong_box_targets", 1.0, text)]
-    of_masks = []
-    for _, _, target in queries:
-        for box, mask, is_valid in zip(*target.values(), strict=True):
-            if is_valid:
-                height, width = mask.shape
-                scale = torch.tensor([width, height, width, height])
-                tight = masks_to_boxes(mask[None].float())[0] + torch.tensor([0, 0, 1, 1])
-                of_masks.append((box, tight / scale))
-    if of_masks:
-        written, tight = map(torch.stack, zip(*of_masks, strict=True))
+    masked = [target for _, _, target in queries if target["mask_valid"].any()]
+    if masked:
+        written = torch.cat([target["boxes_cxcywh"][target["mask_valid"]] for target in masked])
+        tight = torch.cat([_boxes_of(target["masks"][target["mask_valid"]]) for target in masked])
         medians = {
             name: float(box_iou(box_convert(written, form, "xyxy"), tight).diagonal().median())
             for form, name in BOX_FORMS.items()
@@ -239,6 +229,13 @@ def box_targets(examination):
     outside = float(((corners < -OUTSIDE) | (corners > 1 + OUTSIDE)).any(1).float().mean())
     text += f"; {outside:.0%} leave the image if the first two numbers are the centre"
     return text, evidence_if(outside > MAX_OUTSIDE, "wrong_box_targets", 0.9, text)
+
+
+def _boxes_of(masks):
+    """Return the tight boxes of masks (n, h, w), corners as fractions."""
+    height, width = masks.shape[-2:]
+    corners = masks_to_boxes(masks.float()) + torch.tensor([0, 0, 1, 1])
+    return corners / torch.tensor([width, height, width, height])
 
 
 @gate(DATA_GATES, "objects of each prompt", "those of its own category")
@@ -271,11 +268,8 @@ def _nearly_the_same_names(examination):
         return "; ".join(pairs), [Evidence("category_names", 0.9, "; ".join(pairs))]
     # Where both have objects, each is taught to leave those of the other out. A name without objects
     # is never asked beside the other by `helpers.data.prompts`, and is no cause.
-    remarks = [
-        finding.message
-        for finding in check_categories(split)
-        if finding.code in ("D30_ROOT_CATEGORY", "D31_SIMILAR_NAMES")
-    ]
+    codes = ("D30_ROOT_CATEGORY", "D31_SIMILAR_NAMES")
+    remarks = [finding.message for finding in check_categories(split) if finding.code in codes]
     evidence = [Evidence("category_names", SLIP, remark) for remark in remarks]
     return "; ".join(remarks) or "no category is nearly another", evidence
 

@@ -236,16 +236,22 @@ def size_of_update(examination):
     text = "median norm of update over weights: " + ", ".join(
         f"{name} {value:.2f}" for name, value in medians.items()
     )
-    if medians and not any(medians.values()):
+    if not any(map(any, _update_ratios(examination).values())):
         return text, [Evidence("adapter_at_zero", 1.0, f"nothing was changed: {text}")]
     large = {name for name, value in medians.items() if value > MAX_UPDATE}
     # Where the text encoder alone is outgrown, its words have the say: see `words_apart`.
     return text, evidence_if(large - {"text_encoder"}, "overtrained", 0.95, text)
 
 
-@torch.no_grad()
 def _update_medians(examination):
     """Return the median over the modules of each component: dict of str to float."""
+    ratios = _update_ratios(examination)
+    return {name: float(np.median(values)) for name, values in ratios.items()}
+
+
+@torch.no_grad()
+def _update_ratios(examination):
+    """Return norm of the update over norm of the weights: dict of component to list of float."""
     ratios = {}
     for name, layer in lora_layers(examination.loaded.model):
         weights = layer.get_base_layer().weight.float().norm()
@@ -259,7 +265,7 @@ def _update_medians(examination):
                 weights = before[name].float().to(after.device)
                 ratio = float((after.float() - weights).norm() / weights.norm().clamp(min=1e-9))
                 ratios.setdefault(component_of(name), []).append(ratio)
-    return {name: float(np.median(values)) for name, values in ratios.items()}
+    return ratios
 
 
 @gate(BEHAVIOUR_GATES, "words of the text encoder", "trained words stay apart from others")

@@ -1,6 +1,6 @@
 """Planted faults, patients and the controlled experiment."""
 
-from helpers.lab.clinic import Clinic, signs_table
+from helpers.lab.clinic import Clinic, queries_of, signs_table
 from helpers.lab.experiment import FACTORS, SUSPECTS, TABLES, cells_of, run_cell
 from helpers.lab.faults import LESSON_FAULTS
 from helpers.lab.spoil import read_split_wrong_keys, write_broken_copy, write_copy

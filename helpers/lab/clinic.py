@@ -124,9 +124,7 @@ def deviations(signs, healthy):
 def take_signs(script, truth):
     """Measure what a script detects on a split with right annotations, as it stands."""
     try:
-        return signs_of(
-            [query for record in truth.records for query in asked(script, record, truth)]
-        )
+        return signs_of(queries_of(script, truth))
     except Exception as error:  # a fault may stop the pipeline anywhere: that is a sign too
         return VitalSigns(remark=f"raised {type(error).__name__}")
 

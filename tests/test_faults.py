@@ -19,7 +19,7 @@ from helpers.diagnose.diagnosis import GATES, pass_gate
 from helpers.diagnose.examination import FAILED
 from helpers.errors import InputError
 from helpers.files import CONFIGS, WALL_CRACKS
-from helpers.lab.careless import AFTER_TRAINING, IN_CODE, IN_MODEL, MISTAKES, Careless
+from helpers.lab.careless import AFTER_TRAINING, IN_CODE, MISTAKES, Careless
 from helpers.lab.faults import FAULTS, LESSON_FAULTS, SPOIL_SAVED, alive, left_in, planted
 from helpers.lab.spoil import NUM_IMAGES, SHRINK, SPOIL_DATA, write_broken_copy, write_copy
 
@@ -46,6 +46,7 @@ ALIVE = {
     "boxes left as fractions": "detection",
 }
 """Fault of the script to the gate that sees it in the kernel, before any training."""
+IN_MODEL = ("base from its config", "base not frozen", "lora b frozen")  # made when the model is
 SAVED = {
     "keys with prefix": "keys of the adapter",
     "keys of another version": "keys of the adapter",

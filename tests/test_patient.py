@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,7 @@ def test_a_peft_folder_is_asked_what_it_can_answer(peft_folder, data_dir):
     assert found.asked + len(open_gates) < len(found.gates)
     more = diagnose(peft_folder, data_dir=data_dir, words=["crack"])
     assert more.asked > found.asked + 10
+    assert not [gate for gate in more.open_gates if gate.needs is None]
     assert {gate.needs for gate in more.open_gates} == {
         "log",
         "settings",
@@ -161,7 +164,10 @@ def test_one_source_is_named(run_folder, capsys):
 def lora_model(seed=0):
     torch.manual_seed(seed)
     names = ["q_proj", "v_proj", "fc1"]
-    model = get_peft_model(Sam3Model(tiny_model().config), LoraConfig(r=4, target_modules=names))
+    with warnings.catch_warnings(action="ignore"):  # PEFT asks for an attribute's old name
+        model = get_peft_model(
+            Sam3Model(tiny_model().config), LoraConfig(r=4, target_modules=names)
+        )
     model.get_base_model().load_state_dict(wrapped(tiny_model(), model))
     for name, parameter in model.named_parameters():
         if ".lora_B" in name:
@@ -194,7 +200,7 @@ def batches(base, data_dir):
     config = tiny_run_config(base, data_dir)
     split = load_dataset(config).split("train")
     data = PromptDataset.from_config(config, split, tiny_model(), tiny_processor())
-    items = [data[index] for index in range(6)]
+    items = [data[index] for index in range(3)]
     batch = PromptCollator(data.processor)(items)
     names = [item["queries"][0]["image_id"] for item in items]
     targets = [{"boxes": t["boxes_cxcywh"], "masks": t["masks"]} for t in batch["targets"]]
@@ -354,11 +360,6 @@ def with_corners(outputs, targets):
             "no_objects",
         ),
         (without("loss_ce"), "loss and objects", "loss_weights"),
-        (
-            without("loss_bbox", "loss_giou", "loss_ce"),
-            "loss and objects",
-            "no_objects",
-        ),
         (with_corners, "loss and objects", "wrong_box_targets"),
     ],
 )
@@ -469,7 +470,7 @@ def test_one_batch_is_learned_and_the_weights_put_back(batches, data_dir):
     before = {name: p.detach().clone() for name, p in patient.model.named_parameters()}
     easy = lambda outputs, targets: (outputs.pred_logits - 1).square().mean()  # noqa: E731
     result = overfit_one_batch(
-        live(batches, data_dir, patient.model, loss=easy), learning_rate=0.01
+        live(batches, data_dir, patient.model, loss=easy), learning_rate=0.1, steps=20
     )
     assert result["learned"]
     assert result["last"] < 0.1 * result["first"]
@@ -479,11 +480,14 @@ def test_one_batch_is_learned_and_the_weights_put_back(batches, data_dir):
     assert all(torch.equal(p, before[name]) for name, p in patient.model.named_parameters())
 
 
-def test_overfit_is_a_command(base, data_dir, tmp_path, capsys):
+def test_overfit_is_a_command(base, data_dir, tmp_path, capsys, monkeypatch):
+    few = partial(overfit_one_batch, steps=3)
+    monkeypatch.setattr("helpers.diagnose.live_gates.overfit_one_batch", few)
     tiny_run_config(base, data_dir).save(tmp_path / "config.yaml")
-    assert main(["overfit", "--config", str(tmp_path / "config.yaml"), "--json"]) in (0, 1)
+    assert main(["overfit", "--config", str(tmp_path / "config.yaml"), "--json"]) == 1
     result = json.loads(capsys.readouterr().out)
     assert result["last"] < result["first"]
+    assert result["objects"] > 0
 
 
 # guards of any loop
@@ -491,7 +495,7 @@ def test_overfit_is_a_command(base, data_dir, tmp_path, capsys):
 
 def loop(model, change=lambda terms: terms, objects=2, steps=12, **options):
     """Train with a loop of three lines, the guards among them."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     guards = Guards()
     for _ in range(steps):
         total = sum(p.square().sum() for p in model.parameters())
@@ -519,7 +523,6 @@ def loop(model, change=lambda terms: terms, objects=2, steps=12, **options):
 def test_guards_stop_a_loop_that_is_not_ours(options, cause):
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 3)
-    model.named = None
     if cause is None:
         loop(model, **options)
     else:

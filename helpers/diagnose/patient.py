@@ -250,6 +250,11 @@ class Patient:
             return [self.prompt]
         return self.given_words or list(self.split("valid").categories)
 
+    @property
+    def asked_words(self):
+        """The words that were said to be asked now; none if nothing was said."""
+        return [self.prompt] if self.prompt else self.given_words * self.is_live
+
     @part
     def device(self):
         """Where run and base compute: the accelerator if there is one."""

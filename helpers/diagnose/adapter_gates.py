@@ -138,12 +138,19 @@ def _weights_are_in_memory(examination):
 
 @gate(CHECKPOINT_GATES, "saved adapter", "as trained, with alpha / rank of the config")
 def _saved_as_trained(examination):
-    run, lora = examination.files, examination.config.lora
-    saved = read_json(run.folder / CONFIG_FILE, fix="train again")
+    if examination.is_own or examination.is_live:
+        folder = examination.files.folder
+    else:
+        _ = examination.adapter_weights  # says what it needs
+        folder = examination.place
+    saved, lora = read_json(folder / CONFIG_FILE, fix="train again"), examination.config.lora
     text = f"alpha / rank is {saved['lora_alpha']:g} / {saved['r']} in the adapter, "
     text += f"{lora.alpha:g} / {lora.rank} in the config"
     is_scaled = saved["lora_alpha"] / saved["r"] != lora.alpha / lora.rank
     evidence = evidence_if(is_scaled, "merge_changed_outputs", 1.0, text)
+    if not examination.is_own:
+        return text, evidence
+    run = examination.files
     step = run.metrics["best_step"] or run.metrics["steps"]
     checkpoint = run.folder / CHECKPOINTS / f"checkpoint-{step}"
     if (checkpoint / WEIGHTS_FILE).is_file():

@@ -198,7 +198,13 @@ def _is_finished(examination):
 @gate(FILE_GATES, "weights as they are", "finite, and where a word can be learned")
 def weights_as_they_are(examination):
     """Say what the file of weights shows by itself, and what its import found."""
-    weights, findings = examination.raw_weights, examination.findings
+    findings = examination.findings
+    try:
+        weights = examination.raw_weights
+    except InputError as error:
+        if not str(error.where).endswith(WEIGHTS_FILE):
+            raise
+        return str(error), [Evidence("damaged_run", 1.0, str(error))]
     broken = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
     text = f"{len(weights)} tensors, NaN or infinite numbers in {len(broken)} of them"
     evidence = evidence_if(broken, "not_finite", 1.0, f"{text}, for example {broken[:1]}")

@@ -14,8 +14,7 @@ from helpers.diagnose.data_gates import MIN_IMAGES
 from helpers.diagnose.examination import evidence_if, gate
 from helpers.diagnose.patient import Inapplicable, Missing
 from helpers.errors import InputError
-from helpers.model.audit import prompt_embeddings
-from helpers.model.lora import component_of, lora_layers
+from helpers.model.lora import component_of, lora_layers, prompt_embeddings
 from helpers.model.prompted import PRESENCE_LOGIT_CLAMP
 
 OUT_OF_DOMAIN = ("zebra", "violin")  # words that no dataset of this kind shows

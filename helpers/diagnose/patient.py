@@ -24,11 +24,11 @@ from helpers.diagnose.logs import LOG_FILES, read_log, tidy_log
 from helpers.errors import InputError
 from helpers.files import CONFIGS, read_json, resolve
 from helpers.foreign import import_source
-from helpers.model.audit import adapter_report
 from helpers.model.lora import (
     BASE_FILE,
     CONFIG_FILE,
     WEIGHTS_FILE,
+    adapter_report,
     check_tensors,
     load_adapter,
     read_adapter_weights,

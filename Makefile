@@ -62,6 +62,7 @@ lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(RUN) -m jupyter lab --notebook-dir . notebooks/00_start_here.ipynb
 
 notebooks: $(STAMP) ## run the notebooks with their defaults and store the outputs in notebooks/
+	$(RUN) -m data.make_cheat_sheet
 	OMP_NUM_THREADS=1 $(RUN) -m helpers.course.run refresh $(ARGS)
 
 bench: $(STAMP) ## time training and detection case by case; numbers go to runs/benchmarks/
@@ -81,6 +82,7 @@ base: $(STAMP) ## train the embedded base data/tiny_sam3 again, from nothing (ho
 data: $(STAMP) ## generate data/wall_cracks and data/known_things again, the same files from the same seed
 	$(RUN) -m data.wall_cracks.make $(ARGS)
 	$(RUN) -m data.known_things.make $(ARGS)
+	$(RUN) -m data.patients.make
 
 lock: ## write requirements.lock from the newest versions the ranges in pyproject.toml allow
 	$(PYTHON) -m venv --clear .venv-lock

@@ -18,9 +18,9 @@ from helpers.lab.clinic import (
     Clinic,
     CureReport,
     VitalSigns,
-    asked,
     check_cause,
     deviations,
+    queries_of,
     signs_of,
     take_signs,
 )
@@ -181,7 +181,7 @@ def test_the_report_says_whether_detections_came_back():
 def test_shares_are_counted_over_images_and_absent_prompts(shared, data_dir):
     """Two of three images show cracks: one is outlined, one answered in a wrong place; moss once."""
     truth = read_split(data_dir, "valid")
-    answers = [query for record in truth.records for query in asked(shared.script, record, truth)]
+    answers = queries_of(shared.script, truth)
     shown = [query for query in answers if query.is_positive]
     changed = []
     for query in answers:

@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 from data.experiments.cells import SUSPECTS
 from data.experiments.statistics import steps_table
 from data.experiments.tables import load_table
+from data.make_cheat_sheet import SHEET, cheat_sheet
 from helpers.config import parse_yaml
 from helpers.course.run import STRIP_ARGUMENTS
 from helpers.environment import SUBJECT_PACKAGES
@@ -233,6 +234,12 @@ def imports_of(path):
 
 
 CLUSTER_JOBS = ROOT / "data" / "experiments" / "jobs.py"
+
+
+def test_the_cheat_sheet_is_that_of_the_catalogue():
+    assert SHEET.read_text(encoding="utf-8") == cheat_sheet(), (
+        "run `python -m data.make_cheat_sheet`"
+    )
 
 
 def test_every_import_is_declared():

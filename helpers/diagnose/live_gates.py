@@ -248,7 +248,7 @@ def detection(patient):
         if raw is None:
             raw = patient.predictor(adapted=True).raw(picture, [word])[0]
             everything = dict.fromkeys(low, 0.0)
-            if base_asked := _base_asked(patient, picture, word, raw.max_score, everything):
+            if base_asked := _base_asked(patient, picture, word, raw.scores, everything):
                 evidence += base_asked
                 continue
         scores, forms = [score for score, _, _ in found], score_forms(raw)
@@ -274,12 +274,13 @@ def detection(patient):
 
 
 def _base_asked(patient, picture, word, of_run, threshold):
-    """Return evidence if the best detection, made without the model, is what its base says."""
-    of_base = patient.predictor(adapted=False).raw(picture, [word])[0].max_score
+    """Return evidence if detections, made without the model, have the scores (Q,) of its base."""
+    of_base = patient.predictor(adapted=False).raw(picture, [word])[0].scores
     scores = [score for score, _, _ in detections_of(patient, picture, word, **threshold)]
     text = f"'{word}': detect does not ask the model that was given; its best score is the base's, "
-    text += f"{of_base:.3f}, where the model says {of_run:.3f}"
-    is_base = abs(max(scores, default=np.inf) - of_base) < SCORE_GAP < abs(of_run - of_base)
+    text += f"{of_base.max():.3f}, where the model says {of_run.max():.3f}"
+    is_other = abs(of_run.max() - of_base.max()) > SCORE_GAP or not _is_among(scores, of_run)
+    is_base = bool(scores) and _is_among(scores, of_base) and is_other
     return evidence_if(is_base, "weights_not_loaded", 1.0, text)
 
 

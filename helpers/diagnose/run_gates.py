@@ -155,6 +155,10 @@ def weights_as_they_are(examination):
         weights = examination.adapter_weights
     except Inapplicable:
         weights = dict(examination.loaded.model.named_parameters())
+    except InputError as error:
+        if not str(error.where).endswith(WEIGHTS_FILE):
+            raise
+        return str(error), [Evidence("damaged_run", 1.0, str(error))]
     findings = examination.findings
     broken = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
     text = f"{len(weights)} tensors, NaN or infinite numbers in {len(broken)} of them"

@@ -85,8 +85,6 @@ IN_CODE = (
     *("validation crashes", "scores hardly paid"),
 )
 """Mistakes that are lines of the script."""
-IN_MODEL = ("base from its config", "base not frozen", "lora b frozen")
-"""Those of them that are made when the model is."""
 AFTER_TRAINING = (
     *("loader without effect", "finest level dropped", "presence left out", "threshold fixed"),
     *("masks left at grid size", "boxes left as fractions"),

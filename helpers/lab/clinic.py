@@ -124,17 +124,30 @@ def deviations(signs, healthy):
 def take_signs(script, truth):
     """Measure what a script detects on a split with right annotations, as it stands."""
     try:
-        return signs_of(
-            [query for record in truth.records for query in asked(script, record, truth)]
-        )
+        return signs_of(queries_of(script, truth))
     except Exception as error:  # a fault may stop the pipeline anywhere: that is a sign too
         return VitalSigns(remark=f"raised {type(error).__name__}")
 
 
-def asked(script, record, truth):
-    """Ask a script for the words in a picture and for some absent ones: list of `Query`."""
-    present = present_prompts(record, truth.categories)
-    absent = [word for word in truth.categories if word not in present]
+def queries_of(script, split):
+    """Let a script detect what is in every picture of a split, and some absent words.
+
+    Parameters
+    ----------
+    script : helpers.lab.careless.Careless
+    split : helpers.data.Split
+
+    Returns
+    -------
+    list of Query
+        As `helpers.detect.predict_split` returns them, but made by the script's own detection.
+    """
+    return [query for record in split.records for query in _queries(script, record, split)]
+
+
+def _queries(script, record, split):
+    present = present_prompts(record, split.categories)
+    absent = [word for word in split.categories if word not in present]
     absent += absent_candidates(record, ABSENT_WORDS)
     picture, words, queries = open_upright(record.path), [*present, *absent], []
     outputs = script.answer(picture, words)

@@ -640,7 +640,9 @@ def _objects(target):
     boxes = torch.as_tensor(boxes).detach().float().cpu().reshape(-1, 4)
     masks = torch.as_tensor(target["masks"]).cpu() if "masks" in target else torch.zeros(0)
     has_masks = masks.numel() > 0
-    valid = masks.flatten(1).any(1) if has_masks else torch.zeros(len(boxes), dtype=torch.bool)
+    valid = (
+        masks.flatten(1).bool().any(1) if has_masks else torch.zeros(len(boxes), dtype=torch.bool)
+    )
     masks = masks if has_masks else torch.zeros(len(boxes), 0, 0)
     return {"boxes_cxcywh": boxes, "masks": masks, "mask_valid": valid}
 

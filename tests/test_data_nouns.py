@@ -16,13 +16,14 @@ from helpers.__main__ import main
 from helpers.config import load_config
 from helpers.data.coco import read_split
 from helpers.data.dataset import PromptDataset
-from helpers.data.prompts import (
+from helpers.data.records import (
     absent_candidates,
     normalise_noun,
     nouns_overlap,
     present_prompts,
+    refuse_unknown_categories,
+    rename_categories,
 )
-from helpers.data.records import refuse_unknown_categories, rename_categories
 from helpers.detect.queries import predict_split
 from helpers.errors import InputError
 from helpers.files import CONFIGS

@@ -14,14 +14,16 @@ from helpers.config import Config
 from helpers.data.coco import find_splits, read_split, split_folder
 from helpers.data.images import load_pixels, look_at
 from helpers.data.masks import clip_box, masks_on_grid
-from helpers.data.prompts import (
+from helpers.data.records import (
+    Split,
     absent_candidates,
     absent_prompts,
+    has_mask,
     nouns_overlap,
     present_prompts,
+    rename_categories,
     replayed_prompts,
 )
-from helpers.data.records import Split, has_mask, rename_categories
 from helpers.errors import InputError
 from helpers.files import file_digest, resolve
 
@@ -120,7 +122,7 @@ class PromptDataset(torch.utils.data.Dataset):
     resolution: int  # side of the square input in pixels
     mask_size: int  # and of the grid of predicted masks in cells
     prompt: str | None = None  # replaces every category name: one query for all objects
-    num_negatives: int = 0  # this and the next two: see `helpers.data.prompts.absent_prompts`
+    num_negatives: int = 0  # this and the next two: see `helpers.data.records.absent_prompts`
     negative_prompts: tuple[str, ...] = ()
     seed: int = 42
     resample_negatives: bool = True  # draw anew in each epoch (`set_epoch`)

@@ -47,15 +47,16 @@ _VIT_QUERY = re.compile(r"\.trunk\.blocks\.\d+\.attn\.q_proj$")
 # Without gradient where only words are asked: a softmax over one token, and boxes.
 _NEVER_TRAINED = re.compile(r"geometry_encoder\.(layers\.\d+\.self_attn\.[qk]_proj|boxes_)")
 _WORD_PARTS = {"text_encoder", "detr_encoder"}  # where a new word can be learned
+_LAYOUTS = {"native": "sompote", "peft": "twin"}
 _PROCESSOR_FILES = ("*processor_config.json", "tokenizer*", "vocab.json", "merges.txt")
 with (DATA / "import_findings.csv").open(encoding="utf-8", newline="") as _file:
     _FINDINGS = {row["code"]: row for row in csv.DictReader(_file)}
 
 
 class Finding(NamedTuple):
-    """A row of data/import_findings.csv, completed; the code is that of a cause, if there is one."""
+    """A row of data/import_findings.csv, completed."""
 
-    code: str
+    code: str  # that of a cause, if there is one
     message: str
 
 
@@ -98,30 +99,14 @@ class ImportReport:
 def import_source(source, output, config=None, base=None, alpha=None, orientation=None):
     """Write a LoRA as a PEFT folder, or a full checkpoint as a folder of `Sam3Model`.
 
-    Parameters
-    ----------
-    source : os.PathLike
-        Weights, or the folder with them: of Sompote/SAM3_LoRA, Meta's trainer, PEFT or transformers.
-    output : os.PathLike
-        Folder to write; must be empty or missing. It stays so unless everything went well.
-    config : os.PathLike, optional
-        YAML with ``lora.rank`` and ``lora.alpha``, by default the one beside the weights.
-    base : str, optional
-        A folder or a name on the hub, by default what a PEFT folder names, else facebook/sam3.
-    alpha : float, optional
-        Of the LoRA, where no file tells it.
-    orientation : {"native", "peft"}, optional
-        A as (in, r) or as (r, in), where the shapes leave it open.
+    ``source`` is a file of weights or the folder with it: of Sompote/SAM3_LoRA, Meta's trainer, PEFT
+    or transformers. ``output`` must be empty or missing, and stays so unless everything went well.
+    ``config`` is a YAML with ``lora.rank`` and ``lora.alpha``, by default the one beside the weights;
+    ``base`` a folder or a name on the hub, by default what a PEFT folder names, else facebook/sam3.
+    ``alpha`` of the LoRA is needed where no file tells it, and ``orientation``, "native" for A as
+    (in, r) or "peft" for (r, in), where the shapes leave it open.
 
-    Returns
-    -------
-    ImportReport
-        With ``kind``, ``base``, ``rank``, ``alpha``, ``modules``, ``parts``, ``findings``, ``status``.
-
-    Raises
-    ------
-    InputError
-        If it cannot be imported exactly; then nothing is written.
+    Returns an `ImportReport`. InputError if it cannot be imported exactly.
     """
     output = resolve(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -160,9 +145,9 @@ def _write_lora(found, staging, base, alpha, orientation):
     modules = {name: pair for name, pair in modules.items() if names[name]}
     orientation = "peft" if found.is_peft else orientation
     modules, orientation = _oriented(modules, layers, base, orientation, found.path)
-    kind = "sompote_lora" if orientation == "native" else "twin_lora"
-    if found.is_peft or modules.keys() <= shapes.keys():
-        kind = "peft" if modules.keys() <= shapes.keys() else "peft_over_meta"
+    kind = "peft_over_meta" if found.is_peft else f"{_LAYOUTS[orientation]}_lora"
+    if modules.keys() <= shapes.keys():
+        kind = "peft"
     ranks = Counter(len(A) for A, _ in modules.values())
     rank, alpha = ranks.most_common(1)[0][0], _alpha(found, ranks, alpha)
     tensors, rank_of = {}, {}
@@ -206,11 +191,13 @@ def _empty_base(name):
 def _oriented(modules, layers, base, orientation, path):
     """Turn all A to (r, in) and B to (out, r), as the user or the shapes of the whole file say."""
     options = {"native": {name: (A.T, B.T) for name, (A, B) in modules.items()}, "peft": modules}
-    misfits = {
-        option: [name for name, pair in pairs.items() if _shape(*pair) != layers.get(name, ())]
-        for option, pairs in options.items()
-        if orientation in (None, option)
-    }
+    misfits = {}
+    for option in options if orientation is None else [orientation]:
+        misfits[option] = [
+            name
+            for name, (A, B) in options[option].items()
+            if len(A) != B.shape[1] or layers.get(name) != (len(B), A.shape[1])
+        ]
     possible = [option for option, names in misfits.items() if not names]
     if len(possible) == 2:
         message = f"every A and B of {len(modules)} modules is square: their orientation is open"
@@ -228,26 +215,19 @@ def _oriented(modules, layers, base, orientation, path):
     return options[possible[0]], possible[0]
 
 
-def _shape(A, B):
-    """Return (out, in) of the layer that A (r, in) and B (out, r) are for; None without a rank."""
-    return (B.shape[0], A.shape[1]) if A.shape[0] == B.shape[1] else None
-
-
 def _alpha(found, ranks, alpha):
     """Return alpha as the user or the settings of the training give it; it is never guessed."""
     fix = f"give alpha with --alpha; usual is twice the rank, here {2 * ranks.most_common(1)[0][0]}"
     if alpha is None:
-        alpha, settings = found.settings.get("alpha"), found.settings
-        problem = None
+        settings, problem = found.settings, None
+        alpha = settings.get("alpha")
         if alpha is None:
             problem = "alpha is not in the weights, and there is no YAML with it"
         elif settings.get("use_rslora") or settings.get("alpha_pattern"):
             problem = "alpha is not the same for all modules (use_rslora, alpha_pattern)"
         elif settings.get("rank") not in (None, *ranks):
-            problem = (
-                f"the rank is {settings['rank']!r:.50} here and {', '.join(map(str, ranks))} in "
-            )
-            problem += f"the shapes of {found.path.name}: this is not the file of its training"
+            problem = f"the rank is {settings['rank']!r:.50} here and {', '.join(map(str, ranks))}"
+            problem += f" in the shapes of {found.path.name}: this is not the file of its training"
         if problem:
             fix = f"give the YAML of the training with --config, or {fix}"
             raise InputError(problem, where=found.where or found.path, fix=fix)
@@ -340,20 +320,9 @@ def _write_full(found, staging, base):
 def write_sompote(adapter, output, sections=None):
     """Write a PEFT folder in the layout of Sompote/SAM3_LoRA: the inverse of its import.
 
-    Parameters
-    ----------
-    adapter : os.PathLike
-        Folder of a PEFT adapter on `Sam3Model`.
-    output : os.PathLike
-        Folder, which gets ``best_lora_weights.pt`` and ``config.yaml``.
-    sections : dict, optional
-        More of the YAML, such as ``{"training": {"data_dir": ...}}``.
-
-    Returns
-    -------
-    pathlib.Path
-        The weights. Where A is the same for q, k and v of the ViT, they become one `qkv`; else they
-        stay apart, which only `import_source` reads.
+    The folder ``output`` gets ``config.yaml``, with more ``sections`` such as ``{"training": {...}}``,
+    and the weights, whose path is returned. Where A is the same for q, k and v of the ViT, they become
+    one `qkv`; else they stay apart, which only `import_source` reads.
     """
     found, output, layers = read_source(resolve(adapter)), resolve(output), {}
     matrices = lora_matrices(found)

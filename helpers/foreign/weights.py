@@ -216,9 +216,7 @@ def _renamed(name, rules):
     """Return a name after the first rule that fits, or None."""
     for pattern, template in rules:
         if match := pattern.match(name):
-            for number in match.groups():
-                template = template.replace("*", number, 1)
-            return template + name[match.end() :]
+            return template.replace("*", "{}").format(*match.groups()) + name[match.end() :]
     return None
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from transformers import Sam3Processor
 
 from helpers.config import Config, load_config
-from helpers.data.prompts import absent_candidates, present_prompts
+from helpers.data.records import absent_candidates, present_prompts
 from helpers.errors import InputError
 from helpers.files import read_json, resolve
 from helpers.model.lora import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE, load_adapter

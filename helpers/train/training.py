@@ -26,8 +26,7 @@ from helpers.data.dataset import (
     data_fingerprint,
     load_dataset,
 )
-from helpers.data.prompts import nouns_overlap
-from helpers.data.records import rename_categories
+from helpers.data.records import nouns_overlap, rename_categories
 from helpers.detect.knowledge import clear_answers, retention
 from helpers.environment import SUBJECT_PACKAGES, device
 from helpers.errors import InputError

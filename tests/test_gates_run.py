@@ -16,7 +16,7 @@ from helpers.diagnose.adapter_gates import (
 )
 from helpers.diagnose.examination import Examination, Inapplicable
 from helpers.diagnose.run_gates import RUN_GATES
-from helpers.files import CONFIGS
+from helpers.files import CONFIGS, write_text
 from helpers.model.losses import NATIVE_WEIGHTS
 from helpers.train.run import trained_parameters
 
@@ -153,7 +153,8 @@ def test_without_an_adapter_nothing_about_it_is_checked(records):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_run_and_base_compute_at_one_place_in_one_precision(run_copy, monkeypatch, precision):
     override = f"training.mixed_precision={precision}"
-    load_config(run_copy / "config.yaml", overrides=[override]).save(run_copy / "config.yaml")
+    config = load_config(run_copy / "config.yaml", overrides=[override])
+    write_text(run_copy / "config.yaml", config.to_yaml())
     monkeypatch.setattr(Examination, "device", torch.device("meta"))
     subject = Examination(run_copy)
     adapted = subject.loaded.model.get_base_model()

@@ -83,22 +83,10 @@ class NotebookRun(BaseModel):
 
 
 def start(name, *, profile, data_dir, seed, output_dir, fast_run, **thresholds):
-    """Validate the parameters of a notebook, set every seed, silence libraries, and print a line.
+    """Return a `NotebookRun` of valid parameters; set every seed, silence libraries, print a line.
 
-    Parameters
-    ----------
-    name, profile, seed, fast_run
-        See `NotebookRun`.
-    data_dir : str
-        Folder of the dataset; relative to the repository or ``notebooks/``.
-    output_dir : str
-        Folder for what the course writes. One that begins with ``..`` is seen from ``notebooks/``.
-    **thresholds : float
-        Probabilities such as ``score_threshold``, each in [0, 1].
-
-    Returns
-    -------
-    NotebookRun
+    ``data_dir`` is relative to the repository or ``notebooks/``; an ``output_dir`` that begins with
+    ``..`` is seen from ``notebooks/``. ``thresholds`` are probabilities such as ``score_threshold``.
     """
     require()
     parameters = {"profile": profile, "data_dir": data_dir, "seed": seed, "output_dir": output_dir}

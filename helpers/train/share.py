@@ -29,15 +29,8 @@ MERGE_FILE = "merge.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_IMAGES = 4
 NUM_PROMPTS = 6
-_MERGED_FILES = (
-    MERGE_FILE,
-    CARD_FILE,
-    "config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "*processor_config.json",
-    "tokenizer*",
-)
+_MERGED_FILES = (MERGE_FILE, CARD_FILE, "config.json", "*processor_config.json", "tokenizer*")
+_MERGED_FILES += ("model*.safetensors", "model.safetensors.index.json")
 _MISSING = {
     "base_model": "the base is a folder of this machine, and no name on the Hub",
     "library_name": "the Hub cannot show how to load the model",
@@ -48,7 +41,6 @@ _MISSING = {
 
 def model_card(run, own_resolution, merge=None):
     """Write the card of a run, or of its `merge`; `own_resolution` is that of the base itself."""
-    name = run.config.model.name
     versions = run_folder.read_run_file(run.folder / run_folder.VERSIONS_FILE)
     adapted = run.adapter[run.adapter["modules"] > 0].drop(index="total", errors="ignore")
     card = ModelCard.from_template(
@@ -62,7 +54,7 @@ def model_card(run, own_resolution, merge=None):
         total=run.adapter.loc["total"],
         modules=adapted["modules"].to_dict(),
         versions=versions.get("packages", {}),
-        on_hub=is_on_hub(name),
+        on_hub=is_on_hub(run.config.model.name),
         quoted=_quoted,
         in_code=_in_code,
         literal=_literal,

@@ -235,12 +235,9 @@ def _task(cell, following):
 
 def write_exercises(solutions=SOLUTIONS, exercises=EXERCISES):
     """Write the exercise of every solution in a folder; return the paths written."""
-    Path(exercises).mkdir(parents=True, exist_ok=True)
     made = {path.name: exercise_from(nbformat.read(path, 4)) for path in find_notebooks(solutions)}
-    return [
-        write_text(Path(exercises) / name, nbformat.writes(exercise) + "\n")
-        for name, exercise in made.items()
-    ]
+    texts = {name: nbformat.writes(exercise) + "\n" for name, exercise in made.items()}
+    return [write_text(Path(exercises) / name, text) for name, text in texts.items()]
 
 
 def _setting(text):

@@ -119,9 +119,8 @@ class BackboneCache:
             if checksum != _checksum(states):
                 damage = "its numbers are not those that were written"
         if damage is not None:
-            raise InputError(
-                f"cannot be read ({damage})", where=file, fix="delete it and train again"
-            )
+            fix = "delete it and train again"
+            raise InputError(f"cannot be read ({damage})", where=file, fix=fix)
         return states
 
     def _file_of(self, record):

@@ -101,9 +101,7 @@ def _targets_of(module_name, targets):
 
 def target_pattern(lora):
     """Write the names that `target_modules` lists as one regular expression for PEFT."""
-    names = dict.fromkeys(
-        spelling for name in lora.target_modules for spelling in SPELLINGS.get(name, (name,))
-    )
+    names = dict.fromkeys(s for name in lora.target_modules for s in SPELLINGS.get(name, (name,)))
     last = "|".join(map(re.escape, names))
     prefixes = [p for component in enabled_components(lora) for p in COMPONENTS[component]]
     inside = "|".join(re.escape(prefix) for prefix in prefixes)
@@ -130,24 +128,15 @@ def add_lora(model, lora):
     if lora_layers(model):
         raise InputError("the model already carries LoRA", fix="load the base again")
     if lora.apply_to_geometry_encoder and not model.native_prompt:
-        warnings.warn(
-            "apply_to_geometry_encoder: without model.native_prompt text prompts never pass through "
-            "the geometry encoder, so its LoRA gets no gradient and stays zero",
-            stacklevel=2,
-        )
+        text = "apply_to_geometry_encoder: without model.native_prompt text prompts never pass "
+        text += "through the geometry encoder, so its LoRA gets no gradient and stays zero"
+        warnings.warn(text, stacklevel=2)
     expected = {name for names in target_modules(model, lora).values() for name in names}
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=target_pattern(lora),
-        bias="none",
-    )
+    settings = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    config = LoraConfig(**settings, target_modules=target_pattern(lora))
     peft_model = _wrap(model, config)
-    adapted = {name for name, _ in lora_layers(peft_model)}
-    if adapted != expected:
-        message = f"PEFT adapted {len(adapted)} modules, expected {len(expected)}; the first that "
-        message += f"differs is {min(adapted ^ expected)}"
+    if others := {name for name, _ in lora_layers(peft_model)} ^ expected:
+        message = f"PEFT and these settings differ in {len(others)} modules, such as {min(others)}"
         raise InputError(message, where="lora.target_modules", fix="name linear layers only")
     return peft_model
 
@@ -225,18 +214,17 @@ def load_adapter(model, folder, *, lora=None, is_trainable=False):
 def load_adapter_weights(model, weights, folder):
     """Copy the tensors of a folder into a model with LoRA, refusing any that do not fit."""
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    problems = []
-    if missing := sorted(set(expected) - set(weights)):
-        problems.append(f"{len(missing)} of {len(expected)} keys missing, such as {missing[0]}")
-    if unexpected := sorted(set(weights) - set(expected)):
-        problems.append(f"{len(unexpected)} keys unexpected, such as {unexpected[0]}")
-    for name in sorted(set(expected) & set(weights)):
-        if expected[name].shape != weights[name].shape:
-            shapes = f"{tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
-            problems.append(f"{name} has shape {shapes}")
-            break
-    if problems:
-        raise _another_base(folder, "; ".join(problems))
+    problems = {
+        f"of {len(expected)} keys missing": expected.keys() - weights.keys(),
+        "keys unexpected": weights.keys() - expected.keys(),
+        "keys of another shape": {
+            f"{name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+            for name, tensor in weights.items()
+            if name in expected and tensor.shape != expected[name].shape
+        },
+    }
+    if texts := [f"{len(k)} {text}, such as {min(k)}" for text, k in problems.items() if k]:
+        raise _another_base(folder, "; ".join(texts))
     check_tensors(weights, Path(folder) / WEIGHTS_FILE)
     set_peft_model_state_dict(model, weights)
 

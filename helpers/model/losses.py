@@ -193,9 +193,7 @@ def _map_losses(pairs, outputs, settings):
     focal, dice = [nothing], [nothing]
     for logits, masks in pairs:
         size = masks.shape[-2:]
-        logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)[
-            :, 0
-        ]
+        logits = F.interpolate(logits.float(), size=size, mode="bilinear").squeeze(1)
         focal.append(sigmoid_focal_loss(logits, masks, **settings).mean((1, 2)).sum())
         prob, true = logits.sigmoid().flatten(1), masks.flatten(1)
         common = (prob * true).sum(1)

@@ -53,10 +53,8 @@ def repeat_vision_embeds(vision_embeds, image_index, num_prompts):
             raise ValueError(f"{num_images} images and {num_prompts} prompts need an image_index")
         image_index = torch.zeros(num_prompts, dtype=torch.long)
     if len(image_index) != num_prompts or int(image_index.max()) >= num_images:
-        raise ValueError(
-            f"image_index {image_index.tolist()} does not pair {num_prompts} prompts with "
-            f"{num_images} images"
-        )
+        pairs = f"{num_prompts} prompts with {num_images} images"
+        raise ValueError(f"image_index {image_index.tolist()} does not pair {pairs}")
     index = image_index.to(features[0].device)
     # Position encodings depend on the size of the map only, so all rows are equal.
     positions = vision_embeds.fpn_position_encoding
@@ -155,11 +153,8 @@ class PromptedSam3(Sam3Model):
             side = round(num_patches**0.5)
             spatial = backbone_states.view(num_images, side, side, -1).permute(0, 3, 1, 2)
             maps, positions = self.vision_encoder.neck(spatial)
-            return Sam3VisionEncoderOutput(
-                last_hidden_state=backbone_states,
-                fpn_hidden_states=maps,
-                fpn_position_encoding=positions,
-            )
+            pyramids = {"fpn_hidden_states": maps, "fpn_position_encoding": positions}
+            return Sam3VisionEncoderOutput(last_hidden_state=backbone_states, **pyramids)
 
     def forward(
         self,
@@ -195,9 +190,8 @@ class PromptedSam3(Sam3Model):
             reference_logits = inverse_sigmoid(decoder.reference_boxes)
             boxes_cxcywh = (reference_logits + captured["box_offsets"]).sigmoid()
         stacked = (captured["logits"].squeeze(-1), boxes_cxcywh, decoder.presence_logits)
-        *aux, last = (
-            dict(zip(_LAYER_OUTPUTS, layer, strict=True)) for layer in zip(*stacked, strict=True)
-        )
+        layers = zip(*stacked, strict=True)
+        *aux, last = (dict(zip(_LAYER_OUTPUTS, layer, strict=True)) for layer in layers)
         return PromptedSam3Output(
             **{field.name: getattr(outputs, field.name) for field in fields(outputs)},
             pred_boxes_cxcywh=last["pred_boxes_cxcywh"],
@@ -209,11 +203,8 @@ class PromptedSam3(Sam3Model):
     def _capture_decoder(self):
         """Collect the last outputs of decoder and heads; again means another dropout."""
         captured = {}
-        modules = {
-            "decoder": self.detr_decoder,
-            "box_offsets": self.detr_decoder.box_head,
-            "logits": self.dot_product_scoring,
-        }
+        modules = {"decoder": self.detr_decoder, "logits": self.dot_product_scoring}
+        modules["box_offsets"] = self.detr_decoder.box_head
         with ExitStack() as hooks:
             for name, module in modules.items():
                 hook = partial(_keep_output, captured, name)
@@ -232,10 +223,8 @@ def _keep_output(captured, name, module, args, output):
 
 def loss_inputs(outputs):
     """Pick what `sam3_losses` reads out of the outputs, in float32: a dict of tensors and ``aux``."""
-    final, *aux = [
-        {name: layer[name].float() for name in _LAYER_OUTPUTS}
-        for layer in (outputs, *outputs["aux"])
-    ]
+    layers = outputs, *outputs["aux"]
+    final, *aux = [{name: layer[name].float() for name in _LAYER_OUTPUTS} for layer in layers]
     final |= {name: outputs[name].float() for name in ("pred_masks", "semantic_logits")}
     return final | {"aux": aux}
 

@@ -301,10 +301,7 @@ def yaml_text(values):
 
 
 def parse_yaml(text, *, where):
-    """Return the content of a document of YAML 1.2, where ``5e-5`` is a float and ``no`` a string.
-
-    An InputError names `where`, line and column if it is no YAML or gives a key twice.
-    """
+    """Return the content of a document of YAML 1.2; InputError if it is none or gives a key twice."""
     if len(text) > _MAX_CHARACTERS or text.count("[") + text.count("{") > _MAX_BRACKETS:
         raise InputError("too long or too deep for a configuration", where=where, fix="shorten it")
     try:
@@ -383,10 +380,8 @@ def _overlay(values, origins, layer, where):
 
 def _unknown_key(full_name, key, valid, where):
     """Build the InputError for a key that no section has, naming the closest valid one."""
-    sections = Config.model_fields.items()
-    elsewhere = [
-        f"{name}.{key}" for name, field in sections if key in field.annotation.model_fields
-    ]
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    elsewhere = [f"{name}.{key}" for name in sections if key in sections[name].model_fields]
     close = elsewhere or difflib.get_close_matches(key[:100], valid, n=1, cutoff=0.5)
     fix = f"did you mean '{close[0]}'?" if close else f"valid keys are {', '.join(valid)}"
     return InputError(f"unknown key {_short(full_name)}", where=where, fix=fix)

@@ -6,7 +6,6 @@ with an eps of 1e-5 in the LayerNorm of the ViT, where transformers has 1e-6 (lo
 """
 
 import csv
-import math
 import re
 import shutil
 from collections import Counter
@@ -90,9 +89,8 @@ class ImportReport:
         lines = [f"imported: {self.kind} for {self.base}"]
         if self.rank is not None:
             parts = ", ".join(f"{count} in {part}" for part, count in self.parts.items())
-            lines.append(
-                f"  rank {self.rank}, alpha {self.alpha:g}, {self.modules} modules: {parts}"
-            )
+            scale = f"rank {self.rank}, alpha {self.alpha:g}"
+            lines.append(f"  {scale}, {self.modules} modules: {parts}")
         return "\n".join([*lines, *(f"  {code}: {message}" for code, message in self.findings)])
 
 
@@ -135,8 +133,7 @@ def _write_lora(found, staging, base, alpha, orientation):
         if len(unknown) == len(modules) or not all(map(WITHOUT_COUNTERPART.match, unknown)):
             message = f"adapts {len(unknown)} modules that SAM3 has not, such as {unknown[-1]}"
             raise InputError(message, where=found.path, fix="name a LoRA of SAM3")
-        left_out = {"count": len(unknown), "names": ", ".join(unknown)}
-        findings.append(_finding("no_counterpart", **left_out))
+        findings.append(_finding("no_counterpart", count=len(unknown), names=", ".join(unknown)))
     layers = {
         name: (sum(shapes[hf][0] for hf in group), shapes[group[0]][1])
         for name, group in names.items()
@@ -231,8 +228,7 @@ def _alpha(found, ranks, alpha):
         if problem:
             fix = f"give the YAML of the training with --config, or {fix}"
             raise InputError(problem, where=found.where or found.path, fix=fix)
-    is_number = type(alpha) in (int, float) and math.isfinite(alpha)
-    if not is_number or not 0 < alpha <= lora.MAX_SCALE * min(ranks):
+    if type(alpha) not in (int, float) or not 0 < alpha <= lora.MAX_SCALE * min(ranks):
         raise InputError(f"alpha is {alpha!r:.100}", where=found.where or "--alpha", fix=fix)
     return alpha
 
@@ -258,12 +254,10 @@ def _lora_findings(modules, names, parts, asked):
     elif _WORD_PARTS.isdisjoint(parts):
         findings.append(_finding("no_word_module"))
     trained = [n for n in modules if not all(map(_NEVER_TRAINED.match, names[n]))]
-    zeros = [name for name in trained if not modules[name][1].any()]
-    if zeros and len(zeros) == len(trained):
-        findings.append(_finding("adapter_at_zero", count=count))
-    elif zeros:
+    if zeros := [name for name in trained if not modules[name][1].any()]:
+        code = "adapter_at_zero" if len(zeros) == len(trained) else "adapter_partly_at_zero"
         listed = {"zeros": len(zeros), "names": ", ".join(zeros)}
-        findings.append(_finding("adapter_partly_at_zero", count=count, **listed))
+        findings.append(_finding(code, count=count, **listed))
     if "geometry_encoder" in parts:
         findings.append(_finding("missing_geometry_token"))
     return findings
@@ -331,7 +325,7 @@ def write_sompote(adapter, output, sections=None):
             fix = "train without this module"
             raise InputError(f"{name} is not in Meta's code", where=found.path, fix=fix)
         layers[to_native(name)] = A.T, B.T
-    for name in [name for name in layers if _VIT_QUERY.search(name)]:
+    for name in filter(_VIT_QUERY.search, list(layers)):
         stem, A = name.removesuffix("q_proj"), layers[name][0]
         group = [f"{stem}{letter}_proj" for letter in "qkv"]
         if all(key in layers and layers[key][0].equal(A) for key in group):

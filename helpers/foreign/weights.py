@@ -28,9 +28,7 @@ _TABLES = ("model", "state_dict", "lora_state_dict", "model_state_dict")
 _MEMORY_MAPPED = 2**30  # bytes from which a file stays on disk; its checksums are not compared then
 _AGAIN = "copy or download the file again, and compare its size"
 # What programs put before the names of Meta's and transformers' modules, and what the tracker has.
-_PREFIX = re.compile(
-    r"(module|_orig_mod|base_model\.model|sam3_model|model|detector_model|detector)\."
-)
+_PREFIX = re.compile(r"(module|_orig_mod|base_model\.model|(sam3_)?model|detector(_model)?)\.")
 _TRACKER = re.compile(r"tracker(_model|_neck)?\.|.*\bsam2_convs\.")
 _MATRIX = re.compile(r"(.+?)\.(?:lora\.)?lora_([AB])(?:\.default)?(?:\.weight)?")
 
@@ -103,9 +101,8 @@ def _is_peft(folder):
 def _weights_in(folder):
     """Return the file of weights in a folder, or the folder if it is PEFT's or transformers'."""
     for place in (folder, folder / "adapter"):
-        if _is_peft(place) or (
-            (place / "config.json").is_file() and any(place.glob("*.safetensors"))
-        ):
+        is_model = (place / "config.json").is_file() and any(place.glob("*.safetensors"))
+        if is_model or _is_peft(place):
             return place
     for name in _USUAL_FILES:
         if (folder / name).is_file():
@@ -149,11 +146,9 @@ def _tensors_in(content, path):
         if tensors:
             return tensors, others
     keys = f" with the keys {', '.join(map(str, others)):.100}" if others else ""
-    raise InputError(
-        f"holds no tensor but a {type(content).__name__}{keys}",
-        where=path,
-        fix="name a file of weights; one of LoRA is empty where no module was adapted",
-    )
+    message = f"holds no tensor but a {type(content).__name__}{keys}"
+    fix = "name a file of weights; one of LoRA is empty where no module was adapted"
+    raise InputError(message, where=path, fix=fix)
 
 
 def _without_prefixes(tensors, path):
@@ -204,12 +199,9 @@ def _yaml_beside(folder):
     return files[0] if files else None
 
 
-def _rules(rows):
-    """Return (pattern of a name and of what is in it, template) pairs."""
-    return [
-        (re.compile(re.escape(name).replace(r"\*", r"(\d+)") + r"(?=\.|$)"), template)
-        for name, template in rows
-    ]
+def _pattern(name):
+    """Return the pattern of a module in the table and of what is in it."""
+    return re.compile(re.escape(name).replace(r"\*", r"(\d+)") + r"(?=\.|$)")
 
 
 def _renamed(name, rules):
@@ -222,8 +214,8 @@ def _renamed(name, rules):
 
 with (DATA / "native_names.csv").open(encoding="utf-8", newline="") as _file:
     _ROWS = [(row["meta"], row["transformers"]) for row in csv.DictReader(_file)]
-_TO_HF = _rules(_ROWS)
-_TO_NATIVE = _rules((hf, native) for native, hf in _ROWS)
+_TO_HF = [(_pattern(native), hf) for native, hf in _ROWS]
+_TO_NATIVE = [(_pattern(hf), native) for native, hf in _ROWS]
 
 
 def to_hf(name):
@@ -240,8 +232,5 @@ def to_hf(name):
 
 
 def to_native(name):
-    """Return the name in Meta's code of a module of transformers', or None.
-
-    Of the ViT's q, k and v, which Meta's code has in one `qkv`, it is `attn.q_proj` and so on.
-    """
+    """Return the name in Meta's code of a module, or None; q, k and v of the ViT are named apart."""
     return _renamed(name, _TO_NATIVE)

@@ -177,10 +177,8 @@ def write_tensors(path, tensors, metadata=None):
 def load_adapter(model, folder, *, lora=None, is_trainable=False):
     """Put a saved adapter on its base, completely or not at all; in eval mode unless trainable.
 
-    The base then gets its prompts as the adapter was trained on them, with the native token or not.
-
-    InputError, by file, key and value, if a file is missing or damaged, rank or alpha are not those
-    of `lora` of the run, or the adapter was made for another base.
+    The base gets its prompts as the adapter was trained on them. InputError if a file is missing or
+    damaged, rank or alpha are not those of `lora`, or the adapter was made for another base.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -269,8 +267,7 @@ def _check_config(content, expected, path):
         raise InputError(f"is of type {kind!r}, expected 'LORA'", where=path, fix=_NAME_A_RUN)
     are_numbers = type(rank) is int and type(alpha) in (int, float)
     if not are_numbers or not 0 < alpha <= MAX_SCALE * rank:
-        limit = f"{MAX_SCALE:g} times r, {rank!r:.100}"
-        message = f"lora_alpha is {alpha!r:.100}, not between 0 and {limit}"
+        message = f"lora_alpha is {alpha!r:.100} and r {rank!r:.100}"
         raise InputError(message, where=path, fix=_RESTORE)
     for key in ("r", "lora_alpha"):
         if expected.get(key) not in (None, content[key]):
@@ -296,10 +293,7 @@ def adapter_report(model):
     """
     layers = lora_layers(model)
     total = sum(parameter.numel() for parameter in model.parameters())
-    groups = {
-        component: [layer for name, layer in layers if component_of(name) == component]
-        for component in COMPONENTS
-    }
+    groups = {part: [x for name, x in layers if component_of(name) == part] for part in COMPONENTS}
     groups["total"] = [layer for _, layer in layers]
     rows = {name: _measure(group, total) for name, group in groups.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("component")

@@ -46,10 +46,7 @@ def best_device():
 
 
 def has_native_prompt(config, name_or_path):
-    """Return whether a base was trained with the geometry encoder's token behind every prompt.
-
-    Its config says so, or it is facebook/sam3. The geometry encoder of our small bases is untrained.
-    """
+    """Return whether a base was trained with `native_prompt`: as its config says; facebook/sam3 was."""
     is_meta = str(name_or_path).startswith("facebook/sam3")
     return bool(getattr(config, "native_prompt", is_meta))
 
@@ -92,11 +89,8 @@ def load_base(name_or_path, revision=None, dtype=None, resolution=None, native_p
 
 def base_fingerprint(model):
     """Hash names, shapes and some bfloat16 values of a base, with or without adapter: 16 hex digits."""
-    tensors = {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in base_of(model).state_dict().items()
-        if ".lora_" not in name
-    }
+    state = base_of(model).state_dict()
+    tensors = {n.replace(".base_layer.", "."): t for n, t in state.items() if ".lora_" not in n}
     names = sorted(tensors)
     digest = hashlib.sha256(repr([(n, tuple(tensors[n].shape)) for n in names]).encode())
     for name in names[:: max(len(names) // _NUM_FINGERPRINT_TENSORS, 1)]:

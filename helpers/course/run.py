@@ -254,8 +254,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m helpers.course.run", **form)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute the course and write summary.json")
-    folder = {"type": resolve, "default": COURSE_RUN, "help": "folder (default runs/course)"}
-    run.add_argument("--output", **folder)
+    run.add_argument("--output", type=resolve, default=COURSE_RUN, help="(default runs/course)")
     run.add_argument("--set", type=_setting, action="append", default=[], metavar="NAME=VALUE")
     refresh_parser = commands.add_parser("refresh", help="store fresh outputs in notebooks/")
     for command in (run, refresh_parser):

@@ -143,11 +143,10 @@ class Guards(TrainerCallback):
         }
         total = terms.pop("loss", None)
         total = sum(terms.values()) if total is None else total
-        named = {
-            kind: [v for name, v in terms.items() if any(word in name.lower() for word in words)]
-            for kind, words in _TERMS.items()
-        }
-        parts = {kind: sum(values) if values else 1.0 for kind, values in named.items()}
+        parts = {}
+        for kind, words in _TERMS.items():
+            values = [v for n, v in terms.items() if any(word in n.lower() for word in words)]
+            parts[kind] = sum(values) if values else 1.0
         if num_absent is not None:
             self._images_until["absent"] = PATIENCE
         self.weights = dict.fromkeys(terms, 1.0)

@@ -14,7 +14,7 @@ from transformers import Sam3Processor
 
 from helpers.config import Config, load_config
 from helpers.data.records import absent_candidates, present_prompts
-from helpers.errors import InputError
+from helpers.errors import InputError, explain
 from helpers.files import read_json, resolve
 from helpers.model.lora import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from helpers.model.sam3 import base_dtype, load_base
@@ -200,11 +200,9 @@ def _read_audit(path):
 
 def _read_table(path, columns):
     """Return a complete CSV file of a run with these columns, all but ``component`` of numbers."""
-    try:
+    with explain((OSError, ValueError), "cannot be read", where=path, fix=_TRAIN_AGAIN):
         is_complete = path.read_text(encoding="utf-8").endswith("\n")
         table = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise _damaged(path, f"cannot be read ({error})") from error
     if missing := [name for name in columns if name not in table]:
         raise _damaged(path, f"the column '{missing[0]}' is missing")
     if not is_complete or table.empty:

@@ -71,15 +71,12 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The base model: its name or folder, its revision and its square input size in pixels.
-
-    With `native_prompt`, the geometry encoder's token follows every prompt, as in Meta's code; null
-    means as the base was trained.
-    """
+    """The base model, and its square input size in pixels."""
 
     name: Name
     revision: Revision | None
     resolution: Annotated[int, Field(ge=28, le=4032)]
+    # Whether the geometry encoder's token follows every prompt; null: as the base was trained.
     native_prompt: bool | None = None
 
 

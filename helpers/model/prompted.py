@@ -28,10 +28,7 @@ _LAYER_OUTPUTS = ("pred_logits", "pred_boxes_cxcywh", "presence_logits")
 
 
 class Float32Positions(Sam3SinePositionEmbedding):
-    """The position codes of the feature maps, always in float32; all images share one.
-
-    In bfloat16, as the port has it, a code of 72 x 72 cells is off by up to 0.034.
-    """
+    """Position codes of feature maps, shared by all images, in float32: bfloat16 is off by 0.034."""
 
     def forward(self, shape, device, dtype, mask=None):
         """Return the codes of a map of `shape` (I, C, h, w), float32 whatever `dtype` says."""
@@ -40,10 +37,7 @@ class Float32Positions(Sam3SinePositionEmbedding):
 
 
 def repeat_vision_embeds(vision_embeds, image_index, num_prompts):
-    """Give each of B prompts the feature maps of its image.
-
-    `image_index` is (B,) int64 in [0, I); None pairs image i with prompt i, or one image with all.
-    """
+    """Give each of B prompts the maps of image `image_index` (B,); None pairs them or repeats one."""
     features = vision_embeds.fpn_hidden_states
     num_images = len(features[0])
     if image_index is None:
@@ -258,10 +252,7 @@ def model_inputs(batch, device):
 
 
 def outputs_by_rows(model, batch, device, autocast=nullcontext):
-    """Run a batch of `PromptCollator` in parts of at most `ROWS_AT_ONCE` of its B rows.
-
-    Yields slices of the rows and their outputs; `autocast` returns the context of a run.
-    """
+    """Run a batch in parts of at most `ROWS_AT_ONCE` rows; yield slices of rows, and their outputs."""
     inputs = model_inputs(batch, device)
     seen = [inputs.pop(name, None) for name in _VISION_INPUTS]
     with autocast():

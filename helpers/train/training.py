@@ -200,9 +200,8 @@ def train(
     Returns
     -------
     helpers.train.run.RunResult
-        With the checkpoint of the best ``evaluation.metric_for_best`` on the validation split, or
-        the last if that metric never rose above 0. Its config leaves the mask decoder out if no
-        object of the training split has a mask.
+        With the checkpoint of the best ``evaluation.metric_for_best``, or the last if that never
+        rose above 0. Its config leaves the mask decoder out if no training object has a mask.
     """
     folder = resolve(output_dir or config.output.output_dir)
     state = run_folder.state_of(folder, config, resume=resume, overwrite=overwrite)
@@ -317,8 +316,8 @@ def _readable_errors(trainer):
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         where, step = trainer.args.output_dir, trainer.state.global_step
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        memory_errors = (torch.OutOfMemoryError, MemoryError)
-        if isinstance(error, memory_errors) or "allocate memory" in str(error):
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if is_memory or "allocate memory" in str(error):
             message = f"out of memory at step {step}: {reason}"
             fix = "set training.gradient_checkpointing=true, or lower training.batch_size, "
             fix += "data.num_negatives or model.resolution; 'python -m helpers train --dry-run' tests it"

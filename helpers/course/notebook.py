@@ -31,8 +31,7 @@ def _output_folder(output_dir):
     if not isinstance(output_dir, str):
         raise ValueError("Input should be text")
     is_seen_from_notebooks = Path(output_dir).parts[:1] == ("..",)
-    folder = NOTEBOOKS / output_dir if is_seen_from_notebooks else resolve(output_dir)
-    folder = folder.resolve()
+    folder = (NOTEBOOKS / output_dir if is_seen_from_notebooks else resolve(output_dir)).resolve()
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
             raise ValueError(f"{place} is a file; name a folder")

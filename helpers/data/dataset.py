@@ -161,11 +161,7 @@ class PromptDataset(torch.utils.data.Dataset):
 
     @classmethod
     def for_evaluation(cls, split, model, processor, *, prompt=None, absent_prompts=(), **changes):
-        """Build the questions of an evaluation, the same in every epoch.
-
-        Every category, or ``prompt`` in their place, is asked on every image, and every absent noun
-        wherever the picture is not known to show it. The model may have an adapter.
-        """
+        """Ask each category, or ``prompt``, on every image, and absent nouns where they may be absent."""
         num_nouns = len(split.categories if prompt is None else (prompt,)) + len(absent_prompts)
         settings = {
             "resolution": model.resolution,
@@ -187,10 +183,7 @@ class PromptDataset(torch.utils.data.Dataset):
         return (*self.own_names, *self.negative_prompts)
 
     def set_replay(self, answers):
-        """Ask words of the base, too, and never as absent where they may be in the picture.
-
-        ``answers`` maps image ids to what `helpers.detect.knowledge.clear_answers` returns.
-        """
+        """Ask words of the base, too, by its `clear_answers`: never as absent where they may be."""
         self.replay = {name: words for name, (words, _) in answers.items()}
         self.records = [
             replace(record, contents=record.contents | answers[record.image_id][1])

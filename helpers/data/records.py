@@ -191,9 +191,7 @@ def absent_candidates(record, nouns):
     """
     in_picture = {item.category for item in record.objects} | record.contents
     in_picture |= {item.file_category for item in record.objects if item.file_category}
-    return [
-        noun for noun in nouns if not any(nouns_overlap(noun, present) for present in in_picture)
-    ]
+    return [noun for noun in nouns if not any(nouns_overlap(noun, known) for known in in_picture)]
 
 
 def absent_prompts(record, own_names, other_nouns, count, *, seed, epoch):

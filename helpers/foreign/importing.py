@@ -381,10 +381,7 @@ class Source:
 
 
 def read_source(source, config=None):
-    """Find and read the weights in a file or folder, and the settings beside them or in `config`.
-
-    InputError if there are none, or they are empty, cut off, a Git LFS pointer or more than tensors.
-    """
+    """Find and read the weights in a file or folder, and the settings beside them or in `config`."""
     if not source.exists():
         raise InputError("no such file or folder", where=source, fix="check the path")
     path = _weights_in(source) if source.is_dir() else source

@@ -175,11 +175,7 @@ def write_tensors(path, tensors, metadata=None):
 
 
 def load_adapter(model, folder, *, lora=None, is_trainable=False):
-    """Put a saved adapter on its base, completely or not at all; in eval mode unless trainable.
-
-    The base gets its prompts as the adapter was trained on them. InputError if a file is missing or
-    damaged, rank or alpha are not those of `lora`, or the adapter was made for another base.
-    """
+    """Put a saved adapter on its base, completely or not at all, with the prompts of its training."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError("no such folder", where=folder, fix=_NAME_A_RUN)

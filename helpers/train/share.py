@@ -249,9 +249,9 @@ def _merge_into(staging, run, dtype):
     evaluation, settings = run.config.evaluation, run.config.model
     thresholds = evaluation.score_threshold, evaluation.mask_threshold
     source, images = _sample_images(run.config)
-    prompts = [*run.prompts["prompts"], *evaluation.absent_prompts]  # trained ones first
-    prompts += [*run.prompts["negatives"], GENERIC_PROMPT]
-    prompts = list(dict.fromkeys(prompts))[:NUM_PROMPTS]
+    words = [*run.prompts["prompts"], *evaluation.absent_prompts]  # trained ones first
+    words += [*run.prompts["negatives"], GENERIC_PROMPT]
+    prompts = list(dict.fromkeys(words))[:NUM_PROMPTS]
 
     def answers(model, processor):
         predictor = Predictor(model, processor)

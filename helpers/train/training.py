@@ -19,13 +19,8 @@ from transformers import ProgressCallback, TrainerCallback, set_seed
 
 from helpers.checks.dataset import check_dataset
 from helpers.config import load_config
-from helpers.data.dataset import (
-    PromptCollator,
-    PromptDataset,
-    count_objects,
-    data_fingerprint,
-    load_dataset,
-)
+from helpers.data import PromptCollator, PromptDataset, count_objects, load_dataset
+from helpers.data.dataset import data_fingerprint
 from helpers.data.records import nouns_overlap, rename_categories
 from helpers.detect.knowledge import clear_answers, retention
 from helpers.environment import SUBJECT_PACKAGES, device

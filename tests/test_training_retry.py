@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from helpers.__main__ import main
 from helpers.config import load_config
 from helpers.errors import InputError
+from helpers.files import write_text
 from helpers.train.run import RUN_CONFIG, STOPPED_FILE
 from helpers.train.trainer import Sam3Trainer
 from helpers.train.training import (
@@ -108,7 +109,8 @@ def test_a_resumed_run_without_a_checkpoint_is_tried_again_smaller(base, data_di
 
 
 def test_dry_run_measures_the_fullest_batch_and_writes_nothing(config, data_dir, capsys, tmp_path):
-    path = config.replace({"output.output_dir": str(tmp_path / "run")}).save(tmp_path / "c.yaml")
+    config = config.replace({"output.output_dir": str(tmp_path / "run")})
+    path = write_text(tmp_path / "c.yaml", config.to_yaml())
     before = sorted(tmp_path.rglob("*")), sorted(data_dir.rglob("*"))
     assert main(["train", "--config", str(path), "--dry-run", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)

@@ -197,8 +197,7 @@ def strip(paths, *, verify=False):
     """Remove widget state and timings from notebooks; with `verify`, only say if there are none."""
     command = [sys.executable, "-m", "nbstripout", *STRIP_ARGUMENTS, *map(str, paths)]
     command += ["--verify"] if verify else []
-    done = subprocess.run(command, check=not verify)
-    return done.returncode == 0
+    return subprocess.run(command, check=not verify).returncode == 0
 
 
 def exercise_from(solution):
@@ -261,8 +260,7 @@ def main(arguments=None):
         command.add_argument("--jobs", type=int, help="notebooks at a time (default: one per core)")
     commands.add_parser("verify", help="check the form of the stored notebooks")
     exercises = commands.add_parser("exercises", help="make the exercises from their solutions")
-    first = "first run the solutions and store their outputs"
-    exercises.add_argument("--execute", action="store_true", help=first)
+    exercises.add_argument("--execute", action="store_true", help="first run the solutions")
     try:
         options = parser.parse_args(arguments)
         if options.command == "verify":

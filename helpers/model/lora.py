@@ -338,18 +338,15 @@ def prompt_embedding_change(model, processor, prompts):
     with model.disable_adapter():
         plain = prompt_embeddings(model, processor, prompts)
     cosines = cosine_similarity(tuned[:, None], tuned[None], dim=-1)
-    cosines.fill_diagonal_(-torch.inf)
-    nearest_cosine, nearest = cosines.max(1)
+    nearest_cosine, nearest = cosines.fill_diagonal_(-torch.inf).max(1)
     has_other = len(prompts) > 1
-    return pd.DataFrame(
-        {
-            "relative_change": ((tuned - plain).norm(dim=1) / plain.norm(dim=1)).tolist(),
-            "cosine": cosine_similarity(tuned, plain).tolist(),
-            "nearest": [prompts[i] if has_other else None for i in nearest.tolist()],
-            "nearest_cosine": nearest_cosine.tolist() if has_other else [float("nan")],
-        },
-        index=pd.Index(list(prompts), name="prompt"),
-    )
+    columns = {
+        "relative_change": ((tuned - plain).norm(dim=1) / plain.norm(dim=1)).tolist(),
+        "cosine": cosine_similarity(tuned, plain).tolist(),
+        "nearest": [prompts[i] if has_other else None for i in nearest.tolist()],
+        "nearest_cosine": nearest_cosine.tolist() if has_other else [float("nan")],
+    }
+    return pd.DataFrame(columns, index=pd.Index(list(prompts), name="prompt"))
 
 
 @torch.no_grad()

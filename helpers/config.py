@@ -14,8 +14,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from helpers.errors import InputError
-from helpers.files import CONFIGS, resolve, write_text
+from helpers.errors import InputError, explain
+from helpers.files import CONFIGS, resolve
 
 _MAX_CHARACTERS = 1_000_000  # of a YAML file; a config has 4,000
 _MAX_BRACKETS = 1000  # opened in it; how long nested ones take grows with their square
@@ -71,15 +71,12 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The base model: its name or folder, its revision and its square input size in pixels.
-
-    With `native_prompt`, the geometry encoder's token follows every prompt, as in Meta's code; null
-    means as the base was trained.
-    """
+    """The base model, and its square input size in pixels."""
 
     name: Name
     revision: Revision | None
     resolution: Annotated[int, Field(ge=28, le=4032)]
+    # Whether the geometry encoder's token follows every prompt; null: as the base was trained.
     native_prompt: bool | None = None
 
 
@@ -121,10 +118,9 @@ class DataSection(Section):
     def _splits_and_prompts_differ(self):
         if self.train_split == self.val_split:
             raise ValueError("train_split and val_split are the same, so nothing would be judged")
-        if self.prompt is not None and self.prompts_by_category:
-            raise ValueError("prompt replaces every category, so prompts_by_category must be {}")
-        if self.prompt is not None and self.replay_words:
-            raise ValueError("prompt replaces every category, so replay_words must be []")
+        if self.prompt is not None and (self.prompts_by_category or self.replay_words):
+            keys = "prompts_by_category and replay_words must be empty"
+            raise ValueError(f"prompt replaces every category, so {keys}")
         own = () if self.prompt is None else (self.prompt,)
         _refuse_duplicates((*own, *self.negative_prompts), "prompt and negative_prompts")
         _refuse_duplicates(self.replay_words, "replay_words")
@@ -207,13 +203,8 @@ class ScaleSection(Section):
 # run, and how its steps are computed. The scale is part of the effective values.
 _WITHOUT_EFFECT = {
     "data": {"data_dir"},
-    "training": {
-        "feature_cache",
-        "gradient_checkpointing",
-        "logging_steps",
-        "num_workers",
-        "save_total_limit",
-    },
+    "training": {"feature_cache", "gradient_checkpointing", "num_workers"}
+    | {"logging_steps", "save_total_limit"},
     "guards": True,
     "output": True,
     "scale": True,
@@ -251,12 +242,6 @@ class Config(Section):
     def to_yaml(self):
         """Return the resolved configuration as YAML text that `load_config` reads back."""
         return yaml_text(self.model_dump(mode="json"))
-
-    def save(self, path):
-        """Write the resolved configuration to a file, whose folder is made, and return its path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return write_text(path, self.to_yaml())
 
     def replace(self, changes):
         """Return a checked copy with other values, from ``"section.key"`` to value."""
@@ -297,12 +282,9 @@ def load_config(path, profile=None, overrides=()):
         config = Config.model_validate(values)
     except ValidationError as error:
         raise _explain(error.errors()[0], origins, path) from error
-    if config.effective_learning_rate > 1:
-        raise InputError(
-            f"training.learning_rate x scale.learning_rate is {config.effective_learning_rate:g}",
-            where=path,
-            fix="lower one of them until their product is at most 1",
-        )
+    if (rate := config.effective_learning_rate) > 1:
+        message = f"training.learning_rate x scale.learning_rate is {rate:g}, more than 1"
+        raise InputError(message, where=path, fix="lower one of them")
     return config
 
 
@@ -316,10 +298,7 @@ def yaml_text(values):
 
 
 def parse_yaml(text, *, where):
-    """Return the content of a document of YAML 1.2, where ``5e-5`` is a float and ``no`` a string.
-
-    An InputError names `where`, line and column if it is no YAML or gives a key twice.
-    """
+    """Return the content of a document of YAML 1.2; InputError if it is none or gives a key twice."""
     if len(text) > _MAX_CHARACTERS or text.count("[") + text.count("{") > _MAX_BRACKETS:
         raise InputError("too long or too deep for a configuration", where=where, fix="shorten it")
     try:
@@ -336,22 +315,14 @@ def parse_yaml(text, *, where):
 def read_yaml(path):
     """Return the mapping in a UTF-8 YAML file; an `InputError` if there is none."""
     path = Path(path)
-    try:
+    with explain((OSError, ValueError), "cannot be read as text", where=path, fix="check the path"):
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        is_text = not isinstance(error, UnicodeDecodeError)
-        problem = getattr(error, "strerror", None) or error if is_text else "it is not UTF-8 text"
-        raise InputError(f"cannot be read ({problem})", where=path, fix="check the path") from error
     content = parse_yaml(text, where=path)
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise InputError(
-            f"holds a {type(content).__name__} where sections are expected",
-            where=path,
-            fix="write 'section:' with indented 'key: value' lines",
-        )
-    return content
+    if not isinstance(content, dict | None):
+        message = f"holds a {type(content).__name__} where sections are expected"
+        fix = "write 'section:' with indented 'key: value' lines"
+        raise InputError(message, where=path, fix=fix)
+    return content or {}
 
 
 def _short(value):
@@ -393,11 +364,8 @@ def _overlay(values, origins, layer, where):
         if section not in Config.model_fields:
             raise _unknown_key(str(section), str(section), Config.model_fields, where)
         if not isinstance(keys, dict):
-            raise InputError(
-                f"section '{section}' holds {_short(keys)} and no keys",
-                where=where,
-                fix=f"indent its keys below '{section}:'",
-            )
+            message = f"section '{section}' holds {_short(keys)} and no keys"
+            raise InputError(message, where=where, fix=f"indent its keys below '{section}:'")
         valid = Config.model_fields[section].annotation.model_fields
         for key, value in keys.items():
             if key not in valid:
@@ -409,11 +377,8 @@ def _overlay(values, origins, layer, where):
 
 def _unknown_key(full_name, key, valid, where):
     """Build the InputError for a key that no section has, naming the closest valid one."""
-    elsewhere = [
-        f"{section}.{key}"
-        for section, field in Config.model_fields.items()
-        if key in field.annotation.model_fields
-    ]
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    elsewhere = [f"{name}.{key}" for name in sections if key in sections[name].model_fields]
     close = elsewhere or difflib.get_close_matches(key[:100], valid, n=1, cutoff=0.5)
     fix = f"did you mean '{close[0]}'?" if close else f"valid keys are {', '.join(valid)}"
     return InputError(f"unknown key {_short(full_name)}", where=where, fix=fix)
@@ -429,9 +394,6 @@ def _explain(problem, origins, path):
     if not rest:  # a rule between keys: the one set last is the likely culprit
         where = [setter for (name, _), setter in origins.items() if name == section][-1]
         return InputError(f"section '{section}': {message}", where=where, fix="change one of them")
-    kind = type(problem["input"]).__name__
-    return InputError(
-        f"'{key}' is {_short(problem['input'])} ({kind}): {message}",
-        where=origins[section, rest[0]],
-        fix=f"correct the value of '{section}.{rest[0]}'",
-    )
+    value, where = problem["input"], origins[section, rest[0]]
+    message = f"'{key}' is {_short(value)} ({type(value).__name__}): {message}"
+    return InputError(message, where=where, fix=f"correct the value of '{section}.{rest[0]}'")

@@ -7,7 +7,7 @@ from pathlib import Path
 from helpers.config import load_config
 from helpers.diagnose.diagnosis import pass_gate, rank
 from helpers.diagnose.patient import Examination
-from helpers.files import CONFIGS, WALL_CRACKS, write_json
+from helpers.files import CONFIGS, WALL_CRACKS, write_json, write_text
 from helpers.train.run import RUN_CONFIG
 
 ONE_STEP = ("training.batch_size=4", "training.gradient_accumulation_steps=1")
@@ -35,7 +35,7 @@ def start_run(folder, data_dir, *settings):
     """Write what a run writes before its first step, as far as its data can be read."""
     overrides = [("data.data_dir", data_dir), *ONE_STEP, *settings]
     config = load_config(CONFIGS / "crack_detection_config.yaml", "tiny", overrides)
-    config.save(Path(folder) / RUN_CONFIG)
+    write_text(Path(folder) / RUN_CONFIG, config.to_yaml())
     return Path(folder)
 
 

@@ -11,7 +11,7 @@ import pytest
 from helpers.__main__ import build_parser
 from helpers.config import Config, load_config, parse_yaml
 from helpers.errors import InputError
-from helpers.files import CONFIGS, ROOT, in_current_folder, resolve
+from helpers.files import CONFIGS, ROOT, in_current_folder, resolve, write_text
 from helpers.train.guards import Guards
 
 FILES = sorted(CONFIGS.glob("*.yaml"))
@@ -27,7 +27,7 @@ def load_with(*overrides):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_saved_config_reproduces_itself(path, profile, tmp_path):
     config = load_config(path, profile)
-    saved = load_config(config.save(tmp_path / "run" / "config.yaml"))
+    saved = load_config(write_text(tmp_path / "run" / "config.yaml", config.to_yaml()))
     assert saved == config
     assert saved.fingerprint() == config.fingerprint()
 
@@ -142,7 +142,7 @@ def test_fingerprint_counts_what_decides_the_result_and_nothing_else(change, sam
 def test_a_path_is_taken_as_it_is(name, form, tmp_path):
     config = load_config(CRACK, overrides=form([("data.data_dir", tmp_path / name)]))
     assert config.data.data_dir == str(tmp_path / name)
-    assert load_config(config.save(tmp_path / "config.yaml")) == config
+    assert load_config(write_text(tmp_path / "config.yaml", config.to_yaml())) == config
 
 
 @pytest.mark.parametrize(

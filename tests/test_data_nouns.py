@@ -16,16 +16,17 @@ from helpers.__main__ import main
 from helpers.config import load_config
 from helpers.data.coco import read_split
 from helpers.data.dataset import PromptDataset
-from helpers.data.prompts import (
+from helpers.data.records import (
     absent_candidates,
     normalise_noun,
     nouns_overlap,
     present_prompts,
+    refuse_unknown_categories,
+    rename_categories,
 )
-from helpers.data.records import refuse_unknown_categories, rename_categories
 from helpers.detect.queries import predict_split
 from helpers.errors import InputError
-from helpers.files import CONFIGS
+from helpers.files import CONFIGS, write_text
 from helpers.train.training import train
 
 CRACK, JOINT = "crack", "joint"
@@ -146,7 +147,7 @@ def test_a_config_without_the_key_is_the_one_with_an_empty_mapping(tmp_path):
     mapped = load_config(CONFIG, overrides=['data.prompts_by_category={"0": pothole}'])
     assert mapped.data.prompts_by_category == {"0": "pothole"}
     assert mapped.fingerprint() != config.fingerprint()
-    assert load_config(mapped.save(tmp_path / "mapped.yaml")) == mapped
+    assert load_config(write_text(tmp_path / "mapped.yaml", mapped.to_yaml())) == mapped
 
 
 @pytest.mark.parametrize(

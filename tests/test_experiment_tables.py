@@ -28,7 +28,7 @@ from data.experiments.tables import (
 )
 from helpers.config import load_config
 from helpers.data.coco import read_split
-from helpers.data.prompts import absent_candidates
+from helpers.data.records import absent_candidates
 from helpers.errors import InputError
 from helpers.files import CONFIGS, ROOT, WALL_CRACKS
 

@@ -11,7 +11,7 @@ from lab import ask, causes
 from helpers.config import load_config
 from helpers.diagnose.patient import Examination, Inapplicable
 from helpers.diagnose.run_gates import CHECKPOINT_GATES, RUN_GATES, base_knows_its_concepts
-from helpers.files import CONFIGS
+from helpers.files import CONFIGS, write_text
 from helpers.model.losses import NATIVE_WEIGHTS
 from helpers.train.run import trained_parameters
 
@@ -29,7 +29,7 @@ MOVED, IDLE = "0.26,4.9,1.0", ",0.0,0.0"
 def records(tmp_path):
     """A run folder as far as records go: two validations, the better one kept, no adapter."""
     config = load_config(CONFIGS / "crack_detection_config.yaml", profile="tiny")
-    config.save(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
     terms = {name: 0.1 for name in NATIVE_WEIGHTS}
     total = sum(NATIVE_WEIGHTS[name] * value for name, value in terms.items())
     log = [
@@ -122,7 +122,8 @@ def test_without_an_adapter_nothing_about_it_is_checked(records):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_run_and_base_compute_at_one_place_in_one_precision(run_copy, monkeypatch, precision):
     override = f"training.mixed_precision={precision}"
-    load_config(run_copy / "config.yaml", overrides=[override]).save(run_copy / "config.yaml")
+    config = load_config(run_copy / "config.yaml", overrides=[override])
+    write_text(run_copy / "config.yaml", config.to_yaml())
     monkeypatch.setattr(Examination, "device", torch.device("meta"))
     subject = Examination(run_copy)
     adapted = subject.loaded.model.get_base_model()

@@ -11,6 +11,7 @@ from helpers.__main__ import main
 from helpers.config import GuardSection
 from helpers.data.coco import read_split
 from helpers.errors import InputError
+from helpers.files import write_text
 from helpers.model import losses
 from helpers.train import trainer
 from helpers.train.guards import ADAPTER_STEPS, OFF_IF_EMPTY, WINDOW, Guards, GuardStop
@@ -308,7 +309,7 @@ def test_overwriting_removes_the_reason(start, tmp_path):
 def test_command_line_says_it_in_one_line(base, data_dir, tmp_path, monkeypatch, capsys):
     no_objects(monkeypatch)
     path = tmp_path / "config.yaml"
-    tiny_run_config(base, data_dir).save(path)
+    write_text(path, tiny_run_config(base, data_dir).to_yaml())
     status = main(["train", "--config", str(path), "--output", str(tmp_path / "run")])
     captured = capsys.readouterr()
     assert status == 2

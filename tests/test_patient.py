@@ -23,7 +23,7 @@ from helpers.diagnose.live_gates import DETECT_GATES, LOSS_GATES
 from helpers.diagnose.patient import NEEDS, Foreign, Missing, Patient, prompted_view
 from helpers.diagnose.run_gates import CONFIG_GATES, FILE_GATES, RUN_GATES
 from helpers.errors import InputError
-from helpers.files import write_json
+from helpers.files import write_json, write_text
 from helpers.model.losses import sam3_losses
 from helpers.train.guards import PATIENCE, Guards, GuardStop
 
@@ -491,7 +491,7 @@ def test_one_batch_is_learned_and_the_weights_put_back(batches, data_dir):
 def test_overfit_is_a_command(base, data_dir, tmp_path, capsys, monkeypatch):
     few = partial(overfit_one_batch, steps=3)
     monkeypatch.setattr("helpers.diagnose.live_gates.overfit_one_batch", few)
-    tiny_run_config(base, data_dir).save(tmp_path / "config.yaml")
+    write_text(tmp_path / "config.yaml", tiny_run_config(base, data_dir).to_yaml())
     assert main(["overfit", "--config", str(tmp_path / "config.yaml"), "--json"]) == 1
     result = json.loads(capsys.readouterr().out)
     assert result["last"] < result["first"]

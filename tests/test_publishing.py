@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from helpers.__main__ import main
 from helpers.config import load_config
 from helpers.errors import InputError
+from helpers.files import write_text
 from helpers.train.share import merge, plan_push, push
 
 REPO = "somebody/cracks"
@@ -185,7 +186,8 @@ HOME, USERS = "/home", "/Users"  # apart, because no file of the project names s
     ],
 )
 def test_every_form_of_a_path_of_this_machine_is_named(run, path):
-    load_config(run / "config.yaml", overrides={"data.data_dir": path}).save(run / "config.yaml")
+    config = load_config(run / "config.yaml", overrides={"data.data_dir": path})
+    write_text(run / "config.yaml", config.to_yaml())
     assert f"config.yaml: {path}" in plan_push(run, REPO).machine_paths
 
 

@@ -10,8 +10,7 @@ from helpers.config import load_config
 from helpers.data.coco import read_split
 from helpers.data.dataset import PromptDataset
 from helpers.data.masks import mask_to_rle
-from helpers.data.prompts import REPLAYED_PER_IMAGE
-from helpers.data.records import ImageRecord, ObjectAnnotation
+from helpers.data.records import REPLAYED_PER_IMAGE, ImageRecord, ObjectAnnotation
 from helpers.detect import knowledge
 from helpers.detect.knowledge import clear_answers, retention
 from helpers.detect.predictor import Predictor

@@ -11,7 +11,7 @@ from tiny_random import save_tiny_base
 from two_processes import gradients_of_an_epoch, interrupted_run, run_config
 
 from helpers.errors import InputError
-from helpers.files import ROOT, read_json, write_json
+from helpers.files import ROOT, read_json, write_json, write_text
 from helpers.train.run import read_history
 from helpers.train.training import train
 
@@ -105,7 +105,7 @@ def test_two_processes_resume_a_checkpoint_of_one(base, data_dir, uninterrupted,
     folder = tmp_path / "run"
     interrupted_run(base, data_dir, folder, 2)
     assert not (folder / "metrics.json").exists()
-    config = run_config(base, data_dir, 1).save(tmp_path / "config.yaml")
+    config = write_text(tmp_path / "config.yaml", run_config(base, data_dir, 1).to_yaml())
     stdout = launch(
         "-m", "helpers", "train", "--config", config, "--output", folder, "--resume", "--json"
     )

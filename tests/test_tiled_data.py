@@ -9,7 +9,7 @@ from helpers.convert.division import MIN_PIECE, tile_images
 from helpers.convert.source import SourceImage
 from helpers.data.coco import read_split
 from helpers.data.masks import mask_to_rle
-from helpers.data.prompts import absent_candidates, present_prompts
+from helpers.data.records import absent_candidates, present_prompts
 from helpers.errors import InputError
 
 SIZE = (200, 300)  # rows, columns

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from helpers.__main__ import main
 from helpers.config import load_config
 from helpers.errors import InputError
+from helpers.files import write_text
 from helpers.train.run import RUN_CONFIG, STOPPED_FILE
 from helpers.train.trainer import Sam3Trainer
 from helpers.train.training import (
@@ -55,7 +56,7 @@ def test_smaller_steps_are_tried_until_one_fits(base, data_dir, tmp_path):
     assert result.config.training.batch_size == 2
     assert load_config(tmp_path / "run" / RUN_CONFIG) == result.config
     assert result.config.data == config.data
-    assert result.config.model == config.model
+    assert result.config.model == config.model.model_copy(update={"native_prompt": False})
     assert not (tmp_path / "run" / STOPPED_FILE).exists()
 
 
@@ -108,7 +109,8 @@ def test_a_resumed_run_without_a_checkpoint_is_tried_again_smaller(base, data_di
 
 
 def test_dry_run_measures_the_fullest_batch_and_writes_nothing(config, data_dir, capsys, tmp_path):
-    path = config.replace({"output.output_dir": str(tmp_path / "run")}).save(tmp_path / "c.yaml")
+    config = config.replace({"output.output_dir": str(tmp_path / "run")})
+    path = write_text(tmp_path / "c.yaml", config.to_yaml())
     before = sorted(tmp_path.rglob("*")), sorted(data_dir.rglob("*"))
     assert main(["train", "--config", str(path), "--dry-run", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)

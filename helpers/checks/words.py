@@ -5,7 +5,7 @@ from difflib import SequenceMatcher
 from itertools import combinations
 
 from helpers.checks.findings import Place, finding_at, finding_of
-from helpers.data.prompts import normalise_noun
+from helpers.data.records import normalise_noun
 
 SIMILAR = 0.85  # share of matching letters from which two names pass for a slip of the pen
 SHORTEST_SLIP = 5  # letters; among shorter words "rust" and "dust" are different things

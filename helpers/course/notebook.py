@@ -31,8 +31,7 @@ def _output_folder(output_dir):
     if not isinstance(output_dir, str):
         raise ValueError("Input should be text")
     is_seen_from_notebooks = Path(output_dir).parts[:1] == ("..",)
-    folder = NOTEBOOKS / output_dir if is_seen_from_notebooks else resolve(output_dir)
-    folder = folder.resolve()
+    folder = (NOTEBOOKS / output_dir if is_seen_from_notebooks else resolve(output_dir)).resolve()
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
             raise ValueError(f"{place} is a file; name a folder")
@@ -83,22 +82,10 @@ class NotebookRun(BaseModel):
 
 
 def start(name, *, profile, data_dir, seed, output_dir, fast_run, **thresholds):
-    """Validate the parameters of a notebook, set every seed, silence libraries, and print a line.
+    """Return a `NotebookRun` of valid parameters; set every seed, silence libraries, print a line.
 
-    Parameters
-    ----------
-    name, profile, seed, fast_run
-        See `NotebookRun`.
-    data_dir : str
-        Folder of the dataset; relative to the repository or ``notebooks/``.
-    output_dir : str
-        Folder for what the course writes. One that begins with ``..`` is seen from ``notebooks/``.
-    **thresholds : float
-        Probabilities such as ``score_threshold``, each in [0, 1].
-
-    Returns
-    -------
-    NotebookRun
+    ``data_dir`` is relative to the repository or ``notebooks/``; an ``output_dir`` that begins with
+    ``..`` is seen from ``notebooks/``. ``thresholds`` are probabilities such as ``score_threshold``.
     """
     require()
     parameters = {"profile": profile, "data_dir": data_dir, "seed": seed, "output_dir": output_dir}

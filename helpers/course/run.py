@@ -197,8 +197,7 @@ def strip(paths, *, verify=False):
     """Remove widget state and timings from notebooks; with `verify`, only say if there are none."""
     command = [sys.executable, "-m", "nbstripout", *STRIP_ARGUMENTS, *map(str, paths)]
     command += ["--verify"] if verify else []
-    done = subprocess.run(command, check=not verify)
-    return done.returncode == 0
+    return subprocess.run(command, check=not verify).returncode == 0
 
 
 def exercise_from(solution):
@@ -235,12 +234,9 @@ def _task(cell, following):
 
 def write_exercises(solutions=SOLUTIONS, exercises=EXERCISES):
     """Write the exercise of every solution in a folder; return the paths written."""
-    Path(exercises).mkdir(parents=True, exist_ok=True)
     made = {path.name: exercise_from(nbformat.read(path, 4)) for path in find_notebooks(solutions)}
-    return [
-        write_text(Path(exercises) / name, nbformat.writes(exercise) + "\n")
-        for name, exercise in made.items()
-    ]
+    texts = {name: nbformat.writes(exercise) + "\n" for name, exercise in made.items()}
+    return [write_text(Path(exercises) / name, text) for name, text in texts.items()]
 
 
 def _setting(text):
@@ -257,16 +253,14 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m helpers.course.run", **form)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute the course and write summary.json")
-    folder = {"type": resolve, "default": COURSE_RUN, "help": "folder (default runs/course)"}
-    run.add_argument("--output", **folder)
+    run.add_argument("--output", type=resolve, default=COURSE_RUN, help="(default runs/course)")
     run.add_argument("--set", type=_setting, action="append", default=[], metavar="NAME=VALUE")
     refresh_parser = commands.add_parser("refresh", help="store fresh outputs in notebooks/")
     for command in (run, refresh_parser):
         command.add_argument("--jobs", type=int, help="notebooks at a time (default: one per core)")
     commands.add_parser("verify", help="check the form of the stored notebooks")
     exercises = commands.add_parser("exercises", help="make the exercises from their solutions")
-    first = "first run the solutions and store their outputs"
-    exercises.add_argument("--execute", action="store_true", help=first)
+    exercises.add_argument("--execute", action="store_true", help="first run the solutions")
     try:
         options = parser.parse_args(arguments)
         if options.command == "verify":

@@ -9,8 +9,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 
 from helpers.data.images import IMAGE_SUFFIXES, MAX_PIXELS, near_files, upright_size
 from helpers.data.masks import rle_area, rle_box_xyxy, segmentation_to_rle
-from helpers.data.prompts import normalise_noun
-from helpers.data.records import Category, ImageRecord, ObjectAnnotation, Split
+from helpers.data.records import Category, ImageRecord, ObjectAnnotation, Split, normalise_noun
 from helpers.errors import InputError
 from helpers.files import read_json, resolve
 

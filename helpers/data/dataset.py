@@ -14,14 +14,16 @@ from helpers.config import Config
 from helpers.data.coco import find_splits, read_split, split_folder
 from helpers.data.images import load_pixels, look_at
 from helpers.data.masks import clip_box, masks_on_grid
-from helpers.data.prompts import (
+from helpers.data.records import (
+    Split,
     absent_candidates,
     absent_prompts,
+    has_mask,
     nouns_overlap,
     present_prompts,
+    rename_categories,
     replayed_prompts,
 )
-from helpers.data.records import Split, has_mask, rename_categories
 from helpers.errors import InputError
 from helpers.files import file_digest, resolve
 
@@ -120,7 +122,7 @@ class PromptDataset(torch.utils.data.Dataset):
     resolution: int  # side of the square input in pixels
     mask_size: int  # and of the grid of predicted masks in cells
     prompt: str | None = None  # replaces every category name: one query for all objects
-    num_negatives: int = 0  # this and the next two: see `helpers.data.prompts.absent_prompts`
+    num_negatives: int = 0  # this and the next two: see `helpers.data.records.absent_prompts`
     negative_prompts: tuple[str, ...] = ()
     seed: int = 42
     resample_negatives: bool = True  # draw anew in each epoch (`set_epoch`)
@@ -159,11 +161,7 @@ class PromptDataset(torch.utils.data.Dataset):
 
     @classmethod
     def for_evaluation(cls, split, model, processor, *, prompt=None, absent_prompts=(), **changes):
-        """Build the questions of an evaluation, the same in every epoch.
-
-        Every category, or ``prompt`` in their place, is asked on every image, and every absent noun
-        wherever the picture is not known to show it. The model may have an adapter.
-        """
+        """Ask each category, or ``prompt``, on every image, and absent nouns where they may be absent."""
         num_nouns = len(split.categories if prompt is None else (prompt,)) + len(absent_prompts)
         settings = {
             "resolution": model.resolution,
@@ -185,10 +183,7 @@ class PromptDataset(torch.utils.data.Dataset):
         return (*self.own_names, *self.negative_prompts)
 
     def set_replay(self, answers):
-        """Ask words of the base, too, and never as absent where they may be in the picture.
-
-        ``answers`` maps image ids to what `helpers.detect.knowledge.clear_answers` returns.
-        """
+        """Ask words of the base, too, by its `clear_answers`: never as absent where they may be."""
         self.replay = {name: words for name, (words, _) in answers.items()}
         self.records = [
             replace(record, contents=record.contents | answers[record.image_id][1])

@@ -1,12 +1,19 @@
-"""What annotation files say: categories, images, objects; and by which noun each is asked."""
+"""What annotation files say, and which prompts are asked about it: present ones, and absent ones drawn."""
 
 import difflib
+import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+
+import numpy as np
 
 from helpers.data.masks import box_to_rle, clip_box, rle_area
 from helpers.errors import InputError
+
+REPLAYED_PER_IMAGE = 2  # words in an epoch; each costs as much as a prompt of one's own
 
 
 @dataclass(frozen=True)
@@ -133,3 +140,85 @@ def refuse_unknown_categories(prompts_by_category, splits):
             fix = f"did you mean '{close[0]}'?" if close else f"use one of {sorted(names)}"
             message = f"data.prompts_by_category names '{key}', which is no category of the dataset"
             raise InputError(message, where=splits[0].root.parent if splits else None, fix=fix)
+
+
+@lru_cache(maxsize=10_000)
+def normalise_noun(noun):
+    """Reduce a noun to lower case singular words: ``"Concrete_cracks "`` to ``"concrete crack"``."""
+    words = re.split(r"[\W_]+", noun.casefold())
+    return " ".join(_singular(word) for word in words if word)
+
+
+def _singular(word):
+    """Take a regular English plural ending off a word, leaving words like ``moss`` alone."""
+    if len(word) > 4 and word.endswith("ies"):
+        return word[:-3] + "y"
+    if len(word) > 4 and word.endswith(("ches", "shes", "xes", "sses")):
+        return word[:-2]
+    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
+        return word[:-1]
+    return word
+
+
+def plain_prompt(prompt):
+    """Bring a prompt to lower case with single spaces, which is all the same to the tokenizer."""
+    return " ".join(prompt.casefold().split())
+
+
+def nouns_overlap(first, second):
+    """Return whether one noun may be true wherever the other is, like "bricks" and "brick wall"."""
+    words, others = set(normalise_noun(first).split()), set(normalise_noun(second).split())
+    if not words or not others:  # a name like "-" overlaps with itself only
+        return first.strip() == second.strip()
+    return words <= others or others <= words
+
+
+def present_prompts(record, categories, prompt=None):
+    """Map the categories, or the one prompt in their place, to the objects of an image, if any."""
+    # One that loses all its objects, as crowd regions or outside the image, is not asked at all: as
+    # absent, it would teach the opposite.
+    objects = true_objects(record)
+    if prompt is not None:
+        return {prompt: objects} if objects else {}
+    groups = {name: [item for item in objects if item.category == name] for name in categories}
+    return {name: items for name, items in groups.items() if items}
+
+
+def absent_candidates(record, nouns):
+    """List those of some nouns that overlap with nothing known to be in a picture.
+
+    Known are the ``contents`` of its `ImageRecord` and the names of its objects, of crowds too.
+    """
+    in_picture = {item.category for item in record.objects} | record.contents
+    in_picture |= {item.file_category for item in record.objects if item.file_category}
+    return [noun for noun in nouns if not any(nouns_overlap(noun, known) for known in in_picture)]
+
+
+def absent_prompts(record, own_names, other_nouns, count, *, seed, epoch):
+    """Draw ``count`` distinct absent prompts of an image, or as many as there are.
+
+    An image without any object is asked for at least one of the dataset's own names, even at 0. The
+    draw depends on seed, epoch and image only, not on workers or the order of the images.
+    """
+    own = absent_candidates(record, own_names)
+    others = [noun for noun in absent_candidates(record, other_nouns) if noun not in own]
+    generator = _generator(record, seed, epoch)
+    first = []
+    if not record.objects and own:
+        first = [own.pop(int(generator.integers(len(own))))]
+    pool = own + others
+    drawn = generator.permutation(len(pool))[: max(count - len(first), 0)]
+    return first + [pool[index] for index in drawn]
+
+
+def replayed_prompts(record, answers, *, seed, epoch):
+    """Draw at most `REPLAYED_PER_IMAGE` of the words in ``answers``, which maps them to objects."""
+    words = [word for word, objects in answers.items() if objects]
+    drawn = _generator(record, seed, epoch).permutation(len(words))[:REPLAYED_PER_IMAGE]
+    return {words[index]: answers[words[index]] for index in sorted(drawn)}
+
+
+def _generator(record, seed, epoch):
+    """Return the generator of an image in an epoch."""
+    name = zlib.crc32(record.image_id.encode("utf-8", "surrogatepass"))
+    return np.random.default_rng([seed, epoch, name])

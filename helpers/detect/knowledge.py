@@ -7,8 +7,7 @@ import pandas as pd
 import scipy  # loads scipy.stats, which takes seconds, when it is first used
 from pycocotools import mask as coco_mask
 
-from helpers.data.prompts import nouns_overlap
-from helpers.data.records import ObjectAnnotation, true_objects, true_rle
+from helpers.data.records import ObjectAnnotation, nouns_overlap, true_objects, true_rle
 from helpers.detect.detections import detect, output_table
 from helpers.detect.metrics import coco_ap
 from helpers.detect.predictor import check_prompts, raw_outputs

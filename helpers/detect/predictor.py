@@ -10,7 +10,7 @@ from PIL import Image
 
 from helpers.data.dataset import PromptCollator
 from helpers.data.images import open_upright
-from helpers.data.prompts import plain_prompt
+from helpers.data.records import plain_prompt
 from helpers.detect.detections import detect, raw_predictions
 from helpers.errors import InputError, check_probability
 from helpers.model.prompted import outputs_by_rows

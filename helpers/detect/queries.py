@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader
 
 from helpers.data.dataset import PromptCollator, PromptDataset
 from helpers.data.masks import clip_box
-from helpers.data.prompts import plain_prompt, present_prompts
-from helpers.data.records import true_objects, true_rle
+from helpers.data.records import plain_prompt, present_prompts, true_objects, true_rle
 from helpers.detect.detections import detect, raw_predictions, reaches
 from helpers.errors import InputError, check_probability
 from helpers.model.prompted import outputs_by_rows

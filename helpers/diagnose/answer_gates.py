@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torchvision.ops import box_iou
 
-from helpers.data.prompts import absent_candidates, present_prompts
+from helpers.data.records import absent_candidates, present_prompts
 from helpers.detect.predictor import untrained_prompts
 from helpers.diagnose.data_gates import MIN_IMAGES
 from helpers.diagnose.patient import FOUND, Evidence, Inapplicable, Missing, evidence_if, gate

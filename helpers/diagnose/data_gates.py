@@ -267,7 +267,7 @@ def _nearly_the_same_names(examination):
     if pairs:
         return "; ".join(pairs), [Evidence("category_names", 0.9, "; ".join(pairs))]
     # Where both have objects, each is taught to leave those of the other out. A name without objects
-    # is never asked beside the other by `helpers.data.prompts`, and is no cause.
+    # is never asked beside the other by `helpers.data.records`, and is no cause.
     codes = ("D30_ROOT_CATEGORY", "D31_SIMILAR_NAMES")
     remarks = [finding.message for finding in check_categories(split) if finding.code in codes]
     evidence = [Evidence("category_names", SLIP, remark) for remark in remarks]

@@ -2,23 +2,28 @@
 
 Meta's code was trained with the geometry encoder's token behind every prompt (`model.native_prompt`),
 with an eps of 1e-5 in the LayerNorm of the ViT, where transformers has 1e-6 (logits differ by up to
-4e-4), and without the clamp of presence logits to -10 and 10 that transformers has.
+4e-4), and without the clamp of presence logits to -10 and 10 that transformers has. The table
+``data/native_names.csv`` was read in facebookresearch/sam3 at 99d02f2 and in transformers 5.23; a star
+in it stands for the number of a layer.
 """
 
 import csv
-import math
+import pickle
 import re
 import shutil
+import zipfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import nn
 from transformers import Sam3Config, Sam3Model
 
-from helpers.config import yaml_text
+from helpers.config import read_yaml, yaml_text
 from helpers.errors import InputError
 from helpers.files import (
     DATA,
@@ -29,15 +34,8 @@ from helpers.files import (
     write_json,
     write_text,
 )
-from helpers.foreign.weights import (
-    WITHOUT_COUNTERPART,
-    lora_matrices,
-    read_source,
-    to_hf,
-    to_native,
-)
 from helpers.model import lora
-from helpers.model.sam3 import base_config
+from helpers.model.sam3 import base_config, refuse_lfs_pointer
 
 DEFAULT_BASE = "facebook/sam3"
 SOMPOTE_FILES = ("best_lora_weights.pt", "config.yaml")
@@ -47,15 +45,30 @@ _VIT_QUERY = re.compile(r"\.trunk\.blocks\.\d+\.attn\.q_proj$")
 # Without gradient where only words are asked: a softmax over one token, and boxes.
 _NEVER_TRAINED = re.compile(r"geometry_encoder\.(layers\.\d+\.self_attn\.[qk]_proj|boxes_)")
 _WORD_PARTS = {"text_encoder", "detr_encoder"}  # where a new word can be learned
+_LAYOUTS = {"native": "sompote", "peft": "twin"}
 _PROCESSOR_FILES = ("*processor_config.json", "tokenizer*", "vocab.json", "merges.txt")
+_USUAL_FILES = ("best_lora_weights.pt", "last_lora_weights.pt", "lora_weights.pt", "checkpoint.pt")
+_USUAL_FILES += ("checkpoints/checkpoint.pt",)
+_WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")
+_TABLES = ("model", "state_dict", "lora_state_dict", "model_state_dict")
+_MEMORY_MAPPED = 2**30  # bytes from which a file stays on disk; its checksums are not compared then
+_AGAIN = "copy or download the file again, and compare its size"
+# What programs put before the names of Meta's and transformers' modules, and what the tracker has.
+_PREFIX = re.compile(r"(module|_orig_mod|base_model\.model|(sam3_)?model|detector(_model)?)\.")
+_TRACKER = re.compile(r"tracker(_model|_neck)?\.|.*\bsam2_convs\.")
+_MATRIX = re.compile(r"(.+?)\.(?:lora\.)?lora_([AB])(?:\.default)?(?:\.weight)?")
+
+WITHOUT_COUNTERPART = re.compile(r"geometry_encoder\.points_|.*\.attn\.freqs_cis$")
+"""Names that transformers has not: points as prompts, and constants that it computes."""
+_FUSED = re.compile(r"(.+?)(?:\.qkv|\.in_proj)?([._](?:weight|bias))?")
 with (DATA / "import_findings.csv").open(encoding="utf-8", newline="") as _file:
     _FINDINGS = {row["code"]: row for row in csv.DictReader(_file)}
 
 
 class Finding(NamedTuple):
-    """A row of data/import_findings.csv, completed; the code is that of a cause, if there is one."""
+    """A row of data/import_findings.csv, completed."""
 
-    code: str
+    code: str  # that of a cause, if there is one
     message: str
 
 
@@ -89,39 +102,22 @@ class ImportReport:
         lines = [f"imported: {self.kind} for {self.base}"]
         if self.rank is not None:
             parts = ", ".join(f"{count} in {part}" for part, count in self.parts.items())
-            lines.append(
-                f"  rank {self.rank}, alpha {self.alpha:g}, {self.modules} modules: {parts}"
-            )
+            scale = f"rank {self.rank}, alpha {self.alpha:g}"
+            lines.append(f"  {scale}, {self.modules} modules: {parts}")
         return "\n".join([*lines, *(f"  {code}: {message}" for code, message in self.findings)])
 
 
 def import_source(source, output, config=None, base=None, alpha=None, orientation=None):
     """Write a LoRA as a PEFT folder, or a full checkpoint as a folder of `Sam3Model`.
 
-    Parameters
-    ----------
-    source : os.PathLike
-        Weights, or the folder with them: of Sompote/SAM3_LoRA, Meta's trainer, PEFT or transformers.
-    output : os.PathLike
-        Folder to write; must be empty or missing. It stays so unless everything went well.
-    config : os.PathLike, optional
-        YAML with ``lora.rank`` and ``lora.alpha``, by default the one beside the weights.
-    base : str, optional
-        A folder or a name on the hub, by default what a PEFT folder names, else facebook/sam3.
-    alpha : float, optional
-        Of the LoRA, where no file tells it.
-    orientation : {"native", "peft"}, optional
-        A as (in, r) or as (r, in), where the shapes leave it open.
+    ``source`` is a file of weights or the folder with it: of Sompote/SAM3_LoRA, Meta's trainer, PEFT
+    or transformers. ``output`` must be empty or missing, and stays so unless everything went well.
+    ``config`` is a YAML with ``lora.rank`` and ``lora.alpha``, by default the one beside the weights;
+    ``base`` a folder or a name on the hub, by default what a PEFT folder names, else facebook/sam3.
+    ``alpha`` of the LoRA is needed where no file tells it, and ``orientation``, "native" for A as
+    (in, r) or "peft" for (r, in), where the shapes leave it open.
 
-    Returns
-    -------
-    ImportReport
-        With ``kind``, ``base``, ``rank``, ``alpha``, ``modules``, ``parts``, ``findings``, ``status``.
-
-    Raises
-    ------
-    InputError
-        If it cannot be imported exactly; then nothing is written.
+    Returns an `ImportReport`. InputError if it cannot be imported exactly.
     """
     output = resolve(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -150,8 +146,7 @@ def _write_lora(found, staging, base, alpha, orientation):
         if len(unknown) == len(modules) or not all(map(WITHOUT_COUNTERPART.match, unknown)):
             message = f"adapts {len(unknown)} modules that SAM3 has not, such as {unknown[-1]}"
             raise InputError(message, where=found.path, fix="name a LoRA of SAM3")
-        left_out = {"count": len(unknown), "names": ", ".join(unknown)}
-        findings.append(_finding("no_counterpart", **left_out))
+        findings.append(_finding("no_counterpart", count=len(unknown), names=", ".join(unknown)))
     layers = {
         name: (sum(shapes[hf][0] for hf in group), shapes[group[0]][1])
         for name, group in names.items()
@@ -160,9 +155,9 @@ def _write_lora(found, staging, base, alpha, orientation):
     modules = {name: pair for name, pair in modules.items() if names[name]}
     orientation = "peft" if found.is_peft else orientation
     modules, orientation = _oriented(modules, layers, base, orientation, found.path)
-    kind = "sompote_lora" if orientation == "native" else "twin_lora"
-    if found.is_peft or modules.keys() <= shapes.keys():
-        kind = "peft" if modules.keys() <= shapes.keys() else "peft_over_meta"
+    kind = "peft_over_meta" if found.is_peft else f"{_LAYOUTS[orientation]}_lora"
+    if modules.keys() <= shapes.keys():
+        kind = "peft"
     ranks = Counter(len(A) for A, _ in modules.values())
     rank, alpha = ranks.most_common(1)[0][0], _alpha(found, ranks, alpha)
     tensors, rank_of = {}, {}
@@ -206,11 +201,13 @@ def _empty_base(name):
 def _oriented(modules, layers, base, orientation, path):
     """Turn all A to (r, in) and B to (out, r), as the user or the shapes of the whole file say."""
     options = {"native": {name: (A.T, B.T) for name, (A, B) in modules.items()}, "peft": modules}
-    misfits = {
-        option: [name for name, pair in pairs.items() if _shape(*pair) != layers.get(name, ())]
-        for option, pairs in options.items()
-        if orientation in (None, option)
-    }
+    misfits = {}
+    for option in options if orientation is None else [orientation]:
+        misfits[option] = [
+            name
+            for name, (A, B) in options[option].items()
+            if len(A) != B.shape[1] or layers.get(name) != (len(B), A.shape[1])
+        ]
     possible = [option for option, names in misfits.items() if not names]
     if len(possible) == 2:
         message = f"every A and B of {len(modules)} modules is square: their orientation is open"
@@ -228,31 +225,23 @@ def _oriented(modules, layers, base, orientation, path):
     return options[possible[0]], possible[0]
 
 
-def _shape(A, B):
-    """Return (out, in) of the layer that A (r, in) and B (out, r) are for; None without a rank."""
-    return (B.shape[0], A.shape[1]) if A.shape[0] == B.shape[1] else None
-
-
 def _alpha(found, ranks, alpha):
     """Return alpha as the user or the settings of the training give it; it is never guessed."""
     fix = f"give alpha with --alpha; usual is twice the rank, here {2 * ranks.most_common(1)[0][0]}"
     if alpha is None:
-        alpha, settings = found.settings.get("alpha"), found.settings
-        problem = None
+        settings, problem = found.settings, None
+        alpha = settings.get("alpha")
         if alpha is None:
             problem = "alpha is not in the weights, and there is no YAML with it"
         elif settings.get("use_rslora") or settings.get("alpha_pattern"):
             problem = "alpha is not the same for all modules (use_rslora, alpha_pattern)"
         elif settings.get("rank") not in (None, *ranks):
-            problem = (
-                f"the rank is {settings['rank']!r:.50} here and {', '.join(map(str, ranks))} in "
-            )
-            problem += f"the shapes of {found.path.name}: this is not the file of its training"
+            problem = f"the rank is {settings['rank']!r:.50} here and {', '.join(map(str, ranks))}"
+            problem += f" in the shapes of {found.path.name}: this is not the file of its training"
         if problem:
             fix = f"give the YAML of the training with --config, or {fix}"
             raise InputError(problem, where=found.where or found.path, fix=fix)
-    is_number = type(alpha) in (int, float) and math.isfinite(alpha)
-    if not is_number or not 0 < alpha <= lora.MAX_SCALE * min(ranks):
+    if type(alpha) not in (int, float) or not 0 < alpha <= lora.MAX_SCALE * min(ranks):
         raise InputError(f"alpha is {alpha!r:.100}", where=found.where or "--alpha", fix=fix)
     return alpha
 
@@ -278,12 +267,10 @@ def _lora_findings(modules, names, parts, asked):
     elif _WORD_PARTS.isdisjoint(parts):
         findings.append(_finding("no_word_module"))
     trained = [n for n in modules if not all(map(_NEVER_TRAINED.match, names[n]))]
-    zeros = [name for name in trained if not modules[name][1].any()]
-    if zeros and len(zeros) == len(trained):
-        findings.append(_finding("adapter_at_zero", count=count))
-    elif zeros:
+    if zeros := [name for name in trained if not modules[name][1].any()]:
+        code = "adapter_at_zero" if len(zeros) == len(trained) else "adapter_partly_at_zero"
         listed = {"zeros": len(zeros), "names": ", ".join(zeros)}
-        findings.append(_finding("adapter_partly_at_zero", count=count, **listed))
+        findings.append(_finding(code, count=count, **listed))
     if "geometry_encoder" in parts:
         findings.append(_finding("missing_geometry_token"))
     return findings
@@ -340,20 +327,9 @@ def _write_full(found, staging, base):
 def write_sompote(adapter, output, sections=None):
     """Write a PEFT folder in the layout of Sompote/SAM3_LoRA: the inverse of its import.
 
-    Parameters
-    ----------
-    adapter : os.PathLike
-        Folder of a PEFT adapter on `Sam3Model`.
-    output : os.PathLike
-        Folder, which gets ``best_lora_weights.pt`` and ``config.yaml``.
-    sections : dict, optional
-        More of the YAML, such as ``{"training": {"data_dir": ...}}``.
-
-    Returns
-    -------
-    pathlib.Path
-        The weights. Where A is the same for q, k and v of the ViT, they become one `qkv`; else they
-        stay apart, which only `import_source` reads.
+    The folder ``output`` gets ``config.yaml``, with more ``sections`` such as ``{"training": {...}}``,
+    and the weights, whose path is returned. Where A is the same for q, k and v of the ViT, they become
+    one `qkv`; else they stay apart, which only `import_source` reads.
     """
     found, output, layers = read_source(resolve(adapter)), resolve(output), {}
     matrices = lora_matrices(found)
@@ -362,7 +338,7 @@ def write_sompote(adapter, output, sections=None):
             fix = "train without this module"
             raise InputError(f"{name} is not in Meta's code", where=found.path, fix=fix)
         layers[to_native(name)] = A.T, B.T
-    for name in [name for name in layers if _VIT_QUERY.search(name)]:
+    for name in filter(_VIT_QUERY.search, list(layers)):
         stem, A = name.removesuffix("q_proj"), layers[name][0]
         group = [f"{stem}{letter}_proj" for letter in "qkv"]
         if all(key in layers and layers[key][0].equal(A) for key in group):
@@ -382,3 +358,199 @@ def write_sompote(adapter, output, sections=None):
         torch.save(content, staging / SOMPOTE_FILES[0])
         write_text(staging / SOMPOTE_FILES[1], yaml_text(values))
     return output / SOMPOTE_FILES[0]
+
+
+@dataclass
+class Source:
+    """What a file of weights holds, and what is known of its training."""
+
+    path: Path
+    tensors: dict  # without prefixes and tracker
+    keys: dict  # of the tensors to their keys in the file
+    prefixes: Counter  # that were taken off the keys
+    tracker: int  # tensors of the tracker, left out
+    is_peft: bool  # in a folder that PEFT wrote
+    settings: dict = field(default_factory=dict)  # of a LoRA: rank, alpha, target_modules
+    base: str | None = None  # that the settings name
+    where: Path | None = None  # the settings stand there
+
+    @property
+    def is_lora(self):
+        """True if any tensor is a matrix of LoRA."""
+        return any("lora_" in name for name in self.tensors)
+
+
+def read_source(source, config=None):
+    """Find and read the weights in a file or folder, and the settings beside them or in `config`."""
+    if not source.exists():
+        raise InputError("no such file or folder", where=source, fix="check the path")
+    path = _weights_in(source) if source.is_dir() else source
+    files, folder = [path], path.parent
+    if path.is_dir():
+        names, folder = ("adapter_model.*" if _is_peft(path) else "model*.safetensors"), path
+        files = sorted(file for file in path.glob(names) if file.suffix in _WEIGHTS)
+        if not files:
+            raise InputError(f"holds no {names}", where=path, fix="copy the whole folder")
+    tensors = {}
+    for file in files:
+        table, others = _tensors_in(_read_file(file), file)
+        tensors |= table
+    found = Source(path, *_without_prefixes(tensors, path), is_peft=_is_peft(folder))
+    if isinstance(others.get("lora_config"), dict):
+        found.settings, found.where = others["lora_config"], path
+    elif found.is_lora and (config or not found.is_peft):
+        found.where = config or _yaml_beside(folder)
+        content = {} if found.where is None else read_yaml(found.where)
+        sections = [content.get(name) or {} for name in ("lora", "model")]
+        if not all(isinstance(section, dict) for section in sections):
+            fix = "give the YAML of the training"
+            raise InputError("has no sections lora and model", where=found.where, fix=fix)
+        found.settings, found.base = sections[0], sections[1].get("name")
+    elif found.is_lora:
+        found.where = folder / lora.CONFIG_FILE
+        content = read_json(found.where)
+        found.settings = content | {"rank": content.get("r"), "alpha": content.get("lora_alpha")}
+        found.base = content.get("base_model_name_or_path")
+    return found
+
+
+def _is_peft(folder):
+    return (folder / lora.CONFIG_FILE).is_file()
+
+
+def _weights_in(folder):
+    """Return the file of weights in a folder, or the folder if it is PEFT's or transformers'."""
+    for place in (folder, folder / "adapter"):
+        is_model = (place / "config.json").is_file() and any(place.glob("*.safetensors"))
+        if is_model or _is_peft(place):
+            return place
+    for name in _USUAL_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    files = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS)
+    files = [path for path in files if path.suffix != ".safetensors"] or files  # torch's own first
+    if len(files) != 1:
+        names = ", ".join(path.name for path in files) or "no weights"
+        fix = f"name the file ({', '.join(_WEIGHTS)})"
+        raise InputError(f"holds {names}, where one file is needed", where=folder, fix=fix)
+    return files[0]
+
+
+def _read_file(path):
+    """Return the content of a file on the CPU; nothing in it is executed."""
+    size, is_zip = path.stat().st_size, zipfile.is_zipfile(path)
+    if not size:
+        raise InputError("is empty", where=path, fix=_AGAIN)
+    refuse_lfs_pointer(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        options = {"map_location": "cpu", "weights_only": True}
+        return torch.load(path, **options, mmap=is_zip and size > _MEMORY_MAPPED)
+    except Exception as error:  # damaged files raise what they happen to break
+        if is_zip and isinstance(error, pickle.UnpicklingError):
+            message = "holds Python objects besides tensors; to load them would run their code"
+            fix = "save the state_dict alone, where you trust the file"
+            raise InputError(message, where=path, fix=fix) from error
+        reason = str(error).partition("\n")[0][:100]
+        message = f"is cut off, damaged or no file of torch or safetensors ({reason})"
+        raise InputError(message, where=path, fix=_AGAIN) from error
+
+
+def _tensors_in(content, path):
+    """Return the table of tensors in the content of a file, and what else is in it."""
+    others = content if isinstance(content, dict) else {}
+    tables = [others[name] for name in _TABLES if isinstance(others.get(name), dict)]
+    for table in (*tables, others):
+        tensors = {str(key): v.detach() for key, v in table.items() if torch.is_tensor(v)}
+        if tensors:
+            return tensors, others
+    keys = f" with the keys {', '.join(map(str, others)):.100}" if others else ""
+    message = f"holds no tensor but a {type(content).__name__}{keys}"
+    fix = "name a file of weights; one of LoRA is empty where no module was adapted"
+    raise InputError(message, where=path, fix=fix)
+
+
+def _without_prefixes(tensors, path):
+    """Take off what stands before the names of modules, and leave out the tracker."""
+    plain, keys, prefixes, num_tracker = {}, {}, Counter(), 0
+    for key, tensor in tensors.items():
+        name = key
+        while match := _PREFIX.match(name):
+            prefixes[match[0]] += 1
+            name = name[match.end() :]
+        name = name.replace(".base_layer.", ".")
+        if _TRACKER.match(name):
+            num_tracker += 1
+        elif name in plain:
+            message = f"{keys[name]} and {key} are the same weight"
+            raise InputError(message, where=path, fix="remove one of the two copies")
+        else:
+            plain[name], keys[name] = tensor, key
+    return plain, keys, prefixes, num_tracker
+
+
+def lora_matrices(source):
+    """Return A and B of each module of a LoRA file; InputError for half of one and for other things."""
+    halves = {}
+    for name, tensor in source.tensors.items():
+        match = _MATRIX.fullmatch(name)
+        if match is None or tensor.ndim != 2:
+            message = f"holds {source.keys[name]}, shape {tuple(tensor.shape)}, besides LoRA"
+            fix = "only LoRA of linear layers can be imported"
+            raise InputError(message, where=source.path, fix=fix)
+        halves.setdefault(match[1], {})[match[2]] = name
+    for names in halves.values():
+        if len(names) < 2:
+            other = "B" if "A" in names else "A"
+            message = f"{source.keys[names.popitem()[1]]} has no lora_{other} beside it"
+            raise InputError(message, where=source.path, fix=_AGAIN)
+    tensors = source.tensors
+    return {module: (tensors[names["A"]], tensors[names["B"]]) for module, names in halves.items()}
+
+
+def _yaml_beside(folder):
+    """Return the one YAML file in a folder that has a section ``lora``, or None."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml"))
+    files = [path for path in files if read_yaml(path).get("lora")]
+    if len(files) > 1:
+        message = f"holds several YAML files with a section lora: {files[0].name}, {files[1].name}"
+        raise InputError(message, where=folder, fix="name that of the training with --config")
+    return files[0] if files else None
+
+
+def _pattern(name):
+    """Return the pattern of a module in the table and of what is in it."""
+    return re.compile(re.escape(name).replace(r"\*", r"(\d+)") + r"(?=\.|$)")
+
+
+def _renamed(name, rules):
+    """Return a name after the first rule that fits, or None."""
+    for pattern, template in rules:
+        if match := pattern.match(name):
+            return template.replace("*", "{}").format(*match.groups()) + name[match.end() :]
+    return None
+
+
+with (DATA / "native_names.csv").open(encoding="utf-8", newline="") as _file:
+    _ROWS = [(row["meta"], row["transformers"]) for row in csv.DictReader(_file)]
+_TO_HF = [(_pattern(native), hf) for native, hf in _ROWS]
+_TO_NATIVE = [(_pattern(hf), native) for native, hf in _ROWS]
+
+
+def to_hf(name):
+    """Return the names in transformers of a module or weight of Meta's: none, one, or q, k and v.
+
+    Three for what holds q, k and v in one matrix, in this order along its output: `qkv` of the ViT
+    or of a fork, `in_proj_weight` of attention, and an attention as PEFT adapts it.
+    """
+    if (hf := _renamed(name, _TO_HF)) is not None:
+        return (hf,)
+    attention, ending = _FUSED.fullmatch(name).groups(default="")
+    parts = [_renamed(f"{attention}.{letter}_proj", _TO_HF) for letter in "qkv"]
+    return () if None in parts else tuple(part + ending.replace("_", ".") for part in parts)
+
+
+def to_native(name):
+    """Return the name in Meta's code of a module, or None; q, k and v of the ViT are named apart."""
+    return _renamed(name, _TO_NATIVE)

@@ -17,7 +17,7 @@ from helpers.config import load_config
 from helpers.data.coco import read_split
 from helpers.data.images import open_upright
 from helpers.data.masks import mask_to_rle
-from helpers.data.prompts import absent_candidates, present_prompts
+from helpers.data.records import absent_candidates, present_prompts
 from helpers.detect.metrics import evaluate_queries, union_iou
 from helpers.detect.queries import SCORE_FLOOR, query_of
 from helpers.diagnose.diagnosis import diagnose

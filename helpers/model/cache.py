@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from helpers.data.dataset import PromptCollator
 from helpers.data.images import load_pixels
-from helpers.errors import InputError
+from helpers.errors import InputError, explain
 from helpers.files import file_digest, progress_bar, resolve, staged_folder, write_json
 from helpers.model.lora import write_tensors
 
@@ -54,11 +54,7 @@ class BackboneCache:
 
     @torch.no_grad()
     def fill(self, records, *, batch_size=1, num_workers=0, progress=False):
-        """Run the backbone on the images that are missing, and write its output.
-
-        Of several processes each takes its share; all return when all are done. InputError for an image
-        that cannot be used, and before anything is computed for a folder or disk that cannot take it.
-        """
+        """Write the backbone's output for missing images; processes share the work and end together."""
         missing = self.missing(records)
         processes = PartialState()
         processes.wait_for_everyone()  # all have seen the same list
@@ -73,14 +69,14 @@ class BackboneCache:
         # Tells a person which runs a folder serves.
         description = {"base": self.model.name_or_path, "resolution": self.model.resolution}
         description["dtype"] = str(self.dtype).removeprefix("torch.")
-        try:
+        fix = f"name a folder that can be written {_ANOTHER_FOLDER}"
+        with explain(OSError, "cannot be written", where=self.folder, fix=fix):
             needed = len(missing) * self.bytes_per_image
             parent = next(path for path in (self.folder, *self.folder.parents) if path.exists())
             free = shutil.disk_usage(parent).free
             if needed > free:
                 message = f"the features of {len(missing)} images need {needed / 1e9:.1f} GB"
                 message += f", the disk has {free / 1e9:.1f} GB left"
-                fix = f"name a folder on a larger disk {_ANOTHER_FOLDER}"
                 raise InputError(message, where=self.folder, fix=fix)
             with staged_folder(self.folder) as staging:
                 write_json(staging / "cache.json", description)
@@ -89,10 +85,6 @@ class BackboneCache:
                     states = self.model.backbone_states(pixel_values.to(self.model.device))
                     self._write(batch, states)
                     bar.update(len(batch))
-        except OSError as error:
-            message = f"cannot be written ({error.strerror or error})"
-            fix = f"name a folder that can be written {_ANOTHER_FOLDER}"
-            raise InputError(message, where=self.folder, fix=fix) from error
         processes.wait_for_everyone()
 
     def _write(self, records, states):
@@ -108,20 +100,13 @@ class BackboneCache:
 
     def states(self, record):
         """Read the backbone's output (N, C) for an image; InputError names a missing or damaged file."""
-        file, damage = self._file_of(record), None
-        try:
+        file = self._file_of(record)
+        errors, fix = (OSError, SafetensorError), "delete it and train again"
+        with explain(errors, "cannot be read", where=file, fix=fix):
             with safe_open(file, framework="pt") as content:
                 states = content.get_tensor(TENSOR)
-                checksum = (content.metadata() or {}).get(CHECKSUM)
-        except (OSError, SafetensorError) as error:
-            damage = error
-        else:
-            if checksum != _checksum(states):
-                damage = "its numbers are not those that were written"
-        if damage is not None:
-            raise InputError(
-                f"cannot be read ({damage})", where=file, fix="delete it and train again"
-            )
+                if (content.metadata() or {}).get(CHECKSUM) != _checksum(states):
+                    raise OSError("its numbers are not those that were written")
         return states
 
     def _file_of(self, record):

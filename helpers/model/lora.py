@@ -101,9 +101,7 @@ def _targets_of(module_name, targets):
 
 def target_pattern(lora):
     """Write the names that `target_modules` lists as one regular expression for PEFT."""
-    names = dict.fromkeys(
-        spelling for name in lora.target_modules for spelling in SPELLINGS.get(name, (name,))
-    )
+    names = dict.fromkeys(s for name in lora.target_modules for s in SPELLINGS.get(name, (name,)))
     last = "|".join(map(re.escape, names))
     prefixes = [p for component in enabled_components(lora) for p in COMPONENTS[component]]
     inside = "|".join(re.escape(prefix) for prefix in prefixes)
@@ -130,24 +128,15 @@ def add_lora(model, lora):
     if lora_layers(model):
         raise InputError("the model already carries LoRA", fix="load the base again")
     if lora.apply_to_geometry_encoder and not model.native_prompt:
-        warnings.warn(
-            "apply_to_geometry_encoder: without model.native_prompt text prompts never pass through "
-            "the geometry encoder, so its LoRA gets no gradient and stays zero",
-            stacklevel=2,
-        )
+        text = "apply_to_geometry_encoder: without model.native_prompt text prompts never pass "
+        text += "through the geometry encoder, so its LoRA gets no gradient and stays zero"
+        warnings.warn(text, stacklevel=2)
     expected = {name for names in target_modules(model, lora).values() for name in names}
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=target_pattern(lora),
-        bias="none",
-    )
+    settings = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    config = LoraConfig(**settings, target_modules=target_pattern(lora))
     peft_model = _wrap(model, config)
-    adapted = {name for name, _ in lora_layers(peft_model)}
-    if adapted != expected:
-        message = f"PEFT adapted {len(adapted)} modules, expected {len(expected)}; the first that "
-        message += f"differs is {min(adapted ^ expected)}"
+    if others := {name for name, _ in lora_layers(peft_model)} ^ expected:
+        message = f"PEFT and these settings differ in {len(others)} modules, such as {min(others)}"
         raise InputError(message, where="lora.target_modules", fix="name linear layers only")
     return peft_model
 
@@ -186,13 +175,7 @@ def write_tensors(path, tensors, metadata=None):
 
 
 def load_adapter(model, folder, *, lora=None, is_trainable=False):
-    """Put a saved adapter on its base, completely or not at all; in eval mode unless trainable.
-
-    The base then gets its prompts as the adapter was trained on them, with the native token or not.
-
-    InputError, by file, key and value, if a file is missing or damaged, rank or alpha are not those
-    of `lora` of the run, or the adapter was made for another base.
-    """
+    """Put a saved adapter on its base, completely or not at all, with the prompts of its training."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError("no such folder", where=folder, fix=_NAME_A_RUN)
@@ -225,18 +208,17 @@ def load_adapter(model, folder, *, lora=None, is_trainable=False):
 def load_adapter_weights(model, weights, folder):
     """Copy the tensors of a folder into a model with LoRA, refusing any that do not fit."""
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    problems = []
-    if missing := sorted(set(expected) - set(weights)):
-        problems.append(f"{len(missing)} of {len(expected)} keys missing, such as {missing[0]}")
-    if unexpected := sorted(set(weights) - set(expected)):
-        problems.append(f"{len(unexpected)} keys unexpected, such as {unexpected[0]}")
-    for name in sorted(set(expected) & set(weights)):
-        if expected[name].shape != weights[name].shape:
-            shapes = f"{tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
-            problems.append(f"{name} has shape {shapes}")
-            break
-    if problems:
-        raise _another_base(folder, "; ".join(problems))
+    problems = {
+        f"of {len(expected)} keys missing": expected.keys() - weights.keys(),
+        "keys unexpected": weights.keys() - expected.keys(),
+        "keys of another shape": {
+            f"{name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+            for name, tensor in weights.items()
+            if name in expected and tensor.shape != expected[name].shape
+        },
+    }
+    if texts := [f"{len(k)} {text}, such as {min(k)}" for text, k in problems.items() if k]:
+        raise _another_base(folder, "; ".join(texts))
     check_tensors(weights, Path(folder) / WEIGHTS_FILE)
     set_peft_model_state_dict(model, weights)
 
@@ -281,8 +263,7 @@ def _check_config(content, expected, path):
         raise InputError(f"is of type {kind!r}, expected 'LORA'", where=path, fix=_NAME_A_RUN)
     are_numbers = type(rank) is int and type(alpha) in (int, float)
     if not are_numbers or not 0 < alpha <= MAX_SCALE * rank:
-        limit = f"{MAX_SCALE:g} times r, {rank!r:.100}"
-        message = f"lora_alpha is {alpha!r:.100}, not between 0 and {limit}"
+        message = f"lora_alpha is {alpha!r:.100} and r {rank!r:.100}"
         raise InputError(message, where=path, fix=_RESTORE)
     for key in ("r", "lora_alpha"):
         if expected.get(key) not in (None, content[key]):
@@ -308,10 +289,7 @@ def adapter_report(model):
     """
     layers = lora_layers(model)
     total = sum(parameter.numel() for parameter in model.parameters())
-    groups = {
-        component: [layer for name, layer in layers if component_of(name) == component]
-        for component in COMPONENTS
-    }
+    groups = {part: [x for name, x in layers if component_of(name) == part] for part in COMPONENTS}
     groups["total"] = [layer for _, layer in layers]
     rows = {name: _measure(group, total) for name, group in groups.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("component")
@@ -360,18 +338,15 @@ def prompt_embedding_change(model, processor, prompts):
     with model.disable_adapter():
         plain = prompt_embeddings(model, processor, prompts)
     cosines = cosine_similarity(tuned[:, None], tuned[None], dim=-1)
-    cosines.fill_diagonal_(-torch.inf)
-    nearest_cosine, nearest = cosines.max(1)
+    nearest_cosine, nearest = cosines.fill_diagonal_(-torch.inf).max(1)
     has_other = len(prompts) > 1
-    return pd.DataFrame(
-        {
-            "relative_change": ((tuned - plain).norm(dim=1) / plain.norm(dim=1)).tolist(),
-            "cosine": cosine_similarity(tuned, plain).tolist(),
-            "nearest": [prompts[i] if has_other else None for i in nearest.tolist()],
-            "nearest_cosine": nearest_cosine.tolist() if has_other else [float("nan")],
-        },
-        index=pd.Index(list(prompts), name="prompt"),
-    )
+    columns = {
+        "relative_change": ((tuned - plain).norm(dim=1) / plain.norm(dim=1)).tolist(),
+        "cosine": cosine_similarity(tuned, plain).tolist(),
+        "nearest": [prompts[i] if has_other else None for i in nearest.tolist()],
+        "nearest_cosine": nearest_cosine.tolist() if has_other else [float("nan")],
+    }
+    return pd.DataFrame(columns, index=pd.Index(list(prompts), name="prompt"))
 
 
 @torch.no_grad()

@@ -76,19 +76,15 @@ def hungarian_match(outputs, targets):
 
 
 def matching_cost(pred_logits, pred_boxes_cxcywh, target_boxes_cxcywh):
-    """Compute the cost ``2 class + 5 L1 - 2 GIoU`` of Q queries for n objects: (Q, n) float32.
-
-    The class cost is ``-a (1-p)^g log p + (1-a) p^g log(1-p)`` with a = 0.25 and g = 2.
-    """
+    """Compute the cost ``2 class + 5 L1 - 2 GIoU`` of Q queries for n objects: (Q, n) float32."""
     logits = pred_logits.float()
     predicted, target = pred_boxes_cxcywh.float(), target_boxes_cxcywh.float()
     prob = logits.sigmoid()
     cost_positive = -FOCAL_ALPHA * (1 - prob) ** FOCAL_GAMMA * F.logsigmoid(logits)
     cost_negative = -(1 - FOCAL_ALPHA) * prob**FOCAL_GAMMA * F.logsigmoid(-logits)
     cost_bbox = torch.cdist(predicted, target, p=1)
-    giou = generalized_box_iou(
-        box_convert(predicted, "cxcywh", "xyxy"), box_convert(target, "cxcywh", "xyxy")
-    )
+    corners = (box_convert(boxes, "cxcywh", "xyxy") for boxes in (predicted, target))
+    giou = generalized_box_iou(*corners)
     cost_class = (cost_positive - cost_negative)[:, None]
     return COST_CLASS * cost_class + COST_BBOX * cost_bbox - COST_GIOU * giou
 
@@ -112,9 +108,8 @@ def box_terms(pred_boxes_cxcywh, targets, matches, num_boxes):
     """Compute L1 and GIoU loss of the matched boxes, and the IoU (pairs,), without gradient."""
     device = pred_boxes_cxcywh.device
     predicted = torch.cat([pred_boxes_cxcywh[b, q] for b, (q, _) in enumerate(matches)]).float()
-    target = torch.cat(
-        [t["boxes_cxcywh"].to(device)[i] for t, (_, i) in zip(targets, matches, strict=True)]
-    ).float()
+    pairs = zip(targets, matches, strict=True)
+    target = torch.cat([t["boxes_cxcywh"].to(device)[i] for t, (_, i) in pairs]).float()
     predicted_xyxy = box_convert(predicted, "cxcywh", "xyxy")
     target_xyxy = box_convert(target, "cxcywh", "xyxy")
     giou = generalized_box_iou(predicted_xyxy, target_xyxy).diagonal()
@@ -151,9 +146,8 @@ def score_terms(pred_logits, presence_logits, targets, matches, ious, variant, n
     present = torch.stack([(t["boxes_cxcywh"][:, 2:] > 0).all(1).any() for t in targets]).to(logits)
     loss = torch.where(matched, POSITIVE_WEIGHT * bce, prob**NEGATIVE_GAMMA * bce)
     loss = loss * present[:, None]
-    presence = F.binary_cross_entropy_with_logits(
-        presence_logits.float()[:, 0], present, reduction="sum"
-    )
+    presence_logits = presence_logits.float()[:, 0]
+    presence = F.binary_cross_entropy_with_logits(presence_logits, present, reduction="sum")
     return {
         "loss_ce": loss.sum() / (num_rows * max(logits.shape[1], MIN_QUERIES_IN_MEAN)),
         "presence_loss": PRESENCE_ALPHA * presence / num_rows,
@@ -193,9 +187,7 @@ def _map_losses(pairs, outputs, settings):
     focal, dice = [nothing], [nothing]
     for logits, masks in pairs:
         size = masks.shape[-2:]
-        logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)[
-            :, 0
-        ]
+        logits = F.interpolate(logits.float(), size=size, mode="bilinear").squeeze(1)
         focal.append(sigmoid_focal_loss(logits, masks, **settings).mean((1, 2)).sum())
         prob, true = logits.sigmoid().flatten(1), masks.flatten(1)
         common = (prob * true).sum(1)

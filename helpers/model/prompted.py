@@ -28,10 +28,7 @@ _LAYER_OUTPUTS = ("pred_logits", "pred_boxes_cxcywh", "presence_logits")
 
 
 class Float32Positions(Sam3SinePositionEmbedding):
-    """The position codes of the feature maps, always in float32; all images share one.
-
-    In bfloat16, as the port has it, a code of 72 x 72 cells is off by up to 0.034.
-    """
+    """Position codes of feature maps, shared by all images, in float32: bfloat16 is off by 0.034."""
 
     def forward(self, shape, device, dtype, mask=None):
         """Return the codes of a map of `shape` (I, C, h, w), float32 whatever `dtype` says."""
@@ -40,10 +37,7 @@ class Float32Positions(Sam3SinePositionEmbedding):
 
 
 def repeat_vision_embeds(vision_embeds, image_index, num_prompts):
-    """Give each of B prompts the feature maps of its image.
-
-    `image_index` is (B,) int64 in [0, I); None pairs image i with prompt i, or one image with all.
-    """
+    """Give each of B prompts the maps of image `image_index` (B,); None pairs them or repeats one."""
     features = vision_embeds.fpn_hidden_states
     num_images = len(features[0])
     if image_index is None:
@@ -53,10 +47,8 @@ def repeat_vision_embeds(vision_embeds, image_index, num_prompts):
             raise ValueError(f"{num_images} images and {num_prompts} prompts need an image_index")
         image_index = torch.zeros(num_prompts, dtype=torch.long)
     if len(image_index) != num_prompts or int(image_index.max()) >= num_images:
-        raise ValueError(
-            f"image_index {image_index.tolist()} does not pair {num_prompts} prompts with "
-            f"{num_images} images"
-        )
+        pairs = f"{num_prompts} prompts with {num_images} images"
+        raise ValueError(f"image_index {image_index.tolist()} does not pair {pairs}")
     index = image_index.to(features[0].device)
     # Position encodings depend on the size of the map only, so all rows are equal.
     positions = vision_embeds.fpn_position_encoding
@@ -155,11 +147,8 @@ class PromptedSam3(Sam3Model):
             side = round(num_patches**0.5)
             spatial = backbone_states.view(num_images, side, side, -1).permute(0, 3, 1, 2)
             maps, positions = self.vision_encoder.neck(spatial)
-            return Sam3VisionEncoderOutput(
-                last_hidden_state=backbone_states,
-                fpn_hidden_states=maps,
-                fpn_position_encoding=positions,
-            )
+            pyramids = {"fpn_hidden_states": maps, "fpn_position_encoding": positions}
+            return Sam3VisionEncoderOutput(last_hidden_state=backbone_states, **pyramids)
 
     def forward(
         self,
@@ -195,9 +184,8 @@ class PromptedSam3(Sam3Model):
             reference_logits = inverse_sigmoid(decoder.reference_boxes)
             boxes_cxcywh = (reference_logits + captured["box_offsets"]).sigmoid()
         stacked = (captured["logits"].squeeze(-1), boxes_cxcywh, decoder.presence_logits)
-        *aux, last = (
-            dict(zip(_LAYER_OUTPUTS, layer, strict=True)) for layer in zip(*stacked, strict=True)
-        )
+        layers = zip(*stacked, strict=True)
+        *aux, last = (dict(zip(_LAYER_OUTPUTS, layer, strict=True)) for layer in layers)
         return PromptedSam3Output(
             **{field.name: getattr(outputs, field.name) for field in fields(outputs)},
             pred_boxes_cxcywh=last["pred_boxes_cxcywh"],
@@ -209,11 +197,8 @@ class PromptedSam3(Sam3Model):
     def _capture_decoder(self):
         """Collect the last outputs of decoder and heads; again means another dropout."""
         captured = {}
-        modules = {
-            "decoder": self.detr_decoder,
-            "box_offsets": self.detr_decoder.box_head,
-            "logits": self.dot_product_scoring,
-        }
+        modules = {"decoder": self.detr_decoder, "logits": self.dot_product_scoring}
+        modules["box_offsets"] = self.detr_decoder.box_head
         with ExitStack() as hooks:
             for name, module in modules.items():
                 hook = partial(_keep_output, captured, name)
@@ -232,10 +217,8 @@ def _keep_output(captured, name, module, args, output):
 
 def loss_inputs(outputs):
     """Pick what `sam3_losses` reads out of the outputs, in float32: a dict of tensors and ``aux``."""
-    final, *aux = [
-        {name: layer[name].float() for name in _LAYER_OUTPUTS}
-        for layer in (outputs, *outputs["aux"])
-    ]
+    layers = outputs, *outputs["aux"]
+    final, *aux = [{name: layer[name].float() for name in _LAYER_OUTPUTS} for layer in layers]
     final |= {name: outputs[name].float() for name in ("pred_masks", "semantic_logits")}
     return final | {"aux": aux}
 
@@ -269,10 +252,7 @@ def model_inputs(batch, device):
 
 
 def outputs_by_rows(model, batch, device, autocast=nullcontext):
-    """Run a batch of `PromptCollator` in parts of at most `ROWS_AT_ONCE` of its B rows.
-
-    Yields slices of the rows and their outputs; `autocast` returns the context of a run.
-    """
+    """Run a batch in parts of at most `ROWS_AT_ONCE` rows; yield slices of rows, and their outputs."""
     inputs = model_inputs(batch, device)
     seen = [inputs.pop(name, None) for name in _VISION_INPUTS]
     with autocast():

@@ -46,34 +46,19 @@ def best_device():
 
 
 def has_native_prompt(config, name_or_path):
-    """Return whether a base was trained with the geometry encoder's token behind every prompt.
-
-    Its config says so, or it is facebook/sam3. The geometry encoder of our small bases is untrained.
-    """
+    """Return whether a base was trained with `native_prompt`: as its config says; facebook/sam3 was."""
     is_meta = str(name_or_path).startswith("facebook/sam3")
     return bool(getattr(config, "native_prompt", is_meta))
 
 
 def load_base(name_or_path, revision=None, dtype=None, resolution=None, native_prompt=None):
-    """Load a SAM3 base and its processor, in eval mode, completely or not at all.
+    """Load a `PromptedSam3` in eval mode and its `Sam3Processor`, completely or not at all.
 
-    Parameters
-    ----------
-    name_or_path : str or pathlib.Path
-        A folder, see `helpers.files.resolve`, or a name on the hub such as ``facebook/sam3``.
-    revision : str, optional
-        Branch, tag or commit on the hub.
-    dtype : torch.dtype, optional
-        Type of the weights, float32 by default; bfloat16 is that of the two encoders only.
-    resolution : int, optional
-        Side of the square input in pixels, the base's own by default; a multiple of its patch.
-    native_prompt : bool, optional
-        Whether the geometry encoder's token follows every prompt; by default as the base has it.
-
-    Returns
-    -------
-    model : PromptedSam3
-    processor : transformers.Sam3Processor
+    The base is a folder, see `helpers.files.resolve`, or a name on the hub such as ``facebook/sam3``
+    with a ``revision``. ``dtype`` of the weights is float32 by default; bfloat16 is that of the two
+    encoders only. ``resolution`` is the side of the square input in pixels, a multiple of the patch;
+    with ``native_prompt`` the geometry encoder's token follows every prompt. Both are by default as
+    the base has them.
     """
     source, config = _locate(name_or_path), base_config(name_or_path, revision)
     if resolution is not None:
@@ -83,9 +68,8 @@ def load_base(name_or_path, revision=None, dtype=None, resolution=None, native_p
             fix = f"use {round(resolution / patch) * patch}"
             raise InputError(message, where=name_or_path, fix=fix)
         config.image_size = resolution
-    if native_prompt is None:
-        native_prompt = has_native_prompt(config, name_or_path)
-    config.native_prompt = native_prompt
+    is_native = has_native_prompt(config, name_or_path)
+    config.native_prompt = is_native if native_prompt is None else native_prompt
     options = {"revision": revision or "main"}
     settings = {"config": config, "dtype": dtype or torch.float32}
     # Mismatched tensors are reported rather than raised, so that they can be named.
@@ -105,11 +89,8 @@ def load_base(name_or_path, revision=None, dtype=None, resolution=None, native_p
 
 def base_fingerprint(model):
     """Hash names, shapes and some bfloat16 values of a base, with or without adapter: 16 hex digits."""
-    tensors = {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in base_of(model).state_dict().items()
-        if ".lora_" not in name
-    }
+    state = base_of(model).state_dict()
+    tensors = {n.replace(".base_layer.", "."): t for n, t in state.items() if ".lora_" not in n}
     names = sorted(tensors)
     digest = hashlib.sha256(repr([(n, tuple(tensors[n].shape)) for n in names]).encode())
     for name in names[:: max(len(names) // _NUM_FINGERPRINT_TENSORS, 1)]:

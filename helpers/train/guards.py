@@ -76,13 +76,9 @@ class Guards(TrainerCallback):
 
     def __init__(self, config=None, queries=None, *, allow_empty=False):
         self.weights = {} if config is None else losses.WEIGHTS[config.loss.variant]
-        off = OFF_IF_EMPTY if allow_empty else ()
-        on = (
-            dict.fromkeys(GuardSection.model_fields, True)
-            if config is None
-            else dict(config.guards)
-        )
-        self.active = {key for key, is_on in on.items() if is_on and key not in off}
+        keys = GuardSection.model_fields
+        self.active = {key for key in keys if config is None or getattr(config.guards, key)}
+        self.active -= {*OFF_IF_EMPTY} if allow_empty else set()
         self._images_until = {"objects": PATIENCE, "absent": math.inf}
         if queries is not None:
             by_image = queries.groupby("image_id")["num_objects"]
@@ -147,11 +143,10 @@ class Guards(TrainerCallback):
         }
         total = terms.pop("loss", None)
         total = sum(terms.values()) if total is None else total
-        named = {
-            kind: [v for name, v in terms.items() if any(word in name.lower() for word in words)]
-            for kind, words in _TERMS.items()
-        }
-        parts = {kind: sum(values) if values else 1.0 for kind, values in named.items()}
+        parts = {}
+        for kind, words in _TERMS.items():
+            values = [v for n, v in terms.items() if any(word in n.lower() for word in words)]
+            parts[kind] = sum(values) if values else 1.0
         if num_absent is not None:
             self._images_until["absent"] = PATIENCE
         self.weights = dict.fromkeys(terms, 1.0)

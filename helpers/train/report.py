@@ -47,10 +47,8 @@ def checklist(run, words=None):
         ("Inference produces detections with confidence", "above 0.3", confidence),
         ('Text prompts like "crack", "defect" work', "both work", _prompts(run, words)),
     ]
-    return [
-        {"item": item, "expected": expected, "measured": measured, "passed": passed}
-        for item, expected, (measured, passed) in items
-    ]
+    keys = ("item", "expected", "measured", "passed")
+    return [dict(zip(keys, (*names, *judged), strict=True)) for *names, judged in items]
 
 
 def checklist_frame(run, words=None):
@@ -102,10 +100,9 @@ def _trend(values):
     """Say whether a loss fell from the first to the last epoch."""
     if len(values) < 2:
         return "one epoch has no trend", None
-    return (
-        f"{values[0]:.3g} in epoch 1, {values[-1]:.3g} in epoch {len(values)}, "
-        f"lowest in epoch {values.index(min(values)) + 1}"
-    ), values[-1] < values[0]
+    lowest = f"lowest in epoch {values.index(min(values)) + 1}"
+    measured = f"{values[0]:.3g} in epoch 1, {values[-1]:.3g} in epoch {len(values)}, {lowest}"
+    return measured, values[-1] < values[0]
 
 
 def _prompts(run, words):

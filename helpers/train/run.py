@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from transformers import Sam3Processor
 
 from helpers.config import Config, load_config
-from helpers.data.prompts import absent_candidates, present_prompts
-from helpers.errors import InputError
+from helpers.data.records import absent_candidates, present_prompts
+from helpers.errors import InputError, explain
 from helpers.files import read_json, resolve
 from helpers.model.lora import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from helpers.model.sam3 import base_dtype, load_base
@@ -32,13 +32,8 @@ _TRAIN_FIRST = "name the folder of a finished run, or train one with 'python -m 
 # Keys that change how a step is computed, not what; the number of its images is compared.
 _MAY_CHANGE = {
     "data": {"data_dir"},
-    "training": {
-        "batch_size",
-        "gradient_accumulation_steps",
-        "gradient_checkpointing",
-        "feature_cache",
-        "num_workers",
-    },
+    "training": {"batch_size", "gradient_accumulation_steps", "num_workers"}
+    | {"gradient_checkpointing", "feature_cache"},
     "guards": True,
     "output": True,
 }
@@ -80,10 +75,8 @@ _KEYS = {
     BASE_FILE: {"name": (str, ...), "fingerprint": (str, ...)},
 }
 READABLE_FILES = frozenset(_KEYS)
-_OWN_FILES = (
-    *(METRICS_FILE, PROMPTS_FILE, VERSIONS_FILE, STOPPED_FILE),
-    *(RUN_CONFIG, CURVES_FILE, AUDIT_FILE),
-)
+_OWN_FILES = (METRICS_FILE, PROMPTS_FILE, VERSIONS_FILE, STOPPED_FILE)
+_OWN_FILES += (RUN_CONFIG, CURVES_FILE, AUDIT_FILE)
 RUN_FILES = (*_OWN_FILES, CARD_FILE, WEIGHTS_FILE, CONFIG_FILE, BASE_FILE)
 
 
@@ -115,49 +108,27 @@ def read_config(folder):
 
 
 def read_run(folder):
-    """Read what a finished run wrote, without loading a model.
+    """Read what a finished run wrote, without its model; return `RunFiles`.
 
-    Parameters
-    ----------
-    folder : os.PathLike
-        Run folder; InputError if it holds no run, an unfinished one or a damaged one.
-
-    Returns
-    -------
-    RunFiles
-        With ``folder``, ``config``, ``prompts``, ``metrics``, ``history`` and ``adapter``.
+    InputError if the folder holds no run, an unfinished one or a damaged one.
     """
     folder = resolve(folder)
     if not folder.is_dir():
         raise InputError("no such folder", where=folder, fix=_TRAIN_FIRST)
     if not (folder / METRICS_FILE).is_file():
         raise _unfinished(folder)
-    metrics = read_run_file(folder / METRICS_FILE)
-    history = read_history(folder)
-    if (last := history[-1]["step"]) != metrics["steps"]:
-        raise _damaged(
-            folder / CURVES_FILE, f"ends at step {last}, {METRICS_FILE} counts {metrics['steps']}"
-        )
+    metrics, history = read_run_file(folder / METRICS_FILE), read_history(folder)
+    if (last := history[-1]["step"]) != (steps := metrics["steps"]):
+        raise _damaged(folder / CURVES_FILE, f"ends at step {last}, {METRICS_FILE} counts {steps}")
     prompts, adapter = read_run_file(folder / PROMPTS_FILE), _read_audit(folder / AUDIT_FILE)
     return RunFiles(folder, read_config(folder), prompts, metrics, history, adapter)
 
 
 def load_run(folder, base=None, dtype=None):
-    """Load a finished run with its base.
+    """Load a finished run with its base; return a `RunResult`.
 
-    Parameters
-    ----------
-    folder : os.PathLike
-        Run folder, as for `read_run`.
-    base : str, optional
-        Another place of the base than the config names; it must be the same base.
-    dtype : torch.dtype, optional
-        Type of the base's weights; by default the one it was trained with.
-
-    Returns
-    -------
-    RunResult
-        As of `read_run`, with ``model`` and ``processor``.
+    ``base`` is another place of the same base than the config names, ``dtype`` the type of its
+    weights, by default the one it was trained with. InputError as from `read_run`.
     """
     files = read_run(folder)
     settings = files.config.model
@@ -187,9 +158,7 @@ def _unfinished(folder):
         return InputError(message, where=folder, fix=stopped.get("fix") or _TRAIN_AGAIN)
     if not (folder / RUN_CONFIG).is_file():
         return InputError(f"holds no {METRICS_FILE}", where=folder, fix=_TRAIN_FIRST)
-    message = "the run was interrupted and has no adapter yet"
-    if (folder / WEIGHTS_FILE).is_file():
-        message = f"holds an adapter and no {METRICS_FILE}, which is written last"
+    message = f"the run was interrupted: it has no {METRICS_FILE}, which is written last"
     fix = "continue it with 'python -m helpers train ... --resume'"
     return InputError(message, where=folder, fix=fix)
 
@@ -212,10 +181,9 @@ def read_history(folder):
     """Read ``curves.csv`` back into a log: one dict per entry, without what it did not log."""
     path = Path(folder) / CURVES_FILE
     table = _read_table(path, ("step", "epoch", "loss", "eval_loss"))
-    if (table["step"] % 1 != 0).any() or table["epoch"].isna().any():
-        raise _damaged(path, "a row has no whole step or no epoch")
-    if table["loss"].isna().all() or table["eval_loss"].isna().all():
-        raise _damaged(path, "holds no loss")
+    no_place = (table["step"] % 1 != 0).any() or table["epoch"].isna().any()
+    if no_place or table[["loss", "eval_loss"]].isna().all().any():
+        raise _damaged(path, "a row has no whole step or no epoch, or there is no loss")
     rows = table.astype({"step": int}).to_dict(orient="records")
     return [{name: value for name, value in row.items() if not pd.isna(value)} for row in rows]
 
@@ -224,28 +192,24 @@ def _read_audit(path):
     """Return the adapter report of a run, index ``component``."""
     columns = ("component", "modules", "parameters", "share", "grad_norm", "B_norm", "B_nonzero")
     table = _read_table(path, columns).set_index("component")
-    if "total" not in table.index or table.index.has_duplicates:
-        raise _damaged(path, "has no row 'total', or one twice")
-    if table[["modules", "parameters", "share"]].isna().any(axis=None):
-        raise _damaged(path, "a number is missing")
+    is_broken = table[["modules", "parameters", "share"]].isna().any(axis=None)
+    if is_broken or "total" not in table.index or table.index.has_duplicates:
+        raise _damaged(path, "has no row 'total', a row twice, or a number is missing")
     return table
 
 
 def _read_table(path, columns):
     """Return a complete CSV file of a run with these columns, all but ``component`` of numbers."""
-    try:
+    with explain((OSError, ValueError), "cannot be read", where=path, fix=_TRAIN_AGAIN):
         is_complete = path.read_text(encoding="utf-8").endswith("\n")
         table = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise _damaged(path, f"cannot be read ({error})") from error
-    for name in columns:
-        if name not in table:
-            raise _damaged(path, f"the column '{name}' is missing")
+    if missing := [name for name in columns if name not in table]:
+        raise _damaged(path, f"the column '{missing[0]}' is missing")
     if not is_complete or table.empty:
         raise _damaged(path, "is cut off")
-    for name in table.columns.drop("component", errors="ignore"):
-        if table[name].dtype.kind not in "if":
-            raise _damaged(path, f"the column '{name}' holds what is no number")
+    numbers = table.drop(columns="component", errors="ignore")
+    if words := [*numbers.select_dtypes(exclude="number")]:
+        raise _damaged(path, f"the column '{words[0]}' holds what is no number")
     return table
 
 
@@ -317,11 +281,9 @@ def _refuse_other_config(folder, config):
         if old[section][key] != value
     ]
     if differing:
-        raise InputError(
-            f"the run to resume had another configuration: {'; '.join(differing)}",
-            where=folder,
-            fix="resume with the settings it was started with, or start a new run",
-        )
+        message = f"the run to resume had another configuration: {'; '.join(differing)}"
+        fix = "resume with the settings it was started with, or start a new run"
+        raise InputError(message, where=folder, fix=fix)
 
 
 def trained_prompts(dataset):
@@ -355,8 +317,7 @@ def trained_parameters(optimizer, model):
 def run_metrics(state, config, best_step):
     """Gather the numbers of a run from its `TrainerState`; `best_step` is None for the last one."""
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
-    best = (entry for entry in evaluations if entry["step"] == best_step)
-    kept = next(best, evaluations[-1])
+    kept = next((e for e in evaluations if e["step"] == best_step), evaluations[-1])
     return {
         "steps": state.global_step,
         "epochs": round(state.epoch, 6),
@@ -375,20 +336,16 @@ def run_notes(state, config, best_step, report):
         metric = config.evaluation.metric_for_best
         notes.append(f"{metric} never rose above 0 on the validation split: the last state is kept")
     if config.effective_warmup_steps >= state.max_steps:
-        notes.append(
-            f"the warm-up of {config.effective_warmup_steps} steps is not shorter than the run of "
-            f"{state.max_steps}: the learning rate never reached its peak"
-        )
+        text = f"the warm-up of {config.effective_warmup_steps} steps is not shorter than the run "
+        notes.append(f"{text}of {state.max_steps}: the learning rate never reached its peak")
     for component, row in report.drop(index="total").iterrows():
         if row["modules"] and row["B_nonzero"] < 1:
             idle = round((1 - row["B_nonzero"]) * row["modules"])
             notes.append(f"{idle} of {row['modules']:.0f} modules of {component} never moved")
     clamped = _first_and_last(state.log_history, "train_share_at_clamp")["last"]
     if clamped > 0.5:
-        notes.append(
-            f"{clamped:.0%} of the logits stand at the model's clamps, where there is no gradient: "
-            "start again from the base, training on cannot mend this"
-        )
+        text = f"{clamped:.0%} of the logits stand at the model's clamps, where there is no "
+        notes.append(f"{text}gradient: start again from the base, training on cannot mend this")
     return notes
 
 

@@ -29,15 +29,8 @@ MERGE_FILE = "merge.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_IMAGES = 4
 NUM_PROMPTS = 6
-_MERGED_FILES = (
-    MERGE_FILE,
-    CARD_FILE,
-    "config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "*processor_config.json",
-    "tokenizer*",
-)
+_MERGED_FILES = (MERGE_FILE, CARD_FILE, "config.json", "*processor_config.json", "tokenizer*")
+_MERGED_FILES += ("model*.safetensors", "model.safetensors.index.json")
 _MISSING = {
     "base_model": "the base is a folder of this machine, and no name on the Hub",
     "library_name": "the Hub cannot show how to load the model",
@@ -48,7 +41,6 @@ _MISSING = {
 
 def model_card(run, own_resolution, merge=None):
     """Write the card of a run, or of its `merge`; `own_resolution` is that of the base itself."""
-    name = run.config.model.name
     versions = run_folder.read_run_file(run.folder / run_folder.VERSIONS_FILE)
     adapted = run.adapter[run.adapter["modules"] > 0].drop(index="total", errors="ignore")
     card = ModelCard.from_template(
@@ -62,7 +54,7 @@ def model_card(run, own_resolution, merge=None):
         total=run.adapter.loc["total"],
         modules=adapted["modules"].to_dict(),
         versions=versions.get("packages", {}),
-        on_hub=is_on_hub(name),
+        on_hub=is_on_hub(run.config.model.name),
         quoted=_quoted,
         in_code=_in_code,
         literal=_literal,
@@ -208,12 +200,10 @@ CAST = Tolerance(logit=float("inf"), score=0.05, margin=0.05, mask_iou=0.9)
 
 def is_same(comparison, tolerance):
     """Return whether two models count as the same by what `compare` says; NaN never does."""
-    return (
-        comparison["max_logit_difference"] <= tolerance.logit
-        and comparison["max_score_difference"] <= tolerance.score
-        and comparison["num_changed"] == 0
-        and comparison["min_mask_iou"] >= tolerance.mask_iou
-    )
+    logit, score = (comparison[f"max_{name}_difference"] for name in ("logit", "score"))
+    are_near = logit <= tolerance.logit and score <= tolerance.score
+    has_masks = comparison["min_mask_iou"] >= tolerance.mask_iou
+    return are_near and has_masks and comparison["num_changed"] == 0
 
 
 class MergeDiffers(Exception):
@@ -227,14 +217,13 @@ class MergeDiffers(Exception):
 def merge(folder, output, dtype=None, base=None):
     """Write a full model that plain `Sam3Model.from_pretrained` loads, from the folder of a run.
 
-    Base and adapter are merged in float32, and the result is compared with them; then it is cast,
-    written, loaded again from the written files, and compared once more. ``output`` must be empty or
-    missing, and stays so unless everything went well. ``dtype``, "float32" or "bfloat16", is by
-    default that of the base's own files; ``base`` is another place of it than the run names.
+    Base and adapter are merged in float32 and compared with the result, which is cast, written, loaded
+    again and compared once more. ``output`` must be empty or missing, and stays so unless all went
+    well. ``dtype``, "float32" or "bfloat16", is by default that of the base's own files; ``base`` is
+    another place of it than the run names.
 
-    Returns a dict, also in ``merge.json``: what was merged, what `compare` says of ``merged`` and
-    ``written`` with base and adapter, and ``same``. If that is not so, within `EXACT` or for a cast
-    `CAST`, a `MergeDiffers` is raised instead.
+    Returns a dict, also in ``merge.json``, with what `compare` says of ``merged`` and ``written``;
+    `MergeDiffers` if one is not the ``same`` within `EXACT`, or for a cast within `CAST`.
     """
     output = resolve(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -260,9 +249,9 @@ def _merge_into(staging, run, dtype):
     evaluation, settings = run.config.evaluation, run.config.model
     thresholds = evaluation.score_threshold, evaluation.mask_threshold
     source, images = _sample_images(run.config)
-    prompts = [*run.prompts["prompts"], *evaluation.absent_prompts]  # trained ones first
-    prompts += [*run.prompts["negatives"], GENERIC_PROMPT]
-    prompts = list(dict.fromkeys(prompts))[:NUM_PROMPTS]
+    words = [*run.prompts["prompts"], *evaluation.absent_prompts]  # trained ones first
+    words += [*run.prompts["negatives"], GENERIC_PROMPT]
+    prompts = list(dict.fromkeys(words))[:NUM_PROMPTS]
 
     def answers(model, processor):
         predictor = Predictor(model, processor)
@@ -307,10 +296,8 @@ def compare(expected, actual, score_threshold, mask_threshold, margin=0.0):
         num_changed += int(((first != second) & far).sum())
         num_detections += int(first.sum())
         for query in np.flatnonzero(first & second):
-            mask, other = (
-                masks_at_image_size(raw.mask_logits[[query]], raw.height, raw.width, mask_threshold)
-                for raw in pair
-            )
+            sizes = [(raw.mask_logits[[query]], raw.height, raw.width) for raw in pair]
+            mask, other = (masks_at_image_size(*size, mask_threshold) for size in sizes)
             union = (mask | other).sum()
             ious.append((mask & other).sum() / union if union else 1.0)
     return {

@@ -142,13 +142,12 @@ class Sam3Trainer(Trainer):
             for rows, outputs in prompted.outputs_by_rows(model, batch, device, autocast):
                 loss = self._terms(outputs, targets[rows], divisors)["total"]
                 loss_sum += loss.item() * (int(batch["image_index"][-1]) + 1)
-                queries += queries_from_outputs(
-                    outputs, asked[rows], dataset, settings.mask_threshold
-                )
+                about = asked[rows], dataset, settings.mask_threshold
+                queries += queries_from_outputs(outputs, *about)
         metrics = evaluate_queries(queries, settings.score_threshold)
-        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-        numbers = {"loss": loss_sum / len(dataset)} | numbers
-        logs = {f"{metric_key_prefix}_{name}": float(value) for name, value in numbers.items()}
+        numbers = ({"loss": loss_sum / len(dataset)} | metrics).items()
+        numbers = [(name, value) for name, value in numbers if isinstance(value, int | float)]
+        logs = {f"{metric_key_prefix}_{name}": float(value) for name, value in numbers}
         self.log(logs)
         self.write_curves()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)

@@ -19,15 +19,9 @@ from transformers import ProgressCallback, TrainerCallback, set_seed
 
 from helpers.checks.dataset import check_dataset
 from helpers.config import load_config
-from helpers.data.dataset import (
-    PromptCollator,
-    PromptDataset,
-    count_objects,
-    data_fingerprint,
-    load_dataset,
-)
-from helpers.data.prompts import nouns_overlap
-from helpers.data.records import rename_categories
+from helpers.data import PromptCollator, PromptDataset, count_objects, load_dataset
+from helpers.data.dataset import data_fingerprint
+from helpers.data.records import nouns_overlap, rename_categories
 from helpers.detect.knowledge import clear_answers, retention
 from helpers.environment import SUBJECT_PACKAGES, device
 from helpers.errors import InputError
@@ -37,6 +31,7 @@ from helpers.model.cache import BackboneCache, text_states
 from helpers.model.lora import (
     adapter_report,
     add_lora,
+    enabled_components,
     load_adapter_weights,
     read_adapter_weights,
     save_adapter,
@@ -120,8 +115,7 @@ def training_data(config, model, processor, *, train_split=None, val_split=None,
         for word, noun in product(data.replay_words, train.own_names):
             if nouns_overlap(word, noun):
                 message = f"{word!r} means what is annotated as {noun!r}; the base would deny it"
-                fix = "list other things that the base knows"
-                raise InputError(message, where="data.replay_words", fix=fix)
+                raise InputError(message, where="data.replay_words", fix="list other things")
         answers = clear_answers(model, processor, train.records, data.replay_words)
         if not any(detected for detected, _ in answers.values()):
             words = ", ".join(data.replay_words)
@@ -188,24 +182,21 @@ def train(
     output_dir : os.PathLike, optional
         Run folder; by default ``output.output_dir`` of the config.
     resume, overwrite : bool
-        True to continue an interrupted run from its last complete checkpoint, with the losses of an
-        uninterrupted one (a finished run is returned as it is); or to replace a run in the folder.
+        Continue an interrupted run from its last complete checkpoint, with the losses of an
+        uninterrupted one (a finished run is returned as it is); or replace a run in the folder.
     train_split, val_split : helpers.data.records.Split, optional
-        Data in memory, for example a doctored split. By default both are read from
-        ``data.data_dir``, and the dataset is checked first.
+        Data in memory; by default both are read from ``data.data_dir``, checked first.
     callbacks : sequence of transformers.TrainerCallback
-        For example `helpers.show.LossPanel`.
     allow_empty : bool
-        True to train, without the guards `OFF_IF_EMPTY`, although no object reaches the loss.
+        Train, without the guards `OFF_IF_EMPTY`, although no object reaches the loss.
     progress : bool, optional
         Progress bar on stderr; by default if stderr is a terminal.
 
     Returns
     -------
     helpers.train.run.RunResult
-        With the checkpoint of the best ``evaluation.metric_for_best`` on the validation split, or
-        the last if that metric never rose above 0. Its config leaves the mask decoder out if no
-        object of the training split has a mask.
+        With the checkpoint of the best ``evaluation.metric_for_best``, or the last if that never
+        rose above 0. Its config leaves the mask decoder out if no training object has a mask.
     """
     folder = resolve(output_dir or config.output.output_dir)
     state = run_folder.state_of(folder, config, resume=resume, overwrite=overwrite)
@@ -263,12 +254,10 @@ def _prepare(config, train_split, val_split, allow_empty):
     counts = data.counts["train"]
     has_no_mask = counts["num_objects"].any() and not counts["num_masks"].any()
     if config.lora.apply_to_mask_decoder and has_no_mask:  # it would have no gradient
-        text = "no object of the training split has a mask, so the mask decoder has nothing to "
-        text += "learn from"
-        others = [key for key, on in config.lora if key.startswith("apply_to_") and on]
-        if others == ["apply_to_mask_decoder"]:
+        text = "no object of the training split has a mask, which the mask decoder would need"
+        if enabled_components(config.lora) == ["mask_decoder"]:
             raise InputError(text, where="lora", fix="adapt another component, or add masks")
-        print(f"note: {text} and is left out", file=sys.stderr)
+        print(f"note: {text}; it is left out", file=sys.stderr)
         config = config.replace({"lora.apply_to_mask_decoder": False})
     peft_model = add_lora(model, config.lora)
     if config.training.gradient_checkpointing:
@@ -322,15 +311,14 @@ def _readable_errors(trainer):
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         where, step = trainer.args.output_dir, trainer.state.global_step
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        memory_errors = (torch.OutOfMemoryError, MemoryError)
-        if isinstance(error, memory_errors) or "allocate memory" in str(error):
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if is_memory or "allocate memory" in str(error):
             message = f"out of memory at step {step}: {reason}"
-            fix = "set training.gradient_checkpointing=true, lower training.batch_size (and raise "
-            fix += "gradient_accumulation_steps) or data.num_negatives, or lower model.resolution; "
-            fix += "'python -m helpers train --dry-run' tries a single step"
+            fix = "set training.gradient_checkpointing=true, or lower training.batch_size, "
+            fix += "data.num_negatives or model.resolution; 'python -m helpers train --dry-run' tests it"
             raise OutOfMemory(message, where=where, fix=fix) from error
-        failed_to_write = any(part in reason for part in _WRITE_FAILED)
-        if failed_to_write or isinstance(error, OSError | SafetensorError):
+        is_file = isinstance(error, OSError | SafetensorError)
+        if is_file or any(part in reason for part in _WRITE_FAILED):
             message = f"a file could not be written or read at step {step} ({reason})"
             fix = "make room or correct the permissions, then continue with --resume"
             where = getattr(error, "filename", None) or where
@@ -406,17 +394,14 @@ def dry_run(config):
     batch = replace(splits[0], records=tuple(records[name] for name in fullest.index))
     images_per_step = training.batch_size * training.gradient_accumulation_steps
     steps = math.ceil(len(records) / (images_per_step * run_folder.num_processes()))
-    result = {
+    result = dict.fromkeys(("peak_memory_bytes", "seconds_per_step", "seconds_per_epoch")) | {
         "fits": False,
         "device": device()["name" if on_gpu else "device"],
         "images": len(fullest),
         "prompts": int(fullest["size"].sum()),
         "objects": int(fullest["sum"].sum()),
-        "peak_memory_bytes": None,
         "peak_memory_of": "the GPU" if on_gpu else "this process, resident",
-        "seconds_per_step": None,
         "steps_per_epoch": steps,
-        "seconds_per_epoch": None,
         "next": [],
     }
     clock = _Clock()
@@ -461,14 +446,11 @@ def dry_run_text(result):
         if result["peak_memory_bytes"] is not None:
             peak = result["peak_memory_bytes"] / 2**30
             lines.append(f"peak memory of {{peak_memory_of}}: {peak:.2f} GiB")
-        lines.append(
-            "{seconds_per_step:.3g} s per step; {steps_per_epoch} steps, at most "
-            "{seconds_per_epoch:.3g} s, per epoch, without validation"
-        )
+        lines.append("{seconds_per_step:.3g} s per step; {steps_per_epoch} steps, at most")
+        lines[-1] += " {seconds_per_epoch:.3g} s, per epoch, without validation"
     else:
         options = " ".join(f"--set {setting}" for setting in result["next"])
-        options = f"the next setting to try: {options}" if options else "no smaller setting is left"
-        lines.append(f"out of memory; {options}")
+        lines.append(f"out of memory; next to try: {options or 'nothing smaller is left'}")
     return "\n".join(lines).format(**result)
 
 

@@ -43,7 +43,7 @@ def build_parser():
 
     def add(function, *parents):
         command = subparsers.add_parser(
-            function.__name__,
+            function.__name__.rstrip("_"),  # a keyword of Python cannot be a name
             parents=parents,
             help=function.__doc__.splitlines()[0],
             description=function.__doc__,

@@ -71,11 +71,16 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The base model: its name or folder, its revision and its square input size in pixels."""
+    """The base model: its name or folder, its revision and its square input size in pixels.
+
+    With `native_prompt`, the geometry encoder's token follows every prompt, as in Meta's code; null
+    means as the base was trained.
+    """
 
     name: Name
     revision: Revision | None
     resolution: Annotated[int, Field(ge=28, le=4032)]
+    native_prompt: bool | None = None
 
 
 class LoraSection(Section):
@@ -245,11 +250,7 @@ class Config(Section):
 
     def to_yaml(self):
         """Return the resolved configuration as YAML text that `load_config` reads back."""
-        text = io.StringIO()
-        yaml = YAML(typ="safe", pure=True)
-        yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
-        yaml.dump(self.model_dump(mode="json"), text)
-        return text.getvalue()
+        return yaml_text(self.model_dump(mode="json"))
 
     def save(self, path):
         """Write the resolved configuration to a file, whose folder is made, and return its path."""
@@ -270,8 +271,9 @@ class Config(Section):
         values = self.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
         for key in ScaleSection.model_fields:
             values["training"][key] = getattr(self, f"effective_{key}")
-        if not self.data.replay_words:  # runs from before there were any keep their fingerprint
-            del values["data"]["replay_words"]
+        for section, key in (("data", "replay_words"), ("model", "native_prompt")):
+            if not values[section][key]:  # runs from before there were any keep their fingerprint
+                del values[section][key]
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
 
@@ -302,6 +304,15 @@ def load_config(path, profile=None, overrides=()):
             fix="lower one of them until their product is at most 1",
         )
     return config
+
+
+def yaml_text(values):
+    """Write nested dicts as YAML, in their order."""
+    text = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
+    yaml.dump(values, text)
+    return text.getvalue()
 
 
 def parse_yaml(text, *, where):

@@ -25,8 +25,9 @@ torch.save(found, "found.pt")
 
 
 @pytest.fixture(scope="module")
-def run_at_another_resolution(base, data_dir, tmp_path_factory):
-    settings = ("scale.num_epochs=0.02", "evaluation.score_threshold=0.189")
+def run_asked_otherwise(base, data_dir, tmp_path_factory):
+    settings = ("scale.num_epochs=0.02", "evaluation.score_threshold=0.153")
+    settings += ("model.native_prompt=true",)
     config = tiny_run_config(base, data_dir, *settings, f"model.resolution={2 * RESOLUTION}")
     return train(config, output_dir=tmp_path_factory.mktemp("larger") / "run")
 
@@ -42,7 +43,7 @@ def with_model(run, **values):
     return replace(read_run(run.folder), config=run.config.model_copy(update={"model": model}))
 
 
-@pytest.mark.parametrize("which", ["run", "run_at_another_resolution"])
+@pytest.mark.parametrize("which", ["run", "run_asked_otherwise"])
 def test_code_of_the_card_detects_the_same_without_this_package(which, request, tmp_path):
     run = request.getfixturevalue(which)
     image = Path(run.config.data.data_dir) / "test" / "test_0.png"

@@ -294,7 +294,8 @@ def learn_word(config, split, *, learning_rate=3e-2, steps=160, warmup_steps=5):
     """
     set_seed(config.training.seed)
     base = config.model
-    model, processor = load_base(base.name, base.revision, resolution=base.resolution)
+    own = {"resolution": base.resolution, "native_prompt": base.native_prompt}
+    model, processor = load_base(base.name, base.revision, **own)
     model.to(best_device()).requires_grad_(False)
     dataset = PromptDataset.from_config(config, split, model, processor, num_negatives=0)
     [word] = dataset.own_names

@@ -35,6 +35,13 @@ def add_commands(add):
     own = ("--format", "--category", "--objects", "--polygons", "--seed")
     add_options(command, *own, "--tile", "--overlap")
 
+    command = add(import_)
+    text = "weights, or their folder: of Sompote/SAM3_LoRA, Meta's trainer, PEFT or transformers"
+    command.add_argument("source", type=in_current_folder, metavar="SOURCE", help=text)
+    config = "YAML of the training, by default the one beside the weights"
+    own = ("--config", "--base", "--alpha", "--orientation")
+    add_options(command, *own, required=["--output"], config=config)
+
     model = argparse.ArgumentParser(add_help=False)
     source = model.add_mutually_exclusive_group()
     adapter = "run folder, or folder of a PEFT adapter"
@@ -91,6 +98,16 @@ def convert(args):
     settings = {name: getattr(args, name) for name in names}
     summary = run_conversion(args.source, args.output, **settings)
     return 0, summary, summary_text(summary)
+
+
+def import_(args):
+    """Make what somebody else trained readable; status 1 if something is wrong with it."""
+    from helpers.foreign import import_source
+
+    names = "config", "base", "alpha", "orientation"
+    own = {name: getattr(args, name) for name in names}
+    report = import_source(args.source, args.output, **own)
+    return report.status, report.to_json(), report.summary()
 
 
 def train(args):

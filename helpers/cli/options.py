@@ -72,6 +72,12 @@ OPTIONS = {
         "help": "what corners (YOLO, LabelMe) are; auto (default): pixels if all are whole numbers",
     },
     "--seed": {"type": int, "default": 42, "help": "of the division, default 42"},
+    # what somebody else trained
+    "--alpha": {"type": float, "help": "of the LoRA, where no file tells it"},
+    "--orientation": {
+        "choices": ("native", "peft"),
+        "help": "A as (in, r) or as (r, in), where the shapes leave it open",
+    },
     # what to give away
     "--dtype": {"help": "float32 or bfloat16, by default that of the base's files"},
     "--repo": {"metavar": "OWNER/NAME", "help": "name on the Hub"},

@@ -66,6 +66,7 @@ def _port_agrees(examination):
     pixels = pixels["pixel_values"].to(model.device)
     index = torch.zeros(2, dtype=torch.long, device=model.device)
     ours = model(pixel_values=pixels, image_index=index, **tokens)
+    tokens |= model.geometry_inputs(2)
     plain = Sam3Model.forward(model, pixel_values=pixels.repeat(2, 1, 1, 1), **tokens)
     names = ("pred_logits", "presence_logits", "pred_boxes", "pred_masks")
     largest, shown = _largest_gap(ours, plain, names)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from helpers.config import load_config
 from helpers.data.dataset import PromptCollator, PromptDataset, load_dataset
 from helpers.detect.predictor import Predictor
 from helpers.errors import InputError
@@ -109,7 +108,7 @@ class Examination:
                 where=self.folder,
                 fix="name the folder of a run, or train one with 'python -m helpers train'",
             )
-        self.config = load_config(self.folder / run_folder.RUN_CONFIG)
+        self.config = run_folder.read_config(self.folder)
         self.data_dir = resolve(data_dir or self.config.data.data_dir)
         if not self.data_dir.is_dir():
             fix = "name the folder of the dataset with --data"
@@ -163,9 +162,8 @@ class Examination:
         """Load a base to train or wrap: on the run's device, by default in the run's precision."""
         settings = self.config.model
         dtype = dtype or base_dtype(self.config.training.mixed_precision)
-        model, processor = load_base(
-            settings.name, settings.revision, dtype=dtype, resolution=settings.resolution
-        )
+        own = {"resolution": settings.resolution, "native_prompt": settings.native_prompt}
+        model, processor = load_base(settings.name, settings.revision, dtype, **own)
         return model.to(self.device), processor
 
     @cached_property

@@ -94,7 +94,8 @@ def query_logit_bounds(model, processor, prompts):
     outputs of the decoder's layer norm, and ``lowest_logit`` and ``highest_logit``, the same after
     the model's clamp at -12 and 12. The logit ``a . h + b`` is affine in the decoder state
     ``h = gamma * n + beta``, where ``n`` has mean 0 and a length below ``sqrt(d)``. So LoRA moves
-    it only between ``a . beta + b -/+ sqrt(d) |v - mean(v)|`` with ``v = a * gamma``.
+    it only between ``a . beta + b -/+ sqrt(d) |v - mean(v)|`` with ``v = a * gamma``. A native prompt's
+    token, which depends on the image, is left out.
     """
     base = base_of(model).eval()
     norm = base.detr_decoder.output_layer_norm

@@ -42,7 +42,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_FILE = "base.json"
 # Largest alpha / rank that is taken for a setting rather than for damage; the usual is 1 or 2.
 MAX_SCALE = 1e4
-_PLAIN_CLASS = {
+PLAIN_CLASS = {
     "base_model_class": "Sam3Model",
     "parent_library": "transformers.models.sam3.modeling_sam3",
 }
@@ -126,10 +126,10 @@ def add_lora(model, lora):
     """
     if lora_layers(model):
         raise InputError("the model already carries LoRA", fix="load the base again")
-    if lora.apply_to_geometry_encoder:
+    if lora.apply_to_geometry_encoder and not model.native_prompt:
         warnings.warn(
-            "apply_to_geometry_encoder: text prompts never pass through the geometry encoder, so "
-            "its LoRA gets no gradient and stays zero",
+            "apply_to_geometry_encoder: without model.native_prompt text prompts never pass through "
+            "the geometry encoder, so its LoRA gets no gradient and stays zero",
             stacklevel=2,
         )
     expected = {name for names in target_modules(model, lora).values() for name in names}
@@ -160,12 +160,13 @@ def save_adapter(model, folder, base_name, revision=None):
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with staged_folder(folder) as staging:
         # PEFT would note our subclass here, which a plain PeftModel.from_pretrained cannot import.
-        config.save_pretrained(staging, auto_mapping_dict=_PLAIN_CLASS)
+        config.save_pretrained(staging, auto_mapping_dict=PLAIN_CLASS)
         write_tensors(staging / WEIGHTS_FILE, weights)
         identity = {
             "name": str(base_name),
             "revision": revision,
             "resolution": base.resolution,
+            "native_prompt": base.native_prompt,
             "fingerprint": base_fingerprint(base),
             "r": config.r,
             "lora_alpha": config.lora_alpha,
@@ -184,6 +185,8 @@ def write_tensors(path, tensors, metadata=None):
 def load_adapter(model, folder, *, lora=None, is_trainable=False):
     """Put a saved adapter on its base, completely or not at all; in eval mode unless trainable.
 
+    The base then gets its prompts as the adapter was trained on them, with the native token or not.
+
     InputError, by file, key and value, if a file is missing or damaged, rank or alpha are not those
     of `lora` of the run, or the adapter was made for another base.
     """
@@ -197,8 +200,10 @@ def load_adapter(model, folder, *, lora=None, is_trainable=False):
     saved = read_json(identity, fix="save the adapter again") if identity.is_file() else {}
     expected = saved if lora is None else {"r": lora.rank, "lora_alpha": lora.alpha}
     _check_config(content, expected, path)
-    if saved and saved.get("fingerprint") != base_fingerprint(model):
+    # An imported adapter knows its base by name only: its fingerprint is null.
+    if saved and saved.get("fingerprint", "") not in (None, base_fingerprint(model)):
         raise _another_base(folder, "the weights of this base differ", saved.get("name"))
+    base_of(model).config.native_prompt = bool(saved.get("native_prompt"))
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = not is_trainable

@@ -15,7 +15,8 @@ from transformers.models.sam3.modeling_sam3 import (
     inverse_sigmoid,
 )
 
-# Logits are clamped to plus or minus these values; beyond them their gradient is zero.
+# Logits are clamped to plus or minus these values; beyond them their gradient is zero. Meta's code
+# clamps no presence logit: it throws the clamped value away.
 SCORE_LOGIT_CLAMP = 12.0
 PRESENCE_LOGIT_CLAMP = 10.0
 # Prompts that pass through DETR and mask decoder together. At full size a prompt takes about 0.3 GB
@@ -100,6 +101,7 @@ class PromptedSam3(Sam3Model):
         neck = self.vision_encoder.neck
         num_features = neck.position_encoding.num_position_features
         neck.position_encoding = Float32Positions(num_features, normalize=True)
+        self.geometry_encoder.register_forward_pre_hook(_float32_features, with_kwargs=True)
 
     @property
     def mask_size(self):
@@ -111,6 +113,19 @@ class PromptedSam3(Sam3Model):
     def resolution(self):
         """Side of the square input image in pixels."""
         return int(self.config.vision_config.image_size)
+
+    @property
+    def native_prompt(self):
+        """Whether the geometry encoder's token follows every prompt, as in Meta's code."""
+        return getattr(self.config, "native_prompt", False)
+
+    def geometry_inputs(self, num_prompts):
+        """Return the box that is no box, for which transformers adds the token; or nothing."""
+        if not self.native_prompt:
+            return {}
+        labels = torch.full((num_prompts, 1), -10, device=self.device)
+        boxes = torch.zeros(num_prompts, 1, 4, device=self.device)
+        return {"input_boxes": boxes, "input_boxes_labels": labels}
 
     def precision(self):
         """Return the context of a pass: bfloat16 autocast where the encoders are kept in it."""
@@ -174,7 +189,7 @@ class PromptedSam3(Sam3Model):
                 vision_embeds=repeat_vision_embeds(vision_embeds, image_index, len(attention_mask)),
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                **{**kwargs, "return_dict": True},
+                **{**self.geometry_inputs(len(attention_mask)), **kwargs, "return_dict": True},
             )
             decoder = captured["decoder"]
             reference_logits = inverse_sigmoid(decoder.reference_boxes)
@@ -204,6 +219,11 @@ class PromptedSam3(Sam3Model):
                 hook = partial(_keep_output, captured, name)
                 hooks.enter_context(module.register_forward_hook(hook))
             yield captured
+
+
+def _float32_features(module, args, kwargs):
+    """Give the geometry encoder float32: it pools bfloat16 as float16, which autocast refuses."""
+    return args, kwargs | {"img_feats": [level.float() for level in kwargs["img_feats"]]}
 
 
 def _keep_output(captured, name, module, args, output):

@@ -45,7 +45,16 @@ def best_device():
     return PartialState().device
 
 
-def load_base(name_or_path, revision=None, dtype=None, resolution=None):
+def has_native_prompt(config, name_or_path):
+    """Return whether a base was trained with the geometry encoder's token behind every prompt.
+
+    Its config says so, or it is facebook/sam3. The geometry encoder of our small bases is untrained.
+    """
+    is_meta = str(name_or_path).startswith("facebook/sam3")
+    return bool(getattr(config, "native_prompt", is_meta))
+
+
+def load_base(name_or_path, revision=None, dtype=None, resolution=None, native_prompt=None):
     """Load a SAM3 base and its processor, in eval mode, completely or not at all.
 
     Parameters
@@ -58,6 +67,8 @@ def load_base(name_or_path, revision=None, dtype=None, resolution=None):
         Type of the weights, float32 by default; bfloat16 is that of the two encoders only.
     resolution : int, optional
         Side of the square input in pixels, the base's own by default; a multiple of its patch.
+    native_prompt : bool, optional
+        Whether the geometry encoder's token follows every prompt; by default as the base has it.
 
     Returns
     -------
@@ -72,6 +83,9 @@ def load_base(name_or_path, revision=None, dtype=None, resolution=None):
             fix = f"use {round(resolution / patch) * patch}"
             raise InputError(message, where=name_or_path, fix=fix)
         config.image_size = resolution
+    if native_prompt is None:
+        native_prompt = has_native_prompt(config, name_or_path)
+    config.native_prompt = native_prompt
     options = {"revision": revision or "main"}
     settings = {"config": config, "dtype": dtype or torch.float32}
     # Mismatched tensors are reported rather than raised, so that they can be named.

@@ -107,6 +107,13 @@ class RunResult(RunFiles):
     processor: Sam3Processor
 
 
+def read_config(folder):
+    """Return the config of a run; those from before `model.native_prompt` were trained without."""
+    config = load_config(folder / RUN_CONFIG)
+    is_old = config.model.native_prompt is None
+    return config.replace({"model.native_prompt": False}) if is_old else config
+
+
 def read_run(folder):
     """Read what a finished run wrote, without loading a model.
 
@@ -132,7 +139,7 @@ def read_run(folder):
             folder / CURVES_FILE, f"ends at step {last}, {METRICS_FILE} counts {metrics['steps']}"
         )
     prompts, adapter = read_run_file(folder / PROMPTS_FILE), _read_audit(folder / AUDIT_FILE)
-    return RunFiles(folder, load_config(folder / RUN_CONFIG), prompts, metrics, history, adapter)
+    return RunFiles(folder, read_config(folder), prompts, metrics, history, adapter)
 
 
 def load_run(folder, base=None, dtype=None):
@@ -156,7 +163,8 @@ def load_run(folder, base=None, dtype=None):
     settings = files.config.model
     revision = None if base else settings.revision
     dtype = dtype or base_dtype(files.config.training.mixed_precision)
-    model, processor = load_base(base or settings.name, revision, dtype, settings.resolution)
+    own = {"resolution": settings.resolution, "native_prompt": settings.native_prompt}
+    model, processor = load_base(base or settings.name, revision, dtype, **own)
     model = load_adapter(model, files.folder, lora=files.config.lora)
     return RunResult(**vars(files), model=model, processor=processor)
 
@@ -290,11 +298,12 @@ def remove(folder, patterns):
 
 def _refuse_other_config(folder, config):
     """Raise InputError if a run is to be resumed with other settings."""
-    before = load_config(folder / RUN_CONFIG)
+    before = read_config(folder)
     started = read_run_file(folder / VERSIONS_FILE).get("num_processes", 1)
     old, new = before.model_dump(exclude=_MAY_CHANGE), config.model_dump(exclude=_MAY_CHANGE)
-    if new["model"]["revision"] is None:  # the run has written down which it took
-        new["model"]["revision"] = old["model"]["revision"]
+    for key in ("revision", "native_prompt"):
+        if new["model"][key] is None:  # the run has written down which it took
+            new["model"][key] = old["model"][key]
     if not old["lora"]["apply_to_mask_decoder"]:  # left out where no object has a mask
         new["lora"]["apply_to_mask_decoder"] = False
     for values, run, processes in ((old, before, started), (new, config, num_processes())):

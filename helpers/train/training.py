@@ -117,12 +117,14 @@ def train(
     state = run_folder.state_of(folder, config, resume=resume, overwrite=overwrite)
     if state == "finished":
         return run_folder.load_run(folder)
-    if config.model.revision is None:  # which commit a base on the hub is, so that it loads again
-        if state == "interrupted":
-            revision = load_config(folder / run_folder.RUN_CONFIG).model.revision
-        else:
-            revision = sam3.newest_revision(config.model.name)
-        config = config.replace({"model.revision": revision})
+    if state == "interrupted":
+        own = run_folder.read_config(folder).model.model_dump()
+    else:  # which commit a base on the hub is, so that it loads again, and how it is asked
+        own = {"revision": config.model.revision or sam3.newest_revision(config.model.name)}
+        base = sam3.base_config(config.model.name, own["revision"])
+        own["native_prompt"] = sam3.has_native_prompt(base, config.model.name)
+    unknown = [key for key in ("revision", "native_prompt") if getattr(config.model, key) is None]
+    config = config.replace({f"model.{key}": own[key] for key in unknown})
     config, model, data = _prepare(config, train_split, val_split, allow_empty)
     arguments = training_arguments(config, folder)  # decides about the device, too
     processes = PartialState()
@@ -160,7 +162,8 @@ def _prepare(config, train_split, val_split, allow_empty):
     """Load base and data, make sure that objects arrive, and put LoRA on: config, model, data."""
     set_seed(config.training.seed)
     base, dtype = config.model, sam3.base_dtype(config.training.mixed_precision)
-    model, processor = sam3.load_base(base.name, base.revision, dtype, base.resolution)
+    own = {"resolution": base.resolution, "native_prompt": base.native_prompt}
+    model, processor = sam3.load_base(base.name, base.revision, dtype, **own)
     splits = {"train_split": train_split, "val_split": val_split}
     data = training_data(config, model, processor, **splits, allow_empty=allow_empty)
     counts = data.counts["train"]

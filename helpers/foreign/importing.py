@@ -1,0 +1,379 @@
+"""What somebody else trained, as a folder that plain transformers and PEFT load.
+
+Meta's code was trained with the geometry encoder's token behind every prompt (`model.native_prompt`),
+with an eps of 1e-5 in the LayerNorm of the ViT, where transformers has 1e-6 (logits differ by up to
+4e-4), and without the clamp of presence logits to -10 and 10 that transformers has.
+"""
+
+import csv
+import math
+import re
+import shutil
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import Sam3Config, Sam3Model
+
+from helpers.config import yaml_text
+from helpers.errors import InputError
+from helpers.files import (
+    DATA,
+    file_digest,
+    read_json,
+    resolve,
+    staged_folder,
+    write_json,
+    write_text,
+)
+from helpers.foreign.names import WITHOUT_COUNTERPART, to_hf, to_native
+from helpers.foreign.weights import lora_matrices, read_source
+from helpers.model import lora
+from helpers.model.sam3 import base_config
+
+DEFAULT_BASE = "facebook/sam3"
+SOMPOTE_FILES = ("best_lora_weights.pt", "config.yaml")
+_VIT_EPS = 1e-5
+_VIT_MLP = re.compile(r"vision_encoder\.backbone\.layers\.\d+\.mlp\.fc[12]")
+_VIT_QUERY = re.compile(r"\.trunk\.blocks\.\d+\.attn\.q_proj$")
+# Without gradient where only words are asked: a softmax over one token, and boxes.
+_NEVER_TRAINED = re.compile(r"geometry_encoder\.(layers\.\d+\.self_attn\.[qk]_proj|boxes_)")
+_WORD_PARTS = {"text_encoder", "detr_encoder"}  # where a new word can be learned
+_PROCESSOR_FILES = ("*processor_config.json", "tokenizer*", "vocab.json", "merges.txt")
+with (DATA / "import_findings.csv").open(encoding="utf-8", newline="") as _file:
+    _FINDINGS = {row["code"]: row for row in csv.DictReader(_file)}
+
+
+class Finding(NamedTuple):
+    """A row of data/import_findings.csv, completed; the code is that of a cause, if there is one."""
+
+    code: str
+    message: str
+
+
+def _finding(code, **values):
+    return Finding(code, _FINDINGS[code]["message"].format(**values))
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What was imported, and what is wrong with it."""
+
+    kind: str  # "sompote_lora", "twin_lora", "peft_over_meta", "peft", "meta_full" or "hf_full"
+    base: str
+    findings: list
+    rank: int | None = None  # the most frequent one; None for a full checkpoint, as all below
+    alpha: float | None = None
+    modules: int | None = None  # of the file that were imported
+    parts: dict | None = None  # component to its modules in transformers: q, k and v may be apart
+
+    @property
+    def status(self):
+        """int: 1 if something is wrong with the file, else 0."""
+        return int(any(_FINDINGS[finding.code]["status"] == "1" for finding in self.findings))
+
+    def to_json(self):
+        """Return what ``python -m helpers import --json`` prints."""
+        return asdict(self) | {"findings": [finding._asdict() for finding in self.findings]}
+
+    def summary(self):
+        """Return the report as text."""
+        lines = [f"imported: {self.kind} for {self.base}"]
+        if self.rank is not None:
+            parts = ", ".join(f"{count} in {part}" for part, count in self.parts.items())
+            lines.append(
+                f"  rank {self.rank}, alpha {self.alpha:g}, {self.modules} modules: {parts}"
+            )
+        return "\n".join([*lines, *(f"  {code}: {message}" for code, message in self.findings)])
+
+
+def import_source(source, output, config=None, base=None, alpha=None, orientation=None):
+    """Write a LoRA as a PEFT folder, or a full checkpoint as a folder of `Sam3Model`.
+
+    Parameters
+    ----------
+    source : os.PathLike
+        Weights, or the folder with them: of Sompote/SAM3_LoRA, Meta's trainer, PEFT or transformers.
+    output : os.PathLike
+        Folder to write; must be empty or missing. It stays so unless everything went well.
+    config : os.PathLike, optional
+        YAML with ``lora.rank`` and ``lora.alpha``, by default the one beside the weights.
+    base : str, optional
+        A folder or a name on the hub, by default what a PEFT folder names, else facebook/sam3.
+    alpha : float, optional
+        Of the LoRA, where no file tells it.
+    orientation : {"native", "peft"}, optional
+        A as (in, r) or as (r, in), where the shapes leave it open.
+
+    Returns
+    -------
+    ImportReport
+        With ``kind``, ``base``, ``rank``, ``alpha``, ``modules``, ``parts``, ``findings``, ``status``.
+
+    Raises
+    ------
+    InputError
+        If it cannot be imported exactly; then nothing is written.
+    """
+    output = resolve(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError("is not an empty folder", where=output, fix="choose another --output")
+    found = read_source(resolve(source), None if config is None else resolve(config))
+    if "sam3.1" in str(found.base):
+        message = f"was trained on {found.base}, whose weights are others than those of sam3"
+        fix = "train again on facebook/sam3; transformers has no SAM 3.1"
+        raise InputError(message, where=found.where, fix=fix)
+    used = {key: found.tensors[name] for name, key in found.keys.items()}
+    lora.check_tensors({k: v for k, v in used.items() if not v.is_complex()}, found.path)
+    with staged_folder(output) as staging:
+        if found.is_lora:
+            return _write_lora(found, staging, base, alpha, orientation)
+        return _write_full(found, staging, base)
+
+
+def _write_lora(found, staging, base, alpha, orientation):
+    """Write a PEFT folder and return its `ImportReport`."""
+    base = str(base or (found.base if found.is_peft else None) or DEFAULT_BASE)
+    modules, findings = lora_matrices(found), _key_findings(found)
+    linear = [(n, m) for n, m in _empty_base(base).named_modules() if isinstance(m, nn.Linear)]
+    shapes = {name: tuple(module.weight.shape) for name, module in linear}
+    names = {name: (name,) if name in shapes else to_hf(name) for name in modules}
+    if unknown := [name for name in modules if not names[name]]:
+        if len(unknown) == len(modules) or not all(map(WITHOUT_COUNTERPART.match, unknown)):
+            message = f"adapts {len(unknown)} modules that SAM3 has not, such as {unknown[-1]}"
+            raise InputError(message, where=found.path, fix="name a LoRA of SAM3")
+        left_out = {"count": len(unknown), "names": ", ".join(unknown)}
+        findings.append(_finding("no_counterpart", **left_out))
+    layers = {
+        name: (sum(shapes[hf][0] for hf in group), shapes[group[0]][1])
+        for name, group in names.items()
+        if group and all(hf in shapes for hf in group)
+    }
+    modules = {name: pair for name, pair in modules.items() if names[name]}
+    orientation = "peft" if found.is_peft else orientation
+    modules, orientation = _oriented(modules, layers, base, orientation, found.path)
+    kind = "sompote_lora" if orientation == "native" else "twin_lora"
+    if found.is_peft or modules.keys() <= shapes.keys():
+        kind = "peft" if modules.keys() <= shapes.keys() else "peft_over_meta"
+    ranks = Counter(len(A) for A, _ in modules.values())
+    rank, alpha = ranks.most_common(1)[0][0], _alpha(found, ranks, alpha)
+    tensors, rank_of = {}, {}
+    for name, (A, B) in modules.items():
+        for hf, part in zip(names[name], B.chunk(len(names[name])), strict=True):
+            rank_of[hf] = len(A)
+            tensors[f"base_model.model.{hf}.lora_A.weight"] = A.float().contiguous().clone()
+            tensors[f"base_model.model.{hf}.lora_B.weight"] = part.float().contiguous().clone()
+    if len(rank_of) < sum(len(names[name]) for name in modules):
+        message = "holds LoRA for the same q, k and v twice, in one matrix and apart"
+        raise InputError(message, where=found.path, fix="remove one of the two")
+    # PEFT compares endings, and the text tower has a `text_projection` of its own.
+    others = [name for name in shapes.keys() - rank_of if name.endswith("text_projection")]
+    LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=sorted(rank_of),
+        exclude_modules=others,
+        rank_pattern={name: own for name, own in rank_of.items() if own != rank},
+        base_model_name_or_path=base,
+        inference_mode=True,
+    ).save_pretrained(staging, auto_mapping_dict=lora.PLAIN_CLASS)
+    lora.write_tensors(staging / lora.WEIGHTS_FILE, tensors)
+    identity = {"name": base, "native_prompt": kind != "peft", "fingerprint": None}
+    if found.is_peft and (found.path / lora.BASE_FILE).is_file():
+        identity = read_json(found.path / lora.BASE_FILE)
+    identity["weights_sha256"] = file_digest(staging / lora.WEIGHTS_FILE)
+    write_json(staging / lora.BASE_FILE, identity)
+    parts = Counter(lora.component_of(name) or "scoring" for name in rank_of)
+    findings += _lora_findings(modules, names, parts, found.settings.get("target_modules"))
+    return ImportReport(kind, base, findings, rank, alpha, len(modules), dict(parts))
+
+
+def _empty_base(name):
+    """Return a base without memory for its weights; that of the default needs no file."""
+    config = Sam3Config() if name == DEFAULT_BASE else base_config(name)
+    with torch.device("meta"):
+        return Sam3Model(config)
+
+
+def _oriented(modules, layers, base, orientation, path):
+    """Turn all A to (r, in) and B to (out, r), as the user or the shapes of the whole file say."""
+    options = {"native": {name: (A.T, B.T) for name, (A, B) in modules.items()}, "peft": modules}
+    misfits = {
+        option: [name for name, pair in pairs.items() if _shape(*pair) != layers.get(name, ())]
+        for option, pairs in options.items()
+        if orientation in (None, option)
+    }
+    possible = [option for option, names in misfits.items() if not names]
+    if len(possible) == 2:
+        message = f"every A and B of {len(modules)} modules is square: their orientation is open"
+        fix = "give --orientation native for A as (in, r), as Sompote/SAM3_LoRA has it, or peft"
+        raise InputError(message, where=path, fix=fix)
+    if not possible:
+        best = min(misfits, key=lambda option: len(misfits[option]))
+        name = max(misfits[best], key=lambda name: name not in layers)
+        A, B = (tuple(matrix.shape) for matrix in modules[name])
+        actual = f"is {layers[name]} (out, in) there" if name in layers else "is not there"
+        message = f"does not belong to {base}: {len(misfits[best])} of {len(modules)} modules do "
+        message += f"not fit; {name} {actual}, and A is {A}, B {B}"
+        fix = "name the base it was trained on with --base, or restore the file"
+        raise InputError(message, where=path, fix=fix)
+    return options[possible[0]], possible[0]
+
+
+def _shape(A, B):
+    """Return (out, in) of the layer that A (r, in) and B (out, r) are for; None without a rank."""
+    return (B.shape[0], A.shape[1]) if A.shape[0] == B.shape[1] else None
+
+
+def _alpha(found, ranks, alpha):
+    """Return alpha as the user or the settings of the training give it; it is never guessed."""
+    fix = f"give alpha with --alpha; usual is twice the rank, here {2 * ranks.most_common(1)[0][0]}"
+    if alpha is None:
+        alpha, settings = found.settings.get("alpha"), found.settings
+        problem = None
+        if alpha is None:
+            problem = "alpha is not in the weights, and there is no YAML with it"
+        elif settings.get("use_rslora") or settings.get("alpha_pattern"):
+            problem = "alpha is not the same for all modules (use_rslora, alpha_pattern)"
+        elif settings.get("rank") not in (None, *ranks):
+            problem = (
+                f"the rank is {settings['rank']!r:.50} here and {', '.join(map(str, ranks))} in "
+            )
+            problem += f"the shapes of {found.path.name}: this is not the file of its training"
+        if problem:
+            fix = f"give the YAML of the training with --config, or {fix}"
+            raise InputError(problem, where=found.where or found.path, fix=fix)
+    is_number = type(alpha) in (int, float) and math.isfinite(alpha)
+    if not is_number or not 0 < alpha <= lora.MAX_SCALE * min(ranks):
+        raise InputError(f"alpha is {alpha!r:.100}", where=found.where or "--alpha", fix=fix)
+    return alpha
+
+
+def _key_findings(found):
+    """Say what was taken off the keys, and what was left out with the tracker."""
+    findings = []
+    for prefix, count in found.prefixes.items():
+        code = "wrapped_keys" if prefix in ("module.", "_orig_mod.") else "prefix_removed"
+        if not (found.is_peft and code == "prefix_removed"):
+            findings.append(_finding(code, prefix=prefix, count=count))
+    if found.tracker:
+        findings.append(_finding("tracker_left_out", count=found.tracker))
+    return findings
+
+
+def _lora_findings(modules, names, parts, asked):
+    """Say what a LoRA cannot have learned."""
+    findings, count = [], len(modules)
+    if all(_VIT_MLP.fullmatch(hf) for name in modules for hf in names[name]):
+        asked = f" ({', '.join(map(str, asked))})" if isinstance(asked, list) else ""
+        findings.append(_finding("lora_elsewhere", count=count, asked=asked))
+    elif _WORD_PARTS.isdisjoint(parts):
+        findings.append(_finding("no_word_module"))
+    trained = [n for n in modules if not all(map(_NEVER_TRAINED.match, names[n]))]
+    zeros = [name for name in trained if not modules[name][1].any()]
+    if zeros and len(zeros) == len(trained):
+        findings.append(_finding("adapter_at_zero", count=count))
+    elif zeros:
+        listed = {"zeros": len(zeros), "names": ", ".join(zeros)}
+        findings.append(_finding("adapter_partly_at_zero", count=count, **listed))
+    if "geometry_encoder" in parts:
+        findings.append(_finding("missing_geometry_token"))
+    return findings
+
+
+def _write_full(found, staging, base):
+    """Write the folder of a `Sam3Model` and return its `ImportReport`."""
+    base = str(base or (found.path if found.path.is_dir() else DEFAULT_BASE))
+    model, findings = _empty_base(base), _key_findings(found)
+    expected, tensors = model.state_dict(), {}
+    left_out = [name for name in found.tensors if WITHOUT_COUNTERPART.match(name)]
+    for name in found.tensors.keys() - left_out:
+        tensor, names = found.tensors[name], () if name in expected else to_hf(name)
+        if name.endswith("trunk.pos_embed"):
+            tensor = tensor[:, 1:]  # the place of a class token, which neither has
+        elif name.endswith("encoder.text_projection"):
+            tensor = tensor.T
+        tensors |= zip(names or (name,), tensor.chunk(len(names) or 1), strict=True)
+    problems = {
+        "missing": expected.keys() - tensors,
+        "unexpected": tensors.keys() - expected,
+        "of another shape": {
+            f"{name} {tuple(tensors[name].shape)} in place of {tuple(expected[name].shape)}"
+            for name in expected.keys() & tensors
+            if tensors[name].shape != expected[name].shape
+        },
+    }
+    texts = [f"{len(keys)} {kind}, such as {min(keys)}" for kind, keys in problems.items() if keys]
+    if texts:
+        message = f"is no complete checkpoint of {base}, in names of transformers: "
+        fix = "name its base with --base; only an image model of SAM3 can be imported"
+        raise InputError(message + "; ".join(texts), where=found.path, fix=fix)
+    kind = "hf_full" if found.tensors.keys() == tensors.keys() else "meta_full"
+    if kind == "meta_full":
+        model.config.vision_config.backbone_config.layer_norm_eps = _VIT_EPS
+        model.config.native_prompt = True
+        findings.append(_finding("native_settings"))
+        if "detector." not in found.prefixes:
+            findings.append(_finding("weights_not_loaded"))
+    if left_out:
+        listed = ", ".join(sorted(left_out))
+        findings.append(_finding("no_counterpart", count=len(left_out), names=listed))
+    state = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    model.load_state_dict(state, assign=True)
+    model.save_pretrained(staging)
+    files = [path for name in _PROCESSOR_FILES for path in resolve(base).glob(name)]
+    for path in files:
+        shutil.copy(path, staging / path.name)
+    if not files:
+        findings.append(_finding("no_processor"))
+    return ImportReport(kind, base, findings)
+
+
+def write_sompote(adapter, output, sections=None):
+    """Write a PEFT folder in the layout of Sompote/SAM3_LoRA: the inverse of its import.
+
+    Parameters
+    ----------
+    adapter : os.PathLike
+        Folder of a PEFT adapter on `Sam3Model`.
+    output : os.PathLike
+        Folder, which gets ``best_lora_weights.pt`` and ``config.yaml``.
+    sections : dict, optional
+        More of the YAML, such as ``{"training": {"data_dir": ...}}``.
+
+    Returns
+    -------
+    pathlib.Path
+        The weights. Where A is the same for q, k and v of the ViT, they become one `qkv`; else they
+        stay apart, which only `import_source` reads.
+    """
+    found, output, layers = read_source(resolve(adapter)), resolve(output), {}
+    matrices = lora_matrices(found)
+    for name, (A, B) in matrices.items():
+        if to_native(name) is None:
+            fix = "train without this module"
+            raise InputError(f"{name} is not in Meta's code", where=found.path, fix=fix)
+        layers[to_native(name)] = A.T, B.T
+    for name in [name for name in layers if _VIT_QUERY.search(name)]:
+        stem, A = name.removesuffix("q_proj"), layers[name][0]
+        group = [f"{stem}{letter}_proj" for letter in "qkv"]
+        if all(key in layers and layers[key][0].equal(A) for key in group):
+            layers[f"{stem}qkv"] = A, torch.cat([layers.pop(key)[1] for key in group], dim=1)
+    content = {
+        f"{name}.lora.lora_{letter}": nn.Parameter(matrix.contiguous())
+        for name, pair in layers.items()
+        for letter, matrix in zip("AB", pair, strict=True)
+    }
+    parts = {lora.component_of(name) for name in matrices}
+    settings = {key: found.settings[key] for key in ("rank", "alpha")}
+    settings["dropout"] = found.settings.get("lora_dropout", 0.0)
+    settings["target_modules"] = sorted({name.rpartition(".")[2] for name in layers})
+    settings |= {f"apply_to_{part}": part in parts for part in lora.COMPONENTS}
+    values = {"model": {"name": found.base}, "lora": settings} | (sections or {})
+    with staged_folder(output) as staging:
+        torch.save(content, staging / SOMPOTE_FILES[0])
+        write_text(staging / SOMPOTE_FILES[1], yaml_text(values))
+    return output / SOMPOTE_FILES[0]

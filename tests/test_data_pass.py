@@ -12,7 +12,7 @@ from tiny_random import tiny_model, tiny_processor, tiny_run_config, write_datas
 from helpers.checks.dataset import check_dataset
 from helpers.data.dataset import data_fingerprint, load_dataset
 from helpers.data.images import IMAGE_SUFFIXES
-from helpers.train.data import training_data
+from helpers.train.training import training_data
 
 
 @pytest.fixture

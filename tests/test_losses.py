@@ -16,12 +16,12 @@ from helpers.model.losses import (
     EARLY_WEIGHTS,
     NATIVE_WEIGHTS,
     Divisors,
+    hungarian_match,
     loss_divisors,
     sam3_losses,
     target_counts,
     weighted_sum,
 )
-from helpers.model.matching import hungarian_match
 
 ORACLES = Path(__file__).parent / "fixtures" / "oracles"
 RECORD = json.loads((ORACLES / "losses.json").read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.errors import InputError
-from helpers.model.matching import hungarian_match, matching_cost
+from helpers.model.losses import hungarian_match, matching_cost
 
 ORACLES = Path(__file__).parent / "fixtures" / "oracles"
 CASES = sorted(json.loads((ORACLES / "losses.json").read_text(encoding="utf-8"))["cases"])

@@ -20,7 +20,7 @@ from helpers.errors import InputError
 from helpers.files import CONFIGS, DATA, TINY_BASE
 from helpers.model.lora import add_lora
 from helpers.model.sam3 import load_base
-from helpers.train.data import training_data
+from helpers.train.training import training_data
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,7 @@ from torch.func import functional_call
 from transformers.models.sam3.modeling_sam3 import inverse_sigmoid
 
 from data.tiny_sam3.make_model import spread_boxes
-from helpers.model.losses import box_terms, mask_terms, semantic_terms
-from helpers.model.matching import hungarian_match
+from helpers.model.losses import box_terms, hungarian_match, mask_terms, semantic_terms
 
 WEIGHTS = {
     "loss_ce": 2.0,

@@ -16,7 +16,7 @@ from helpers.__main__ import main
 from helpers.errors import InputError
 from helpers.files import TINY_BASE
 from helpers.foreign import import_source, write_sompote
-from helpers.foreign.names import to_hf, to_native
+from helpers.foreign.weights import to_hf, to_native
 from helpers.model.lora import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from helpers.model.prompted import PromptedSam3
 

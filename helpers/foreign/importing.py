@@ -29,8 +29,13 @@ from helpers.files import (
     write_json,
     write_text,
 )
-from helpers.foreign.names import WITHOUT_COUNTERPART, to_hf, to_native
-from helpers.foreign.weights import lora_matrices, read_source
+from helpers.foreign.weights import (
+    WITHOUT_COUNTERPART,
+    lora_matrices,
+    read_source,
+    to_hf,
+    to_native,
+)
 from helpers.model import lora
 from helpers.model.sam3 import base_config
 

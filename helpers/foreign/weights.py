@@ -1,5 +1,10 @@
-"""Weights that other programs wrote: found, read without running any code, and told apart."""
+"""Weights that other programs wrote: found, read without running any code, and their names.
 
+The table ``data/native_names.csv`` was read in facebookresearch/sam3 at 99d02f2 and in transformers
+5.23; a star in it stands for the number of a layer.
+"""
+
+import csv
 import pickle
 import re
 import zipfile
@@ -12,7 +17,7 @@ from safetensors.torch import load_file
 
 from helpers.config import read_yaml
 from helpers.errors import InputError
-from helpers.files import read_json
+from helpers.files import DATA, read_json
 from helpers.model.lora import CONFIG_FILE
 from helpers.model.sam3 import refuse_lfs_pointer
 
@@ -28,6 +33,10 @@ _PREFIX = re.compile(
 )
 _TRACKER = re.compile(r"tracker(_model|_neck)?\.|.*\bsam2_convs\.")
 _MATRIX = re.compile(r"(.+?)\.(?:lora\.)?lora_([AB])(?:\.default)?(?:\.weight)?")
+
+WITHOUT_COUNTERPART = re.compile(r"geometry_encoder\.points_|.*\.attn\.freqs_cis$")
+"""Names that transformers has not: points as prompts, and constants that it computes."""
+_FUSED = re.compile(r"(.+?)(?:\.qkv|\.in_proj)?([._](?:weight|bias))?")
 
 
 @dataclass
@@ -193,3 +202,48 @@ def _yaml_beside(folder):
         message = f"holds several YAML files with a section lora: {files[0].name}, {files[1].name}"
         raise InputError(message, where=folder, fix="name that of the training with --config")
     return files[0] if files else None
+
+
+def _rules(rows):
+    """Return (pattern of a name and of what is in it, template) pairs."""
+    return [
+        (re.compile(re.escape(name).replace(r"\*", r"(\d+)") + r"(?=\.|$)"), template)
+        for name, template in rows
+    ]
+
+
+def _renamed(name, rules):
+    """Return a name after the first rule that fits, or None."""
+    for pattern, template in rules:
+        if match := pattern.match(name):
+            for number in match.groups():
+                template = template.replace("*", number, 1)
+            return template + name[match.end() :]
+    return None
+
+
+with (DATA / "native_names.csv").open(encoding="utf-8", newline="") as _file:
+    _ROWS = [(row["meta"], row["transformers"]) for row in csv.DictReader(_file)]
+_TO_HF = _rules(_ROWS)
+_TO_NATIVE = _rules((hf, native) for native, hf in _ROWS)
+
+
+def to_hf(name):
+    """Return the names in transformers of a module or weight of Meta's: none, one, or q, k and v.
+
+    Three for what holds q, k and v in one matrix, in this order along its output: `qkv` of the ViT
+    or of a fork, `in_proj_weight` of attention, and an attention as PEFT adapts it.
+    """
+    if (hf := _renamed(name, _TO_HF)) is not None:
+        return (hf,)
+    attention, ending = _FUSED.fullmatch(name).groups(default="")
+    parts = [_renamed(f"{attention}.{letter}_proj", _TO_HF) for letter in "qkv"]
+    return () if None in parts else tuple(part + ending.replace("_", ".") for part in parts)
+
+
+def to_native(name):
+    """Return the name in Meta's code of a module of transformers', or None.
+
+    Of the ViT's q, k and v, which Meta's code has in one `qkv`, it is `attn.q_proj` and so on.
+    """
+    return _renamed(name, _TO_NATIVE)

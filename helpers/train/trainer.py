@@ -22,10 +22,6 @@ CURVES_FILE = "curves.csv"
 CHECKPOINTS = "checkpoints"
 SELECTION = "selection"  # the trainer's name of the metric that chooses the checkpoint
 _AT_CLAMP = 0.999
-_SAME_NAMES = (  # settings that the trainer and the config call the same
-    *("gradient_accumulation_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
-    *("max_grad_norm", "logging_steps", "seed"),
-)
 
 
 def training_arguments(config, folder, **changes):
@@ -39,8 +35,14 @@ def training_arguments(config, folder, **changes):
         settings = {
             "output_dir": str(folder / CHECKPOINTS),
             "per_device_train_batch_size": training.batch_size,
+            "gradient_accumulation_steps": training.gradient_accumulation_steps,
             "num_train_epochs": config.effective_num_epochs,
             "learning_rate": config.effective_learning_rate,
+            "weight_decay": training.weight_decay,
+            "adam_beta1": training.adam_beta1,
+            "adam_beta2": training.adam_beta2,
+            "adam_epsilon": training.adam_epsilon,
+            "max_grad_norm": training.max_grad_norm,
             "warmup_steps": config.effective_warmup_steps,
             "lr_scheduler_type": training.lr_scheduler,
             "use_cpu": not torch.accelerator.is_available(),
@@ -48,7 +50,9 @@ def training_arguments(config, folder, **changes):
             "fp16": training.mixed_precision == "fp16",
             "dataloader_num_workers": training.num_workers,
             "dataloader_pin_memory": torch.cuda.is_available(),
+            "seed": training.seed,
             "data_seed": training.seed,
+            "logging_steps": training.logging_steps,
             "logging_first_step": True,
             "logging_nan_inf_filter": False,
             "eval_strategy": "epoch",
@@ -59,7 +63,6 @@ def training_arguments(config, folder, **changes):
             "report_to": "none",
             "disable_tqdm": True,
         }
-        settings |= {name: getattr(training, name) for name in _SAME_NAMES}
         arguments = TrainingArguments(**settings | changes)
     # Several would mean torch's DataParallel, which cannot split targets.
     arguments._n_gpu = min(arguments.n_gpu, 1)

@@ -55,7 +55,7 @@ def test_smaller_steps_are_tried_until_one_fits(base, data_dir, tmp_path):
     assert result.config.training.batch_size == 2
     assert load_config(tmp_path / "run" / RUN_CONFIG) == result.config
     assert result.config.data == config.data
-    assert result.config.model == config.model
+    assert result.config.model == config.model.model_copy(update={"native_prompt": False})
     assert not (tmp_path / "run" / STOPPED_FILE).exists()
 
 

@@ -190,7 +190,6 @@ def results_are_kept(examination):
             prompt=config.data.prompt,
             absent_prompts=config.evaluation.absent_prompts,
             mask_threshold=config.evaluation.mask_threshold,
-            batch_size=config.training.batch_size,
         )
     now = evaluate_queries(queries, config.evaluation.score_threshold)
     names = [name for name in PARITY if None not in (recorded.get(name), now.get(name))]

@@ -146,7 +146,7 @@ def test_an_unknown_or_wrong_format_is_refused(tmp_path):
     src = write_coco(tmp_path / "src")
     with pytest.raises(InputError, match="no format 'csv'"):
         read_source(src, "csv")
-    with pytest.raises(InputError, match="nothing in the format yolo"):
+    with pytest.raises(InputError, match="holds no yolo dataset"):
         read_source(src, "yolo")
     with pytest.raises(InputError, match="no such file"):
         read_source(tmp_path / "nowhere")

@@ -89,7 +89,7 @@ def test_outputs_of_another_image_are_refused(image):
 
 
 def test_no_outputs_are_refused(image):
-    with pytest.raises(InputError, match="at least one prompt"):
+    with pytest.raises(InputError, match="outputs of a prompt"):
         threshold_panel(image, [])
 
 

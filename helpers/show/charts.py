@@ -92,7 +92,7 @@ def grouped_bars_figure(table, ylabel, *, top=None):
     for bars, hatch in zip(ax.containers, cycle(_HATCHES)):
         for bar in bars:
             bar.set_hatch(hatch)
-        ax.bar_label(bars, fmt=_number, padding=2)
+        ax.bar_label(bars, fmt=lambda value: _number(round(value, 3)), padding=2)
     dress(ax, table.index.name or "", ylabel)
     ax.set_ylim(0, top * 1.08 if top else None)
     ax.margins(y=0.12)

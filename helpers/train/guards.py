@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from helpers.causes import CAUSES
 from helpers.errors import InputError
 from helpers.model import losses
-from helpers.model.lora import adapter_report
+from helpers.model.audit import adapter_report
 
 # Optimiser steps over which a guard averages what a single step may show by chance.
 WINDOW = 5

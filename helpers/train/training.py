@@ -33,14 +33,9 @@ from helpers.environment import SUBJECT_PACKAGES, device
 from helpers.errors import InputError
 from helpers.files import resolve, write_json, write_text
 from helpers.model import sam3
+from helpers.model.audit import adapter_report
 from helpers.model.cache import BackboneCache, text_states
-from helpers.model.lora import (
-    adapter_report,
-    add_lora,
-    load_adapter_weights,
-    read_adapter_weights,
-    save_adapter,
-)
+from helpers.model.lora import add_lora, load_adapter_weights, read_adapter_weights, save_adapter
 from helpers.model.prompted import checkpoint_activations
 from helpers.train import run as run_folder
 from helpers.train.guards import Guards
@@ -391,10 +386,17 @@ def train_within_memory(config, *, on_retry=None, **options):
 def dry_run(config):
     """Take a training step on the fullest batch of a dataset, on the device at hand.
 
-    Returns a dict: ``fits``; ``device``; ``images``, ``prompts`` and ``objects`` of the batch;
-    ``peak_memory_bytes`` of ``peak_memory_of``; ``seconds_per_step``, with its accumulation;
-    ``steps_per_epoch``; ``seconds_per_epoch``, if all batches were as full, without validation;
-    ``next``, the settings to try, as arguments of ``--set``. What was not measured is None.
+    Parameters
+    ----------
+    config : helpers.config.Config
+
+    Returns
+    -------
+    dict
+        ``fits``; ``device``; ``images``, ``prompts`` and ``objects`` of the batch;
+        ``peak_memory_bytes`` of ``peak_memory_of``; ``seconds_per_step``, with its accumulation;
+        ``steps_per_epoch``; ``seconds_per_epoch``, if all batches were as full, without validation;
+        ``next``, the settings to try, as arguments of ``--set``. What was not measured is None.
     """
     training, on_gpu = config.training, torch.cuda.is_available()
     dataset = load_dataset(config)

@@ -12,13 +12,12 @@ from transformers import Sam3Config, Sam3Model
 from helpers.config import load_config
 from helpers.errors import InputError
 from helpers.files import CONFIGS
+from helpers.model.audit import adapter_report, prompt_embedding_change
 from helpers.model.lora import (
     COMPONENTS,
-    adapter_report,
     add_lora,
     load_adapter,
     lora_layers,
-    prompt_embedding_change,
     save_adapter,
     target_modules,
 )

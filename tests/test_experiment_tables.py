@@ -1,6 +1,7 @@
 import pandas as pd
 import pytest
 
+from data.experiments import make_photographs
 from data.experiments.cells import (
     BASES,
     DATA_DIR,
@@ -150,3 +151,31 @@ def test_figures_show_every_effect_and_every_run(made_up):
     figure = levels_figure(made_up, "schedule", ["AP50"], base=made_up[list(RESPONSES)].iloc[0])
     dots = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
     assert [len(line.get_xdata()) for line in dots] == [10, 10]
+
+
+def test_the_page_says_of_photographs_what_the_table_says():
+    columns = ["detected_share", "precision", "recall", "AP50", "union_iou", "retention_AP"]
+    page = (TABLES / "README.md").read_text(encoding="utf-8")
+    [rows] = page.split("## On photographs")[1:]
+    shown = [line.split(" | ")[2:] for line in rows.splitlines() if " | `" in line]
+    measured = pd.read_csv(make_photographs.PHOTOGRAPHS)[columns]
+    assert len(shown) == len(measured)
+    for cells, numbers in zip(shown, measured.itertuples(index=False), strict=True):
+        assert [cell.strip(" |") for cell in cells] == [f"{number:.2f}" for number in numbers]
+
+
+def test_a_set_of_photographs_is_judged_once(tmp_path, monkeypatch):
+    judged = []
+
+    def judge(folder, word, recipe, seed):
+        judged.append((recipe, seed))
+        values = ("set", word, recipe, seed, 1.0, 0.5)
+        return dict(zip([*make_photographs.KEYS, "detected_share", "AP50"], values, strict=True))
+
+    monkeypatch.setattr(make_photographs, "judge_recipe", judge)
+    arguments = [str(tmp_path / "set"), "--output", str(tmp_path / "table.csv")]
+    assert make_photographs.main(arguments) == 0
+    assert make_photographs.main([*arguments, "--seeds", "1", "2"]) == 0
+    recipes = make_photographs.RECIPES
+    assert sorted(judged) == sorted((recipe, seed) for recipe in recipes for seed in (1, 2))
+    assert len(pd.read_csv(tmp_path / "table.csv")) == len(judged)

@@ -110,12 +110,23 @@ def effect_weights(cells, factors):
 
 
 def effect_table(table, factors, outcome):
-    """Estimate every main effect and interaction of an outcome, a numeric column without gaps.
+    """Estimate every main effect and interaction of an outcome.
 
-    ``table`` has one row per run; each ``seed`` holds every combination of levels exactly once.
-    ``factors`` maps a factor to its two levels, the reference first. Returns a DataFrame with a row
-    per ``effect``: ``value``, 95 % interval ``low``, ``high``, ``count`` of seeds, ``is_clear``. An
-    interaction, ``"a x b"``, is the effect of b at the second level of a minus that at its first.
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        One row per run; each ``seed`` holds every combination of levels exactly once.
+    factors : dict of str to tuple
+        Factor to its two levels, the reference first.
+    outcome : str
+        A numeric column without gaps.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per ``effect``: ``value``, 95 % interval ``low``, ``high``, ``count`` of seeds,
+        ``is_clear``. An interaction, ``"a x b"``, is the effect of b at the second level of a
+        minus that at its first.
     """
     cells = list(product(*factors.values()))
     values = []
@@ -140,10 +151,20 @@ def _runs_of(table, levels):
 
 
 def paired_difference(table, outcome, reference, other):
-    """Estimate a numeric outcome of some runs minus that of a reference with the same seed.
+    """Estimate how an outcome of two kinds of runs differs at the same seed.
 
-    ``reference`` and ``other`` map columns to values; each must pick one run per ``seed``. Returns
-    an `Estimate`, with its 95 % interval.
+    Parameters
+    ----------
+    table : pandas.DataFrame
+    outcome : str
+        A numeric column.
+    reference, other : dict
+        Column to value; each must pick exactly one run per ``seed``.
+
+    Returns
+    -------
+    Estimate
+        Of other minus reference, with its 95 % interval.
     """
     runs = [_runs_of(table, levels).set_index("seed") for levels in (reference, other)]
     sides = [chosen[outcome].astype(float).sort_index() for chosen in runs]
@@ -158,8 +179,16 @@ def paired_difference(table, outcome, reference, other):
 def main_effects(cells):
     """Compute what each of two factors changes in a single repetition, and how they interact.
 
-    ``cells`` has four rows with a MultiIndex of two named levels of two values each, the reference
-    first, and numeric outcomes without gaps. Returns its columns by ``effect``.
+    Parameters
+    ----------
+    cells : pandas.DataFrame
+        Four rows with a MultiIndex of two named levels of two values each, the reference first;
+        numeric outcomes without gaps.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Index ``effect``: the two factors and ``interaction``; columns as in ``cells``.
     """
     names = list(cells.index.names)
     levels = {name: tuple(cells.index.get_level_values(name).unique()) for name in names}

@@ -20,10 +20,20 @@ MIN_KEPT = 0.99  # share of the objects in the files that must reach the loss
 def check_dataset(dataset, model=None, processor=None):
     """Look for every fault of a dataset that makes a fine-tuned SAM3 detect nothing.
 
-    The config of the `helpers.data.Dataset` says which prompts and nouns are asked. Each image is
-    decoded once and stays described in its ``pictures``. Without ``model``, its base, the sizes are
-    those of a SAM3 at ``model.resolution`` of the config; without ``processor`` prompts are not turned
-    into tokens. Returns a `Report`, errors first; codes are in `helpers.checks.findings.CODES`.
+    Parameters
+    ----------
+    dataset : helpers.data.dataset.Dataset
+        Its config says which prompts and nouns are asked. Each image is decoded once and stays
+        described in its ``pictures``.
+    model : helpers.model.prompted.PromptedSam3, optional
+        Its base. Without it the sizes are those of a SAM3 at ``model.resolution`` of the config.
+    processor : transformers.Sam3Processor, optional
+        Of the base. Without it prompts are not turned into tokens.
+
+    Returns
+    -------
+    Report
+        Errors first. Codes and severities are in `helpers.checks.findings.CODES`.
     """
     splits, findings = {}, []
     for name in dataset.names:

@@ -16,7 +16,18 @@ NO_NOUNS = frozenset(
 
 
 def check_categories(split):
-    """List a `Finding` per name in the category table that makes a bad prompt: D30 to D34, D36."""
+    """Find names that make bad prompts.
+
+    Parameters
+    ----------
+    split : helpers.data.records.Split
+        Its whole category table is looked at.
+
+    Returns
+    -------
+    list of helpers.checks.findings.Finding
+        ``D30_ROOT_CATEGORY`` to ``D34_ZERO_BASED_IDS`` and ``D36_NO_WORD``.
+    """
     table, used, faults = split.category_table, _used_categories(split), []
     entries = [entry for entry in table if entry.name in split.categories]
     for entry in table:

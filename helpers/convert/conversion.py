@@ -40,7 +40,17 @@ NOTED = ("D20", "D21", "D22", "D24", "D31", "D32", "D36", "D40", "D42", "D43", "
 
 
 def detect_format(root):
-    """Recognise the format of a dataset, a key of `FORMATS`, by its files."""
+    """Recognise the format of a dataset.
+
+    Parameters
+    ----------
+    root : os.PathLike
+
+    Returns
+    -------
+    str
+        A key of `FORMATS`.
+    """
     root, problem = Path(root), None
     if not root.exists():
         raise InputError("no such file or folder", where=root, fix="check the path of the dataset")

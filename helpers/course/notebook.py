@@ -107,7 +107,13 @@ def start(name, *, profile, data_dir, seed, output_dir, fast_run, **thresholds):
 
 
 def answered(**answers):
-    """Refuse to go on while an answer to a task of an exercise, by name, is still ``...``."""
+    """Refuse to go on while an answer to a task of an exercise is still ``...``.
+
+    Parameters
+    ----------
+    **answers
+        Name to value, of what the task asked for; `InputError` names those not yet given.
+    """
     missing = [name for name, value in answers.items() if value is ...]
     if missing:
         fix = "do the task in the cell above and replace the ..."

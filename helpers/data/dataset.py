@@ -63,9 +63,17 @@ class Dataset:
 
 
 def load_dataset(config, data_dir=None):
-    """Open the `Dataset` of a config; a split is read when it is first asked for.
+    """Open the dataset of a config; a split is read when it is first asked for.
 
-    ``data_dir`` names another folder than that of the config, read with the same settings.
+    Parameters
+    ----------
+    config : helpers.config.Config
+    data_dir : os.PathLike, optional
+        Another folder than ``data.data_dir``, read with the same settings.
+
+    Returns
+    -------
+    Dataset
     """
     root = resolve(config.data.data_dir if data_dir is None else data_dir)
     if not root.is_dir():
@@ -285,9 +293,16 @@ class PromptCollator:
 def count_objects(loader_or_dataset):
     """Count the objects that reach the loss.
 
-    Takes a loader with a `PromptCollator`, or a `PromptDataset`, of which no image is opened. Returns
-    a DataFrame with a row per query: ``image_id``, ``prompt``, ``is_positive``, ``num_objects``,
-    ``num_masks`` (of which with a usable mask).
+    Parameters
+    ----------
+    loader_or_dataset : torch.utils.data.DataLoader or PromptDataset
+        A loader with a `PromptCollator`, or a dataset, of which no image is opened.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per query: ``image_id``, ``prompt``, ``is_positive``, ``num_objects``,
+        ``num_masks`` (of which with a usable mask).
     """
     if isinstance(loader_or_dataset, PromptDataset):
         indices = range(len(loader_or_dataset))

@@ -107,8 +107,9 @@ def _opened(source, path, any_depth=False):
             fix = "cut it into several images, or save it smaller"
         elif isinstance(error, UnidentifiedImageError):
             message, suffix = "is no readable image (of no known format)", Path(path).suffix.lower()
-            if Path(path).read_bytes()[4:8] == b"ftyp" or suffix in (".heic", ".heif"):
-                message, fix = "HEIC cannot be read", "save it as JPEG or PNG"
+            with Path(path).open("rb") as file:
+                if file.read(8)[4:] == b"ftyp" or suffix in (".heic", ".heif"):
+                    message, fix = "HEIC cannot be read", "save it as JPEG or PNG"
         raise InputError(message, where=path, fix=fix) from error
 
 

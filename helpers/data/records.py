@@ -100,10 +100,19 @@ def true_rle(record, item):
 
 
 def rename_categories(split, prompts_by_category):
-    """Return a split whose categories are the nouns they are asked by: ``{"0": "pothole"}``.
+    """Give the categories of a split the nouns they are asked by.
 
-    Categories with the same noun become one; names that the split lacks make no difference. What an
-    object is called in the files stays in ``file_category`` and is never asked as absent.
+    Parameters
+    ----------
+    split : Split
+    prompts_by_category : dict of str to str
+        Category to noun: ``{"0": "pothole"}``. Names that the split lacks make no difference.
+
+    Returns
+    -------
+    Split
+        Categories with the same noun become one. What an object is called in the files stays in
+        ``file_category`` and is never asked as absent.
     """
     if not prompts_by_category:
         return split

@@ -106,11 +106,18 @@ def masks_at_image_size(mask_logits, height, width, mask_threshold):
 
 
 def output_table(raws):
-    """Describe each of some `RawPrediction` by the numbers that a zero detection is diagnosed with.
+    """Describe raw outputs by the numbers that a zero detection is diagnosed with.
 
-    Returns a DataFrame with a row each: ``image_id``, ``prompt``; ``logit_min``, ``logit_median``,
-    ``logit_max`` over the queries; ``presence_prob``, ``max_query_prob`` and ``max_score``, in
-    [0, 1]; ``semantic_mean`` and ``semantic_max``, probabilities over the semantic map's pixels.
+    Parameters
+    ----------
+    raws : sequence of RawPrediction
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row each: ``image_id``, ``prompt``; ``logit_min``, ``logit_median``, ``logit_max`` over
+        the queries; ``presence_prob``, ``max_query_prob`` and ``max_score``, in [0, 1];
+        ``semantic_mean`` and ``semantic_max``, probabilities over the pixels of the semantic map.
     """
     rows = []
     for raw in raws:

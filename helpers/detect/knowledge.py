@@ -122,14 +122,28 @@ def _objects_of(detections, word, record):
 def retention(model, processor, split, words):
     """Compare what an adapted model answers with the clear answers of its base, on any images.
 
-    The base is the `peft.PeftModel` with the adapter switched off; without an adapter an InputError is
-    raised. The images of ``split`` may be annotated: what lies on an object annotated as something
-    else does not count. ``words`` are those that the base knows.
+    Parameters
+    ----------
+    model : peft.PeftModel
+        Its base is the model with the adapter switched off.
+    processor : transformers.Sam3Processor
+    split : helpers.data.Split
+        Images, annotated or not. What lies on an object annotated as something else does not count.
+    words : sequence of str
+        That the base knows.
 
-    Returns a dict: ``words``; ``objects``, those of the base; ``AP`` and ``AP50`` in [0, 1], average
-    precision of the masks with the base's as truth, 1 if nothing has changed, None if the base
-    detects nothing; ``by_word``, the AP of each word that the base detects; ``false_positive_rate``,
-    the share of the questions with a clear no of the base to which the adapted model says yes.
+    Returns
+    -------
+    dict
+        ``words``; ``objects``, those of the base; ``AP`` and ``AP50`` in [0, 1], average precision of
+        the masks with the base's as truth, 1 if nothing has changed, None if the base detects
+        nothing; ``by_word``, the AP of each word that the base detects; ``false_positive_rate``, the share of the questions with a clear no of the base to
+        which the adapted model says yes.
+
+    Raises
+    ------
+    InputError
+        If there is no adapter.
     """
     if not hasattr(model, "disable_adapter"):
         raise InputError("a base has no adapter to compare it with", fix="name a run")

@@ -95,13 +95,21 @@ def _numbered(values):
 def cgf1(queries, score_threshold=0.5):
     """Compute cgF1 and its parts, equal to the numbers of Meta's ``CGF1Evaluator`` (segm).
 
-    Queries, each a `Query` or a dict, that are not exhaustive are skipped; InputError if none is left.
-    Detections below ``score_threshold``, in [0, 1], are ignored. Returns a dict of str to float:
-    ``cgF1 = positive_micro_F1 * IL_MCC``, ``positive_micro_F1``, ``positive_macro_F1``,
-    ``positive_micro_precision``, ``precision``, ``recall``, ``F1``: means over IoU 0.50:0.95, and with
-    ``@0.5`` and ``@0.75`` at one IoU. ``IL_MCC``, ``IL_FPR``, ``IL_recall``, ``IL_precision``,
-    ``IL_F1``: presence per query. The native numbers also where they have no meaning (0 or -1), which
-    `evaluate_queries` refuses to report.
+    Parameters
+    ----------
+    queries : list of Query or of dict
+        Those that are not exhaustive are skipped; InputError if none is left.
+    score_threshold : float
+        In [0, 1]; detections below it are ignored.
+
+    Returns
+    -------
+    dict of str to float
+        ``cgF1 = positive_micro_F1 * IL_MCC``, ``positive_micro_F1``, ``positive_macro_F1``,
+        ``positive_micro_precision``, ``precision``, ``recall``, ``F1``: means over IoU 0.50:0.95,
+        and with ``@0.5`` and ``@0.75`` at one IoU. ``IL_MCC``, ``IL_FPR``, ``IL_recall``,
+        ``IL_precision``, ``IL_F1``: presence per query. The native numbers also where they have no
+        meaning (0 or -1), which `evaluate_queries` refuses to report.
     """
     # Per query one assignment makes the summed mask IoU greatest; a pair is a hit at every threshold
     # it reaches. Source: ``sam3/eval/cgf1_eval.py`` of facebookresearch/sam3 at 99d02f2.
@@ -211,11 +219,20 @@ def union_iou(queries, score_threshold):
 
 
 def threshold_sweep(queries, thresholds):
-    """Count detections and compute precision and recall over score thresholds in [0, 1].
+    """Count detections and compute precision and recall over score thresholds.
 
-    Returns a DataFrame with a row per threshold: ``threshold``, ``count`` (detections, those of absent
-    prompts too), ``precision``, ``recall``, ``f1``, a hit from an IoU of 0.5 on; NaN where there is
-    nothing to divide by.
+    Parameters
+    ----------
+    queries : sequence of helpers.detect.queries.Query
+    thresholds : sequence of float
+        Scores in [0, 1].
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per threshold: ``threshold``, ``count`` (detections, those of absent prompts too),
+        ``precision``, ``recall``, ``f1``, a hit from an IoU of 0.5 on; NaN where there is nothing
+        to divide by.
     """
     queries = as_query_list(queries)
     num_gt = sum(len(query.gt) for query in queries)
@@ -236,13 +253,22 @@ def threshold_sweep(queries, thresholds):
 
 
 def evaluate_queries(queries, score_threshold):
-    """Compute the numbers that a report shows, all but AP at a score threshold in [0, 1].
+    """Compute the numbers that a report shows.
 
-    Returns a dict: ``AP``, ``AP50``, ``AP75`` (masks), ``box_AP``, ``box_AP50``, ``box_AP75``,
-    ``cgF1``, ``pmF1`` (positive_micro_F1), ``IL_MCC``, ``union_iou``; ``max_score_present`` and
-    ``max_score_absent``, means of a query's highest score, each with ``_share_above``, the share that
-    reaches the threshold; ``num_present``, ``num_absent``, ``score_threshold``. A metric without
-    meaning is None, and the reason stands under its name with ``_reason``.
+    Parameters
+    ----------
+    queries : sequence of helpers.detect.queries.Query
+    score_threshold : float
+        In [0, 1]; for everything but AP.
+
+    Returns
+    -------
+    dict
+        ``AP``, ``AP50``, ``AP75`` (masks), ``box_AP``, ``box_AP50``, ``box_AP75``, ``cgF1``,
+        ``pmF1`` (positive_micro_F1), ``IL_MCC``, ``union_iou``; ``max_score_present`` and
+        ``max_score_absent``, means of a query's highest score, each with ``_share_above``, the
+        share that reaches the threshold; ``num_present``, ``num_absent``, ``score_threshold``. A
+        metric without meaning is None, and the reason stands under its name with ``_reason``.
     """
     queries = as_query_list(queries)
     check_probability(score_threshold, "score_threshold")

@@ -134,10 +134,20 @@ def check_prompts(prompts):
 
 
 def raw_outputs(model, processor, records, prompts):
-    """Ask a model prompts on the images of many `ImageRecord`, one after the other.
+    """Ask a model prompts on many images.
 
-    ``prompts`` is a sequence for all images, or maps ``image_id`` to those of the image. Yields a
-    `RawPrediction` per image and prompt, of 66 MB at full size; its ``image`` is the ``image_id``.
+    Parameters
+    ----------
+    model, processor
+        See `Predictor`.
+    records : sequence of helpers.data.records.ImageRecord
+    prompts : sequence of str, or dict
+        The same for all, or ``image_id`` to those of the image.
+
+    Yields
+    ------
+    helpers.detect.detections.RawPrediction
+        One per image and prompt, of 66 MB at full size; its ``image`` is the ``image_id``.
     """
     predictor = Predictor(model, processor)
     for record in records:

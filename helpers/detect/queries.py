@@ -130,11 +130,24 @@ def predict_split(
     mask_threshold=0.5,
     adapter_words=None,
 ):
-    """Ask a model, see `Predictor`, about every image of a split, at `mask_threshold` in [0, 1].
+    """Ask a model about every image of a split.
 
-    What is asked says `helpers.data.PromptDataset.for_evaluation`. With ``adapter_words``, a sequence
-    of str, only these are asked of the adapter, all others of its base. Returns a list of `Query`, one
-    per image and prompt, with the 100 best detections that score at least 0.001.
+    Parameters
+    ----------
+    model, processor
+        See `helpers.detect.predictor.Predictor`.
+    split : helpers.data.records.Split
+    prompt, absent_prompts
+        See `helpers.data.PromptDataset.for_evaluation`.
+    mask_threshold : float
+        In [0, 1]; a pixel with a higher probability belongs to the mask.
+    adapter_words : sequence of str, optional
+        Routing: only these are asked of the adapter, all others of its base.
+
+    Returns
+    -------
+    list of Query
+        One per image and prompt, with the 100 best detections that score at least 0.001.
     """
     asked = {"prompt": prompt, "absent_prompts": absent_prompts}
     if adapter_words is not None:

@@ -13,7 +13,8 @@ from helpers.detect.predictor import untrained_prompts
 from helpers.diagnose.data_gates import MIN_IMAGES
 from helpers.diagnose.patient import FOUND, Evidence, Inapplicable, Missing, evidence_if, gate
 from helpers.errors import InputError
-from helpers.model.lora import component_of, lora_layers, prompt_embeddings
+from helpers.model.audit import prompt_embeddings
+from helpers.model.lora import component_of, lora_layers
 from helpers.model.prompted import PRESENCE_LOGIT_CLAMP
 
 OUT_OF_DOMAIN = ("zebra", "violin")  # words that no dataset of this kind shows

@@ -222,17 +222,26 @@ _PER_OBJECT = ("boxes_cxcywh", "masks", "mask_valid")
 def sam3_losses(outputs, targets, variant="native", *, divisors=None):
     """Compute every term of SAM3's loss and their weighted total.
 
-    ``outputs`` is a dict: ``pred_logits`` (B, Q); ``pred_boxes_cxcywh`` (B, Q, 4) in [0, 1];
-    ``presence_logits`` (B, 1); ``pred_masks`` (B, Q, h, w) logits; ``semantic_logits`` (B, 1, h, w);
-    optionally ``aux``, a list of dicts with the first three, one for each earlier decoder layer.
-    ``targets`` are B dicts: ``boxes_cxcywh`` (n, 4) in [0, 1], ``masks`` (n, H, W) of 0 and 1,
-    optionally ``mask_valid`` (n,), 0 where an object has no mask (its mask must then be all zero).
-    ``variant`` is "native", Meta's published setting, or "early", that of the failing script. The
-    `Divisors` are by default those of this batch; a trainer passes those of an optimiser step.
+    Parameters
+    ----------
+    outputs : dict
+        ``pred_logits`` (B, Q); ``pred_boxes_cxcywh`` (B, Q, 4) in [0, 1]; ``presence_logits``
+        (B, 1); ``pred_masks`` (B, Q, h, w) logits; ``semantic_logits`` (B, 1, h, w); optionally
+        ``aux``, a list of dicts with the first three, one for each earlier decoder layer.
+    targets : list of dict
+        B dicts: ``boxes_cxcywh`` (n, 4) in [0, 1], ``masks`` (n, H, W) of 0 and 1, optionally
+        ``mask_valid`` (n,), 0 where an object has no mask (its mask must then be all zero).
+    variant : {"native", "early"}
+        Meta's published setting, or that of the failing script.
+    divisors : Divisors, optional
+        By default those of this batch. A trainer passes those of a whole optimiser step.
 
-    Returns a dict of float32 scalars: the unweighted terms of `WEIGHTS` of the final layer; for
-    ``native`` also ``aux0.loss_ce`` and so on for each earlier layer; and ``total``. Their source is
-    ``sam3/train/loss/loss_fns.py`` of facebookresearch/sam3 at 99d02f2.
+    Returns
+    -------
+    dict of str to torch.Tensor
+        Float32 scalars: the unweighted terms of `WEIGHTS` of the final layer; for ``native`` also
+        ``aux0.loss_ce`` and so on for each earlier layer; and ``total``. Their source is
+        ``sam3/train/loss/loss_fns.py`` of facebookresearch/sam3 at 99d02f2.
     """
     _check(outputs, targets, variant)
     if divisors is None:

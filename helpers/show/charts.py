@@ -141,9 +141,17 @@ def dress(ax, xlabel, ylabel):
 
 
 def history_frame(log_history):
-    """Return ``trainer.state.log_history``, of which each entry has ``step``, as a DataFrame.
+    """Return the log of a trainer as a table.
 
-    Index ``step``, one column per logged name; NaN where a name was not logged.
+    Parameters
+    ----------
+    log_history : list of dict
+        ``trainer.state.log_history``; each entry has ``step``.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Index ``step``, one column per logged name; NaN where a name was not logged.
     """
     if any("step" not in entry for entry in log_history):
         raise InputError("an entry of the log has no step", fix="pass trainer.state.log_history")
@@ -175,10 +183,19 @@ def draw_lines(ax, table, columns, *, xlabel, ylabel, log=False):
 
 
 def schedule_frame(configs, num_images, num_processes=1):
-    """Compute the optimiser steps of some configs by name, and how far their warm-up gets.
+    """Compute the optimiser steps of some configs, and how far their warm-up gets.
 
-    ``num_images`` counts the training images with a query. Returns a DataFrame with a row per config;
-    ``reached`` is the share of the ``peak`` that the warm-up attains.
+    Parameters
+    ----------
+    configs : dict of str to helpers.config.Config
+    num_images : int
+        Training images with a query.
+    num_processes : int
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row per config; ``reached`` is the share of the ``peak`` that the warm-up attains.
     """
     rows = {}
     for name, config in configs.items():
@@ -200,8 +217,12 @@ def schedule_frame(configs, num_images, num_processes=1):
 def runs_figure(histories, names):
     """Draw logged numbers of several runs by epoch; losses on a logarithmic axis.
 
-    ``histories`` maps the name of a run to its ``trainer.state.log_history``, ``names`` a logged name,
-    for example ``"eval_AP50"``, to the label of its axis; one panel each.
+    Parameters
+    ----------
+    histories : dict of str to list of dict
+        Name of a run to its ``trainer.state.log_history``.
+    names : dict of str to str
+        Logged name, for example ``"eval_AP50"``, to the label of its axis; one panel each.
     """
     figure = Figure(figsize=(1 + 3.4 * len(names), 4.2), layout="constrained")
     axes = figure.subplots(1, len(names), squeeze=False)[0]

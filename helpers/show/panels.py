@@ -145,8 +145,15 @@ def _img(picture, alt, width="32em"):
 def target_picture(batch, row, image_processor):
     """Draw the targets of one query on the image that the model is given.
 
-    A mask is as coarse as the grid it is learned on; an object without one is drawn as its box. The
-    batch is from `helpers.data.PromptCollator`, ``row`` one of its B queries, from 0 to B - 1.
+    A mask is as coarse as the grid it is learned on; an object without one is drawn as its box.
+
+    Parameters
+    ----------
+    batch : dict
+        From `helpers.data.PromptCollator`, with B queries.
+    row : int
+        Query, from 0 to B - 1.
+    image_processor : transformers.Sam3ImageProcessor
     """
     pixel_values, target = batch["pixel_values"][batch["image_index"][row]], batch["targets"][row]
     mean = torch.tensor(image_processor.image_mean).reshape(3, 1, 1)

@@ -139,8 +139,13 @@ def _panels(image, objects, predictions):
 def prediction_figure(image, predictions, objects=None):
     """Draw a panel per prompt for one image, after the ground truth where it is known.
 
-    The image is one for `annotate`, ``predictions`` are dicts of `Prediction.to_dict`, and ``objects``
-    the `ObjectAnnotation` of the ground truth.
+    Parameters
+    ----------
+    image : PIL.Image.Image, numpy.ndarray or os.PathLike
+        An array is (H, W, 3) uint8.
+    predictions : sequence of dict
+        ``prompt``, ``presence_prob``, ``max_score`` and ``detections``: `Prediction.to_dict`.
+    objects : sequence of helpers.data.records.ObjectAnnotation, optional
     """
     return _grid(_panels(image, objects, predictions))
 
@@ -161,7 +166,10 @@ def save_prediction_figure(path, image, predictions, software=None):
 def comparison_figure(rows):
     """Draw ground truth beside the predictions, one image per row.
 
-    Each row is ``(image, objects, predictions)`` as for `prediction_figure`; objects may be None.
+    Parameters
+    ----------
+    rows : sequence of tuple
+        ``(image, objects, predictions)`` as for `prediction_figure`; objects may be None.
     """
     rows = [_panels(*row) for row in rows]
     columns = max(map(len, rows), default=0)
@@ -171,7 +179,10 @@ def comparison_figure(rows):
 def gallery_figure(items):
     """Draw annotated images, three per row.
 
-    Each item is ``(image, objects, caption)``, see `prediction_figure`; objects may be empty.
+    Parameters
+    ----------
+    items : sequence of tuple
+        ``(image, objects, caption)`` each, see `prediction_figure`; objects may be empty.
     """
     panels = [(_truth_panel(as_picture(item[0]), item[1])[0], item[2]) for item in items]
     return _grid(panels)
@@ -180,8 +191,12 @@ def gallery_figure(items):
 def describe(figure, sentence):
     """Show a figure with a sentence, which is printed and stored as its alternative text; close it.
 
-    It is stored as PNG, or as JPEG where that weighs less than half, as photographs do. The sentence
-    says what the figure shows, with its numbers.
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+        Stored as PNG, or as JPEG where that weighs less than half, as photographs do.
+    sentence : str
+        What the figure shows, with its numbers.
     """
     png, jpeg = io.BytesIO(), io.BytesIO()
     figure.savefig(png, format="png", dpi=100)

@@ -16,7 +16,7 @@ from helpers.causes import CAUSES
 from helpers.config import GuardSection
 from helpers.errors import InputError
 from helpers.model import losses
-from helpers.model.lora import adapter_report
+from helpers.model.audit import adapter_report
 
 # Optimiser steps over which a guard averages what a single step may show by chance.
 WINDOW = 5

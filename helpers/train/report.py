@@ -14,13 +14,21 @@ _COUNTED_BY_BOTH = {name: weight for name, weight in EARLY_WEIGHTS.items() if na
 
 
 def checklist(run, words=None):
-    """Work off the document's items for a finished run, from `read_run` or a training.
+    """Work off the document's items for a finished run.
 
-    ``words`` maps a prompt to the share, in [0, 1], of the images that show an object on which its best
-    score reaches the score threshold; by default only what the validation split tells.
+    Parameters
+    ----------
+    run : helpers.train.run.RunFiles
+        From `helpers.train.run.read_run`, or the result of a training.
+    words : mapping of str to float, optional
+        Prompt to the share, in [0, 1], of the images that show an object on which its best score
+        reaches the score threshold; by default only what the validation split tells.
 
-    Returns a list of dicts: ``item``, ``expected`` (what the document says), ``measured`` (text) and
-    ``passed``: True, False, or None where the document's number cannot be compared.
+    Returns
+    -------
+    list of dict
+        ``item``, ``expected`` (what the document says), ``measured`` (text) and ``passed``: True,
+        False, or None where the document's number cannot be compared.
     """
     losses, total = epoch_means(run.history, "loss"), run.adapter.loc["total"]
     valid_losses = epoch_means(run.history, "eval_loss")
@@ -52,16 +60,37 @@ def checklist(run, words=None):
 
 
 def checklist_frame(run, words=None):
-    """Return the `checklist` as a DataFrame to show, with ``verdict``, of `VERDICTS`, by ``item``."""
+    """Return the `checklist` as a table to show.
+
+    Parameters
+    ----------
+    run, words
+        See `checklist`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Index ``item``; columns ``document says``, ``measured`` and ``verdict``, of `VERDICTS`.
+    """
     table = pd.DataFrame(checklist(run, words)).set_index("item")
     table["passed"] = [VERDICTS[passed] for passed in table["passed"]]
     return table.rename(columns={"expected": "document says", "passed": "verdict"})
 
 
 def epoch_means(history, name):
-    """Average a logged number, such as ``"loss"``, of ``trainer.state.log_history`` over each epoch.
+    """Average a logged number over each epoch.
 
-    Returns a dict of epoch, counted from 1, to the mean of what was logged in it.
+    Parameters
+    ----------
+    history : list of dict
+        ``trainer.state.log_history``.
+    name : str
+        For example ``"loss"``.
+
+    Returns
+    -------
+    dict of int to float
+        Epoch, counted from 1, to the mean of what was logged in it.
     """
     by_epoch = {}
     for entry in history:

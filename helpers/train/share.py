@@ -101,10 +101,19 @@ class PushPlan:
 
 
 def plan_push(folder, repo):
-    """Return the `PushPlan` of an upload, without sending anything.
+    """Look at what an upload would send, without sending anything.
 
-    ``folder`` is a finished run, or was written by `merge`; InputError if it is damaged. ``repo`` is
-    ``name`` or ``owner/name`` on the Hub.
+    Parameters
+    ----------
+    folder : os.PathLike
+        A finished run, or a folder written by `merge`; InputError if it is damaged.
+    repo : str
+        ``name`` or ``owner/name`` on the Hub.
+
+    Returns
+    -------
+    PushPlan
+        With ``folder``, ``repo``, ``files``, ``left_out``, ``missing`` and ``machine_paths``.
     """
     with explain(HFValidationError, "is no name on the Hub", where="--repo", fix="give owner/name"):
         validate_repo_id(repo)
@@ -215,15 +224,28 @@ class MergeDiffers(Exception):
 
 
 def merge(folder, output, dtype=None, base=None):
-    """Write a full model that plain `Sam3Model.from_pretrained` loads, from the folder of a run.
+    """Write a full model that plain `Sam3Model.from_pretrained` loads.
 
-    Base and adapter are merged in float32 and compared with the result, which is cast, written, loaded
-    again and compared once more. ``output`` must be empty or missing, and stays so unless all went
-    well. ``dtype``, "float32" or "bfloat16", is by default that of the base's own files; ``base`` is
-    another place of it than the run names.
+    Base and adapter are merged in float32, and the result is compared with them; then it is cast,
+    written, loaded again from the written files, and compared once more.
 
-    Returns a dict, also in ``merge.json``, with what `compare` says of ``merged`` and ``written``;
-    `MergeDiffers` if one is not the ``same`` within `EXACT`, or for a cast within `CAST`.
+    Parameters
+    ----------
+    folder : os.PathLike
+        Run folder.
+    output : os.PathLike
+        Folder to write; must be empty or missing. It stays so unless everything went well.
+    dtype : {"float32", "bfloat16"}, optional
+        Type of the written weights; by default that of the base's own files.
+    base : str, optional
+        Another place of the base than the run names.
+
+    Returns
+    -------
+    dict
+        Also in ``merge.json``: what was merged, what `compare` says of ``merged`` and ``written``
+        with base and adapter, and ``same``. If that is not so, within `EXACT` or for a cast
+        `CAST`, a `MergeDiffers` is raised instead.
     """
     output = resolve(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

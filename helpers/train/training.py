@@ -27,9 +27,9 @@ from helpers.environment import SUBJECT_PACKAGES, device
 from helpers.errors import InputError
 from helpers.files import resolve, write_json, write_text
 from helpers.model import sam3
+from helpers.model.audit import adapter_report
 from helpers.model.cache import BackboneCache, text_states
 from helpers.model.lora import (
-    adapter_report,
     add_lora,
     enabled_components,
     load_adapter_weights,
@@ -379,10 +379,17 @@ def train_within_memory(config, *, on_retry=None, **options):
 def dry_run(config):
     """Take a training step on the fullest batch of a dataset, on the device at hand.
 
-    Returns a dict: ``fits``; ``device``; ``images``, ``prompts`` and ``objects`` of the batch;
-    ``peak_memory_bytes`` of ``peak_memory_of``; ``seconds_per_step``, with its accumulation;
-    ``steps_per_epoch``; ``seconds_per_epoch``, if all batches were as full, without validation;
-    ``next``, the settings to try, as arguments of ``--set``. What was not measured is None.
+    Parameters
+    ----------
+    config : helpers.config.Config
+
+    Returns
+    -------
+    dict
+        ``fits``; ``device``; ``images``, ``prompts`` and ``objects`` of the batch;
+        ``peak_memory_bytes`` of ``peak_memory_of``; ``seconds_per_step``, with its accumulation;
+        ``steps_per_epoch``; ``seconds_per_epoch``, if all batches were as full, without validation;
+        ``next``, the settings to try, as arguments of ``--set``. What was not measured is None.
     """
     training, on_gpu = config.training, torch.cuda.is_available()
     dataset = load_dataset(config)

@@ -1,0 +1,128 @@
+"""What an adapter consists of, what it does to prompts, and what no adapter can do to a logit."""
+
+from copy import copy
+
+import pandas as pd
+import torch
+from torch.nn.functional import cosine_similarity
+from torch.nn.utils import get_total_norm
+
+from helpers.model.lora import COMPONENTS, component_of, lora_layers
+from helpers.model.prompted import SCORE_LOGIT_CLAMP, base_of
+
+
+def adapter_report(model):
+    """Count and measure the LoRA of every component.
+
+    Parameters
+    ----------
+    model : peft.PeftModel
+        May be on ``meta``; what needs values is then NaN.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per ``component`` and a row ``total``: ``modules`` (adapted linear layers),
+        ``parameters`` (of A and B), ``share`` (of all parameters of the model), ``grad_norm``
+        (Euclidean; NaN before a backward pass), ``B_norm`` (Euclidean) and ``B_nonzero``, the
+        share of modules whose B, first zero, has moved.
+    """
+    layers = lora_layers(model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    groups = {
+        component: [layer for name, layer in layers if component_of(name) == component]
+        for component in COMPONENTS
+    }
+    groups["total"] = [layer for _, layer in layers]
+    rows = {name: _measure(group, total) for name, group in groups.items()}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("component")
+
+
+def _measure(layers, total):
+    matrices_a = [matrix.weight for layer in layers for matrix in layer.lora_A.values()]
+    matrices_b = [matrix.weight for layer in layers for matrix in layer.lora_B.values()]
+    parameters = sum(matrix.numel() for matrix in matrices_a + matrices_b)
+    known_b = [] if any(matrix.is_meta for matrix in matrices_b) else matrices_b
+    nonzero = [bool(matrix.detach().any()) for matrix in known_b]
+    return {
+        "modules": len(layers),
+        "parameters": parameters,
+        "share": parameters / total,
+        "grad_norm": _norm([m.grad for m in matrices_a + matrices_b if m.grad is not None]),
+        "B_norm": _norm(known_b),
+        "B_nonzero": sum(nonzero) / len(nonzero) if nonzero else float("nan"),
+    }
+
+
+def _norm(tensors):
+    """Return the Euclidean norm of all entries of some tensors as a float; NaN without any."""
+    tensors = [tensor.detach().float() for tensor in tensors]
+    return float(get_total_norm(tensors)) if tensors else float("nan")
+
+
+@torch.no_grad()
+def prompt_embeddings(model, processor, prompts):
+    """Return the text encoder's mean over the tokens of each of P prompts: (P, d) on the CPU."""
+    base = base_of(model)
+    tokens = processor(text=list(prompts), return_tensors="pt").to(base.device)
+    features = base.text_states(tokens["input_ids"], tokens["attention_mask"])
+    mask = tokens["attention_mask"][..., None].to(features)
+    return ((features * mask).sum(1) / mask.sum(1)).float().cpu()
+
+
+def prompt_embedding_change(model, processor, prompts):
+    """Compare the embeddings of prompts with the adapter of a `peft.PeftModel` on and off.
+
+    A data frame with index ``prompt``: ``relative_change``, the length of the difference over the
+    length without adapter; ``cosine`` of the two; ``nearest`` and ``nearest_cosine``, the most
+    similar other prompt with the adapter on.
+    """
+    tuned = prompt_embeddings(model, processor, prompts)
+    with model.disable_adapter():
+        plain = prompt_embeddings(model, processor, prompts)
+    cosines = cosine_similarity(tuned[:, None], tuned[None], dim=-1)
+    cosines.fill_diagonal_(-torch.inf)
+    nearest_cosine, nearest = cosines.max(1)
+    has_other = len(prompts) > 1
+    return pd.DataFrame(
+        {
+            "relative_change": ((tuned - plain).norm(dim=1) / plain.norm(dim=1)).tolist(),
+            "cosine": cosine_similarity(tuned, plain).tolist(),
+            "nearest": [prompts[i] if has_other else None for i in nearest.tolist()],
+            "nearest_cosine": nearest_cosine.tolist() if has_other else [float("nan")],
+        },
+        index=pd.Index(list(prompts), name="prompt"),
+    )
+
+
+@torch.no_grad()
+def query_logit_bounds(model, processor, prompts):
+    """Compute the range of logits that the frozen scoring head lets each prompt get.
+
+    A data frame with index ``prompt``: ``lowest_dot_product`` and ``highest_dot_product`` over all
+    outputs of the decoder's layer norm, and ``lowest_logit`` and ``highest_logit``, the same after
+    the model's clamp at -12 and 12. The logit ``a . h + b`` is affine in the decoder state
+    ``h = gamma * n + beta``, where ``n`` has mean 0 and a length below ``sqrt(d)``. So LoRA moves
+    it only between ``a . beta + b -/+ sqrt(d) |v - mean(v)|`` with ``v = a * gamma``. A native prompt's
+    token, which depends on the image, is left out.
+    """
+    base = base_of(model).eval()
+    norm = base.detr_decoder.output_layer_norm
+    head = copy(base.dot_product_scoring)
+    head.clamp_logits = False
+    tokens = processor(text=list(prompts), return_tensors="pt").to(base.device)
+    mask = tokens["attention_mask"].bool()
+    features = base.text_states(tokens["input_ids"], tokens["attention_mask"]).float()
+    width = norm.normalized_shape[0]
+    probes = torch.cat([torch.zeros(1, width), torch.eye(width)]).to(features)
+    probes = probes.expand(1, len(prompts), -1, -1)
+    offset, *rows = head(probes, features, mask)[0, ..., 0].T
+    slope = torch.stack(rows) - offset
+    tilted = slope * norm.weight[:, None]
+    reach = width**0.5 * (tilted - tilted.mean(0)).norm(dim=0)
+    middle = norm.bias @ slope + offset
+    bounds = {"lowest": (middle - reach).float().cpu(), "highest": (middle + reach).float().cpu()}
+    columns = {f"{name}_dot_product": value.tolist() for name, value in bounds.items()}
+    for name, value in bounds.items():
+        columns[f"{name}_logit"] = value.clamp(-SCORE_LOGIT_CLAMP, SCORE_LOGIT_CLAMP).tolist()
+    return pd.DataFrame(columns, index=pd.Index(list(prompts), name="prompt"))

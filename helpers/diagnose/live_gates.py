@@ -245,7 +245,7 @@ def detection(patient):
     texts, evidence = [], []
     for picture, word in pictures(patient):
         found, raw = _captured(patient, picture, word, **low)
-        if raw is None:
+        if is_apart := raw is None:
             raw = patient.predictor(adapted=True).raw(picture, [word])[0]
             everything = dict.fromkeys(low, 0.0)
             if base_asked := _base_asked(patient, picture, word, raw.scores, everything):
@@ -264,7 +264,7 @@ def detection(patient):
             reason = f"'{word}': the scores are each a {name}"
             evidence.append(Evidence("presence_ignored", 0.95 if names else 0.6, reason))
         else:
-            evidence += _places(raw, word, found)
+            evidence += _places(raw, word, found, is_apart)
             high = detections_of(patient, picture, word, threshold=HIGH) if takes_threshold else []
             least = min((score for score, _, _ in high), default=1.0)
             is_lost = takes_threshold and not high and raw.max_score >= HIGH
@@ -284,9 +284,12 @@ def _base_asked(patient, picture, word, of_run, threshold):
     return evidence_if(is_base, "weights_not_loaded", 1.0, text)
 
 
-def _places(raw, word, found):
-    """Compare boxes and masks of detections with those of the queries of the same score."""
-    evidence, gaps, ious = [], [], []
+def _places(raw, word, found, is_apart):
+    """Compare boxes and masks of detections with those of the queries of the same score.
+
+    ``is_apart`` if they come from another model object than the outputs.
+    """
+    evidence, gaps, ious, shown = [], [], [], []
     limits = [raw.width, raw.height] * 2
     ours = np.clip(raw.boxes_xyxy, 0, limits)
     for score, box, mask in found:
@@ -297,14 +300,17 @@ def _places(raw, word, found):
         if mask is not None:
             mask = np.asarray(torch.as_tensor(mask).cpu() > 0).squeeze()
             right = masks_at_image_size(raw.mask_logits[same], raw.height, raw.width, 0.5)
-            shape = (raw.height, raw.width)
-            ious.append(max(_iou(mask, one) for one in right) if mask.shape == shape else 0.0)
+            is_resized = mask.shape == (raw.height, raw.width)
+            ious.append(max(_iou(mask, one) for one in right) if is_resized else 0.0)
+            shown.append(is_resized and mask.any())
     if gaps and np.median(gaps) > PIXEL_GAP:
         text = f"'{word}': box corners are {np.median(gaps):.1f} pixels (median) from the outputs'"
         evidence.append(Evidence("boxes_misplaced", 0.95, text))
     if ious and np.median(ious) < LEAST_MASK_IOU:
         text = f"'{word}': masks have an IoU of {np.median(ious):.2f} (median) with the outputs'"
-        evidence.append(Evidence("mask_threshold_on_logits", 0.95, text))
+        is_port = is_apart and all(shown)  # a mistake of the size or the threshold leaves less
+        cause = "port_divergence" if is_port else "mask_threshold_on_logits"
+        evidence.append(Evidence(cause, 0.8 if is_port else 0.95, text))
     return evidence
 
 

@@ -19,6 +19,7 @@ NAMES = {
         *("eval_loss", "val_loss", "valid_loss", "val/loss", "validation_loss", "test_loss"),
         *("eval/loss", "valid/loss", "loss/val"),
     ),
+    "learning_rate": ("learning_rate", "lr", "train/learning_rate", "train/lr", "lr/pg0"),
 }
 """Column of the table to its names in logs, lower case; the first that occurs is taken."""
 _FIX = "give a CSV file, or JSON lines, with a loss for each step or epoch"
@@ -36,8 +37,8 @@ def read_log(source):
     Returns
     -------
     pandas.DataFrame
-        Float, in the order of the log: ``step``, ``epoch``, ``loss``, ``valid_loss`` as far as there
-        are such, and every other number under its own name. NaN is what was not logged; a
+        Float, in the order of the log: ``step``, ``epoch``, ``loss``, ``valid_loss``, ``learning_rate`` as far
+        as there are such, and every other number under its own name. NaN is what was not logged; a
         number that was logged and is not finite is inf.
     """
     if isinstance(source, pd.DataFrame):

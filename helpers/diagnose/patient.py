@@ -26,13 +26,8 @@ from helpers.diagnose.logs import LOG_FILES, read_log, tidy_log
 from helpers.errors import InputError
 from helpers.files import CONFIGS, read_json, resolve
 from helpers.foreign import import_source
-from helpers.model.lora import (
-    BASE_FILE,
-    CONFIG_FILE,
-    adapter_report,
-    load_adapter,
-    read_adapter_weights,
-)
+from helpers.model.audit import adapter_report
+from helpers.model.lora import BASE_FILE, CONFIG_FILE, load_adapter, read_adapter_weights
 from helpers.model.prompted import PromptedSam3, base_of
 from helpers.model.sam3 import base_dtype, best_device, load_base
 from helpers.train import run as run_folder

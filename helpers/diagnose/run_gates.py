@@ -52,6 +52,10 @@ PIXEL_TERM, PIXEL_LOSS = 50.0, 1000.0
 training loss is up to 250 in healthy runs of Meta's trainer, which adds up 18 layers."""
 LEAST_COURSE = 6  # values of a log from which its course is judged
 FLAT, RISE = 1e-4, 1.3  # of the loss
+LEAST_PEAK, MOST_PEAK = (
+    0.3,
+    1.01,
+)  # of the stated learning rate, that a schedule reaches at its peak
 KNOWN_PICTURES, KNOWN_SHARE = 12, 0.8  # of their concepts that the base finds; measured: 18 of 18
 FILE_GATES, CONFIG_GATES, RUN_GATES, LOG_GATES = [], [], [], []
 BASE_GATES, CHECKPOINT_GATES = [], []
@@ -279,6 +283,27 @@ def size_of_box_loss(examination):
         reason = f"half of all values of {name} are above {size:.4g}: boxes in pixels cost as much"
         evidence += evidence_if(size > PIXEL_LOSS and not sizes, "wrong_box_targets", 0.9, reason)
     return f"median: {', '.join(texts)}", evidence
+
+
+@gate(LOG_GATES, "settings in the log", "the learning rate and no more epochs than are stated")
+def settings_in_the_log(examination):
+    """Compare the learning rate and the epochs of the log with what the settings state."""
+    if examination.is_own:
+        raise Inapplicable("the trainer of this project wrote both")
+    stated, log = examination.config.training, examination.log
+    texts, evidence = [], []
+    rates = log["learning_rate"].dropna() if "learning_rate" in log else []
+    if (rate := _stated(lambda: stated.learning_rate)) and len(rates) > 1:
+        texts.append(f"learning rate up to {max(rates):.3g}, stated {rate:.3g}")
+        is_off = not LEAST_PEAK * rate < max(rates) < MOST_PEAK * rate
+        evidence += evidence_if(is_off, "dead_config_keys", 0.7, texts[-1])
+    if (epochs := _stated(lambda: stated.num_epochs)) and "epoch" in log:
+        texts.append(f"last epoch {log['epoch'].max():g}, stated {epochs:g}")
+        is_off = log["epoch"].max() > epochs + 0.5  # fewer: a training may be stopped early
+        evidence += evidence_if(is_off, "dead_config_keys", 0.7, texts[-1])
+    if not texts:
+        return f"{stated.learning_rate}, and the log holds neither learning rate nor epoch", []
+    return "; ".join(texts), evidence
 
 
 @gate(LOG_GATES, "course of the loss", "it falls, and the validation loss does not rise again")

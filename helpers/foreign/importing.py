@@ -113,7 +113,8 @@ def import_source(source, output, config=None, base=None, alpha=None, orientatio
     ``source`` is a file of weights or the folder with it: of Sompote/SAM3_LoRA, Meta's trainer, PEFT
     or transformers. ``output`` must be empty or missing, and stays so unless everything went well.
     ``config`` is a YAML with ``lora.rank`` and ``lora.alpha``, by default the one beside the weights;
-    ``base`` a folder or a name on the hub, by default what a PEFT folder names, else facebook/sam3.
+    ``base`` a folder or a name on the hub, by default what a PEFT folder or, if it is here, the YAML
+    names, else facebook/sam3.
     ``alpha`` of the LoRA is needed where no file tells it, and ``orientation``, "native" for A as
     (in, r) or "peft" for (r, in), where the shapes leave it open.
 
@@ -137,7 +138,8 @@ def import_source(source, output, config=None, base=None, alpha=None, orientatio
 
 def _write_lora(found, staging, base, alpha, orientation):
     """Write a PEFT folder and return its `ImportReport`."""
-    base = str(base or (found.base if found.is_peft else None) or DEFAULT_BASE)
+    is_stated = found.is_peft or (resolve(str(found.base)) / "config.json").is_file()
+    base = str(base or (found.base if is_stated else None) or DEFAULT_BASE)
     modules, findings = lora_matrices(found), _key_findings(found)
     linear = [(n, m) for n, m in _empty_base(base).named_modules() if isinstance(m, nn.Linear)]
     shapes = {name: tuple(module.weight.shape) for name, module in linear}

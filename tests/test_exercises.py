@@ -7,15 +7,15 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from helpers.course.notebook import answered
-from helpers.course.run import (
+from helpers.course.run import find_notebooks
+from helpers.errors import InputError
+from notebooks.solutions.make_exercises import (
     EXERCISES,
     SOLUTIONS,
     asked_names,
     exercise_from,
-    find_notebooks,
     write_exercises,
 )
-from helpers.errors import InputError
 
 SOLVED = find_notebooks(SOLUTIONS)
 OPEN = find_notebooks(EXERCISES)
@@ -119,7 +119,7 @@ def test_there_is_one_exercise_per_solution():
 def test_exercise_is_what_its_solution_gives(path):
     committed = (EXERCISES / path.name).read_text(encoding="utf-8")
     made = nbformat.writes(exercise_from(read(path))) + "\n"
-    assert committed == made, "run `python -m helpers.course.run exercises`"
+    assert committed == made, "run `python -m notebooks.solutions.make_exercises`"
 
 
 @each_solution

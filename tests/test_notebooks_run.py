@@ -14,7 +14,6 @@ from data.experiments.cells import TABLES
 from helpers.course.run import (
     LONGEST_FIRST,
     NOTEBOOKS,
-    SOLUTIONS,
     execute,
     find_notebooks,
     notebooks_read_by,
@@ -22,6 +21,7 @@ from helpers.course.run import (
 )
 from helpers.errors import InputError
 from helpers.lab.clinic import Clinic
+from notebooks.solutions.make_exercises import SOLUTIONS
 
 PATHS = find_notebooks()
 WITH_THRESHOLD = [path for path in PATHS if "score_threshold" in parameter_names(path)]

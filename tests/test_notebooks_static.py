@@ -7,14 +7,8 @@ from functools import cache
 import nbformat
 import pytest
 
-from helpers.course.run import (
-    EXERCISES,
-    NOTEBOOKS,
-    SOLUTIONS,
-    find_notebooks,
-    parameter_names,
-    strip,
-)
+from helpers.course.run import NOTEBOOKS, find_notebooks, parameter_names, strip
+from notebooks.solutions.make_exercises import EXERCISES, SOLUTIONS
 
 LESSONS = find_notebooks(NOTEBOOKS)
 SOLVED, OPEN = find_notebooks(SOLUTIONS), find_notebooks(EXERCISES)

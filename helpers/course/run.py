@@ -2,12 +2,10 @@
 
 ``python -m helpers.course.run run`` executes every notebook into ``runs/course/`` and writes
 ``summary.json`` there; ``refresh`` stores fresh outputs in ``notebooks/``; ``verify`` says whether
-the stored notebooks have the form that ``refresh`` leaves; ``exercises`` makes the exercises from
-their solutions, so that the two cannot drift apart.
+the stored notebooks have the form that ``refresh`` leaves.
 """
 
 import argparse
-import ast
 import multiprocessing
 import os
 import re
@@ -18,24 +16,20 @@ import tempfile
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from copy import deepcopy
 from pathlib import Path
 
 import joblib
-import nbformat
 import papermill
 import torch
-from nbconvert.preprocessors import ClearOutputPreprocessor, TagRemovePreprocessor
 from papermill.exceptions import PapermillExecutionError
 
 from helpers.config import parse_yaml
-from helpers.course.notebook import NOTEBOOKS, RESULTS_FILE, answered
+from helpers.course.notebook import NOTEBOOKS, RESULTS_FILE
 from helpers.environment import versions_line
 from helpers.errors import InputError
-from helpers.files import RUNS, read_json, resolve, write_json, write_text
+from helpers.files import RUNS, read_json, resolve, write_json
 
 COURSE_RUN = RUNS / "course"
-SOLUTIONS, EXERCISES = NOTEBOOKS / "solutions", NOTEBOOKS / "exercises"
 SUMMARY_FILE = "summary.json"
 LONGEST_FIRST = ("04", "03", "09", "02", "07", "08", "06", "05")  # the order only saves time
 # Settings of nbstripout: outputs, counts and ids stay; widget state and timings go.
@@ -200,45 +194,6 @@ def strip(paths, *, verify=False):
     return subprocess.run(command, check=not verify).returncode == 0
 
 
-def exercise_from(solution):
-    """Return a copy of a notebook without its solutions, outputs and counts; ids are kept."""
-    # A code cell tagged "solution" begins with the task as comments, and the next code cell calls
-    # `answered` with the names that the task is to assign: only these are left.
-    exercise = deepcopy(solution)
-    code = [cell for cell in exercise.cells if cell.cell_type == "code"]
-    for cell, following in zip(code, [*code[1:], None], strict=True):
-        if "solution" in cell.metadata.get("tags", []):
-            cell.source = _task(cell, following)
-            cell.metadata.tags = ["exercise"]
-    exercise, _ = TagRemovePreprocessor(remove_cell_tags=["solution"]).preprocess(exercise, {})
-    exercise, _ = ClearOutputPreprocessor().preprocess(exercise, {})
-    return exercise
-
-
-def asked_names(cell):
-    """Return the names that a code cell passes to `answered`, as a list."""
-    calls = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)]
-    calls = [call for call in calls if getattr(call.func, "id", None) == answered.__name__]
-    return [keyword.arg for call in calls for keyword in call.keywords]
-
-
-def _task(cell, following):
-    lines = cell.source.splitlines()
-    end = next((n for n, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    names = [] if following is None else asked_names(following)
-    if not end or not names:
-        lacking = "call of answered(...) after it" if end else "task, a comment at its beginning"
-        raise InputError(f"a solution has no {lacking}", where=f"cell {cell.id}")
-    return "\n".join([*lines[:end], *(f"{name} = ..." for name in names)])
-
-
-def write_exercises(solutions=SOLUTIONS, exercises=EXERCISES):
-    """Write the exercise of every solution in a folder; return the paths written."""
-    made = {path.name: exercise_from(nbformat.read(path, 4)) for path in find_notebooks(solutions)}
-    texts = {name: nbformat.writes(exercise) + "\n" for name, exercise in made.items()}
-    return [write_text(Path(exercises) / name, text) for name, text in texts.items()]
-
-
 def _setting(text):
     """Split ``name=value`` for argparse; the value is read as the configs are, as YAML 1.2."""
     name, separator, value = text.partition("=")
@@ -259,8 +214,6 @@ def main(arguments=None):
     for command in (run, refresh_parser):
         command.add_argument("--jobs", type=int, help="notebooks at a time (default: one per core)")
     commands.add_parser("verify", help="check the form of the stored notebooks")
-    exercises = commands.add_parser("exercises", help="make the exercises from their solutions")
-    exercises.add_argument("--execute", action="store_true", help="first run the solutions")
     try:
         options = parser.parse_args(arguments)
         if options.command == "verify":
@@ -268,10 +221,6 @@ def main(arguments=None):
         started = time.perf_counter()
         if options.command == "refresh":
             refresh(jobs=options.jobs)
-        elif options.command == "exercises":
-            if options.execute:
-                refresh(SOLUTIONS, jobs=1)  # they share a healthy run, which the first one makes
-            write_exercises()
         else:
             run_course(options.output, dict(options.set), jobs=options.jobs)
             print(f"summary: {options.output / SUMMARY_FILE}")

@@ -72,6 +72,9 @@ def test_what_is_no_log_is_refused_by_what_it_holds(tmp_path, text, message):
     assert message in str(caught.value)
 
 
+[SETTINGS_GATE] = [gate for gate in LOG_GATES if gate.name == "settings in the log"]
+
+
 def series(*values, valid=None):
     table = pd.DataFrame({"epoch": range(len(values)), "train_loss": values})
     return table if valid is None else table.assign(val_loss=valid)
@@ -101,10 +104,32 @@ UP = [9.0, 8, 8, 9, 10, 11, 12, 13]
 )
 def test_a_curve_names_what_it_can_show(log, causes):
     patient = Patient(log=log)
-    results = [pass_gate(gate, patient) for gate in LOG_GATES]
+    results = [pass_gate(gate, patient) for gate in LOG_GATES if gate != SETTINGS_GATE]
     assert {result.status for result in results} <= {"ok", "failed"}
     named = {one.cause for result in results for one in result.evidence if one.confidence >= 0.5}
     assert named == causes
+
+
+@pytest.mark.parametrize(
+    ("rates", "stated", "status"),
+    [
+        ([1e-4, 8e-4, 5e-4], {"learning_rate": 1e-3}, "ok"),  # a warm-up and a decay
+        ([2e-3, 1e-3], {"learning_rate": 1e-3}, "failed"),
+        ([1e-4, 5e-5], {"learning_rate": 1e-3}, "failed"),
+        ([1e-4], {"learning_rate": 1e-3}, "not checked"),  # one value may be that of a warm-up
+        ([1e-3, 5e-4], {"num_epochs": 2}, "ok"),
+        ([1e-3, 5e-4], {"num_epochs": 9}, "ok"),  # it may have been stopped
+        ([1e-3, 5e-4, 1e-4], {"num_epochs": 1}, "failed"),
+        ([1e-3, 5e-4], {}, "not checked"),
+    ],
+)
+def test_the_log_is_compared_with_the_settings(rates, stated, status):
+    log = series(*FALLING[: len(rates)]).assign(lr=rates)
+    if len(rates) == 1:
+        log = log.drop(columns="epoch")
+    result = pass_gate(SETTINGS_GATE, Patient(log=log, settings={"training": stated}))
+    assert result.status == status, result.measured
+    assert {one.cause for one in result.evidence} <= {"dead_config_keys"}
 
 
 def test_the_logit_of_the_value_without_objects_is_said():

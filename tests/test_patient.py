@@ -456,6 +456,27 @@ def test_batches_of_another_form_are_refused_by_name(batches, change, message):
         _ = LivePatient(processor=tiny_processor(), batches=[change(batches[0])]).batches
 
 
+def test_batches_of_the_trainer_of_transformers_are_read(batches):
+    """Its collators say ``labels``, one row per picture, without names of files."""
+    plain = {key: value for key, value in batches[0].items() if key != "image_ids"}
+    batch = dict(plain)
+    batch["labels"] = [{"boxes": one["boxes"], "class_labels": 0} for one in batch.pop("targets")]
+    read, same = (LivePatient(processor=tiny_processor(), batches=[b]) for b in (batch, plain))
+    for (_, one), (_, other) in zip(read.batches[0]["rows"], same.batches[0]["rows"], strict=True):
+        assert torch.equal(one["boxes_cxcywh"], other["boxes_cxcywh"])
+    assert read.own_names == same.own_names != []
+
+
+def test_peft_says_what_a_model_in_memory_was_made_from(base):
+    model = lora_model()
+    model.active_peft_config.base_model_name_or_path = str(base)
+    patient = LivePatient(model=model, processor=tiny_processor())
+    assert patient.base_name == str(base)
+    assert patient.config.lora.dropout == model.active_peft_config.lora_dropout
+    with pytest.raises(Missing, match=r"lora\.rank, which is not stated"):
+        _ = patient.config.lora.rank
+
+
 def test_what_a_live_patient_lacks_is_asked_for_by_argument():
     found = diagnose(LivePatient(words=["crack"]))
     assert found.verdict == "undecided"

@@ -483,7 +483,7 @@ class LivePatient(Patient):
     processor : transformers.Sam3Processor, optional
     batches : iterable of dict, optional
         What the loop reads, of which 16 are looked at. Each has ``pixel_values`` (I, 3, S, S),
-        ``input_ids`` and ``attention_mask`` (B, T), and ``targets``, a list of B dicts: ``boxes``
+        ``input_ids`` and ``attention_mask`` (B, T), and ``targets`` or ``labels``, B dicts: ``boxes``
         (or ``boxes_cxcywh``) (n, 4), and maybe ``masks`` (n, h, w). Row b belongs to image b, or to
         ``image_index[b]``. It may have ``image_ids``, I file names of the dataset.
     loss : callable, optional
@@ -507,6 +507,12 @@ class LivePatient(Patient):
             name = type(base_of(model)).__name__
             raise InputError(f"the model is a {name}", fix="give a Sam3Model, with or without PEFT")
         self._model, self._processor, self._batches = model, processor, batches
+        if isinstance(model, PeftModel):
+            own = model.active_peft_config
+            self.settings["lora"] = {"dropout": own.lora_dropout} | self.settings.get("lora", {})
+            if own.base_model_name_or_path and "base_name" not in vars(self):
+                self.base_name = own.base_model_name_or_path
+        self.base_options = {"native_prompt": getattr(base_of(model), "native_prompt", False)}
         for name, function in (("loss", loss), ("detect", detect)):
             if function is not None and not callable(function):
                 raise InputError(f"{name} is {function!r:.60}", fix="give a function")
@@ -531,10 +537,12 @@ class LivePatient(Patient):
         return next(self.model.parameters()).device
 
     def predictor(self, adapted):
-        """Return a predictor of the model; of the base that was named, or with the adapter off."""
-        if adapted or "base_name" in vars(self):
+        """Return a predictor of the model; of the base it holds, or of the one that was named."""
+        if adapted or not isinstance(self.model, PeftModel):
             return super().predictor(adapted)
-        return BarePredictor(self.loaded.model, self._processor, self._peft_model)
+        predictor = super().predictor(adapted=True)
+        predictor.raw = self._peft_model.disable_adapter()(predictor.raw)  # off while it is asked
+        return predictor
 
     @contextmanager
     def at_rest(self):
@@ -585,9 +593,10 @@ class LivePatient(Patient):
     def _batch(self, batch):
         """Check one batch and gather, row by row, what its words and objects are."""
         keys = list(batch.keys()) if hasattr(batch, "keys") else [type(batch).__name__]
-        if lacking := [name for name in (*_INPUTS, "targets") if name not in keys]:
+        named = "labels" if "labels" in keys else "targets"
+        if lacking := [name for name in (*_INPUTS, named) if name not in keys]:
             raise _bad_batch(f"a batch lacks {', '.join(lacking)}; it has {', '.join(keys)}")
-        inputs, targets = {name: batch[name] for name in _INPUTS}, batch["targets"]
+        inputs, targets = {name: batch[name] for name in _INPUTS}, batch[named]
         num_rows, num_images = len(inputs["input_ids"]), len(inputs["pixel_values"])
         index = (
             [int(one) for one in batch["image_index"]] if "image_index" in keys else range(num_rows)
@@ -640,19 +649,6 @@ def _objects(target):
     )
     masks = masks if has_masks else torch.zeros(len(boxes), 0, 0)
     return {"boxes_cxcywh": boxes, "masks": masks, "mask_valid": valid}
-
-
-class BarePredictor(Predictor):
-    """Ask a model with its adapter, that of a `PeftModel`, switched off."""
-
-    def __init__(self, model, processor, peft_model):
-        super().__init__(model, processor)
-        self._peft_model = peft_model
-
-    def raw(self, *args, **options):
-        """Ask as `Predictor.raw` does."""
-        with self._peft_model.disable_adapter():
-            return super().raw(*args, **options)
 
 
 def prompted_view(model):

@@ -206,8 +206,8 @@ def _learning(examination):
     if rows.empty:
         raise InputError("no module with LoRA is listed")
     text = "; ".join(
-        f"{component} gradient {row['grad_norm']:.2g}, norm of B {row['B_norm']:.2g}, "
-        f"{row['B_nonzero']:.0%} of B not zero"
+        f"{component} norm of B {row['B_norm']:.2g}, {row['B_nonzero']:.0%} of B not zero, gradient "
+        f"{'not kept' if math.isnan(row['grad_norm']) else format(row['grad_norm'], '.2g')}"
         for component, row in rows.iterrows()
     )
     idle = rows.index[(rows["B_nonzero"] == 0) | (rows["grad_norm"] == 0)]
@@ -302,7 +302,8 @@ def settings_in_the_log(examination):
         is_off = log["epoch"].max() > epochs + 0.5  # fewer: a training may be stopped early
         evidence += evidence_if(is_off, "dead_config_keys", 0.7, texts[-1])
     if not texts:
-        return f"{stated.learning_rate}, and the log holds neither learning rate nor epoch", []
+        _ = stated.learning_rate  # raises if it is not stated
+        raise InputError("the log holds neither two learning rates nor an epoch")
     return "; ".join(texts), evidence
 
 

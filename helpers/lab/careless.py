@@ -75,21 +75,19 @@ NOT_IN_YAML = {
     "settings hard-coded": {"learning_rate": 6e-4, "epochs": 2},
 }
 """Mistakes that are settings other than those of the YAML."""
+AFTER_TRAINING = (
+    *("loader without effect", "finest level dropped", "presence left out", "threshold fixed"),
+    *("masks left at grid size", "boxes left as fractions"),
+)
+"""Mistakes in lines that act after a training, which may have been a right one."""
 IN_CODE = (
     *("wrong keys", "masks swallowed", "emptied by a transform", "boxes in pixels"),
     *("boxes as corners", "categories joined", "nouns in the picture", "base from its config"),
     *("base not frozen", "lora b frozen", "text features detached", "score weight zero"),
     *("sigmoid twice", "many queries per object", "presence at its clamp", "first epoch kept"),
-    *("loader without effect", "finest level dropped", "presence left out", "threshold fixed"),
-    *("masks left at grid size", "boxes left as fractions", "evaluation shifted"),
-    *("validation crashes", "scores hardly paid"),
+    *("evaluation shifted", "validation crashes", "scores hardly paid", *AFTER_TRAINING),
 )
 """Mistakes that are lines of the script."""
-AFTER_TRAINING = (
-    *("loader without effect", "finest level dropped", "presence left out", "threshold fixed"),
-    *("masks left at grid size", "boxes left as fractions"),
-)
-"""Those that act after a training, which may have been a right one."""
 MISTAKES = (*IN_SETTINGS, *NOT_IN_YAML, *IN_CODE)
 
 

@@ -155,18 +155,8 @@ SPOIL_SAVED: dict[str, Callable] = {
 }
 """Faults of what was saved."""
 _TABLE = pd.read_csv(DATA / "faults.csv", dtype=str, keep_default_na=False)
-_FAULTS = {
-    row.fault: Fault(
-        row.fault,
-        row.what,
-        row.symptom,
-        cause=row.cause,
-        codes=tuple(row.codes.split()),
-        seen=row.seen,
-        shown_by=row.shown_by,
-    )
-    for row in _TABLE.itertuples()
-}
+_ROWS = _TABLE.rename(columns={"fault": "name"}).drop(columns="lesson").to_dict("records")
+_FAULTS = {row["name"]: Fault(**row | {"codes": tuple(row["codes"].split())}) for row in _ROWS}
 FAULTS = {name: fault for name, fault in _FAULTS.items() if fault.cause}
 """Name to fault, of those that the diagnosis has to name."""
 LESSON_FAULTS = {name: _FAULTS[name] for name in _TABLE["fault"][_TABLE["lesson"] == "01"]}

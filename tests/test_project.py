@@ -244,7 +244,7 @@ def test_the_cheat_sheet_is_that_of_the_catalogue():
 
 def test_every_import_is_declared():
     providers = packages_distributions()
-    own = {"helpers", "data", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+    own = {"helpers", "data", "notebooks", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
     for path in project_files():
         if path.suffix not in (".py", ".ipynb"):
             continue

@@ -106,9 +106,12 @@ def test_holds_no_noise_of_libraries(path):
 
 
 @each_executed
-def test_is_in_the_stored_form(path):
+def test_holds_no_state_of_widgets(path):
     assert "widgets" not in read(path).metadata, "GitHub may refuse to show it"
-    assert strip([path], verify=True), "run `make notebooks`"
+
+
+def test_all_are_in_the_stored_form():
+    assert strip([*LESSONS, *SOLVED], verify=True), "run `make notebooks`"
 
 
 @each_lesson

@@ -45,7 +45,7 @@ LOCKED = grep -vE '^(\#$(if $(TORCH),|nvidia-|cuda-|triton))' requirements.lock
 
 # One thread each: notebooks run side by side, and small tensors gain nothing from a second thread.
 course: $(STAMP) ## execute the whole course; executed notebooks and summary.json go to runs/course/
-	OMP_NUM_THREADS=1 $(RUN) -m helpers.course.run run $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m notebooks.run run $(ARGS)
 
 # Offline on purpose: the course must need no download. Long notebooks start first, files of quick
 # tests fill the gaps, so that all cores are busy to the end (see tests/conftest.py).
@@ -56,14 +56,14 @@ lint: $(STAMP) ## check style, formatting, imports and the stored form of the no
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/lint-imports --no-cache
-	$(RUN) -m helpers.course.run verify
+	$(RUN) -m notebooks.run verify
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(RUN) -m jupyter lab --notebook-dir . notebooks/00_start_here.ipynb
 
 notebooks: $(STAMP) ## run the notebooks with their defaults and store the outputs in notebooks/
 	$(RUN) -m data.make_cheat_sheet
-	OMP_NUM_THREADS=1 $(RUN) -m helpers.course.run refresh $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m notebooks.run refresh $(ARGS)
 
 bench: $(STAMP) ## time training and detection case by case; numbers go to runs/benchmarks/
 	$(RUN) -m data.benchmarks.measure $(ARGS)

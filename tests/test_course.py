@@ -9,7 +9,8 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from helpers.course.run import (
+from helpers.errors import InputError
+from notebooks.run import (
     NotebookError,
     _setting,
     execute,
@@ -19,7 +20,6 @@ from helpers.course.run import (
     run_course,
     strip,
 )
-from helpers.errors import InputError
 
 HIDDEN = """
 import ipywidgets

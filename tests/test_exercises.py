@@ -7,8 +7,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from helpers.course.notebook import answered
-from helpers.course.run import find_notebooks
 from helpers.errors import InputError
+from notebooks.run import find_notebooks
 from notebooks.solutions.make_exercises import (
     EXERCISES,
     SOLUTIONS,

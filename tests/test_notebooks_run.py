@@ -11,7 +11,9 @@ from source_builders import blob, write_with_supervision
 from tiny_random import write_dataset
 
 from data.experiments.cells import TABLES
-from helpers.course.run import (
+from helpers.errors import InputError
+from helpers.lab.clinic import Clinic
+from notebooks.run import (
     LONGEST_FIRST,
     NOTEBOOKS,
     execute,
@@ -19,8 +21,6 @@ from helpers.course.run import (
     notebooks_read_by,
     parameter_names,
 )
-from helpers.errors import InputError
-from helpers.lab.clinic import Clinic
 from notebooks.solutions.make_exercises import SOLUTIONS
 
 PATHS = find_notebooks()

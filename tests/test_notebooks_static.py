@@ -7,7 +7,7 @@ from functools import cache
 import nbformat
 import pytest
 
-from helpers.course.run import NOTEBOOKS, find_notebooks, parameter_names, strip
+from notebooks.run import NOTEBOOKS, find_notebooks, parameter_names, strip
 from notebooks.solutions.make_exercises import EXERCISES, SOLUTIONS
 
 LESSONS = find_notebooks(NOTEBOOKS)

@@ -18,9 +18,9 @@ from data.experiments.statistics import steps_table
 from data.experiments.tables import load_table
 from data.make_cheat_sheet import SHEET, cheat_sheet
 from helpers.config import parse_yaml
-from helpers.course.run import STRIP_ARGUMENTS
 from helpers.environment import SUBJECT_PACKAGES
 from helpers.files import ROOT
+from notebooks.run import STRIP_ARGUMENTS
 
 MACHINE_PATH = re.compile(r"/(?:work|farm|root|home/\w+|Users/\w+)/[\w.]|/tmp/\w")
 REGISTRY = re.compile(

@@ -1,4 +1,4 @@
-"""Run the notebooks, make the exercises."""
+"""What the notebooks of the course share."""
 
 from helpers.course.examples import (
     import_dataset,

@@ -13,9 +13,9 @@ import nbformat
 from nbconvert.preprocessors import ClearOutputPreprocessor, TagRemovePreprocessor
 
 from helpers.course.notebook import NOTEBOOKS, answered
-from helpers.course.run import find_notebooks, refresh
 from helpers.errors import InputError
 from helpers.files import write_text
+from notebooks.run import find_notebooks, refresh
 
 SOLUTIONS, EXERCISES = NOTEBOOKS / "solutions", NOTEBOOKS / "exercises"
 

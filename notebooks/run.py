@@ -1,6 +1,6 @@
 """Run the notebooks: the whole course, or a refresh of the outputs stored in the repository.
 
-``python -m helpers.course.run run`` executes every notebook into ``runs/course/`` and writes
+``python -m notebooks.run run`` executes every notebook into ``runs/course/`` and writes
 ``summary.json`` there; ``refresh`` stores fresh outputs in ``notebooks/``; ``verify`` says whether
 the stored notebooks have the form that ``refresh`` leaves.
 """
@@ -205,7 +205,7 @@ def _setting(text):
 def main(arguments=None):
     """Return 0 if done, 1 if a notebook failed or is not in its stored form, 2 for unusable input."""
     form = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(prog="python -m helpers.course.run", **form)
+    parser = argparse.ArgumentParser(prog="python -m notebooks.run", **form)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute the course and write summary.json")
     run.add_argument("--output", type=resolve, default=COURSE_RUN, help="(default runs/course)")

@@ -80,11 +80,9 @@ def _shared(first, second, pictures):
         [(record, pictures[record.path]) for record in records if pictures[record.path].size]
         for records in (first, second)
     )
-    if not first or not second:
-        return [], []
     digests = {picture.digest for _, picture in first}
     same = [record for record, picture in second if picture.digest in digests]
-    looks = [np.stack([picture.look for _, picture in group]) for group in (first, second)]
+    looks = ([picture.look for _, picture in group] for group in (first, second))
     rows = sorted(set(near_pairs(*looks)[:, 1].tolist()))
     return same, [second[row][0] for row in rows if second[row][1].digest not in digests]
 

@@ -28,7 +28,7 @@ def check_categories(split):
     list of helpers.checks.findings.Finding
         ``D30_ROOT_CATEGORY`` to ``D34_ZERO_BASED_IDS`` and ``D36_NO_WORD``.
     """
-    table, used, faults = split.category_table, _used_categories(split), []
+    table, used, faults = split.category_table, split.used_categories, []
     entries = [entry for entry in table if entry.name in split.categories]
     for entry in table:
         if entry.name not in split.categories:
@@ -52,11 +52,6 @@ def check_categories(split):
     if any(entry.category_id == 0 for entry in table):
         faults.append(("D34_ZERO_BASED_IDS", {}))
     return [finding_of(code, f"{split.name}/categories", **values) for code, values in faults]
-
-
-def _used_categories(split):
-    """Return the set of categories that objects of a split have."""
-    return {item.category for record in split.records for item in record.objects}
 
 
 def similar_names(first, second):
@@ -84,14 +79,13 @@ def check_prompts(split, absent_queries, num_negatives, negative_prompts):
             consequence = "the model learns to say yes to anything"
         findings.append(finding_of("D61_NO_ABSENT_PROMPT", split.name, consequence=consequence))
     if num_negatives and negative_prompts and not any(r.contents for r in split.records):
-        n = len(negative_prompts)
-        findings.append(finding_of("D62_UNVERIFIED_NEGATIVES", split.name, n=n))
+        findings.append(finding_of("D62_UNVERIFIED_NEGATIVES", split.name, n=len(negative_prompts)))
     return findings
 
 
 def check_splits_agree(splits):
     """Find categories that are annotated in one split and not in training: D35."""
-    used = {name: _used_categories(split) for name, split in splits.items()}
+    used = {name: set(split.used_categories) for name, split in splits.items()}
     findings = []
     for name in used if "train" in used else ():
         here = ", ".join(sorted(used[name] - used["train"])) or "nothing"

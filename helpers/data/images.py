@@ -178,7 +178,7 @@ def picture_hash(image):
 
 def near_pairs(first, second, limit=NEAR):
     """Find the rows of hashes (n, 32) and (m, 32) that differ in at most `limit` bits: (k, 2) int."""
-    words = [np.ascontiguousarray(rows).reshape(-1, 32).view(np.uint64) for rows in (first, second)]
+    words = [np.array(rows, np.uint8).reshape(-1, 32).view(np.uint64) for rows in (first, second)]
     pairs = []
     for start in range(0, len(words[0]), _BLOCK):
         rows = words[0][start : start + _BLOCK]

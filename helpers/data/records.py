@@ -71,6 +71,12 @@ class Split:
         """int: annotated objects in the files, crowd regions included."""
         return sum(len(record.objects) for record in self.records)
 
+    @property
+    def used_categories(self):
+        """Those of the categories that objects have, a list of str."""
+        used = {item.category for record in self.records for item in record.objects}
+        return [name for name in self.categories if name in used]
+
 
 def true_objects(record):
     """List the objects of an image but for crowd regions and boxes without area inside it."""

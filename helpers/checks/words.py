@@ -65,14 +65,11 @@ def similar_names(first, second):
 
 def check_prompts(split, absent_queries, num_negatives, negative_prompts):
     """Find images without objects, and a split of which no prompt, of so many, is absent."""
-    empty = [
-        Place(split.name, record.image_id, record.path)
-        for record in split.records
-        if not record.objects
-    ]
+    empty = [record for record in split.records if not record.objects]
     total = len(split.records)
     share = len(empty) / max(total, 1)
-    findings = finding_at("D60_IMAGES_WITHOUT_OBJECTS", empty, total=total, share=share)
+    places = [Place(split.name, record.image_id, record.path) for record in empty]
+    findings = finding_at("D60_IMAGES_WITHOUT_OBJECTS", places, total=total, share=share)
     if not absent_queries:
         consequence = "whether the model can say no is not measured"
         if split.name == "train":

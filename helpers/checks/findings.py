@@ -62,8 +62,7 @@ class Finding:
 
     def to_json(self):
         """Return the five texts of the finding as a dict."""
-        keys = ("code", "severity", "where", "message", "fix")
-        return {key: getattr(self, key) for key in keys}
+        return {key: getattr(self, key) for key in ("code", "severity", "where", "message", "fix")}
 
 
 def finding_of(code, where, places=(), **values):

@@ -57,10 +57,8 @@ def check_categories(split):
 def similar_names(first, second):
     """Return whether two names differ by case, spacing, plural or a slip only."""
     first, second = normalise_noun(first), normalise_noun(second)
-    if first == second:
-        return True
-    long_enough = min(len(first), len(second)) >= SHORTEST_SLIP
-    return long_enough and SequenceMatcher(None, first, second).ratio() >= SIMILAR
+    is_long = min(len(first), len(second)) >= SHORTEST_SLIP
+    return first == second or (is_long and SequenceMatcher(None, first, second).ratio() >= SIMILAR)
 
 
 def check_prompts(split, absent_queries, num_negatives, negative_prompts):

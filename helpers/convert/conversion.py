@@ -99,12 +99,11 @@ def _checked(source, root):
         refuse_outside(path, root)
     known = {*map(os.path.realpath, files), *split_of}
     unread = [path for path in files_below(root) if os.path.realpath(path) not in known]
-    names = {True: [], False: []}
-    for path in unread:
-        names[path.suffix.lower() in PICTURES].append(path.relative_to(root))
+    pictures = [path.relative_to(root) for path in unread if path.suffix.lower() in PICTURES]
+    others = [path.relative_to(root) for path in unread if path.suffix.lower() not in PICTURES]
     notes = note_of(shared, "images are in more than one split")
-    notes += note_of(names[True], "images have no annotation or no split, and are left out")
-    notes += note_of(names[False], "other files are not read")
+    notes += note_of(pictures, "images have no annotation or no split, and are left out")
+    notes += note_of(others, "other files are not read")
     unused = dict(sorted(Counter(path.suffix.lower() for path in unread).items()))
     return replace(source, notes=source.notes + notes, unused=unused)
 

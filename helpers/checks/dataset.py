@@ -35,7 +35,7 @@ def check_dataset(dataset, model=None, processor=None):
     Report
         Errors first. Codes and severities are in `helpers.checks.findings.CODES`.
     """
-    splits, findings = {}, []
+    splits, findings, counts = {}, [], {}
     for name in dataset.names:
         try:
             splits[name] = dataset.split(name)
@@ -49,7 +49,6 @@ def check_dataset(dataset, model=None, processor=None):
         findings.append(finding_of("D05_MISSING_SPLIT", dataset.root, name=name))
     mask_size = model_sizes(dataset.config, model)[1]
     num_queries = NUM_QUERIES if model is None else model.config.detr_decoder_config.num_queries
-    counts = {}
     with progress_bar(sum(len(split.records) for split in splits.values()), "check") as bar:
         for split in splits.values():
             dataset.look(split, bar)

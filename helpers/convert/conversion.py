@@ -198,9 +198,8 @@ def _write_split(folder, images, source, tile, overlap):
             entries.append({**image.extra, "id": image_id, **stated})
             for item in image.objects:
                 entry = _complete(item, image)
-                category_id = by_name[entry.pop("category")]
                 entry |= {"id": own_ids[len(annotations)], "image_id": image_id}
-                annotations.append(entry | {"category_id": category_id})
+                annotations.append(entry | {"category_id": by_name[item["category"]]})
     table = [
         {"id": entry.category_id, "name": entry.name}
         | ({"supercategory": entry.supercategory} if entry.supercategory else {})
@@ -227,8 +226,8 @@ def _place(path, target):
 
 
 def _complete(item, image):
-    """Add box and area to an entry that lacks them; what the file says is not touched."""
-    entry, rle = dict(item), None
+    """Add box and area to an entry that lacks them; what else the file says is not touched."""
+    entry, rle = {key: item[key] for key in item if key != "category"}, None
     segmentation, bbox = entry.get("segmentation"), entry.get("bbox") or None
     if segmentation and (bbox is None or "area" not in entry):
         with suppress(ValueError):  # a fault of the file, which the data check names

@@ -116,9 +116,8 @@ def _opened(source, path, any_depth=False):
 def _upright_size(image):
     """Return (width, height) as upright, and the EXIF orientation, of an open image."""
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    width, height = image.size
     is_swapped = orientation in TURNED and image.format != "TIFF"  # Pillow turns a TIFF itself
-    return ((height, width) if is_swapped else (width, height)), orientation
+    return (image.size[::-1] if is_swapped else image.size), orientation
 
 
 def same_shape(size, stated):

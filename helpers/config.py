@@ -259,8 +259,7 @@ class Config(Section):
         for section, key in (("data", "replay_words"), ("model", "native_prompt")):
             if not values[section][key]:  # runs from before there were any keep their fingerprint
                 del values[section][key]
-        text = json.dumps(values, sort_keys=True)
-        return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode("utf-8")).hexdigest()[:12]
 
 
 def load_config(path, profile=None, overrides=()):

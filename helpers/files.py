@@ -24,8 +24,6 @@ RUNS = ROOT / "runs"
 TINY_BASE = DATA / "tiny_sam3"
 WALL_CRACKS = DATA / "wall_cracks"
 PROGRESS_DELAY = 3  # seconds that work may take in silence
-
-
 _OWN_STAGING = f".partial-{platform.node()}-"
 
 
@@ -103,8 +101,7 @@ def progress_bar(total, title, unit="image", *, disable=False):
     """Return a `tqdm.tqdm` on stderr for work of seconds: a bar, or a line every ten seconds."""
     lines = {"file": SimpleNamespace(write=_write_line), "mininterval": 10, "ncols": 80}
     look = {} if sys.stderr.isatty() else lines
-    look |= {"delay": PROGRESS_DELAY, "disable": disable}
-    return tqdm(total=total, desc=title, unit=unit, **look)
+    return tqdm(total=total, desc=title, unit=unit, delay=PROGRESS_DELAY, disable=disable, **look)
 
 
 def resolve(path):

@@ -28,8 +28,7 @@ def check_annotations(split, *, mask_size, num_queries):
     for record in split.records:
         image, by_category = (split.name, record.image_id, record.path), defaultdict(list)
         for code, item, badness, detail in _faults_of(record, mask_size):
-            place = Place(*image, item.annotation_id, item.box_xyxy, badness)
-            faults.append((code, place, detail))
+            faults.append((code, Place(*image, item.annotation_id, item.box_xyxy, badness), detail))
         for item in (item for item in record.objects if not item.is_crowd):
             by_category[item.category].append(item)
         for category, items in by_category.items():

@@ -35,13 +35,12 @@ def check_dataset(dataset, model=None, processor=None):
     Report
         Errors first. Codes and severities are in `helpers.checks.findings.CODES`.
     """
-    splits, findings = {}, []
+    splits, findings, counts = {}, [], {}
     for name in dataset.names:
         try:
             splits[name] = dataset.split(name)
         except InputError as error:
-            where = error.where or name
-            findings.append(Finding("D03_UNREADABLE", where, error.message, error.fix))
+            findings.append(_refusal("D03_UNREADABLE", error, name))
     refuse_unknown_categories(dataset.config.data.prompts_by_category, [*dataset.read.values()])
     if "train" not in dataset.names:
         names = ", ".join(dataset.names)
@@ -50,7 +49,6 @@ def check_dataset(dataset, model=None, processor=None):
         findings.append(finding_of("D05_MISSING_SPLIT", dataset.root, name=name))
     mask_size = model_sizes(dataset.config, model)[1]
     num_queries = NUM_QUERIES if model is None else model.config.detr_decoder_config.num_queries
-    counts = {}
     with progress_bar(sum(len(split.records) for split in splits.values()), "check") as bar:
         for split in splits.values():
             dataset.look(split, bar)
@@ -78,7 +76,7 @@ def _check_loading(dataset, split, model, processor):
         queries, findings = _count_queries(prompts, dataset.pictures, processor)
     except InputError as error:
         if split.records:  # without any it is reported as D06_EMPTY_SPLIT
-            findings = [_refusal(error, split.name)]
+            findings = [_refusal("D09_LOADER_REFUSES", error, split.name)]
     counts = _counts(split, queries)
     findings += _check_objects_arrive(split, counts)
     if queries:
@@ -87,38 +85,32 @@ def _check_loading(dataset, split, model, processor):
     return findings, counts
 
 
-def _refusal(error, where):
-    return Finding("D09_LOADER_REFUSES", error.where or where, error.message, error.fix)
+def _refusal(code, error, where):
+    return Finding(code, error.where or where, error.message, error.fix)
 
 
 def _count_queries(prompts, pictures, processor):
     """Count what of a `PromptDataset` reaches the loss, without pixels; find refusals: D09."""
-    counts, findings, collator = Counter(), {}, PromptCollator(processor)
-    problems = {noun: _token_problem(collator, noun) for noun in prompts.nouns}
+    counts, findings, problems = Counter(), {}, {}
+    for noun in () if processor is None else prompts.nouns:
+        try:
+            PromptCollator(processor).tokenize([noun])
+        except InputError as error:
+            problems[noun] = error
     for index, record in enumerate(prompts.records):
         size = pictures[record.path].size
         if size is None or not same_shape(size, (record.width, record.height)):
             continue  # reported by the check of images
         queries = prompts.targets(index, 0)
-        refused = [problems[query["prompt"]] for query in queries if problems[query["prompt"]]]
-        for error in refused[:1]:
-            where = f"{prompts.split.name}/{record.image_id}"
-            findings.setdefault(error.message, _refusal(error, where))
+        refused = [query["prompt"] for query in queries if query["prompt"] in problems]
+        if refused:
+            error, where = problems[refused[0]], f"{prompts.split.name}/{record.image_id}"
+            findings.setdefault(error.message, _refusal("D09_LOADER_REFUSES", error, where))
         for query in () if refused else queries:
             counts["objects_after_collate"] += len(query["boxes_cxcywh"])
             counts["masks_after_collate"] += int(query["mask_valid"].sum())
             counts["present_queries" if query["is_positive"] else "absent_queries"] += 1
     return counts, list(findings.values())
-
-
-def _token_problem(collator, prompt):
-    """Return the InputError that a prompt causes in the collator, or None."""
-    try:
-        if collator.processor is not None:
-            collator.tokenize([prompt])
-    except InputError as error:
-        return error
-    return None
 
 
 def _counts(split, queries):

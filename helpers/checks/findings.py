@@ -62,8 +62,7 @@ class Finding:
 
     def to_json(self):
         """Return the five texts of the finding as a dict."""
-        keys = ("code", "severity", "where", "message", "fix")
-        return {key: getattr(self, key) for key in keys}
+        return {key: getattr(self, key) for key in ("code", "severity", "where", "message", "fix")}
 
 
 def finding_of(code, where, places=(), **values):
@@ -158,20 +157,16 @@ class Report:
         for finding in self.findings:
             for rank, place in enumerate(finding.places):
                 flagged.setdefault(place.path, []).append((finding, place, rank))
-
-        def order(entries):
-            severity = min(SEVERITIES.index(finding.severity) for finding, _, _ in entries)
-            codes = {finding.code for finding, _, _ in entries}
-            return severity, -len(codes), min(rank for _, _, rank in entries)
-
         images = []
-        for entries in sorted(flagged.values(), key=order)[:n]:
-            codes = tuple(dict.fromkeys(finding.code for finding, _, _ in entries))
-            boxes_xyxy = tuple(place.box_xyxy for _, place, _ in entries if place.box_xyxy)
-            place = entries[0][1]
-            name = f"{place.split}/{place.image_id}"
-            images.append(FlaggedImage(place.path, name, codes, boxes_xyxy))
-        return images
+        for path, entries in flagged.items():
+            findings, places, ranks = zip(*entries, strict=True)
+            codes = tuple(dict.fromkeys(finding.code for finding in findings))
+            boxes_xyxy = tuple(place.box_xyxy for place in places if place.box_xyxy)
+            name = f"{places[0].split}/{places[0].image_id}"
+            severity = min(SEVERITIES.index(finding.severity) for finding in findings)
+            urgency = (severity, -len(codes), min(ranks))
+            images.append((urgency, FlaggedImage(path, name, codes, boxes_xyxy)))
+        return [image for _, image in sorted(images, key=lambda pair: pair[0])[:n]]
 
     def raise_for_errors(self):
         """Raise an InputError with the first error, and how many more there are, if not `ok`."""

@@ -76,17 +76,12 @@ def check_leakage(splits, pictures):
 
 def _shared(first, second, pictures):
     """Return the records of `second` that `first` has byte for byte, and those it has by looks."""
-    first, second = (
-        [(record, pictures[record.path]) for record in records if pictures[record.path].size]
-        for records in (first, second)
-    )
-    if not first or not second:
-        return [], []
-    digests = {picture.digest for _, picture in first}
-    same = [record for record, picture in second if picture.digest in digests]
-    looks = [np.stack([picture.look for _, picture in group]) for group in (first, second)]
-    rows = sorted(set(near_pairs(*looks)[:, 1].tolist()))
-    return same, [second[row][0] for row in rows if second[row][1].digest not in digests]
+    first, second = ([r for r in records if pictures[r.path].size] for records in (first, second))
+    digests = {pictures[record.path].digest for record in first}
+    same = [record for record in second if pictures[record.path].digest in digests]
+    looks = ([pictures[record.path].look for record in records] for records in (first, second))
+    similar = (second[row] for row in np.unique(near_pairs(*looks)[:, 1]))
+    return same, [record for record in similar if pictures[record.path].digest not in digests]
 
 
 def turns(picture):

@@ -28,7 +28,7 @@ def check_categories(split):
     list of helpers.checks.findings.Finding
         ``D30_ROOT_CATEGORY`` to ``D34_ZERO_BASED_IDS`` and ``D36_NO_WORD``.
     """
-    table, used, faults = split.category_table, _used_categories(split), []
+    table, used, faults = split.category_table, split.used_categories, []
     entries = [entry for entry in table if entry.name in split.categories]
     for entry in table:
         if entry.name not in split.categories:
@@ -54,44 +54,33 @@ def check_categories(split):
     return [finding_of(code, f"{split.name}/categories", **values) for code, values in faults]
 
 
-def _used_categories(split):
-    """Return the set of categories that objects of a split have."""
-    return {item.category for record in split.records for item in record.objects}
-
-
 def similar_names(first, second):
     """Return whether two names differ by case, spacing, plural or a slip only."""
     first, second = normalise_noun(first), normalise_noun(second)
-    if first == second:
-        return True
-    long_enough = min(len(first), len(second)) >= SHORTEST_SLIP
-    return long_enough and SequenceMatcher(None, first, second).ratio() >= SIMILAR
+    is_long = min(len(first), len(second)) >= SHORTEST_SLIP
+    return first == second or (is_long and SequenceMatcher(None, first, second).ratio() >= SIMILAR)
 
 
 def check_prompts(split, absent_queries, num_negatives, negative_prompts):
     """Find images without objects, and a split of which no prompt, of so many, is absent."""
-    empty = [
-        Place(split.name, record.image_id, record.path)
-        for record in split.records
-        if not record.objects
-    ]
+    empty = [record for record in split.records if not record.objects]
     total = len(split.records)
     share = len(empty) / max(total, 1)
-    findings = finding_at("D60_IMAGES_WITHOUT_OBJECTS", empty, total=total, share=share)
+    places = [Place(split.name, record.image_id, record.path) for record in empty]
+    findings = finding_at("D60_IMAGES_WITHOUT_OBJECTS", places, total=total, share=share)
     if not absent_queries:
         consequence = "whether the model can say no is not measured"
         if split.name == "train":
             consequence = "the model learns to say yes to anything"
         findings.append(finding_of("D61_NO_ABSENT_PROMPT", split.name, consequence=consequence))
     if num_negatives and negative_prompts and not any(r.contents for r in split.records):
-        n = len(negative_prompts)
-        findings.append(finding_of("D62_UNVERIFIED_NEGATIVES", split.name, n=n))
+        findings.append(finding_of("D62_UNVERIFIED_NEGATIVES", split.name, n=len(negative_prompts)))
     return findings
 
 
 def check_splits_agree(splits):
     """Find categories that are annotated in one split and not in training: D35."""
-    used = {name: _used_categories(split) for name, split in splits.items()}
+    used = {name: set(split.used_categories) for name, split in splits.items()}
     findings = []
     for name in used if "train" in used else ():
         here = ", ".join(sorted(used[name] - used["train"])) or "nothing"

@@ -1,6 +1,7 @@
 """Read COCO files wherever they lie, and the layouts that `helpers.data.coco` reads."""
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import unquote
@@ -61,11 +62,9 @@ def read_coco(root):
 
 def annotation_files(root):
     """Map each split to its folder and its COCO file, None where each image has its own file."""
-    try:
+    names, parts = (), {}
+    with suppress(InputError):  # not a layout that training could read as it is
         names = coco.find_splits(root)
-    except InputError:
-        names = ()  # not a layout that training could read as it is
-    parts = {}
     for name in names:
         folder = coco.split_folder(root, name)[1]
         file = folder / coco.COCO_FILE

@@ -99,12 +99,11 @@ def _checked(source, root):
         refuse_outside(path, root)
     known = {*map(os.path.realpath, files), *split_of}
     unread = [path for path in files_below(root) if os.path.realpath(path) not in known]
-    names = {True: [], False: []}
-    for path in unread:
-        names[path.suffix.lower() in PICTURES].append(path.relative_to(root))
+    pictures = [path.relative_to(root) for path in unread if path.suffix.lower() in PICTURES]
+    others = [path.relative_to(root) for path in unread if path.suffix.lower() not in PICTURES]
     notes = note_of(shared, "images are in more than one split")
-    notes += note_of(names[True], "images have no annotation or no split, and are left out")
-    notes += note_of(names[False], "other files are not read")
+    notes += note_of(pictures, "images have no annotation or no split, and are left out")
+    notes += note_of(others, "other files are not read")
     unused = dict(sorted(Counter(path.suffix.lower() for path in unread).items()))
     return replace(source, notes=source.notes + notes, unused=unused)
 
@@ -199,9 +198,8 @@ def _write_split(folder, images, source, tile, overlap):
             entries.append({**image.extra, "id": image_id, **stated})
             for item in image.objects:
                 entry = _complete(item, image)
-                category_id = by_name[entry.pop("category")]
                 entry |= {"id": own_ids[len(annotations)], "image_id": image_id}
-                annotations.append(entry | {"category_id": category_id})
+                annotations.append(entry | {"category_id": by_name[item["category"]]})
     table = [
         {"id": entry.category_id, "name": entry.name}
         | ({"supercategory": entry.supercategory} if entry.supercategory else {})
@@ -228,8 +226,8 @@ def _place(path, target):
 
 
 def _complete(item, image):
-    """Add box and area to an entry that lacks them; what the file says is not touched."""
-    entry, rle = dict(item), None
+    """Add box and area to an entry that lacks them; what else the file says is not touched."""
+    entry, rle = {key: item[key] for key in item if key != "category"}, None
     segmentation, bbox = entry.get("segmentation"), entry.get("bbox") or None
     if segmentation and (bbox is None or "area" not in entry):
         with suppress(ValueError):  # a fault of the file, which the data check names

@@ -31,23 +31,21 @@ OPTIONS[".webp"] = {"quality": 95}
 def name_groups(stems):
     """Give names of one scene equal groups; return (list of str, notes on scenes that were cut)."""
     plain = [ROBOFLOW.sub("", stem) for stem in stems]
-    groups, numbers = [], {}
+    groups, numbers = {}, {}
     for name in plain:
         match = LAST_NUMBER.match(name)
         numbers[name] = int(match[2]) if match else 0
         # "wall_3_17" and "bridge_frame_0040" name a scene; "IMG_0040" says nothing.
         is_scene = match and (re.search(r"\d", match[1]) or "frame" in match[1].casefold())
-        groups.append(match[1] if is_scene else name)
+        groups[name] = match[1] if is_scene else name
     notes = []
-    for group, count in Counter(groups).items():
-        if count > LARGEST * len(stems) and len(set(plain)) > 1:
-            members = [index for index, other in enumerate(groups) if other == group]
-            order = sorted({(numbers[plain[index]], plain[index]) for index in members})
-            ranks = {name: rank for rank, (_, name) in enumerate(order)}
-            for index in members:
-                groups[index] = f"{group}, run {ranks[plain[index]] * RUNS // len(order)}"
+    for group, count in Counter(groups[name] for name in plain).items():
+        if count > LARGEST * len(stems) and len(groups) > 1:
+            members = sorted((numbers[name], name) for name in groups if groups[name] == group)
+            for rank, (_, name) in enumerate(members):
+                groups[name] = f"{group}, run {rank * RUNS // len(members)}"
             notes.append(f"'{group}' names {count} images and was cut into {RUNS} runs")
-    return groups, notes
+    return [groups[name] for name in plain], notes
 
 
 def scene_groups(paths):

@@ -88,8 +88,7 @@ def _parse(path):
     if "<!ENTITY" in text:  # a few bytes of entities can grow to gigabytes, or read other files
         raise InputError("defines entities", where=path, fix=_ANEW)
     text = re.sub(r"^\s*<\?xml.*?\?>", "", text, count=1, flags=re.DOTALL)
-    errors = (ElementTree.ParseError, ValueError)
-    with explain(errors, "is no complete XML", where=path, fix=_ANEW):
+    with explain((ElementTree.ParseError, ValueError), "is no complete XML", where=path, fix=_ANEW):
         return ElementTree.fromstring(text)
 
 

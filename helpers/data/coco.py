@@ -128,10 +128,8 @@ def split_folder(data_dir, split):
 
 def layouts_of(root):
     """List the layouts whose annotation files a folder holds, the default one first."""
-    layouts = ["coco"] if (root / COCO_FILE).is_file() else []
-    if (root / "annotations").is_dir():
-        layouts.append("per_image")
-    return layouts
+    is_there = {"coco": (root / COCO_FILE).is_file(), "per_image": (root / "annotations").is_dir()}
+    return [layout for layout, found in is_there.items() if found]
 
 
 def entries_of(root, layout):

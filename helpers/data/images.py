@@ -116,9 +116,8 @@ def _opened(source, path, any_depth=False):
 def _upright_size(image):
     """Return (width, height) as upright, and the EXIF orientation, of an open image."""
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    width, height = image.size
     is_swapped = orientation in TURNED and image.format != "TIFF"  # Pillow turns a TIFF itself
-    return ((height, width) if is_swapped else (width, height)), orientation
+    return (image.size[::-1] if is_swapped else image.size), orientation
 
 
 def same_shape(size, stated):
@@ -178,7 +177,7 @@ def picture_hash(image):
 
 def near_pairs(first, second, limit=NEAR):
     """Find the rows of hashes (n, 32) and (m, 32) that differ in at most `limit` bits: (k, 2) int."""
-    words = [np.ascontiguousarray(rows).reshape(-1, 32).view(np.uint64) for rows in (first, second)]
+    words = [np.array(rows, np.uint8).reshape(-1, 32).view(np.uint64) for rows in (first, second)]
     pairs = []
     for start in range(0, len(words[0]), _BLOCK):
         rows = words[0][start : start + _BLOCK]

@@ -71,6 +71,12 @@ class Split:
         """int: annotated objects in the files, crowd regions included."""
         return sum(len(record.objects) for record in self.records)
 
+    @property
+    def used_categories(self):
+        """Those of the categories that objects have, a list of str."""
+        used = {item.category for record in self.records for item in record.objects}
+        return [name for name in self.categories if name in used]
+
 
 def true_objects(record):
     """List the objects of an image but for crowd regions and boxes without area inside it."""
@@ -142,7 +148,6 @@ def rename_categories(split, prompts_by_category):
 def refuse_unknown_categories(prompts_by_category, splits):
     """Raise InputError for a key of the mapping that no split, as read, has as a category."""
     names = {entry.name for split in splits for entry in split.category_table}
-    names |= {name for split in splits for name in split.categories}
     for key in prompts_by_category:
         if key not in names:
             close = difflib.get_close_matches(key, names, n=1)
@@ -154,8 +159,7 @@ def refuse_unknown_categories(prompts_by_category, splits):
 @lru_cache(maxsize=10_000)
 def normalise_noun(noun):
     """Reduce a noun to lower case singular words: ``"Concrete_cracks "`` to ``"concrete crack"``."""
-    words = re.split(r"[\W_]+", noun.casefold())
-    return " ".join(_singular(word) for word in words if word)
+    return " ".join(_singular(word) for word in re.split(r"[\W_]+", noun.casefold()) if word)
 
 
 def _singular(word):
@@ -187,9 +191,8 @@ def present_prompts(record, categories, prompt=None):
     # One that loses all its objects, as crowd regions or outside the image, is not asked at all: as
     # absent, it would teach the opposite.
     objects = true_objects(record)
-    if prompt is not None:
-        return {prompt: objects} if objects else {}
     groups = {name: [item for item in objects if item.category == name] for name in categories}
+    groups = groups if prompt is None else {prompt: objects}
     return {name: items for name, items in groups.items() if items}
 
 

@@ -261,7 +261,7 @@ def _nearly_the_same_names(examination):
     split = examination.split("train")
     pairs = [
         f"'{first}' and '{second}' share the objects"
-        for first, second in combinations(_used_categories(split), 2)
+        for first, second in combinations(split.used_categories, 2)
         if similar_names(first, second)
     ]
     if pairs:
@@ -272,11 +272,6 @@ def _nearly_the_same_names(examination):
     remarks = [finding.message for finding in check_categories(split) if finding.code in codes]
     evidence = [Evidence("category_names", SLIP, remark) for remark in remarks]
     return "; ".join(remarks) or "no category is nearly another", evidence
-
-
-def _used_categories(split):
-    used = {item.category for record in split.records for item in record.objects}
-    return [name for name in split.categories if name in used]
 
 
 @gate(PROMPT_GATES, "absent prompts", "each image is asked for other words too")
@@ -299,7 +294,7 @@ def trained_and_asked(examination):
     trained = examination.trained_words
     words = [examination.prompt]
     if not examination.prompt:
-        words = _used_categories(examination.split("valid"))
+        words = examination.split("valid").used_categories
     text = f"trained with objects: {', '.join(sorted(trained))}; asked: {', '.join(words)}"
     unknown = untrained_prompts(words, trained)
     if unknown:

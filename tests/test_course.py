@@ -157,7 +157,7 @@ def test_interrupt_stops_every_kernel(tmp_path):
             tmp_path / "in", name, command.format(str(tmp_path), name), "time.sleep(600)"
         )
     code = (
-        "import pathlib, signal, sys; from helpers.course import run; "
+        "import pathlib, signal, sys; from notebooks import run; "
         # A shell starts what it sends to the background with the signal ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler); "
         f"run.NOTEBOOKS = pathlib.Path({str(tmp_path / 'in')!r}); "

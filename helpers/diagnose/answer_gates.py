@@ -237,7 +237,8 @@ def size_of_update(examination):
         f"{name} {value:.2f}" for name, value in medians.items()
     )
     if not any(map(any, _update_ratios(examination).values())):
-        return text, [Evidence("adapter_at_zero", 1.0, f"nothing was changed: {text}")]
+        reason = f"nothing was changed: {text}"
+        return text, [Evidence("adapter_at_zero", 1.0, reason, is_direct=False)]
     large = {name for name, value in medians.items() if value > MAX_UPDATE}
     # Where the text encoder alone is outgrown, its words have the say: see `words_apart`.
     return text, evidence_if(large - {"text_encoder"}, "overtrained", 0.95, text)

@@ -6,7 +6,6 @@ healthy detector. What the model says is compared with what the base says to the
 
 from collections import Counter
 from dataclasses import asdict, dataclass
-from html import escape
 
 from helpers.causes import CAUSES, STAGES
 from helpers.diagnose.answer_gates import BEHAVIOUR_GATES
@@ -30,6 +29,7 @@ from helpers.diagnose.run_gates import (
 )
 from helpers.errors import InputError
 from helpers.files import progress_bar
+from helpers.show.page import render_page
 
 GATES = (
     *FILE_GATES,
@@ -54,17 +54,9 @@ EXPLAINED = 0.5  # factor on a behaviour that an earlier, observed cause may exp
 DECISIVE = "words in the picture"  # gate without whose answer no run is called healthy
 _VERDICTS = {
     "healthy": "no cause found: the run looks healthy",
-    "causes": "causes found: see above, the most likely first",
+    "causes": "causes found, the most likely first",
     "undecided": "no cause found, but the gates above were left open: the run may not be healthy",
 }
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8"><title>Diagnosis</title>
-<style>body {{ font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse }} td, th {{ border: 1px solid; padding: .3rem; text-align: left;
-vertical-align: top; overflow-wrap: anywhere }}</style>
-<h1>Diagnosis</h1>{ending}{causes}<h2>Gates</h2>
-<table><tr><th>status<th>gate<th>measured<th>expected</tr>{rows}</table></html>
-"""
 
 
 @dataclass(frozen=True)
@@ -189,19 +181,8 @@ class Diagnosis:
 
     def to_html(self):
         """Return the diagnosis as one page that needs no other file."""
-        causes = "".join(
-            f"<h2>{number}. {escape(cause.title)}</h2><p><code>{cause.code}</code>, confidence "
-            f"{cause.confidence:.2f}</p><p><b>Fix:</b> {escape(cause.fix)}</p><ul>"
-            + "".join(f"<li>{escape(text)}</li>" for text in cause.evidence)
-            + "</ul>"
-            for number, cause in enumerate(self.causes, start=1)
-        )
-        rows = "".join(
-            f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in texts)}</tr>"
-            for texts in ((g.status, g.name, g.measured, g.expected) for g in self.gates)
-        )
-        ending = "".join(f"<p>{escape(line)}</p>" for line in reversed(self.ending()))
-        return _PAGE.format(causes=causes, rows=rows, ending=ending)
+        values = {"causes": self.causes, "gates": self.gates, "ending": self.ending()}
+        return render_page("diagnosis", **values)
 
 
 def diagnose(source, *, progress=False, **given):

@@ -173,7 +173,10 @@ def weights_as_they_are(examination):
             evidence.append(Evidence(cause, confidence, finding.message))
     matrices = {module_of(key): tensor for key, tensor in weights.items() if ".lora_B" in key}
     if matrices and not any(tensor.any() for tensor in matrices.values()):
-        evidence.append(Evidence("adapter_at_zero", 1.0, "every B is zero: it answers as its base"))
+        reason = (
+            "every B is zero: it answers as its base"  # also where something stopped a training
+        )
+        evidence.append(Evidence("adapter_at_zero", 1.0, reason, is_direct=False))
     if matrices and WORD_PARTS.isdisjoint(map(component_of, matrices)):
         reason = "LoRA is nowhere in text encoder and DETR encoder, so no word can be learned"
         evidence.append(Evidence("lora_elsewhere", 0.6, reason, is_direct=False))
@@ -214,10 +217,10 @@ def _learning(examination):
     is_part = len(idle) < len(rows)
     if is_part and not (examination.is_finished and examination.files.metrics["objects"]["train"]):
         return text, []  # without objects, boxes and masks give no gradient
-    # One branch alone may be idle because something earlier leaves it nothing to learn.
+    # Something earlier may have left it nothing to learn, or stopped the training.
     reason = f"no gradient or B all zero in {', '.join(idle)}: {text}"
     confidence = 0.8 if is_part else 1.0
-    return text, evidence_if(len(idle), "adapter_at_zero", confidence, reason, not is_part)
+    return text, evidence_if(len(idle), "adapter_at_zero", confidence, reason, is_direct=False)
 
 
 @gate(RUN_GATES, "trained parameters", "those of LoRA and no others")

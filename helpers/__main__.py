@@ -9,7 +9,7 @@ import signal
 import sys
 
 from helpers.cli.commands import add_commands
-from helpers.errors import InputError, printable
+from helpers.errors import InputError, explain, printable
 
 _EPILOG = """exit status:
   0    done, nothing found wrong
@@ -98,13 +98,10 @@ def _as_input_error(error):
 
 def _as_json(document):
     """Return the document as indented JSON; a number that JSON cannot hold is refused."""
-    try:
+    message = "the answer holds NaN or infinity, which JSON cannot express"
+    fix = "look at it without --json; weights with NaN are the usual reason"
+    with explain(ValueError, message, where=None, fix=fix):
         return json.dumps(document, indent=2, allow_nan=False)
-    except ValueError as error:
-        raise InputError(
-            f"the answer holds NaN or infinity, which JSON cannot express ({error})",
-            fix="look at it without --json; weights with NaN are the usual reason",
-        ) from error
 
 
 def _silence_stdout():

@@ -29,6 +29,10 @@ def _base_name(text):
     return str(path) if path.is_dir() else text
 
 
+def _words(text):
+    return [word.strip() for word in text.split(",")]
+
+
 def _text(text, **settings):
     return {"help": text, **settings}
 
@@ -39,10 +43,6 @@ def _path(metavar, text):
 
 def _flag(text):
     return _text(text, action="store_true")
-
-
-def _choice(text, *choices, **settings):
-    return _text(text, choices=choices, **settings)
 
 
 OPTIONS = {
@@ -59,9 +59,11 @@ OPTIONS = {
     "--split": {"default": "test", "help": "split, by default test"},
     # what to ask
     "--image": _path("IMG", "a picture in which nothing is found"),
-    "--words": {"metavar": "WORD,...", "help": "by default the categories of the dataset"},
+    "--words": _text("by default the categories of the dataset", type=_words, metavar="WORD,..."),
     "--routing": _flag("ask the adapter for the words it was trained for only, else its base"),
-    "--retention": _text("what the base knows, compared with its own answers", metavar="WORD,..."),
+    "--retention": _text(
+        "what the base knows, compared with its own answers", type=_words, metavar="WORD,..."
+    ),
     "--prompt": {"help": "ask for this word in place of the category names"},
     "--threshold": {"type": float, "help": "in [0, 1]; by default as the config says, 0.3"},
     "--mask-threshold": {"type": float, "help": "in [0, 1]; by default as the config says, 0.5"},
@@ -73,26 +75,26 @@ OPTIONS = {
     "--retry-smaller": _flag("when memory runs out, checkpoint, then use smaller batches"),
     "--dry-run": _flag("one step on the fullest batch, no files; status 1 if memory runs out"),
     # how to convert
-    "--format": _choice(
+    "--format": _text(
         "by default recognised; coco means Roboflow's export and per-image JSON, too",
-        *("coco", "yolo", "voc", "masks", "labelme"),
+        choices=("coco", "yolo", "voc", "masks", "labelme"),
     ),
     "--category": _text("what binary mask pictures show", metavar="NOUN"),
-    "--objects": _choice(
+    "--objects": _text(
         "one object of a mask picture: a component (default), all of a class, each value",
-        *("components", "whole", "values"),
+        choices=("components", "whole", "values"),
         default="components",
     ),
-    "--polygons": _choice(
+    "--polygons": _text(
         "what corners (YOLO, LabelMe) are; auto (default): pixels if all are whole numbers",
-        *("auto", "outline", "pixels"),
+        choices=("auto", "outline", "pixels"),
         default="auto",
     ),
     "--seed": {"type": int, "default": 42, "help": "of the division, default 42"},
     # what somebody else trained
     "--alpha": {"type": float, "help": "of the LoRA, where no file tells it"},
-    "--orientation": _choice(
-        "A as (in, r) or (r, in), where shapes leave it open", "native", "peft"
+    "--orientation": _text(
+        "A as (in, r) or (r, in), where shapes leave it open", choices=("native", "peft")
     ),
     # what to give away
     "--dtype": {"help": "float32 or bfloat16, by default that of the base's files"},
@@ -191,13 +193,12 @@ def check(args):
 
 def convert(args):
     """Write a dataset of any common format in the layout that the other commands read."""
-    from helpers.convert.conversion import convert as run_conversion
-    from helpers.convert.conversion import summary_text
+    from helpers.convert import conversion
 
     names = "format", "category", "objects", "polygons", "split", "seed", "tile", "overlap"
     settings = {name: getattr(args, name) for name in names}
-    summary = run_conversion(args.source, args.output, **settings)
-    return 0, summary, summary_text(summary)
+    summary = conversion.convert(args.source, args.output, **settings)
+    return 0, summary, conversion.summary_text(summary)
 
 
 def import_(args):
@@ -213,41 +214,30 @@ def import_(args):
 def train(args):
     """Train and report; unusable input is refused before anything is written."""
     from helpers.config import load_config
-    from helpers.train.report import report, report_text
-    from helpers.train.run import RUN_CONFIG
-    from helpers.train.training import dry_run, dry_run_text, train_within_memory
-    from helpers.train.training import train as run_training
+    from helpers.train import report, run, training
 
-    overrides = list(args.set)
-    if args.data is not None:
-        overrides.append(("data.data_dir", args.data))
+    overrides = [*args.set, *([] if args.data is None else [("data.data_dir", args.data)])]
     config = load_config(args.config, profile=args.profile, overrides=overrides)
     if args.dry_run:
-        result = dry_run(config)
-        return (0 if result["fits"] else 1), result, dry_run_text(result)
+        result = training.dry_run(config)
+        return (0 if result["fits"] else 1), result, training.dry_run_text(result)
     settings = {"output_dir": args.output, "resume": args.resume, "overwrite": args.overwrite}
     try:
         if args.retry_smaller:
-            result = train_within_memory(config, on_retry=_say, **settings)
+            result = training.train_within_memory(config, on_retry=_say, **settings)
         else:
-            result = run_training(config, **settings)
+            result = training.train(config, **settings)
     except KeyboardInterrupt:
-        if (resolve(args.output or config.output.output_dir) / RUN_CONFIG).is_file():
+        if (resolve(args.output or config.output.output_dir) / run.RUN_CONFIG).is_file():
             _say("continue with --resume")
         raise
-    content = report(result)
-    return 0, content, report_text(content)
+    content = report.report(result)
+    return 0, content, report.report_text(content)
 
 
 def predict(args):
     """Detect prompts on images, and draw them if asked to."""
-    from helpers.detect.predictor import (
-        GENERIC_PROMPT,
-        PROMPTLESS_THRESHOLD,
-        Predictor,
-        untrained_prompts,
-    )
-    from helpers.detect.tiles import predict_tiled
+    from helpers import detect
     from helpers.show.pictures import save_prediction_figure
 
     images = _image_files(args.image)
@@ -256,21 +246,21 @@ def predict(args):
     settings = config.evaluation
     prompts, threshold, mask_threshold = args.prompt, args.threshold, args.mask_threshold
     if threshold is None:
-        threshold = settings.score_threshold if prompts else PROMPTLESS_THRESHOLD
+        threshold = settings.score_threshold if prompts else detect.PROMPTLESS_THRESHOLD
     if not prompts:
-        prompts = [GENERIC_PROMPT]
+        prompts = [detect.GENERIC_PROMPT]
         _say(
-            f"no prompt given: asking for '{GENERIC_PROMPT}' at threshold {threshold:g}. The model "
+            f"no prompt given: asking for '{prompts[0]}' at threshold {threshold:g}. The model "
             "outlines what that word means to it; no class comes back, and scores near 0 mean "
             "that it found nothing"
         )
     if run:
         asked = ("prompts", "negatives", "replayed")
         known = [word for name in asked for word in run.prompts.get(name, ())]
-        for prompt, close in untrained_prompts(prompts, known).items():
+        for prompt, close in detect.untrained_prompts(prompts, known).items():
             hint = f"; the closest trained prompt is '{close}'" if close else ""
             _say(f"warning: '{prompt}' was never asked in training{hint}")
-    predictor = Predictor(model, processor, _routes(args, run))
+    predictor = detect.Predictor(model, processor, _routes(args, run))
     mask_threshold = settings.mask_threshold if mask_threshold is None else mask_threshold
     thresholds = {"threshold": threshold, "mask_threshold": mask_threshold}
     if args.tile is None:
@@ -279,7 +269,7 @@ def predict(args):
     else:
         tiles, predictions = {"tile": args.tile, "overlap": args.overlap}, []
         for path in images:
-            predictions += predict_tiled(predictor, path, prompts, **tiles, **thresholds)
+            predictions += detect.predict_tiled(predictor, path, prompts, **tiles, **thresholds)
     document, lines = [prediction.to_dict() for prediction in predictions], []
     for image, path in paths.items():
         entries = [entry for entry in document if entry["image"] == str(image)]
@@ -296,11 +286,8 @@ def predict(args):
 
 def evaluate(args):
     """Judge a model on a split; status 1 if the split has nothing to find."""
+    from helpers import detect
     from helpers.data.dataset import load_dataset
-    from helpers.detect.knowledge import retention
-    from helpers.detect.metrics import evaluate_queries
-    from helpers.detect.predictor import untrained_prompts
-    from helpers.detect.queries import predict_split
 
     model, processor, run, config, name = load_model(args)
     settings = config.evaluation
@@ -308,20 +295,20 @@ def evaluate(args):
     split = load_dataset(config, data_dir).split(args.split)
     if run:
         words = [args.prompt] if args.prompt else split.categories
-        for prompt in untrained_prompts(words, run.prompts["prompts"]):
+        for prompt in detect.untrained_prompts(words, run.prompts["prompts"]):
             _say(f"warning: '{prompt}' was never trained as a present prompt")
     asked = {key: getattr(settings, key) for key in ("absent_prompts", "mask_threshold")}
     asked |= {"prompt": args.prompt, "adapter_words": _routes(args, run)}
-    queries = predict_split(model, processor, split, **asked)
+    queries = detect.predict_split(model, processor, split, **asked)
     threshold = settings.score_threshold if args.threshold is None else args.threshold
-    metrics = evaluate_queries(queries, threshold)
+    metrics = detect.evaluate_queries(queries, threshold)
     document = {"model": name, "data": str(data_dir), "split": split.name, **metrics}
     lines = [f"{name} on {data_dir}, {split.name}: {len(split.records)} images"]
     for metric in _HEADLINES:
         value, reason = metrics[metric], metrics.get(f"{metric}_reason", "")
         lines.append(f"  {metric:<18}{'undefined  ' + reason if value is None else f'{value:.4f}'}")
     if args.retention is not None:
-        kept = retention(model, processor, split, _words(args.retention))
+        kept = detect.retention(model, processor, split, args.retention)
         if not kept["objects"]:
             message = f"the base detects none of {', '.join(kept['words'])}"
             raise InputError(message, where=f"{data_dir}, {split.name}", fix="name what it knows")
@@ -340,10 +327,9 @@ def knows(args):
     from helpers.detect.knowledge import ADVICE, word_knowledge
 
     model, processor, _, config, name = load_model(args)
-    split = load_dataset(config, args.data or config.data.data_dir).split(args.split)
-    words = None if args.words is None else _words(args.words)
+    split = load_dataset(config, args.data).split(args.split)
     own = {} if args.threshold is None else {"threshold": args.threshold}
-    table = word_knowledge(model, processor, split, words, **own)
+    table = word_knowledge(model, processor, split, args.words, **own)
     lines = [f"{name} on {split.root}, {split.name}:"]
     for word, row in table.iterrows():
         lines.append(
@@ -358,12 +344,10 @@ def knows(args):
 
 def report(args):
     """Summarise a finished run."""
-    from helpers.train.report import report as gather
-    from helpers.train.report import report_text
-    from helpers.train.run import read_run
+    from helpers.train import report, run
 
-    content = gather(read_run(args.adapter))
-    return 0, content, report_text(content)
+    content = report.report(run.read_run(args.adapter))
+    return 0, content, report.report_text(content)
 
 
 def diagnose(args):
@@ -375,7 +359,7 @@ def diagnose(args):
         raise InputError("name one SOURCE", fix="name a run, an adapter, a log or a dataset")
     names = ("config", "log", "base", "image", "prompt")
     given = {name: getattr(args, name) for name in names} | {"data_dir": args.data}
-    given["words"] = [] if args.words is None else _words(args.words)
+    given["words"] = args.words or []
     diagnosis = examine(args.source or args.adapter, **given, progress=True)
     if args.html is not None:
         write_text(args.html, diagnosis.to_html())
@@ -421,12 +405,11 @@ def overfit(args):
 
 def merge(args):
     """Write a full model; status 1, and nothing written, if it detects anything else."""
-    from helpers.train.share import MergeDiffers
-    from helpers.train.share import merge as merge_run
+    from helpers.train import share
 
     try:
-        document, status = merge_run(args.adapter, args.output, args.dtype, args.base), 0
-    except MergeDiffers as verdict:
+        document, status = share.merge(args.adapter, args.output, args.dtype, args.base), 0
+    except share.MergeDiffers as verdict:
         document, status = verdict.document, 1
     lines = [
         f"compared with base and adapter on {document['num_images']} images "
@@ -447,11 +430,10 @@ def merge(args):
 
 def push(args):
     """Show what an upload to the Hugging Face Hub would send; with --yes, send it."""
-    from helpers.train.share import plan_push
-    from helpers.train.share import push as upload
+    from helpers.train import share
 
-    plan = plan_push(args.adapter, args.repo)
-    url = upload(plan) if args.yes else None
+    plan = share.plan_push(args.adapter, args.repo)
+    url = share.push(plan) if args.yes else None
     document = vars(plan) | {"url": url}
     total = sum(plan.files.values())
     lines = [f"{plan.folder} -> {plan.repo}: {len(plan.files)} files, {total / 1e6:.1f} MB"]
@@ -464,11 +446,6 @@ def push(args):
         lines += [f"{title}:", *(f"  {entry}" for entry in entries)] if entries else []
     lines.append(f"uploaded to {url}" if url else "nothing was sent; add --yes to upload")
     return 0, document, "\n".join(lines)
-
-
-def _words(text):
-    """Return the words of a list that is separated by commas."""
-    return [word.strip() for word in text.split(",")]
 
 
 def _routes(args, run):

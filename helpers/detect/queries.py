@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from helpers.data.dataset import PromptCollator, PromptDataset
 from helpers.data.masks import clip_box
 from helpers.data.records import plain_prompt, present_prompts, true_objects, true_rle
-from helpers.detect.detections import detect, raw_predictions, reaches
+from helpers.detect.detections import PROBABILITIES, detect, raw_predictions, reaches
 from helpers.errors import InputError, check_probability
 from helpers.model.prompted import outputs_by_rows
 
@@ -209,9 +209,7 @@ def query_of(answer, detections, record, objects):
     return Query(
         *(record.image_id, answer.prompt, *size, gt, pred),
         gt_boxes_xyxy=[clip_box(item.box_xyxy, record.width, record.height) for item in objects],
-        presence_prob=answer.presence_prob,
-        max_query_prob=answer.max_query_prob,
-        max_score=answer.max_score,
+        **{name: getattr(answer, name) for name in PROBABILITIES},
     )
 
 

@@ -21,6 +21,9 @@ from helpers.model.losses import loss_divisors, sam3_losses, target_counts
 CURVES_FILE = "curves.csv"
 CHECKPOINTS = "checkpoints"
 SELECTION = "selection"  # the trainer's name of the metric that chooses the checkpoint
+# Settings that the library calls as the config does, and takes as they are.
+_SAME_NAMES = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"}
+_SAME_NAMES |= {"gradient_accumulation_steps", "seed", "logging_steps"}
 _AT_CLAMP = 0.999
 
 
@@ -32,17 +35,11 @@ def training_arguments(config, folder, **changes):
     with explain(ValueError, message, where="training.mixed_precision", fix=fix):
         if training.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise ValueError("it needs a GPU")
-        settings = {
+        settings = training.model_dump(include=_SAME_NAMES) | {
             "output_dir": str(folder / CHECKPOINTS),
             "per_device_train_batch_size": training.batch_size,
-            "gradient_accumulation_steps": training.gradient_accumulation_steps,
             "num_train_epochs": config.effective_num_epochs,
             "learning_rate": config.effective_learning_rate,
-            "weight_decay": training.weight_decay,
-            "adam_beta1": training.adam_beta1,
-            "adam_beta2": training.adam_beta2,
-            "adam_epsilon": training.adam_epsilon,
-            "max_grad_norm": training.max_grad_norm,
             "warmup_steps": config.effective_warmup_steps,
             "lr_scheduler_type": training.lr_scheduler,
             "use_cpu": not torch.accelerator.is_available(),
@@ -50,9 +47,7 @@ def training_arguments(config, folder, **changes):
             "fp16": training.mixed_precision == "fp16",
             "dataloader_num_workers": training.num_workers,
             "dataloader_pin_memory": torch.cuda.is_available(),
-            "seed": training.seed,
             "data_seed": training.seed,
-            "logging_steps": training.logging_steps,
             "logging_first_step": True,
             "logging_nan_inf_filter": False,
             "eval_strategy": "epoch",

@@ -18,11 +18,12 @@ from helpers.errors import InputError, explain
 from helpers.files import read_json, resolve
 from helpers.model.lora import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from helpers.model.sam3 import base_dtype, load_base
-from helpers.train.trainer import CHECKPOINTS, CURVES_FILE
 
 RUN_CONFIG = "config.yaml"
 PROMPTS_FILE = "prompts.json"
 METRICS_FILE = "metrics.json"  # written last: a folder that has it holds a finished run
+CHECKPOINTS = "checkpoints"
+CURVES_FILE = "curves.csv"
 AUDIT_FILE = "adapter_report.csv"
 VERSIONS_FILE = "environment.json"
 CARD_FILE = "README.md"

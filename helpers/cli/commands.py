@@ -7,26 +7,31 @@ Libraries are imported inside, so that ``--help`` answers at once.
 import argparse
 import difflib
 import sys
+from functools import partial
 from pathlib import Path
 
 from helpers.errors import InputError, printable
 from helpers.files import CONFIGS, in_current_folder, resolve
 
 DEFAULT_CONFIG = CONFIGS / "crack_detection_config.yaml"
+_EPILOG = """exit status:
+  0    done, nothing found wrong
+  1    findings with errors, or a failure of the thing that was checked
+  2    unusable input: a missing or damaged file, an impossible value, an adapter of another base
+  3    diagnose: no cause found, but too little could be examined to call the run healthy
+  130  interrupted with Ctrl-C
+
+With --json, stdout is one JSON document and nothing else; remarks go to stderr.
+"""
 LARGE = 2  # sides of the model's input from which an image should be cut into tiles
 _SIGNATURE = "sam3-lora-workbook predict"  # in a picture: a later call may replace it
 _HEADLINES = "AP AP50 AP75 cgF1 pmF1 IL_MCC union_iou max_score_present max_score_absent".split()
 
 
 # A profile that is a file in the current folder, or a base that is a folder in it, becomes its path.
-def _profile(text):
+def _path_if(is_there, text):
     path = in_current_folder(text)
-    return str(path) if path.is_file() else text
-
-
-def _base_name(text):
-    path = in_current_folder(text)
-    return str(path) if path.is_dir() else text
+    return str(path) if is_there(path) else text
 
 
 def _words(text):
@@ -48,13 +53,15 @@ def _flag(text):
 OPTIONS = {
     # what to work on
     "--adapter": _path("RUN", "run folder"),
-    "--base": _text("base model: a folder or a hub name", type=_base_name, metavar="NAME"),
+    "--base": _text(
+        "base model: a folder or a hub name", type=partial(_path_if, Path.is_dir), metavar="NAME"
+    ),
     "--config": _path("FILE", "a configuration, such as those in configs/"),
     "--data": _path("DIR", "dataset, by default that of the run or config"),
     "--html": _path("FILE", "page to write"),
     "--log": _path("FILE", "training log: CSV, JSON lines or trainer_state.json, with a loss"),
     "--output": _path("DIR", "folder to write"),
-    "--profile": _text("tiny, sam3 or a file", type=_profile),
+    "--profile": _text("tiny, sam3 or a file", type=partial(_path_if, Path.is_file)),
     "--set": _text("change a setting", action="append", default=[], metavar="SECTION.KEY=VALUE"),
     "--split": {"default": "test", "help": "split, by default test"},
     # what to ask
@@ -111,8 +118,28 @@ def add_options(command, *names, required=(), **helps):
         command.add_argument(name, **settings)
 
 
-def add_commands(add):
-    """Add the parser of every command."""
+def build_parser():
+    """Return the argparse.ArgumentParser of all commands."""
+    form = {"epilog": _EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers",
+        description="SAM3 with LoRA: check data, train, detect, evaluate.",
+        **form,
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(function, *parents):
+        command = subparsers.add_parser(
+            function.__name__.rstrip("_"),  # a keyword of Python cannot be a name
+            parents=parents,
+            help=function.__doc__.splitlines()[0],
+            description=function.__doc__,
+            **form,
+        )
+        command.add_argument("--json", action="store_true", help="print one JSON document")
+        command.set_defaults(function=function)
+        return command
+
     command = add(check)
     text = "folder with one folder per split, by default data.data_dir of --config"
     command.add_argument("data", nargs="?", type=in_current_folder, metavar="DATA", help=text)
@@ -171,6 +198,7 @@ def add_commands(add):
     add_options(add(merge), "--dtype", "--base", required=["--adapter", "--output"])
     merged = "run folder, or folder of a merged model"
     add_options(add(push), "--yes", required=["--adapter", "--repo"], adapter=merged)
+    return parser
 
 
 def check(args):
@@ -376,9 +404,8 @@ def causes(args):
         return 0, {code: cause._asdict() for code, cause in TABLE.items()}, "\n".join(lines)
     if args.code not in TABLE:
         close = difflib.get_close_matches(args.code, TABLE, n=1, cutoff=0.3)
-        fix = (
-            f"did you mean '{close[0]}'?" if close else "list them with 'python -m helpers causes'"
-        )
+        fix = "list them with 'python -m helpers causes'"
+        fix = f"did you mean '{close[0]}'?" if close else fix
         raise InputError(f"there is no cause {args.code!r}", fix=fix)
     content = TABLE[args.code]._asdict()
     lines = [args.code, *(f"  {name:<12}{text}" for name, text in content.items() if text)]

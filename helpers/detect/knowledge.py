@@ -73,8 +73,7 @@ def word_knowledge(model, processor, split, words=None, *, threshold=0.3):
         means = answered[["presence_prob", "max_query_prob"]].mean()
         locked = means["presence_prob"] < LOCKED_PRESENCE and means["max_query_prob"] < LOCKED_QUERY
         known = "known" if hits / count >= KNOWN_SHARE else "half known" if hits else "open"
-        rows[word] = {"images": count, **means, "detected": hits / count}
-        rows[word] |= {"low": interval.low, "high": interval.high}
+        rows[word] = {"images": count, **means, "detected": hits / count, **interval._asdict()}
         rows[word]["knowledge"] = "locked" if locked else known
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("word")
 

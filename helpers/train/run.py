@@ -132,11 +132,9 @@ def load_run(folder, base=None, dtype=None):
     weights, by default the one it was trained with. InputError as from `read_run`.
     """
     files = read_run(folder)
-    settings = files.config.model
-    revision = None if base else settings.revision
+    settings = files.config.model.model_dump() | ({"name": base, "revision": None} if base else {})
     dtype = dtype or base_dtype(files.config.training.mixed_precision)
-    own = {"resolution": settings.resolution, "native_prompt": settings.native_prompt}
-    model, processor = load_base(base or settings.name, revision, dtype, **own)
+    model, processor = load_base(settings.pop("name"), dtype=dtype, **settings)
     model = load_adapter(model, files.folder, lora=files.config.lora)
     return RunResult(**vars(files), model=model, processor=processor)
 

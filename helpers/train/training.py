@@ -415,9 +415,8 @@ def train(
 def _prepare(config, train_split, val_split, allow_empty):
     """Load base and data, make sure that objects arrive, and put LoRA on: config, model, data."""
     set_seed(config.training.seed)
-    base, dtype = config.model, sam3.base_dtype(config.training.mixed_precision)
-    own = {"resolution": base.resolution, "native_prompt": base.native_prompt}
-    model, processor = sam3.load_base(base.name, base.revision, dtype, **own)
+    base, dtype = config.model.model_dump(), sam3.base_dtype(config.training.mixed_precision)
+    model, processor = sam3.load_base(base.pop("name"), dtype=dtype, **base)
     splits = {"train_split": train_split, "val_split": val_split}
     data = training_data(config, model, processor, **splits, allow_empty=allow_empty)
     counts = data.counts["train"]

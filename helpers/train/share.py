@@ -288,12 +288,10 @@ def _merge_into(staging, run, dtype):
     written = compare(expected, answers(*load_base(staging)), *thresholds, tolerance.margin)
     return {
         "base": settings.name,
-        "revision": settings.revision,
-        "resolution": settings.resolution,
+        **settings.model_dump(include={"revision", "resolution"}),
         "dtype": dtype,
         "prompts": run.prompts,
-        "score_threshold": evaluation.score_threshold,
-        "mask_threshold": evaluation.mask_threshold,
+        **evaluation.model_dump(include={"score_threshold", "mask_threshold"}),
         "config": run.config.fingerprint(),
         "data_fingerprint": run.metrics.get("data_fingerprint"),
         "images": source,

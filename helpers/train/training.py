@@ -26,19 +26,16 @@ from helpers.config import load_config
 from helpers.data import PromptCollator, PromptDataset, count_objects, load_dataset
 from helpers.data.dataset import data_fingerprint
 from helpers.data.records import nouns_overlap, rename_categories
-from helpers.detect.knowledge import clear_answers, retention
-from helpers.detect.metrics import evaluate_queries
+from helpers.detect import clear_answers, evaluate_queries, retention
 from helpers.detect.queries import queries_from_outputs
 from helpers.environment import SUBJECT_PACKAGES, device
 from helpers.errors import InputError, explain
 from helpers.files import resolve, write_json, write_text
-from helpers.model import lora, prompted, sam3
-from helpers.model.audit import adapter_report
+from helpers.model import adapter_report, lora, prompted, sam3
 from helpers.model.cache import BackboneCache, text_states
 from helpers.model.losses import loss_divisors, sam3_losses, target_counts
 from helpers.train import run as run_folder
 from helpers.train.guards import Guards
-from helpers.train.run import CHECKPOINTS
 from helpers.train.share import model_card
 
 SELECTION = "selection"  # the trainer's name of the metric that chooses the checkpoint
@@ -62,7 +59,7 @@ def training_arguments(config, folder, **changes):
         if training.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise ValueError("it needs a GPU")
         settings = training.model_dump(include=_SAME_NAMES) | {
-            "output_dir": str(folder / CHECKPOINTS),
+            "output_dir": str(folder / run_folder.CHECKPOINTS),
             "per_device_train_batch_size": training.batch_size,
             "num_train_epochs": config.effective_num_epochs,
             "learning_rate": config.effective_learning_rate,
@@ -449,7 +446,7 @@ def _trainer(config, model, data, arguments, callbacks, allow_empty):
 def _write_start(folder, config, data):
     """Write what is known before training, in place of an earlier run."""
     folder.mkdir(parents=True, exist_ok=True)
-    run_folder.remove(folder, (*run_folder.RUN_FILES, CHECKPOINTS))
+    run_folder.remove(folder, (*run_folder.RUN_FILES, run_folder.CHECKPOINTS))
     versions = {
         "packages": {name: version(name) for name in SUBJECT_PACKAGES},
         "machine": device(),
@@ -497,7 +494,7 @@ def _readable_errors(trainer):
 def _finish(trainer, folder, data, first_report):
     """Load the chosen checkpoint, gather the numbers of the run, and write all that is left."""
     state, config, model = trainer.state, trainer.config, trainer.model
-    best = folder / CHECKPOINTS / f"checkpoint-{state.best_global_step}"
+    best = folder / run_folder.CHECKPOINTS / f"checkpoint-{state.best_global_step}"
     best_step = state.best_global_step if state.best_global_step and best.is_dir() else None
     report = adapter_report(model)  # of the last state: did every module move?
     report["grad_norm"] = report["grad_norm"] if first_report is None else first_report["grad_norm"]

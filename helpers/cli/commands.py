@@ -577,14 +577,11 @@ def _picture_paths(output, images):
     paths = {}
     for image, label in zip(images, _labels(images), strict=True):
         name = output.name if label is None else f"{output.stem}_{label}{output.suffix}"
-        path = output.with_name(name)
-        problem = None
+        path, fix = output.with_name(name), "choose another --output"
         if path.exists() and any(path.samefile(other) for other in images):
-            problem = "would overwrite the image"
-        elif path.exists() and not _is_own_picture(path):
-            problem = "exists, and was not drawn by predict"
-        if problem:
-            raise InputError(problem, where=path, fix="choose another --output")
+            raise InputError("would overwrite the image", where=path, fix=fix)
+        if path.exists() and not _is_own_picture(path):
+            raise InputError("exists, and was not drawn by predict", where=path, fix=fix)
         paths[image] = path
     return paths
 

@@ -202,15 +202,12 @@ def union_iou(queries, score_threshold):
     Masks are united per query and summed over queries: pixels of an absent prompt are wrong.
     """
     check_probability(score_threshold, "score_threshold")
-    true = detected = either = 0
+    areas = np.zeros(3, dtype=int)  # of what is true, what is detected, and both together
     for query in as_query_list(queries):
-        unions = [coco_mask.merge(rles) for rles in (query.gt, query.rles(score_threshold)) if rles]
-        if query.gt:
-            true += int(coco_mask.area(unions[0]))
-        if len(unions) > query.is_positive:
-            detected += int(coco_mask.area(unions[-1]))
-        if unions:
-            either += int(coco_mask.area(coco_mask.merge(unions)))
+        detected = query.rles(score_threshold)
+        groups = (query.gt, detected, [*query.gt, *detected])
+        areas += [int(coco_mask.area(coco_mask.merge(rles))) for rles in groups]
+    true, detected, either = areas.tolist()
     return (true + detected - either) / either if true else None
 
 

@@ -192,8 +192,7 @@ def build_parser():
     own |= {"words": "what the training asked for", "data": "its dataset"}
     names = ("--adapter", "--config", "--data", "--log", "--base", "--words", "--image", "--prompt")
     add_options(command, *names, "--html", **own)
-    text = "a cause, by default all"
-    add(causes).add_argument("code", nargs="?", metavar="CODE", help=text)
+    add(causes).add_argument("code", nargs="?", metavar="CODE", help="a cause, by default all")
     add_options(add(overfit), "--profile", "--data", "--set", required=["--config"])
     add_options(add(merge), "--dtype", "--base", required=["--adapter", "--output"])
     merged = "run folder, or folder of a merged model"
@@ -233,8 +232,7 @@ def import_(args):
     """Make what somebody else trained readable; status 1 if something is wrong with it."""
     from helpers.foreign import import_source
 
-    names = "config", "base", "alpha", "orientation"
-    own = {name: getattr(args, name) for name in names}
+    own = {name: getattr(args, name) for name in ("config", "base", "alpha", "orientation")}
     report = import_source(args.source, args.output, **own)
     return report.status, report.to_json(), report.summary()
 
@@ -337,14 +335,13 @@ def evaluate(args):
         lines.append(f"  {metric:<18}{'undefined  ' + reason if value is None else f'{value:.4f}'}")
     if args.retention is not None:
         kept = detect.retention(model, processor, split, args.retention)
+        listed = ", ".join(kept["words"])
         if not kept["objects"]:
-            message = f"the base detects none of {', '.join(kept['words'])}"
+            message = f"the base detects none of {listed}"
             raise InputError(message, where=f"{data_dir}, {split.name}", fix="name what it knows")
         document["retention"] = kept
-        lines.append(
-            f"  of {kept['objects']} objects that the base detects as {', '.join(kept['words'])}: "
-            f"AP {kept['AP']:.4f}, AP50 {kept['AP50']:.4f}"
-        )
+        text = f"  of {kept['objects']} objects that the base detects as {listed}: "
+        lines.append(f"{text}AP {kept['AP']:.4f}, AP50 {kept['AP50']:.4f}")
         lines += [f"    {printable(word):<16}{ap:.4f}" for word, ap in kept["by_word"].items()]
     return (0 if metrics["num_present"] else 1), document, "\n".join(lines)
 
@@ -420,14 +417,11 @@ def overfit(args):
     overrides = [*args.set, *([] if args.data is None else [("data.data_dir", args.data)])]
     config = load_config(args.config, profile=args.profile, overrides=overrides)
     rate = config.effective_learning_rate
-    patient = patient_of_config(config)
-    result = overfit_one_batch(patient, learning_rate=rate, progress=True)
-    text = (
-        "one batch, {objects} objects of {prompts} prompts: loss {first:.4g} at first, {last:.4g} after "
-        "{steps} steps; "
-    ).format(**result)
+    result = overfit_one_batch(patient_of_config(config), learning_rate=rate, progress=True)
+    text = "one batch, {objects} objects of {prompts} prompts: loss {first:.4g} at first, "
+    text += "{last:.4g} after {steps} steps; "
     text += "it can be learned" if result["learned"] else "it is not learned: look at the loss"
-    return (0 if result["learned"] else 1), result, text
+    return (0 if result["learned"] else 1), result, text.format(**result)
 
 
 def merge(args):

@@ -47,10 +47,8 @@ class Query:
                 message, fix = "a mask is not a COCO compressed RLE", "use pycocotools.mask.encode"
                 raise InputError(message, where=where, fix=fix)
             if list(rle.get("size", ())) != size:
-                message = (
-                    f"a mask has size {rle.get('size')}, the picture has {size} (height, width)"
-                )
-                raise InputError(message, where=where)
+                text = f"a mask has size {rle.get('size')}, the picture has {size} (height, width)"
+                raise InputError(text, where=where)
         for detection in self.pred:
             check_probability(detection.get("score"), "score", where)
         if self.max_score is not None:
@@ -114,8 +112,7 @@ def as_query_list(queries):
             checked.append(query if isinstance(query, Query) else Query.from_dict(query))
         except InputError as error:
             place = "" if error.where is None else f" ({error.where})"
-            where = f"query {index}{place}"
-            raise InputError(error.message, where=where, fix=error.fix) from error
+            raise InputError(error.message, where=f"query {index}{place}", fix=error.fix) from error
     return checked
 
 
@@ -228,8 +225,7 @@ def prompt_scores(queries, score_threshold):
         highest = (query.presence_prob, query.max_query_prob, query.max_score)
         rows.append((query.prompt, shown, *highest, reached))
     names = ["prompt", "shown", "presence", "max query", "max score", "reached"]
-    table = pd.DataFrame(rows, columns=names)
-    groups = table.groupby(["prompt", "shown"])
+    groups = pd.DataFrame(rows, columns=names).groupby(["prompt", "shown"])
     summary = groups.mean()
     summary.insert(0, "images", groups.size())
     return summary.sort_index(level=["shown", "prompt"], ascending=[False, True])

@@ -42,10 +42,6 @@ _NUMBERS = ("batches", "images", "objects", "absent", "masks", "box_terms", "mas
 _NUMBERS += ("total", "share_at_clamp")
 # Guards that training on purpose without objects (``allow_empty``) would set off.
 OFF_IF_EMPTY = ("no_objects", "vanishing_loss", "at_clamp")
-_LOOK_AT_IMAGES = (
-    "look at these images with 'python -m helpers check', or lower training.learning_rate; "
-    "with fp16 try bf16"
-)
 
 
 class GuardStop(InputError):
@@ -211,7 +207,8 @@ class Guards(TrainerCallback):
                     chosen = [ids for ids, is_bad in batches if is_bad or not step["bad_losses"]]
                     names = {name for ids in gather_object(chosen) for name in ids}
                     where = ", ".join(sorted(names)) or where
-                    fix = _LOOK_AT_IMAGES
+                    fix = "look at these images with 'python -m helpers check', or lower "
+                    fix += "training.learning_rate; with fp16 try bf16"
                 raise GuardStop(cause, text, where=where, fix=fix)
 
     def _mean(self, name):

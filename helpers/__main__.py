@@ -1,6 +1,5 @@
 """The command line: ``python -m helpers COMMAND``, see ``--help`` for the commands."""
 
-import argparse
 import contextlib
 import errno
 import json
@@ -8,18 +7,9 @@ import os
 import signal
 import sys
 
-from helpers.cli.commands import add_commands
-from helpers.errors import InputError, printable
+from helpers.cli.commands import build_parser
+from helpers.errors import InputError, explain, printable
 
-_EPILOG = """exit status:
-  0    done, nothing found wrong
-  1    findings with errors, or a failure of the thing that was checked
-  2    unusable input: a missing or damaged file, an impossible value, an adapter of another base
-  3    diagnose: no cause found, but too little could be examined to call the run healthy
-  130  interrupted with Ctrl-C
-
-With --json, stdout is one JSON document and nothing else; remarks go to stderr.
-"""
 _REMEDIES = {
     errno.ENOSPC: "make room on the disk, or name a folder on another one",
     errno.EDQUOT: "make room on the disk, or name a folder on another one",
@@ -29,32 +19,6 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name or path",
     errno.EMFILE: "raise the limit of open files (ulimit -n), or set training.num_workers=0",
 }
-
-
-def build_parser():
-    """Return the argparse.ArgumentParser of all commands."""
-    form = {"epilog": _EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(
-        prog="python -m helpers",
-        description="SAM3 with LoRA: check data, train, detect, evaluate.",
-        **form,
-    )
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(function, *parents):
-        command = subparsers.add_parser(
-            function.__name__.rstrip("_"),  # a keyword of Python cannot be a name
-            parents=parents,
-            help=function.__doc__.splitlines()[0],
-            description=function.__doc__,
-            **form,
-        )
-        command.add_argument("--json", action="store_true", help="print one JSON document")
-        command.set_defaults(function=function)
-        return command
-
-    add_commands(add)
-    return parser
 
 
 def main(arguments=None):
@@ -98,13 +62,10 @@ def _as_input_error(error):
 
 def _as_json(document):
     """Return the document as indented JSON; a number that JSON cannot hold is refused."""
-    try:
+    message = "the answer holds NaN or infinity, which JSON cannot express"
+    fix = "look at it without --json; weights with NaN are the usual reason"
+    with explain(ValueError, message, where=None, fix=fix):
         return json.dumps(document, indent=2, allow_nan=False)
-    except ValueError as error:
-        raise InputError(
-            f"the answer holds NaN or infinity, which JSON cannot express ({error})",
-            fix="look at it without --json; weights with NaN are the usual reason",
-        ) from error
 
 
 def _silence_stdout():

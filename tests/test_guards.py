@@ -13,7 +13,7 @@ from helpers.data.coco import read_split
 from helpers.errors import InputError
 from helpers.files import write_text
 from helpers.model import losses
-from helpers.train import trainer
+from helpers.train import training
 from helpers.train.guards import ADAPTER_STEPS, OFF_IF_EMPTY, WINDOW, Guards, GuardStop
 from helpers.train.run import read_history, read_run
 from helpers.train.training import train
@@ -44,20 +44,20 @@ def train_losses(run):
 
 def change_losses(monkeypatch, change):
     """Let ``change`` alter the terms that the loss returns."""
-    original = trainer.sam3_losses
-    monkeypatch.setattr(trainer, "sam3_losses", lambda *a, **k: change(original(*a, **k)))
+    original = training.sam3_losses
+    monkeypatch.setattr(training, "sam3_losses", lambda *a, **k: change(original(*a, **k)))
 
 
 def change_batch_loss(monkeypatch, change_inputs=None, change_loss=None):
     """Alter what the loss of a batch is computed from, or what is made of it."""
-    original = trainer.Sam3Trainer.compute_loss
+    original = training.Sam3Trainer.compute_loss
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         inputs = change_inputs(inputs) if change_inputs else inputs
         loss = original(self, model, inputs, *args, **kwargs)
         return change_loss(loss, model) if change_loss else loss
 
-    monkeypatch.setattr(trainer.Sam3Trainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(training.Sam3Trainer, "compute_loss", compute_loss)
 
 
 def no_objects(monkeypatch):
@@ -103,13 +103,13 @@ def infinite_outputs(monkeypatch):
 
 
 def clamped(monkeypatch):
-    original = trainer.output_statistics
+    original = training.output_statistics
     shares = iter([0.1, 0.1, *[0.8] * 99])  # of batches, of which two make a step
 
     def output_statistics(outputs):
         return original(outputs) | {"train_share_at_clamp": torch.tensor(next(shares))}
 
-    monkeypatch.setattr(trainer, "output_statistics", output_statistics)
+    monkeypatch.setattr(training, "output_statistics", output_statistics)
 
 
 def only_positive(monkeypatch):

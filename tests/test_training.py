@@ -18,8 +18,7 @@ from helpers.model.lora import add_lora
 from helpers.model.sam3 import load_base
 from helpers.train.report import report, report_text
 from helpers.train.run import last_checkpoint, load_run, read_history, read_run
-from helpers.train.trainer import Sam3Trainer, training_arguments
-from helpers.train.training import train
+from helpers.train.training import Sam3Trainer, train, training_arguments
 
 FILES = {
     "adapter_model.safetensors",
@@ -391,7 +390,7 @@ def test_loss_that_is_not_finite_names_the_image(config, tmp_path, monkeypatch):
     def infinite(outputs, targets, variant, divisors):
         return {"total": outputs["pred_logits"].sum() * float("inf")}
 
-    monkeypatch.setattr("helpers.train.trainer.sam3_losses", infinite)
+    monkeypatch.setattr("helpers.train.training.sam3_losses", infinite)
     with pytest.raises(InputError, match=r"train_\d.png: the loss is .*(inf|nan) at step 0"):
         train(config, output_dir=tmp_path / "run")
 

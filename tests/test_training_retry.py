@@ -10,9 +10,9 @@ from helpers.config import load_config
 from helpers.errors import InputError
 from helpers.files import write_text
 from helpers.train.run import RUN_CONFIG, STOPPED_FILE
-from helpers.train.trainer import Sam3Trainer
 from helpers.train.training import (
     OutOfMemory,
+    Sam3Trainer,
     dry_run,
     dry_run_text,
     smaller_step,

@@ -7,26 +7,35 @@ Libraries are imported inside, so that ``--help`` answers at once.
 import argparse
 import difflib
 import sys
+from functools import partial
 from pathlib import Path
 
 from helpers.errors import InputError, printable
 from helpers.files import CONFIGS, in_current_folder, resolve
 
 DEFAULT_CONFIG = CONFIGS / "crack_detection_config.yaml"
+_EPILOG = """exit status:
+  0    done, nothing found wrong
+  1    findings with errors, or a failure of the thing that was checked
+  2    unusable input: a missing or damaged file, an impossible value, an adapter of another base
+  3    diagnose: no cause found, but too little could be examined to call the run healthy
+  130  interrupted with Ctrl-C
+
+With --json, stdout is one JSON document and nothing else; remarks go to stderr.
+"""
 LARGE = 2  # sides of the model's input from which an image should be cut into tiles
 _SIGNATURE = "sam3-lora-workbook predict"  # in a picture: a later call may replace it
 _HEADLINES = "AP AP50 AP75 cgF1 pmF1 IL_MCC union_iou max_score_present max_score_absent".split()
 
 
 # A profile that is a file in the current folder, or a base that is a folder in it, becomes its path.
-def _profile(text):
+def _path_if(is_there, text):
     path = in_current_folder(text)
-    return str(path) if path.is_file() else text
+    return str(path) if is_there(path) else text
 
 
-def _base_name(text):
-    path = in_current_folder(text)
-    return str(path) if path.is_dir() else text
+def _words(text):
+    return [word.strip() for word in text.split(",")]
 
 
 def _text(text, **settings):
@@ -41,27 +50,27 @@ def _flag(text):
     return _text(text, action="store_true")
 
 
-def _choice(text, *choices, **settings):
-    return _text(text, choices=choices, **settings)
-
-
 OPTIONS = {
     # what to work on
     "--adapter": _path("RUN", "run folder"),
-    "--base": _text("base model: a folder or a hub name", type=_base_name, metavar="NAME"),
+    "--base": _text(
+        "base model: a folder or a hub name", type=partial(_path_if, Path.is_dir), metavar="NAME"
+    ),
     "--config": _path("FILE", "a configuration, such as those in configs/"),
     "--data": _path("DIR", "dataset, by default that of the run or config"),
     "--html": _path("FILE", "page to write"),
     "--log": _path("FILE", "training log: CSV, JSON lines or trainer_state.json, with a loss"),
     "--output": _path("DIR", "folder to write"),
-    "--profile": _text("tiny, sam3 or a file", type=_profile),
+    "--profile": _text("tiny, sam3 or a file", type=partial(_path_if, Path.is_file)),
     "--set": _text("change a setting", action="append", default=[], metavar="SECTION.KEY=VALUE"),
     "--split": {"default": "test", "help": "split, by default test"},
     # what to ask
     "--image": _path("IMG", "a picture in which nothing is found"),
-    "--words": {"metavar": "WORD,...", "help": "by default the categories of the dataset"},
+    "--words": _text("by default the categories of the dataset", type=_words, metavar="WORD,..."),
     "--routing": _flag("ask the adapter for the words it was trained for only, else its base"),
-    "--retention": _text("what the base knows, compared with its own answers", metavar="WORD,..."),
+    "--retention": _text(
+        "what the base knows, compared with its own answers", type=_words, metavar="WORD,..."
+    ),
     "--prompt": {"help": "ask for this word in place of the category names"},
     "--threshold": {"type": float, "help": "in [0, 1]; by default as the config says, 0.3"},
     "--mask-threshold": {"type": float, "help": "in [0, 1]; by default as the config says, 0.5"},
@@ -73,26 +82,26 @@ OPTIONS = {
     "--retry-smaller": _flag("when memory runs out, checkpoint, then use smaller batches"),
     "--dry-run": _flag("one step on the fullest batch, no files; status 1 if memory runs out"),
     # how to convert
-    "--format": _choice(
+    "--format": _text(
         "by default recognised; coco means Roboflow's export and per-image JSON, too",
-        *("coco", "yolo", "voc", "masks", "labelme"),
+        choices=("coco", "yolo", "voc", "masks", "labelme"),
     ),
     "--category": _text("what binary mask pictures show", metavar="NOUN"),
-    "--objects": _choice(
+    "--objects": _text(
         "one object of a mask picture: a component (default), all of a class, each value",
-        *("components", "whole", "values"),
+        choices=("components", "whole", "values"),
         default="components",
     ),
-    "--polygons": _choice(
+    "--polygons": _text(
         "what corners (YOLO, LabelMe) are; auto (default): pixels if all are whole numbers",
-        *("auto", "outline", "pixels"),
+        choices=("auto", "outline", "pixels"),
         default="auto",
     ),
     "--seed": {"type": int, "default": 42, "help": "of the division, default 42"},
     # what somebody else trained
     "--alpha": {"type": float, "help": "of the LoRA, where no file tells it"},
-    "--orientation": _choice(
-        "A as (in, r) or (r, in), where shapes leave it open", "native", "peft"
+    "--orientation": _text(
+        "A as (in, r) or (r, in), where shapes leave it open", choices=("native", "peft")
     ),
     # what to give away
     "--dtype": {"help": "float32 or bfloat16, by default that of the base's files"},
@@ -109,8 +118,28 @@ def add_options(command, *names, required=(), **helps):
         command.add_argument(name, **settings)
 
 
-def add_commands(add):
-    """Add the parser of every command."""
+def build_parser():
+    """Return the argparse.ArgumentParser of all commands."""
+    form = {"epilog": _EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers",
+        description="SAM3 with LoRA: check data, train, detect, evaluate.",
+        **form,
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(function, *parents):
+        command = subparsers.add_parser(
+            function.__name__.rstrip("_"),  # a keyword of Python cannot be a name
+            parents=parents,
+            help=function.__doc__.splitlines()[0],
+            description=function.__doc__,
+            **form,
+        )
+        command.add_argument("--json", action="store_true", help="print one JSON document")
+        command.set_defaults(function=function)
+        return command
+
     command = add(check)
     text = "folder with one folder per split, by default data.data_dir of --config"
     command.add_argument("data", nargs="?", type=in_current_folder, metavar="DATA", help=text)
@@ -163,12 +192,12 @@ def add_commands(add):
     own |= {"words": "what the training asked for", "data": "its dataset"}
     names = ("--adapter", "--config", "--data", "--log", "--base", "--words", "--image", "--prompt")
     add_options(command, *names, "--html", **own)
-    text = "a cause, by default all"
-    add(causes).add_argument("code", nargs="?", metavar="CODE", help=text)
+    add(causes).add_argument("code", nargs="?", metavar="CODE", help="a cause, by default all")
     add_options(add(overfit), "--profile", "--data", "--set", required=["--config"])
     add_options(add(merge), "--dtype", "--base", required=["--adapter", "--output"])
     merged = "run folder, or folder of a merged model"
     add_options(add(push), "--yes", required=["--adapter", "--repo"], adapter=merged)
+    return parser
 
 
 def check(args):
@@ -191,21 +220,19 @@ def check(args):
 
 def convert(args):
     """Write a dataset of any common format in the layout that the other commands read."""
-    from helpers.convert.conversion import convert as run_conversion
-    from helpers.convert.conversion import summary_text
+    from helpers.convert import conversion
 
     names = "format", "category", "objects", "polygons", "split", "seed", "tile", "overlap"
     settings = {name: getattr(args, name) for name in names}
-    summary = run_conversion(args.source, args.output, **settings)
-    return 0, summary, summary_text(summary)
+    summary = conversion.convert(args.source, args.output, **settings)
+    return 0, summary, conversion.summary_text(summary)
 
 
 def import_(args):
     """Make what somebody else trained readable; status 1 if something is wrong with it."""
     from helpers.foreign import import_source
 
-    names = "config", "base", "alpha", "orientation"
-    own = {name: getattr(args, name) for name in names}
+    own = {name: getattr(args, name) for name in ("config", "base", "alpha", "orientation")}
     report = import_source(args.source, args.output, **own)
     return report.status, report.to_json(), report.summary()
 
@@ -213,41 +240,30 @@ def import_(args):
 def train(args):
     """Train and report; unusable input is refused before anything is written."""
     from helpers.config import load_config
-    from helpers.train.report import report, report_text
-    from helpers.train.run import RUN_CONFIG
-    from helpers.train.training import dry_run, dry_run_text, train_within_memory
-    from helpers.train.training import train as run_training
+    from helpers.train import report, run, training
 
-    overrides = list(args.set)
-    if args.data is not None:
-        overrides.append(("data.data_dir", args.data))
+    overrides = [*args.set, *([] if args.data is None else [("data.data_dir", args.data)])]
     config = load_config(args.config, profile=args.profile, overrides=overrides)
     if args.dry_run:
-        result = dry_run(config)
-        return (0 if result["fits"] else 1), result, dry_run_text(result)
+        result = training.dry_run(config)
+        return (0 if result["fits"] else 1), result, training.dry_run_text(result)
     settings = {"output_dir": args.output, "resume": args.resume, "overwrite": args.overwrite}
     try:
         if args.retry_smaller:
-            result = train_within_memory(config, on_retry=_say, **settings)
+            result = training.train_within_memory(config, on_retry=_say, **settings)
         else:
-            result = run_training(config, **settings)
+            result = training.train(config, **settings)
     except KeyboardInterrupt:
-        if (resolve(args.output or config.output.output_dir) / RUN_CONFIG).is_file():
+        if (resolve(args.output or config.output.output_dir) / run.RUN_CONFIG).is_file():
             _say("continue with --resume")
         raise
-    content = report(result)
-    return 0, content, report_text(content)
+    content = report.report(result)
+    return 0, content, report.report_text(content)
 
 
 def predict(args):
     """Detect prompts on images, and draw them if asked to."""
-    from helpers.detect.predictor import (
-        GENERIC_PROMPT,
-        PROMPTLESS_THRESHOLD,
-        Predictor,
-        untrained_prompts,
-    )
-    from helpers.detect.tiles import predict_tiled
+    from helpers import detect
     from helpers.show.pictures import save_prediction_figure
 
     images = _image_files(args.image)
@@ -256,21 +272,21 @@ def predict(args):
     settings = config.evaluation
     prompts, threshold, mask_threshold = args.prompt, args.threshold, args.mask_threshold
     if threshold is None:
-        threshold = settings.score_threshold if prompts else PROMPTLESS_THRESHOLD
+        threshold = settings.score_threshold if prompts else detect.PROMPTLESS_THRESHOLD
     if not prompts:
-        prompts = [GENERIC_PROMPT]
+        prompts = [detect.GENERIC_PROMPT]
         _say(
-            f"no prompt given: asking for '{GENERIC_PROMPT}' at threshold {threshold:g}. The model "
+            f"no prompt given: asking for '{prompts[0]}' at threshold {threshold:g}. The model "
             "outlines what that word means to it; no class comes back, and scores near 0 mean "
             "that it found nothing"
         )
     if run:
         asked = ("prompts", "negatives", "replayed")
         known = [word for name in asked for word in run.prompts.get(name, ())]
-        for prompt, close in untrained_prompts(prompts, known).items():
+        for prompt, close in detect.untrained_prompts(prompts, known).items():
             hint = f"; the closest trained prompt is '{close}'" if close else ""
             _say(f"warning: '{prompt}' was never asked in training{hint}")
-    predictor = Predictor(model, processor, _routes(args, run))
+    predictor = detect.Predictor(model, processor, _routes(args, run))
     mask_threshold = settings.mask_threshold if mask_threshold is None else mask_threshold
     thresholds = {"threshold": threshold, "mask_threshold": mask_threshold}
     if args.tile is None:
@@ -279,7 +295,7 @@ def predict(args):
     else:
         tiles, predictions = {"tile": args.tile, "overlap": args.overlap}, []
         for path in images:
-            predictions += predict_tiled(predictor, path, prompts, **tiles, **thresholds)
+            predictions += detect.predict_tiled(predictor, path, prompts, **tiles, **thresholds)
     document, lines = [prediction.to_dict() for prediction in predictions], []
     for image, path in paths.items():
         entries = [entry for entry in document if entry["image"] == str(image)]
@@ -296,11 +312,8 @@ def predict(args):
 
 def evaluate(args):
     """Judge a model on a split; status 1 if the split has nothing to find."""
+    from helpers import detect
     from helpers.data.dataset import load_dataset
-    from helpers.detect.knowledge import retention
-    from helpers.detect.metrics import evaluate_queries
-    from helpers.detect.predictor import untrained_prompts
-    from helpers.detect.queries import predict_split
 
     model, processor, run, config, name = load_model(args)
     settings = config.evaluation
@@ -308,28 +321,27 @@ def evaluate(args):
     split = load_dataset(config, data_dir).split(args.split)
     if run:
         words = [args.prompt] if args.prompt else split.categories
-        for prompt in untrained_prompts(words, run.prompts["prompts"]):
+        for prompt in detect.untrained_prompts(words, run.prompts["prompts"]):
             _say(f"warning: '{prompt}' was never trained as a present prompt")
     asked = {key: getattr(settings, key) for key in ("absent_prompts", "mask_threshold")}
     asked |= {"prompt": args.prompt, "adapter_words": _routes(args, run)}
-    queries = predict_split(model, processor, split, **asked)
+    queries = detect.predict_split(model, processor, split, **asked)
     threshold = settings.score_threshold if args.threshold is None else args.threshold
-    metrics = evaluate_queries(queries, threshold)
+    metrics = detect.evaluate_queries(queries, threshold)
     document = {"model": name, "data": str(data_dir), "split": split.name, **metrics}
     lines = [f"{name} on {data_dir}, {split.name}: {len(split.records)} images"]
     for metric in _HEADLINES:
         value, reason = metrics[metric], metrics.get(f"{metric}_reason", "")
         lines.append(f"  {metric:<18}{'undefined  ' + reason if value is None else f'{value:.4f}'}")
     if args.retention is not None:
-        kept = retention(model, processor, split, _words(args.retention))
+        kept = detect.retention(model, processor, split, args.retention)
+        listed = ", ".join(kept["words"])
         if not kept["objects"]:
-            message = f"the base detects none of {', '.join(kept['words'])}"
+            message = f"the base detects none of {listed}"
             raise InputError(message, where=f"{data_dir}, {split.name}", fix="name what it knows")
         document["retention"] = kept
-        lines.append(
-            f"  of {kept['objects']} objects that the base detects as {', '.join(kept['words'])}: "
-            f"AP {kept['AP']:.4f}, AP50 {kept['AP50']:.4f}"
-        )
+        text = f"  of {kept['objects']} objects that the base detects as {listed}: "
+        lines.append(f"{text}AP {kept['AP']:.4f}, AP50 {kept['AP50']:.4f}")
         lines += [f"    {printable(word):<16}{ap:.4f}" for word, ap in kept["by_word"].items()]
     return (0 if metrics["num_present"] else 1), document, "\n".join(lines)
 
@@ -340,10 +352,9 @@ def knows(args):
     from helpers.detect.knowledge import ADVICE, word_knowledge
 
     model, processor, _, config, name = load_model(args)
-    split = load_dataset(config, args.data or config.data.data_dir).split(args.split)
-    words = None if args.words is None else _words(args.words)
+    split = load_dataset(config, args.data).split(args.split)
     own = {} if args.threshold is None else {"threshold": args.threshold}
-    table = word_knowledge(model, processor, split, words, **own)
+    table = word_knowledge(model, processor, split, args.words, **own)
     lines = [f"{name} on {split.root}, {split.name}:"]
     for word, row in table.iterrows():
         lines.append(
@@ -358,12 +369,10 @@ def knows(args):
 
 def report(args):
     """Summarise a finished run."""
-    from helpers.train.report import report as gather
-    from helpers.train.report import report_text
-    from helpers.train.run import read_run
+    from helpers.train import report, run
 
-    content = gather(read_run(args.adapter))
-    return 0, content, report_text(content)
+    content = report.report(run.read_run(args.adapter))
+    return 0, content, report.report_text(content)
 
 
 def diagnose(args):
@@ -375,7 +384,7 @@ def diagnose(args):
         raise InputError("name one SOURCE", fix="name a run, an adapter, a log or a dataset")
     names = ("config", "log", "base", "image", "prompt")
     given = {name: getattr(args, name) for name in names} | {"data_dir": args.data}
-    given["words"] = [] if args.words is None else _words(args.words)
+    given["words"] = args.words or []
     diagnosis = examine(args.source or args.adapter, **given, progress=True)
     if args.html is not None:
         write_text(args.html, diagnosis.to_html())
@@ -392,9 +401,8 @@ def causes(args):
         return 0, {code: cause._asdict() for code, cause in TABLE.items()}, "\n".join(lines)
     if args.code not in TABLE:
         close = difflib.get_close_matches(args.code, TABLE, n=1, cutoff=0.3)
-        fix = (
-            f"did you mean '{close[0]}'?" if close else "list them with 'python -m helpers causes'"
-        )
+        fix = "list them with 'python -m helpers causes'"
+        fix = f"did you mean '{close[0]}'?" if close else fix
         raise InputError(f"there is no cause {args.code!r}", fix=fix)
     content = TABLE[args.code]._asdict()
     lines = [args.code, *(f"  {name:<12}{text}" for name, text in content.items() if text)]
@@ -409,24 +417,20 @@ def overfit(args):
     overrides = [*args.set, *([] if args.data is None else [("data.data_dir", args.data)])]
     config = load_config(args.config, profile=args.profile, overrides=overrides)
     rate = config.effective_learning_rate
-    patient = patient_of_config(config)
-    result = overfit_one_batch(patient, learning_rate=rate, progress=True)
-    text = (
-        "one batch, {objects} objects of {prompts} prompts: loss {first:.4g} at first, {last:.4g} after "
-        "{steps} steps; "
-    ).format(**result)
+    result = overfit_one_batch(patient_of_config(config), learning_rate=rate, progress=True)
+    text = "one batch, {objects} objects of {prompts} prompts: loss {first:.4g} at first, "
+    text += "{last:.4g} after {steps} steps; "
     text += "it can be learned" if result["learned"] else "it is not learned: look at the loss"
-    return (0 if result["learned"] else 1), result, text
+    return (0 if result["learned"] else 1), result, text.format(**result)
 
 
 def merge(args):
     """Write a full model; status 1, and nothing written, if it detects anything else."""
-    from helpers.train.share import MergeDiffers
-    from helpers.train.share import merge as merge_run
+    from helpers.train import share
 
     try:
-        document, status = merge_run(args.adapter, args.output, args.dtype, args.base), 0
-    except MergeDiffers as verdict:
+        document, status = share.merge(args.adapter, args.output, args.dtype, args.base), 0
+    except share.MergeDiffers as verdict:
         document, status = verdict.document, 1
     lines = [
         f"compared with base and adapter on {document['num_images']} images "
@@ -447,11 +451,10 @@ def merge(args):
 
 def push(args):
     """Show what an upload to the Hugging Face Hub would send; with --yes, send it."""
-    from helpers.train.share import plan_push
-    from helpers.train.share import push as upload
+    from helpers.train import share
 
-    plan = plan_push(args.adapter, args.repo)
-    url = upload(plan) if args.yes else None
+    plan = share.plan_push(args.adapter, args.repo)
+    url = share.push(plan) if args.yes else None
     document = vars(plan) | {"url": url}
     total = sum(plan.files.values())
     lines = [f"{plan.folder} -> {plan.repo}: {len(plan.files)} files, {total / 1e6:.1f} MB"]
@@ -464,11 +467,6 @@ def push(args):
         lines += [f"{title}:", *(f"  {entry}" for entry in entries)] if entries else []
     lines.append(f"uploaded to {url}" if url else "nothing was sent; add --yes to upload")
     return 0, document, "\n".join(lines)
-
-
-def _words(text):
-    """Return the words of a list that is separated by commas."""
-    return [word.strip() for word in text.split(",")]
 
 
 def _routes(args, run):
@@ -573,14 +571,11 @@ def _picture_paths(output, images):
     paths = {}
     for image, label in zip(images, _labels(images), strict=True):
         name = output.name if label is None else f"{output.stem}_{label}{output.suffix}"
-        path = output.with_name(name)
-        problem = None
+        path, fix = output.with_name(name), "choose another --output"
         if path.exists() and any(path.samefile(other) for other in images):
-            problem = "would overwrite the image"
-        elif path.exists() and not _is_own_picture(path):
-            problem = "exists, and was not drawn by predict"
-        if problem:
-            raise InputError(problem, where=path, fix="choose another --output")
+            raise InputError("would overwrite the image", where=path, fix=fix)
+        if path.exists() and not _is_own_picture(path):
+            raise InputError("exists, and was not drawn by predict", where=path, fix=fix)
         paths[image] = path
     return paths
 

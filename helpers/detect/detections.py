@@ -13,6 +13,7 @@ import torch
 from helpers.data.masks import mask_to_rle
 from helpers.errors import check_probability
 
+PROBABILITIES = ("presence_prob", "max_query_prob", "max_score")
 PIXELS_AT_ONCE = 2**24  # of masks that are upsampled together, 64 MB of logits; one mask at least
 
 

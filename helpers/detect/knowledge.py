@@ -5,11 +5,10 @@ import sys
 import numpy as np
 import pandas as pd
 import scipy  # loads scipy.stats, which takes seconds, when it is first used
-from pycocotools import mask as coco_mask
 
 from helpers.data.records import ObjectAnnotation, nouns_overlap, true_objects, true_rle
 from helpers.detect.detections import detect, output_table
-from helpers.detect.metrics import coco_ap
+from helpers.detect.metrics import coco_ap, mask_ious
 from helpers.detect.predictor import check_prompts, raw_outputs
 from helpers.detect.queries import SCORE_FLOOR, query_of
 from helpers.errors import InputError
@@ -74,8 +73,7 @@ def word_knowledge(model, processor, split, words=None, *, threshold=0.3):
         means = answered[["presence_prob", "max_query_prob"]].mean()
         locked = means["presence_prob"] < LOCKED_PRESENCE and means["max_query_prob"] < LOCKED_QUERY
         known = "known" if hits / count >= KNOWN_SHARE else "half known" if hits else "open"
-        rows[word] = {"images": count, **means, "detected": hits / count}
-        rows[word] |= {"low": interval.low, "high": interval.high}
+        rows[word] = {"images": count, **means, "detected": hits / count, **interval._asdict()}
         rows[word]["knowledge"] = "locked" if locked else known
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("word")
 
@@ -104,16 +102,15 @@ def clear_answers(model, processor, records, words):
 
 def _objects_of(detections, word, record):
     """Turn detections, best first, into objects, without duplicates and what is annotated."""
-    items = true_objects(record)
-    others = [item for item in items if not nouns_overlap(item.category, word)]
+    others = [item for item in true_objects(record) if not nouns_overlap(item.category, word)]
     annotated = [true_rle(record, item) for item in others]
     objects, rles = [], []
     for detection in detections:
         rle = detection["mask_rle"]
-        is_crowd = [True] * len(annotated)  # the IoU with a crowd is the share of the own area
-        on_annotation = coco_mask.iou([rle], annotated, is_crowd) if annotated else np.zeros(1)
-        overlap = coco_mask.iou([rle], rles, [False] * len(rles)) if rles else np.zeros(1)
-        if on_annotation.max() < ON_ANNOTATION and overlap.max() < DUPLICATE_IOU:
+        # the IoU with a crowd is the share of the own area
+        on_annotation = mask_ious([rle], annotated, is_crowd=True).max(initial=0)
+        overlap = mask_ious([rle], rles).max(initial=0)
+        if on_annotation < ON_ANNOTATION and overlap < DUPLICATE_IOU:
             objects.append(ObjectAnnotation(word, tuple(detection["box_xyxy"]), rle))
             rles.append(rle)
     return tuple(objects)

@@ -119,7 +119,7 @@ def cgf1(queries, score_threshold=0.5):
     if not exhaustive:
         raise InputError(NO_EXHAUSTIVE_QUERY, where="queries")
     rles = [query.rles(score_threshold) for query in exhaustive]
-    ious = [_matched(_mask_ious(r, q.gt)) for r, q in zip(rles, exhaustive, strict=True)]
+    ious = [_matched(mask_ious(r, q.gt)) for r, q in zip(rles, exhaustive, strict=True)]
     num_gt = np.array([len(query.gt) for query in exhaustive])
     num_pred = np.array([len(r) for r in rles])
     hits = np.stack([(iou[:, None] >= IOU_THRESHOLDS).sum(0) for iou in ious])
@@ -133,11 +133,10 @@ def cgf1(queries, score_threshold=0.5):
     return result
 
 
-def _mask_ious(rles, gt):
+def mask_ious(rles, gt, is_crowd=False):
     """Compute the IoU of every detection with every object, (detections, objects) float64."""
-    if not gt or not rles:
-        return np.zeros((len(rles), len(gt)))
-    return np.asarray(coco_mask.iou(rles, gt, [0] * len(gt)))
+    ious = coco_mask.iou(rles, gt, [is_crowd] * len(gt))  # [] where either is empty
+    return np.asarray(ious, dtype=np.float64).reshape(len(rles), len(gt))
 
 
 def _matched(ious):
@@ -157,10 +156,7 @@ def undefined_cgf1(queries):
 
 def _image_level(is_present, is_detected):
     """Compute how well the presence of a detection tells the presence of an object."""
-    tp = float((is_present & is_detected).sum())
-    fp = float((~is_present & is_detected).sum())
-    fn = float((is_present & ~is_detected).sum())
-    tn = float((~is_present & ~is_detected).sum())
+    tn, fp, fn, tp = map(float, np.bincount(2 * is_present + is_detected, minlength=4))
     root = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
     precision = tp / (tp + fp + _IMAGE_EPSILON)
     recall = tp / (tp + fn + _IMAGE_EPSILON)
@@ -206,15 +202,12 @@ def union_iou(queries, score_threshold):
     Masks are united per query and summed over queries: pixels of an absent prompt are wrong.
     """
     check_probability(score_threshold, "score_threshold")
-    true = detected = either = 0
+    areas = np.zeros(3, dtype=int)  # of what is true, what is detected, and both together
     for query in as_query_list(queries):
-        unions = [coco_mask.merge(rles) for rles in (query.gt, query.rles(score_threshold)) if rles]
-        if query.gt:
-            true += int(coco_mask.area(unions[0]))
-        if len(unions) > query.is_positive:
-            detected += int(coco_mask.area(unions[-1]))
-        if unions:
-            either += int(coco_mask.area(coco_mask.merge(unions)))
+        detected = query.rles(score_threshold)
+        groups = (query.gt, detected, [*query.gt, *detected])
+        areas += [int(coco_mask.area(coco_mask.merge(rles))) for rles in groups]
+    true, detected, either = areas.tolist()
     return (true + detected - either) / either if true else None
 
 
@@ -236,7 +229,7 @@ def threshold_sweep(queries, thresholds):
     """
     queries = as_query_list(queries)
     num_gt = sum(len(query.gt) for query in queries)
-    overlaps = [(query.scores, _mask_ious(query.rles(), query.gt)) for query in queries]
+    overlaps = [(query.scores, mask_ious(query.rles(), query.gt)) for query in queries]
     rows = []
     for threshold in thresholds:
         check_probability(threshold, "threshold")

@@ -11,13 +11,12 @@ from PIL import Image
 from helpers.data.dataset import PromptCollator
 from helpers.data.images import open_upright
 from helpers.data.records import plain_prompt
-from helpers.detect.detections import detect, raw_predictions
+from helpers.detect.detections import PROBABILITIES, detect, raw_predictions
 from helpers.errors import InputError, check_probability
 from helpers.model.prompted import outputs_by_rows
 
 GENERIC_PROMPT = "object"  # asked when no prompt is given: SAM3 has no promptless mode
 PROMPTLESS_THRESHOLD = 1e-4  # score threshold then, low enough to see anything at all
-PROBABILITIES = ("presence_prob", "max_query_prob", "max_score")
 _TAKEN_OVER = ("image", "prompt", "height", "width", *PROBABILITIES)
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from helpers.data.dataset import PromptCollator, PromptDataset
 from helpers.data.masks import clip_box
 from helpers.data.records import plain_prompt, present_prompts, true_objects, true_rle
-from helpers.detect.detections import detect, raw_predictions, reaches
+from helpers.detect.detections import PROBABILITIES, detect, raw_predictions, reaches
 from helpers.errors import InputError, check_probability
 from helpers.model.prompted import outputs_by_rows
 
@@ -47,10 +47,8 @@ class Query:
                 message, fix = "a mask is not a COCO compressed RLE", "use pycocotools.mask.encode"
                 raise InputError(message, where=where, fix=fix)
             if list(rle.get("size", ())) != size:
-                message = (
-                    f"a mask has size {rle.get('size')}, the picture has {size} (height, width)"
-                )
-                raise InputError(message, where=where)
+                text = f"a mask has size {rle.get('size')}, the picture has {size} (height, width)"
+                raise InputError(text, where=where)
         for detection in self.pred:
             check_probability(detection.get("score"), "score", where)
         if self.max_score is not None:
@@ -114,8 +112,7 @@ def as_query_list(queries):
             checked.append(query if isinstance(query, Query) else Query.from_dict(query))
         except InputError as error:
             place = "" if error.where is None else f" ({error.where})"
-            where = f"query {index}{place}"
-            raise InputError(error.message, where=where, fix=error.fix) from error
+            raise InputError(error.message, where=f"query {index}{place}", fix=error.fix) from error
     return checked
 
 
@@ -209,9 +206,7 @@ def query_of(answer, detections, record, objects):
     return Query(
         *(record.image_id, answer.prompt, *size, gt, pred),
         gt_boxes_xyxy=[clip_box(item.box_xyxy, record.width, record.height) for item in objects],
-        presence_prob=answer.presence_prob,
-        max_query_prob=answer.max_query_prob,
-        max_score=answer.max_score,
+        **{name: getattr(answer, name) for name in PROBABILITIES},
     )
 
 
@@ -230,8 +225,7 @@ def prompt_scores(queries, score_threshold):
         highest = (query.presence_prob, query.max_query_prob, query.max_score)
         rows.append((query.prompt, shown, *highest, reached))
     names = ["prompt", "shown", "presence", "max query", "max score", "reached"]
-    table = pd.DataFrame(rows, columns=names)
-    groups = table.groupby(["prompt", "shown"])
+    groups = pd.DataFrame(rows, columns=names).groupby(["prompt", "shown"])
     summary = groups.mean()
     summary.insert(0, "images", groups.size())
     return summary.sort_index(level=["shown", "prompt"], ascending=[False, True])

@@ -15,7 +15,8 @@ from scipy.sparse.csgraph import connected_components
 
 from helpers.data.images import open_upright
 from helpers.data.masks import mask_to_rle, rle_box_xyxy
-from helpers.detect.predictor import PROBABILITIES, Prediction, check_prompts
+from helpers.detect.detections import PROBABILITIES
+from helpers.detect.predictor import Prediction, check_prompts
 from helpers.errors import InputError
 
 # Share of the smaller piece, in the part that two tiles share, that the other must have too.

@@ -29,7 +29,6 @@ from helpers.model.lora import (
     read_adapter_weights,
 )
 from helpers.train import run as run_folder
-from helpers.train.trainer import CURVES_FILE
 
 # Written before the first step, and after the last one; metrics.json follows.
 EARLY_FILES = (run_folder.RUN_CONFIG, run_folder.PROMPTS_FILE, run_folder.VERSIONS_FILE)
@@ -64,7 +63,7 @@ BASE_GATES, CHECKPOINT_GATES = [], []
 @gate(FILE_GATES, "files of the run", "all there, complete, without NaN")
 def _run_files(examination):
     folder = examination.folder
-    late = (CURVES_FILE, *LATE_FILES, run_folder.METRICS_FILE)
+    late = (run_folder.CURVES_FILE, *LATE_FILES, run_folder.METRICS_FILE)
     was_saved = any((folder / name).is_file() for name in late[1:])
     names = (*EARLY_FILES, *(late if was_saved else ()))
     problems = {}

@@ -84,7 +84,9 @@ def annotate(image, boxes_xyxy, masks=None, labels=None, colour=PREDICTION_COLOU
     text_colour = sv.Color.WHITE if colour == TRUTH_COLOUR else sv.Color.BLACK
     colour = sv.Color.from_hex(colour)
     if masks is not None:
-        detections.mask = np.stack([_enlarge(mask, size) for mask in np.asarray(masks)])
+        greys = [Image.fromarray(255 * np.asarray(mask, dtype=np.uint8)) for mask in masks]
+        smooth = [grey.resize(size, Image.Resampling.BILINEAR) for grey in greys]
+        detections.mask = np.stack([np.asarray(grey) > 127 for grey in smooth])
         canvas = sv.MaskAnnotator(color=colour, opacity=0.45).annotate(canvas, detections)
         canvas = sv.PolygonAnnotator(color=colour, thickness=2).annotate(canvas, detections)
     canvas = sv.BoxAnnotator(color=colour, thickness=3).annotate(canvas, detections)
@@ -96,12 +98,6 @@ def annotate(image, boxes_xyxy, masks=None, labels=None, colour=PREDICTION_COLOU
         texts = [printable(labels[number]) for number in labelled]
         canvas = annotator.annotate(canvas, detections[labelled], labels=texts)
     return canvas
-
-
-def _enlarge(mask, size):
-    """Resize an (H, W) bool mask to (width, height) with smooth edges."""
-    grey = Image.fromarray(np.asarray(mask, dtype=np.uint8) * 255)
-    return np.asarray(grey.resize(size, Image.Resampling.BILINEAR)) > 127
 
 
 def annotate_detections(image, detections):

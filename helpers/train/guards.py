@@ -37,13 +37,11 @@ CHANCE = 1e-6
 # For a loop of which nothing is known: images that may pass without an object, and the steps that
 # count as its first epoch.
 PATIENCE, FIRST_STEPS = 50, 200
-_TERMS = {"box_terms": ("box", "giou", "l1"), "mask_terms": ("mask", "dice")}
+_TERMS = (("box", "giou", "l1"), ("mask", "dice"))  # parts of the names of box and mask terms
+_NUMBERS = ("batches", "images", "objects", "absent", "masks", "box_terms", "mask_terms")
+_NUMBERS += ("total", "share_at_clamp")
 # Guards that training on purpose without objects (``allow_empty``) would set off.
 OFF_IF_EMPTY = ("no_objects", "vanishing_loss", "at_clamp")
-_LOOK_AT_IMAGES = (
-    "look at these images with 'python -m helpers check', or lower training.learning_rate; "
-    "with fp16 try bf16"
-)
 
 
 class GuardStop(InputError):
@@ -104,22 +102,17 @@ class Guards(TrainerCallback):
     def observe(self, inputs, total, terms, share_at_clamp):
         """Note a batch, its weighted loss and unweighted terms, without waiting for the GPU."""
         targets = inputs["targets"]
-        counts = [len(target["boxes_cxcywh"]) for target in targets]
-        numbers = {
-            "images": int(inputs["image_index"][-1]) + 1,
-            "objects": sum(counts),
-            "absent": counts.count(0),
-            "masks": torch.stack([target["mask_valid"].sum() for target in targets]).sum(),
-            "total": total,
-            "share_at_clamp": share_at_clamp,
-            # Of the last layer; a batch that could not be matched has none.
-            "box_terms": terms.get("loss_bbox", 0) + terms.get("loss_giou", 0),
-            "mask_terms": terms.get("loss_mask", 0) + terms.get("loss_dice", 0),
-        }
+        objects = [len(target["boxes_cxcywh"]) for target in targets]
+        num_masks = torch.stack([target["mask_valid"].sum() for target in targets]).sum()
+        num_images = int(inputs["image_index"][-1]) + 1
+        counts = (num_images, sum(objects), objects.count(0), num_masks)
+        # Of the last layer; a batch that could not be matched has none.
+        box_terms = terms.get("loss_bbox", 0) + terms.get("loss_giou", 0)
+        mask_terms = terms.get("loss_mask", 0) + terms.get("loss_dice", 0)
         image_ids = sorted({query["image_id"] for query in inputs["queries"]})
         weighted = [(name.rpartition(".")[2], value) for name, value in terms.items()]
         weighted = [(n, self.weights[n] * v) for n, v in weighted if n in self.weights]
-        self._keep(image_ids, numbers, weighted, total.device)
+        self._keep(image_ids, counts, (box_terms, mask_terms), total, share_at_clamp, weighted)
 
     def note(
         self,
@@ -143,23 +136,15 @@ class Guards(TrainerCallback):
         }
         total = terms.pop("loss", None)
         total = sum(terms.values()) if total is None else total
-        parts = {}
-        for kind, words in _TERMS.items():
+        parts = []
+        for words in _TERMS:
             values = [v for n, v in terms.items() if any(word in n.lower() for word in words)]
-            parts[kind] = sum(values) if values else 1.0
+            parts.append(sum(values) if values else 1.0)
         if num_absent is not None:
             self._images_until["absent"] = PATIENCE
         self.weights = dict.fromkeys(terms, 1.0)
-        numbers = {
-            "images": num_images,
-            "objects": num_objects,
-            "absent": num_absent or 0,
-            "masks": num_masks,
-            "total": total,
-            "share_at_clamp": share_at_clamp,
-            **parts,
-        }
-        self._keep(list(image_ids), numbers, terms.items(), torch.as_tensor(total).device)
+        counts = (num_images, num_objects, num_absent or 0, num_masks)
+        self._keep(list(image_ids), counts, parts, total, share_at_clamp, terms.items())
 
     def step(self, *, model, **batch):
         """Note one batch, see `note`, and judge it, after its backward pass."""
@@ -167,12 +152,14 @@ class Guards(TrainerCallback):
         self._judge(model, self._number, learns=True, patience=0)
         self._number += 1
 
-    def _keep(self, image_ids, numbers, weighted, device):
-        """Keep the numbers of a batch and its weighted terms until the step is judged."""
-        numbers = {"batches": 1, **numbers} | dict.fromkeys(self.weights, 0.0)
+    def _keep(self, image_ids, counts, parts, total, share_at_clamp, weighted):
+        """Keep the `_NUMBERS` of a batch and its weighted terms until the step is judged."""
+        values = (1, *counts, *parts, total, share_at_clamp)
+        numbers = dict(zip(_NUMBERS, values, strict=True)) | dict.fromkeys(self.weights, 0.0)
         # A batch without objects has a single term: that is no dominance.
         for name, value in weighted if numbers["objects"] else ():
             numbers[name] = numbers[name] + value.detach()
+        device = torch.as_tensor(total).device
         values = [torch.as_tensor(value, device=device) for value in numbers.values()]
         self._batches.append((image_ids, torch.stack([v.detach().float() for v in values])))
         self._names = list(numbers)
@@ -197,12 +184,12 @@ class Guards(TrainerCallback):
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients) or [rows.new_zeros(())]).float()
         overflow = (~norms.isfinite().all()).to(rows)
-        bad_loss = (~rows[:, self._names.index("total")].isfinite()).to(rows)
+        bad_loss = (~rows[:, _NUMBERS.index("total")].isfinite()).to(rows)
         sums = torch.cat([rows.sum(0), overflow[None], bad_loss.sum()[None]])
         sums = reduce(sums, "sum").tolist()
         step = dict(zip([*self._names, "overflow", "bad_losses"], sums, strict=True))
         step["number"] = number
-        self._is_first_epoch = step["number"] < self._first_steps
+        self._is_first_epoch = number < self._first_steps
         for name in self._seen:
             self._seen[name] += step[name]
         if self._first_share is None:
@@ -220,7 +207,8 @@ class Guards(TrainerCallback):
                     chosen = [ids for ids, is_bad in batches if is_bad or not step["bad_losses"]]
                     names = {name for ids in gather_object(chosen) for name in ids}
                     where = ", ".join(sorted(names)) or where
-                    fix = _LOOK_AT_IMAGES
+                    fix = "look at these images with 'python -m helpers check', or lower "
+                    fix += "training.learning_rate; with fp16 try bf16"
                 raise GuardStop(cause, text, where=where, fix=fix)
 
     def _mean(self, name):

@@ -18,11 +18,12 @@ from helpers.errors import InputError, explain
 from helpers.files import read_json, resolve
 from helpers.model.lora import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from helpers.model.sam3 import base_dtype, load_base
-from helpers.train.trainer import CHECKPOINTS, CURVES_FILE
 
 RUN_CONFIG = "config.yaml"
 PROMPTS_FILE = "prompts.json"
 METRICS_FILE = "metrics.json"  # written last: a folder that has it holds a finished run
+CHECKPOINTS = "checkpoints"
+CURVES_FILE = "curves.csv"
 AUDIT_FILE = "adapter_report.csv"
 VERSIONS_FILE = "environment.json"
 CARD_FILE = "README.md"
@@ -131,11 +132,9 @@ def load_run(folder, base=None, dtype=None):
     weights, by default the one it was trained with. InputError as from `read_run`.
     """
     files = read_run(folder)
-    settings = files.config.model
-    revision = None if base else settings.revision
+    settings = files.config.model.model_dump() | ({"name": base, "revision": None} if base else {})
     dtype = dtype or base_dtype(files.config.training.mixed_precision)
-    own = {"resolution": settings.resolution, "native_prompt": settings.native_prompt}
-    model, processor = load_base(base or settings.name, revision, dtype, **own)
+    model, processor = load_base(settings.pop("name"), dtype=dtype, **settings)
     model = load_adapter(model, files.folder, lora=files.config.lora)
     return RunResult(**vars(files), model=model, processor=processor)
 
@@ -231,20 +230,18 @@ def state_of(folder, config, *, resume, overwrite):
     """Say before anything is written if a run is new, interrupted or finished, or refuse it."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     holds_run = not names.isdisjoint({*RUN_FILES, CHECKPOINTS})
-    problem = None
+    another = "choose another output"
     if resume and overwrite:
-        problem = "resume and overwrite exclude each other", "choose one"
-    elif folder.exists() and not folder.is_dir():
-        problem = "is a file, not a folder", "choose another output"
-    elif resume and not (folder / RUN_CONFIG).is_file():
-        problem = "holds no run to resume", "start it without --resume"
-    elif holds_run and not resume and not overwrite:
-        fix = "choose another output, continue it with --resume, or replace it with --overwrite"
-        problem = "already holds a run", fix
-    elif not holds_run and any(not name.startswith(".") for name in names):
-        problem = "is not empty and holds no run", "choose another output"
-    if problem:
-        raise InputError(problem[0], where=folder, fix=problem[1])
+        raise InputError("resume and overwrite exclude each other", where=folder, fix="choose one")
+    if folder.exists() and not folder.is_dir():
+        raise InputError("is a file, not a folder", where=folder, fix=another)
+    if resume and not (folder / RUN_CONFIG).is_file():
+        raise InputError("holds no run to resume", where=folder, fix="start it without --resume")
+    if holds_run and not resume and not overwrite:
+        fix = f"{another}, continue it with --resume, or replace it with --overwrite"
+        raise InputError("already holds a run", where=folder, fix=fix)
+    if not holds_run and any(not name.startswith(".") for name in names):
+        raise InputError("is not empty and holds no run", where=folder, fix=another)
     if not resume:
         return "new"
     _refuse_other_config(folder, config)

@@ -288,12 +288,10 @@ def _merge_into(staging, run, dtype):
     written = compare(expected, answers(*load_base(staging)), *thresholds, tolerance.margin)
     return {
         "base": settings.name,
-        "revision": settings.revision,
-        "resolution": settings.resolution,
+        **settings.model_dump(include={"revision", "resolution"}),
         "dtype": dtype,
         "prompts": run.prompts,
-        "score_threshold": evaluation.score_threshold,
-        "mask_threshold": evaluation.mask_threshold,
+        **evaluation.model_dump(include={"score_threshold", "mask_threshold"}),
         "config": run.config.fingerprint(),
         "data_fingerprint": run.metrics.get("data_fingerprint"),
         "images": source,
@@ -307,18 +305,16 @@ def _merge_into(staging, run, dtype):
 def compare(expected, actual, score_threshold, mask_threshold, margin=0.0):
     """Compare two sequences of `RawPrediction` for the same questions, images times prompts."""
     logits, scores, ious, num_changed, num_detections = [0.0], [0.0], [1.0], 0, 0
-    for pair in zip(expected, actual, strict=True):
+    for first, second in zip(expected, actual, strict=True):
         for name in ("query_logits", "presence_logit", "mask_logits"):
-            first, second = (getattr(raw, name) for raw in pair)
-            logits.append(np.abs(first - second).max())
-        first, second = (raw.scores for raw in pair)
-        scores.append(np.abs(first - second).max())
-        far = np.abs(first - score_threshold) > margin
-        first, second = (reaches(raw.scores, score_threshold) for raw in pair)
-        num_changed += int(((first != second) & far).sum())
-        num_detections += int(first.sum())
-        for query in np.flatnonzero(first & second):
-            sizes = [(raw.mask_logits[[query]], raw.height, raw.width) for raw in pair]
+            logits.append(np.abs(getattr(first, name) - getattr(second, name)).max())
+        scores.append(np.abs(first.scores - second.scores).max())
+        far = np.abs(first.scores - score_threshold) > margin
+        kept, kept_too = (reaches(raw.scores, score_threshold) for raw in (first, second))
+        num_changed += int(((kept != kept_too) & far).sum())
+        num_detections += int(kept.sum())
+        for query in np.flatnonzero(kept & kept_too):
+            sizes = [(r.mask_logits[[query]], r.height, r.width) for r in (first, second)]
             mask, other = (masks_at_image_size(*size, mask_threshold) for size in sizes)
             union = (mask | other).sum()
             ious.append((mask & other).sum() / union if union else 1.0)

@@ -4,6 +4,7 @@ import math
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
@@ -11,42 +12,207 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 from safetensors import SafetensorError
-from transformers import ProgressCallback, TrainerCallback, set_seed
+from torch.utils.data import DataLoader
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
 
 from helpers.checks.dataset import check_dataset
 from helpers.config import load_config
 from helpers.data import PromptCollator, PromptDataset, count_objects, load_dataset
 from helpers.data.dataset import data_fingerprint
 from helpers.data.records import nouns_overlap, rename_categories
-from helpers.detect.knowledge import clear_answers, retention
+from helpers.detect import clear_answers, evaluate_queries, retention
+from helpers.detect.queries import queries_from_outputs
 from helpers.environment import SUBJECT_PACKAGES, device
-from helpers.errors import InputError
+from helpers.errors import InputError, explain
 from helpers.files import resolve, write_json, write_text
-from helpers.model import sam3
-from helpers.model.audit import adapter_report
+from helpers.model import adapter_report, lora, prompted, sam3
 from helpers.model.cache import BackboneCache, text_states
-from helpers.model.lora import (
-    add_lora,
-    enabled_components,
-    load_adapter_weights,
-    read_adapter_weights,
-    save_adapter,
-)
-from helpers.model.prompted import checkpoint_activations
+from helpers.model.losses import loss_divisors, sam3_losses, target_counts
 from helpers.train import run as run_folder
 from helpers.train.guards import Guards
 from helpers.train.share import model_card
-from helpers.train.trainer import CHECKPOINTS, Sam3Trainer, training_arguments
 
+SELECTION = "selection"  # the trainer's name of the metric that chooses the checkpoint
+# Settings that the library calls as the config does, and takes as they are.
+_SAME_NAMES = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"}
+_SAME_NAMES |= {"gradient_accumulation_steps", "seed", "logging_steps"}
+_AT_CLAMP = 0.999
 _WRITE_FAILED = ("inline_container", "PytorchStreamWriter", "file write failed")
 
 
 class OutOfMemory(InputError):
     """The memory of the GPU or the machine does not hold a training step."""
+
+
+def training_arguments(config, folder, **changes):
+    """Translate a config, with its multipliers and `changes`, for a run in a folder."""
+    training = config.training
+    message = f"'{training.mixed_precision}' cannot be used here"
+    fix = "set training.mixed_precision=no"
+    with explain(ValueError, message, where="training.mixed_precision", fix=fix):
+        if training.mixed_precision == "fp16" and not torch.cuda.is_available():
+            raise ValueError("it needs a GPU")
+        settings = training.model_dump(include=_SAME_NAMES) | {
+            "output_dir": str(folder / run_folder.CHECKPOINTS),
+            "per_device_train_batch_size": training.batch_size,
+            "num_train_epochs": config.effective_num_epochs,
+            "learning_rate": config.effective_learning_rate,
+            "warmup_steps": config.effective_warmup_steps,
+            "lr_scheduler_type": training.lr_scheduler,
+            "use_cpu": not torch.accelerator.is_available(),
+            "bf16": training.mixed_precision == "bf16",
+            "fp16": training.mixed_precision == "fp16",
+            "dataloader_num_workers": training.num_workers,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "data_seed": training.seed,
+            "logging_first_step": True,
+            "logging_nan_inf_filter": False,
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "save_total_limit": training.save_total_limit + 1,
+            "metric_for_best_model": SELECTION,
+            "remove_unused_columns": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        arguments = TrainingArguments(**settings | changes)
+    # Several would mean torch's DataParallel, which cannot split targets.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+class Sam3Trainer(Trainer):
+    """A `transformers.Trainer` for prompted images, with all terms of the loss in its log."""
+
+    def __init__(self, config, *, guards=None, **options):
+        super().__init__(**options)
+        self.remove_callback(PrinterCallback)
+        self.config, self.guards = config, guards
+        if guards is not None:
+            self.add_callback(guards)
+        self._sums, self._num_batches = defaultdict(float), 0
+        self._divisors = None
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Collect the batches of an optimiser step, and count what all of them hold together."""
+        # Means over each batch would weigh an object or a prompt by how many others are in it.
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        targets = [target for batch in samples for target in batch["targets"]]
+        counts = torch.tensor(target_counts(targets), device=self.args.device)
+        counts = self.accelerator.reduce(counts, "sum")
+        num_parts = len(samples) * self.accelerator.num_processes
+        self._divisors = loss_divisors(counts.tolist(), max(num_parts, 1))
+        return samples, num_items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Compute the weighted loss of one batch and remember its terms for the log."""
+        outputs = model(**prompted.model_inputs(inputs, self.args.device))
+        if self.guards is None or self.guards.are_finite(outputs, inputs["targets"]):
+            terms = self._terms(outputs, inputs["targets"], self._divisors)
+        else:  # cannot be matched; the guard stops all processes before the step
+            terms = {"total": outputs["pred_logits"].sum() * math.nan}
+        total = terms.pop("total")
+        statistics = output_statistics(outputs)
+        if self.guards is not None:
+            self.guards.observe(inputs, total, terms, statistics["train_share_at_clamp"])
+        for name, value in (terms | statistics).items():
+            self._sums[name] += value.detach()
+        self._num_batches += 1
+        return (total, outputs) if return_outputs else total
+
+    def _terms(self, outputs, targets, divisors):
+        variant = self.config.loss.variant
+        return sam3_losses(prompted.loss_inputs(outputs), targets, variant, divisors=divisors)
+
+    def log(self, logs, start_time=None):
+        """Add to a training loss the means of its terms since the last log, over all devices."""
+        if "loss" in logs and self._num_batches:
+            sums = torch.stack([torch.as_tensor(value) for value in self._sums.values()])
+            means = self.accelerator.reduce(sums / self._num_batches, "mean").tolist()
+            logs |= dict(zip(self._sums, means, strict=True))
+            self._sums, self._num_batches = defaultdict(float), 0
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Judge the state on the validation split, all of it in every process; return the log."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        loader = DataLoader(
+            dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            collate_fn=self.data_collator,
+            generator=torch.Generator(),  # leaves the global generator, and so a resumed run, alone
+        )
+        settings = self.config.evaluation
+        model = self.model.eval()
+        queries, loss_sum = [], 0.0
+        for batch in loader:
+            targets, asked = batch["targets"], batch["queries"]
+            divisors = loss_divisors(target_counts(targets))
+            device, autocast = self.args.device, self.accelerator.autocast
+            for rows, outputs in prompted.outputs_by_rows(model, batch, device, autocast):
+                loss = self._terms(outputs, targets[rows], divisors)["total"]
+                loss_sum += loss.item() * (int(batch["image_index"][-1]) + 1)
+                about = asked[rows], dataset, settings.mask_threshold
+                queries += queries_from_outputs(outputs, *about)
+        metrics = evaluate_queries(queries, settings.score_threshold)
+        numbers = ({"loss": loss_sum / len(dataset)} | metrics).items()
+        numbers = [(name, value) for name, value in numbers if isinstance(value, int | float)]
+        logs = {f"{metric_key_prefix}_{name}": float(value) for name, value in numbers}
+        self.log(logs)
+        self.write_curves()
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        # 0 is what a detector that finds nothing gets, while the loss would prefer it where no
+        # objects were read. Without a value nothing is chosen, and the last state is kept.
+        chosen_by = metrics[settings.metric_for_best]
+        return logs | {f"{metric_key_prefix}_{SELECTION}": chosen_by or math.nan}
+
+    def write_curves(self):
+        """Replace ``curves.csv`` by the log so far; its columns have one order, resumed or not."""
+        if self.state.is_world_process_zero and self.state.log_history:
+            table = pd.DataFrame(self.state.log_history)
+            first = [name for name in ("step", "epoch", "loss", "eval_loss") if name in table]
+            names = [*first, *sorted(set(table) - set(first))]
+            path = Path(self.args.output_dir).parent / run_folder.CURVES_FILE
+            write_text(path, table[names].to_csv(index=False))
+
+    def floating_point_ops(self, inputs):
+        """Return 0: the library counts all parameters anew for every batch, and nobody reads it."""
+        return 0
+
+    def _save(self, output_dir=None, state_dict=None):
+        if self.args.should_save:
+            folder, base = output_dir or self.args.output_dir, self.config.model
+            lora.save_adapter(self.model, folder, base.name, base.revision)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        weights = lora.read_adapter_weights(resume_from_checkpoint)
+        lora.load_adapter_weights(model or self.model, weights, resume_from_checkpoint)
+
+
+@torch.no_grad()
+def output_statistics(outputs):
+    """Return scalar tensors over all queries of a batch that describe a step beside its loss."""
+    logits, presence = outputs["pred_logits"].float(), outputs["presence_logits"].float()
+    clamped_logits = logits.abs() >= _AT_CLAMP * prompted.SCORE_LOGIT_CLAMP
+    clamped_presence = presence.abs() >= _AT_CLAMP * prompted.PRESENCE_LOGIT_CLAMP
+    clamped = torch.cat([clamped_logits.flatten(), clamped_presence.flatten()])
+    return {
+        "train_query_logit_mean": logits.mean(),
+        "train_query_logit_max": logits.max(),
+        # what a loss without objects pushes down
+        "train_softplus_mean": torch.nn.functional.softplus(logits).mean(),
+        "train_presence_prob": presence.sigmoid().mean(),
+        # where the gradient is zero: with most logits there a state cannot be trained on
+        "train_share_at_clamp": clamped.float().mean(),
+    }
 
 
 class _FirstStep(TrainerCallback):
@@ -139,15 +305,15 @@ def training_data(config, model, processor, *, train_split=None, val_split=None,
 
 def _filled_cache(config, model, processor, splits, pictures):
     """Return a cache with the features of all images; None if the run wants or can have none."""
-    folder, lora = config.training.feature_cache, config.lora
+    folder = config.training.feature_cache
     if folder is None:
         return None
-    if lora.apply_to_vision_encoder and lora.apply_to_text_encoder:
+    if config.lora.apply_to_vision_encoder and config.lora.apply_to_text_encoder:
         message = "both encoders are trained, so neither has features that stay the same"
         fix = "set it to null, or freeze an encoder: lora.apply_to_vision_encoder=false"
         raise InputError(message, where="training.feature_cache", fix=fix)
     model.to(PartialState().device)
-    if lora.apply_to_vision_encoder:
+    if config.lora.apply_to_vision_encoder:
         return None
     cache = BackboneCache(folder, model, processor, pictures)
     records = [record for split in splits for record in split.records]
@@ -246,22 +412,21 @@ def train(
 def _prepare(config, train_split, val_split, allow_empty):
     """Load base and data, make sure that objects arrive, and put LoRA on: config, model, data."""
     set_seed(config.training.seed)
-    base, dtype = config.model, sam3.base_dtype(config.training.mixed_precision)
-    own = {"resolution": base.resolution, "native_prompt": base.native_prompt}
-    model, processor = sam3.load_base(base.name, base.revision, dtype, **own)
+    base, dtype = config.model.model_dump(), sam3.base_dtype(config.training.mixed_precision)
+    model, processor = sam3.load_base(base.pop("name"), dtype=dtype, **base)
     splits = {"train_split": train_split, "val_split": val_split}
     data = training_data(config, model, processor, **splits, allow_empty=allow_empty)
     counts = data.counts["train"]
     has_no_mask = counts["num_objects"].any() and not counts["num_masks"].any()
     if config.lora.apply_to_mask_decoder and has_no_mask:  # it would have no gradient
         text = "no object of the training split has a mask, which the mask decoder would need"
-        if enabled_components(config.lora) == ["mask_decoder"]:
+        if lora.enabled_components(config.lora) == ["mask_decoder"]:
             raise InputError(text, where="lora", fix="adapt another component, or add masks")
         print(f"note: {text}; it is left out", file=sys.stderr)
         config = config.replace({"lora.apply_to_mask_decoder": False})
-    peft_model = add_lora(model, config.lora)
+    peft_model = lora.add_lora(model, config.lora)
     if config.training.gradient_checkpointing:
-        checkpoint_activations(model)
+        prompted.checkpoint_activations(model)
     return config, peft_model, data
 
 
@@ -281,7 +446,7 @@ def _trainer(config, model, data, arguments, callbacks, allow_empty):
 def _write_start(folder, config, data):
     """Write what is known before training, in place of an earlier run."""
     folder.mkdir(parents=True, exist_ok=True)
-    run_folder.remove(folder, (*run_folder.RUN_FILES, CHECKPOINTS))
+    run_folder.remove(folder, (*run_folder.RUN_FILES, run_folder.CHECKPOINTS))
     versions = {
         "packages": {name: version(name) for name in SUBJECT_PACKAGES},
         "machine": device(),
@@ -296,8 +461,8 @@ def _write_start(folder, config, data):
 def _refuse_other_data(folder, config, data):
     """Raise InputError if an interrupted run was trained on other images or other components."""
     before = run_folder.read_run_file(folder / run_folder.VERSIONS_FILE).get("data_fingerprint")
-    lora = load_config(folder / run_folder.RUN_CONFIG).lora
-    if before not in (None, data.fingerprint) or lora != config.lora:
+    adapted = load_config(folder / run_folder.RUN_CONFIG).lora
+    if before not in (None, data.fingerprint) or adapted != config.lora:
         message = "the run to resume had other training data, or adapted other components"
         fix = "resume with the dataset it was started with, or start a new run"
         raise InputError(message, where=folder, fix=fix)
@@ -329,12 +494,12 @@ def _readable_errors(trainer):
 def _finish(trainer, folder, data, first_report):
     """Load the chosen checkpoint, gather the numbers of the run, and write all that is left."""
     state, config, model = trainer.state, trainer.config, trainer.model
-    best = folder / CHECKPOINTS / f"checkpoint-{state.best_global_step}"
+    best = folder / run_folder.CHECKPOINTS / f"checkpoint-{state.best_global_step}"
     best_step = state.best_global_step if state.best_global_step and best.is_dir() else None
     report = adapter_report(model)  # of the last state: did every module move?
     report["grad_norm"] = report["grad_norm"] if first_report is None else first_report["grad_norm"]
     if best_step is not None:
-        load_adapter_weights(model, read_adapter_weights(best), best)
+        lora.load_adapter_weights(model, lora.read_adapter_weights(best), best)
     metrics = run_folder.run_metrics(state, config, best_step) | {
         "objects": {name: int(counts["num_objects"].sum()) for name, counts in data.counts.items()},
         "data_fingerprint": data.fingerprint,
@@ -350,7 +515,7 @@ def _finish(trainer, folder, data, first_report):
     if PartialState().is_main_process:
         base = config.model
         own_resolution = sam3.base_config(base.name, base.revision).image_size
-        save_adapter(model, folder, base.name, base.revision)
+        lora.save_adapter(model, folder, base.name, base.revision)
         write_text(folder / run_folder.AUDIT_FILE, report.to_csv())
         write_text(folder / run_folder.CARD_FILE, model_card(result, own_resolution))
         write_json(folder / run_folder.METRICS_FILE, metrics)  # last: it marks the run as finished

@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny_random import tiny_model, tiny_processor, write_dataset
 
-from helpers.course.examples import losses_beside_silence, silenced
 from helpers.data.coco import read_split
 from helpers.data.dataset import PromptCollator, PromptDataset
 from helpers.model.losses import WEIGHTS
+from notebooks.examples import losses_beside_silence, silenced
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from tiny_random import write_dataset
 
 from data.wall_cracks.make_export import EXAMPLE_NOUNS, TWICE, source_of, write_export
 from helpers.convert.conversion import read_source
-from helpers.course.examples import import_dataset, lay_out, open_photograph, queries_by_category
 from helpers.data.coco import read_split
 from helpers.data.images import near_pairs, open_upright, picture_hash
 from helpers.data.masks import segmentation_to_rle
 from helpers.detect.predictor import Prediction
 from helpers.errors import InputError
 from helpers.files import WALL_CRACKS
+from notebooks.examples import import_dataset, lay_out, open_photograph, queries_by_category
 
 SHARES = (0.5, 0.25, 0.25)
 

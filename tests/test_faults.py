@@ -9,6 +9,7 @@ import pytest
 from builders import DATASET, write_coco, write_per_image
 from started_runs import copy_walls
 
+from data.experiments.make_confusion import left_in
 from helpers.causes import CAUSES, LEFT_OUT
 from helpers.checks.dataset import check_dataset
 from helpers.checks.findings import CODES
@@ -19,7 +20,7 @@ from helpers.diagnose.diagnosis import FAILED, GATES, pass_gate
 from helpers.errors import InputError
 from helpers.files import CONFIGS, WALL_CRACKS
 from helpers.lab.careless import AFTER_TRAINING, IN_CODE, MISTAKES, Careless
-from helpers.lab.faults import FAULTS, LESSON_FAULTS, SPOIL_SAVED, alive, left_in, planted
+from helpers.lab.faults import FAULTS, LESSON_FAULTS, SPOIL_SAVED, alive, planted
 from helpers.lab.spoil import NUM_IMAGES, SHRINK, SPOIL_DATA, write_broken_copy, write_copy
 
 ALL_FAULTS = FAULTS | LESSON_FAULTS

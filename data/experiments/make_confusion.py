@@ -20,9 +20,10 @@ from data.experiments.jobs import run_jobs
 from data.experiments.make import run_command
 from data.experiments.statistics import NOTHING, score
 from helpers.config import load_config
-from helpers.diagnose.diagnosis import diagnose
+from helpers.diagnose import diagnose, open_patient
 from helpers.files import CONFIGS, RUNS, WALL_CRACKS, read_json, resolve, write_json, write_text
-from helpers.lab.faults import FAULTS, HEALTHY, RUN_FOLDER, alive, left_in, planted
+from helpers.lab.careless import CONFIG_FILE, LOG_FILE, WEIGHTS_FILE
+from helpers.lab.faults import FAULTS, HEALTHY, RUN_FOLDER, alive, planted
 from helpers.train.training import train
 
 LABORATORY_RUNS = RUNS / "laboratory"
@@ -30,6 +31,17 @@ CONFUSION_TABLE = TABLES / "confusion.csv"
 HEALTHY_RUNS = {f"healthy {seed}": seed for seed in (1, 2, 3, 4, 5)}
 OWN_RUNS = {f"own run {seed}": seed for seed in (1, 2, 3)}
 OWN_EPOCHS = "scale.num_epochs=0.2"  # ten of 50: after five, one of three seeds detects too little
+
+
+def left_in(folder, script):
+    """Return what the script left in a folder as a patient; the dataset if it left nothing."""
+    if not (folder / WEIGHTS_FILE).is_file():
+        return open_patient(script.data_dir)
+    given = {"config": folder / CONFIG_FILE, "log": folder / LOG_FILE}
+    words = tuple(dict.fromkeys(script.words.values()))
+    return open_patient(folder, data_dir=script.data_dir, words=words, **given)
+
+
 VIEWS = {"files": left_in, "alive": lambda folder, script: alive(script)}
 
 

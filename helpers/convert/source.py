@@ -157,8 +157,7 @@ def settle_polygons(source, meaning="auto"):
     for image, item in items:
         mask = np.zeros((image.height, image.width), dtype=np.uint8)
         for part in item["segmentation"]:  # one by one: together, overlaps would cancel each other
-            corners = np.round(part).astype(np.int32).reshape(-1, 1, 2)
-            cv2.fillPoly(mask, [corners], 1)
+            cv2.fillPoly(mask, [np.round(part).astype(np.int32).reshape(-1, 1, 2)], 1)
         item["segmentation"] = mask_to_rle(mask)
     note = "corners of polygons are whole pixels, which belong to the object; see --polygons"
     return replace(source, notes=[*source.notes, note])

@@ -22,12 +22,11 @@ def segmentation_to_rle(segmentation, height, width):
         raise ValueError(f"it is a {type(segmentation).__name__}, not polygons or run lengths")
     if all(isinstance(number, int | float) for number in segmentation):
         raise ValueError("it is a flat list of numbers; a polygon is a list inside the list")
-    limit = 100 * max(height, width)
     for part in segmentation:
         if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
             raise ValueError("a polygon needs an even count of at least 6 numbers")
         are_numbers = set(map(type, part)) <= {int, float} and all(map(math.isfinite, part))
-        if not are_numbers or max(map(abs, part)) > limit:
+        if not are_numbers or max(map(abs, part)) > 100 * max(height, width):
             raise ValueError("a polygon holds something that is no coordinate of this image")
     return _as_text(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)))
 

@@ -202,9 +202,8 @@ def query_of(answer, detections, record, objects):
     pred = [
         {"rle": d["mask_rle"], "score": d["score"], "box_xyxy": d["box_xyxy"]} for d in detections
     ]
-    size = (record.height, record.width)
     return Query(
-        *(record.image_id, answer.prompt, *size, gt, pred),
+        *(record.image_id, answer.prompt, *(record.height, record.width), gt, pred),
         gt_boxes_xyxy=[clip_box(item.box_xyxy, record.width, record.height) for item in objects],
         **{name: getattr(answer, name) for name in PROBABILITIES},
     )

@@ -57,8 +57,7 @@ def _present(examination):
 
 def _of_present(examination, *, adapted=True):
     present = _present(examination)
-    words = dict.fromkeys(word for _, word, _ in present)
-    answers = examination.raws(words, adapted=adapted)
+    answers = examination.raws(dict.fromkeys(word for _, word, _ in present), adapted=adapted)
     return [answers[record.image_id, word] for record, word, _ in present]
 
 
@@ -91,8 +90,7 @@ def presence_at_clamp(examination):
     present, absent = [], []
     for adapted in (True, False):
         present.append(_share_at_clamp(_of_present(examination, adapted=adapted)))
-        answers = examination.raws(words, adapted=adapted)
-        absent.append(_share_at_clamp(answers.values()))
+        absent.append(_share_at_clamp(examination.raws(words, adapted=adapted).values()))
     (share, base_share), (others, base_others) = present, absent
     text = (
         f"presence stands at {-PRESENCE_LOGIT_CLAMP:g} for {share:.0%} of the words in the picture "

@@ -243,9 +243,8 @@ def objects_of_prompts(examination):
     """Count prompts that are given objects of other categories, too."""
     texts, total = [], 0
     for record, query, target in examination.train_queries:
-        own = (
-            [item for item in record.objects if item.category == query["prompt"]] if record else []
-        )
+        items = record.objects if record else ()
+        own = [item for item in items if item.category == query["prompt"]]
         total += bool(own)
         if own and len(own) < len(target["boxes_cxcywh"]):
             texts.append(f"'{query['prompt']}' on {record.image_id}")

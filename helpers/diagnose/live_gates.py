@@ -341,9 +341,8 @@ def overfit_one_batch(patient, *, steps=100, learning_rate=1e-3, progress=False)
     batch, model = objects_batch(patient), patient.model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
-        raise InputError(
-            "no parameter is set to be trained", where="model", fix="set requires_grad"
-        )
+        message = "no parameter is set to be trained"
+        raise InputError(message, where="model", fix="set requires_grad")
     before = [parameter.detach().clone() for parameter in trained]
     optimizer, losses = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0), []
     with patient.at_rest(), progress_bar(steps, "overfit", "step", disable=not progress) as bar:
@@ -374,12 +373,10 @@ def overfit_one_batch(patient, *, steps=100, learning_rate=1e-3, progress=False)
 
 def patient_of_config(config):
     """Return the `LivePatient` that a training with a config starts with."""
-    base = config.model
+    base, split = config.model.model_dump(), load_dataset(config).split(config.data.train_split)
     set_seed(config.training.seed)
-    model, processor = load_base(base.name, base.revision, resolution=base.resolution)
-    data = PromptDataset.from_config(
-        config, load_dataset(config).split(config.data.train_split), model, processor
-    )
+    model, processor = load_base(base.pop("name"), **base)
+    data = PromptDataset.from_config(config, split, model, processor)
     size, collate = config.training.batch_size, PromptCollator(processor)
     loader = DataLoader(data, batch_size=size, collate_fn=collate)
 

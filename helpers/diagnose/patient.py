@@ -235,9 +235,8 @@ class Patient:
     @part
     def own_names(self):
         """The words that the training asks for objects."""
-        return sorted(
-            {query["prompt"] for _, query, _ in self.train_queries if query["is_positive"]}
-        )
+        queries = [query for _, query, _ in self.train_queries]
+        return sorted({query["prompt"] for query in queries if query["is_positive"]})
 
     @part
     def sample(self):
@@ -356,21 +355,13 @@ class Examination(Patient):
     def __init__(self, folder, data_dir=None, image=None, prompt=None):
         self.folder = resolve(folder)
         if not (self.folder / run_folder.RUN_CONFIG).is_file():
-            raise InputError(
-                f"holds no {run_folder.RUN_CONFIG}",
-                where=self.folder,
-                fix="name the folder of a run, or train one with 'python -m helpers train'",
-            )
+            fix = "name the folder of a run, or train one with 'python -m helpers train'"
+            raise InputError(f"holds no {run_folder.RUN_CONFIG}", where=self.folder, fix=fix)
         self.place, self.config = self.folder, run_folder.read_config(self.folder)
-        model = self.config.model
-        self.base_options = {
-            "revision": model.revision,
-            "dtype": base_dtype(self.config.training.mixed_precision),
-            "resolution": model.resolution,
-            "native_prompt": model.native_prompt,
-        }
-        data_dir = resolve(data_dir or self.config.data.data_dir)
-        super().__init__(data_dir=data_dir, base=model.name, image=image, prompt=prompt)
+        self.base_options = self.config.model.model_dump(exclude={"name"})
+        self.base_options["dtype"] = base_dtype(self.config.training.mixed_precision)
+        data_dir, base = resolve(data_dir or self.config.data.data_dir), self.config.model.name
+        super().__init__(data_dir=data_dir, base=base, image=image, prompt=prompt)
 
     @part
     def is_finished(self):
@@ -420,16 +411,11 @@ class Examination(Patient):
         return list(self.train_dataset.own_names)
 
     @part
-    def collator(self):
-        """`helpers.data.PromptCollator` of the base's processor."""
-        return PromptCollator(self.base[1])
-
-    @part
     def train_queries(self):
         """What reaches the loss, of images evenly spaced: list of (ImageRecord, query, target)."""
-        dataset, queries = self.train_dataset, []
+        dataset, collate, queries = self.train_dataset, PromptCollator(self.base[1]), []
         for index in range(0, len(dataset), max(1, len(dataset) // TRAIN_SAMPLE)):
-            batch = self.collator([dataset[index]])
+            batch = collate([dataset[index]])
             pairs = zip(batch["queries"], batch["targets"], strict=True)
             queries += [(dataset.records[index], query, target) for query, target in pairs]
         return queries
@@ -598,9 +584,8 @@ class LivePatient(Patient):
             raise _bad_batch(f"a batch lacks {', '.join(lacking)}; it has {', '.join(keys)}")
         inputs, targets = {name: batch[name] for name in _INPUTS}, batch[named]
         num_rows, num_images = len(inputs["input_ids"]), len(inputs["pixel_values"])
-        index = (
-            [int(one) for one in batch["image_index"]] if "image_index" in keys else range(num_rows)
-        )
+        index = batch["image_index"] if "image_index" in keys else range(num_rows)
+        index = [int(image) for image in index]
         if len(targets) != num_rows:
             raise _bad_batch(f"a batch has {num_rows} prompts and {len(targets)} targets")
         if len(index) != num_rows or max(index) >= num_images:
@@ -643,12 +628,8 @@ def _objects(target):
         raise _bad_batch(f"a target lacks boxes; it has {', '.join(map(str, target))}")
     boxes = torch.as_tensor(boxes).detach().float().cpu().reshape(-1, 4)
     masks = torch.as_tensor(target["masks"]).cpu() if "masks" in target else torch.zeros(0)
-    has_masks = masks.numel() > 0
-    valid = (
-        masks.flatten(1).bool().any(1) if has_masks else torch.zeros(len(boxes), dtype=torch.bool)
-    )
-    masks = masks if has_masks else torch.zeros(len(boxes), 0, 0)
-    return {"boxes_cxcywh": boxes, "masks": masks, "mask_valid": valid}
+    masks = masks if masks.numel() else torch.zeros(len(boxes), 0, 0)
+    return {"boxes_cxcywh": boxes, "masks": masks, "mask_valid": masks.flatten(1).bool().any(1)}
 
 
 def prompted_view(model):

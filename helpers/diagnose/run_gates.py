@@ -264,8 +264,7 @@ def value_without_objects(examination):
         if 0 < last < EMPTY_LOSS and len(values) > 1 and last <= first:
             logit = math.log(math.expm1(last / 2))  # of 2 mean(softplus(logit)), see lesson 02
             text += f", the value 2 softplus(logit) of every logit at {logit:.1f} and no object"
-            confidence = 0.9 if last < SURELY_EMPTY else 0.6
-            evidence.append(Evidence("no_objects", confidence, text))
+            evidence.append(Evidence("no_objects", 0.9 if last < SURELY_EMPTY else 0.6, text))
         texts.append(text)
     return "; ".join(texts), evidence
 
@@ -319,8 +318,7 @@ def course_of_the_loss(examination):
     start, end = float(values[:quarter].median()), float(values[-quarter:].median())
     text = f"{name}: median {start:.4g} in the first quarter, {end:.4g} in the last"
     is_flat = len(values) >= LEAST_COURSE and values.max() - values.min() < FLAT * abs(start)
-    reason = f"{text}: it does not move at all"
-    evidence = evidence_if(is_flat, "adapter_at_zero", 0.8, reason)
+    evidence = evidence_if(is_flat, "adapter_at_zero", 0.8, f"{text}: it does not move at all")
     if {"loss", "valid_loss"} <= set(log):
         losses = log["loss"].ffill()  # a step may be logged in another row than its validation
         valid = log["valid_loss"].dropna()
@@ -341,19 +339,13 @@ def base_knows_its_concepts(examination):
         fix = "ask it for something that is plainly in one of your pictures"
         raise Inapplicable("no picture with a known answer is bundled for this base", fix=fix)
     predictor, count, total = examination.predictor(adapted=False), 0, 0
-    for path, nouns in _known_pictures():
-        raws = predictor.raw(path, nouns)
+    records = [one for one in read_split(WALL_CRACKS, "test").records if one.contents]
+    for record in records[:KNOWN_PICTURES]:
+        raws = predictor.raw(record.path, sorted(record.contents))
         count += sum(raw.max_score > FOUND for raw in raws)
         total += len(raws)
     text = f"the base finds {count} of {total} concepts that it knows and bundled pictures show"
     return text, evidence_if(count < KNOWN_SHARE * total, "blank_base", 1.0, text)
-
-
-def _known_pictures():
-    """List (path, words): bundled pictures and what the embedded base knows in them."""
-    records = read_split(WALL_CRACKS, "test").records
-    pictures = [(record.path, sorted(record.contents)) for record in records if record.contents]
-    return pictures[:KNOWN_PICTURES]
 
 
 @gate(CHECKPOINT_GATES, "keys of the adapter", "each names a module of the base")

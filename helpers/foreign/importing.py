@@ -195,9 +195,8 @@ def _write_lora(found, staging, base, alpha, orientation):
 
 def _empty_base(name):
     """Return a base without memory for its weights; that of the default needs no file."""
-    config = Sam3Config() if name == DEFAULT_BASE else base_config(name)
     with torch.device("meta"):
-        return Sam3Model(config)
+        return Sam3Model(Sam3Config() if name == DEFAULT_BASE else base_config(name))
 
 
 def _oriented(modules, layers, base, orientation, path):

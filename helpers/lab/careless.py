@@ -4,7 +4,6 @@ Reader, targets, loss, saving, loading, inference and evaluation are its own: no
 predictor of this project takes part. It is correct, unless one of `MISTAKES` is switched on.
 """
 
-import argparse
 import json
 import tempfile
 import warnings
@@ -201,9 +200,8 @@ class Careless:
         """Collate pictures and their questions, a row per question."""
         asked = [self.questions(picture) for picture in pictures]
         rows = [(n, word, own) for n, pairs in enumerate(asked) for word, own in pairs]
-        upright = [opened(picture["path"]) for picture in pictures]
         return {
-            "pixel_values": self.pixels(upright),
+            "pixel_values": self.pixels([opened(picture["path"]) for picture in pictures]),
             "image_index": torch.tensor([number for number, *_ in rows]),
             "image_ids": [picture["path"].name for picture in pictures],
             **self.tokens([word for _, word, _ in rows]),
@@ -440,22 +438,3 @@ def decoded(segmentation, height, width):
     elif isinstance(segmentation["counts"], list):
         segmentation = coco_mask.frPyObjects(segmentation, height, width)
     return coco_mask.decode(segmentation)
-
-
-def main():
-    """Run the script from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.lab.careless", description=__doc__)
-    parser.add_argument("--mistake", action="append", default=[], choices=MISTAKES)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--layout", choices=("peft", "sompote"), default="peft")
-    parser.add_argument("--data", type=resolve, default=WALL_CRACKS)
-    parser.add_argument("--base", type=resolve, default=TINY_BASE)
-    options = parser.parse_args()
-    script = Careless(options.mistake, data_dir=options.data, base=options.base).train()
-    for entry in script.log:
-        print(json.dumps({name: round(value, 4) for name, value in entry.items()}))
-    script.save(options.output, options.layout)
-
-
-if __name__ == "__main__":
-    main()

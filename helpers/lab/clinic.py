@@ -229,11 +229,8 @@ class Patient:
 
     def _require_guess(self, what):
         if self.guess is None:
-            raise InputError(
-                f"{what} comes after your guess",
-                where="patient",
-                fix="set patient.guess to a cause, see helpers.causes.CAUSES",
-            )
+            fix = "set patient.guess to a cause, see helpers.causes.CAUSES"
+            raise InputError(f"{what} comes after your guess", where="patient", fix=fix)
 
 
 class Clinic:
@@ -292,8 +289,7 @@ class Clinic:
 
     def suspects(self, ward):
         """Return the causes that a patient of a ward may have, in their order."""
-        possible = {FAULTS[name].cause for name in WARDS[ward]}
-        return [code for code in CAUSES if code in possible]
+        return [code for code in CAUSES if code in {FAULTS[name].cause for name in WARDS[ward]}]
 
     def check_cure(self, patient):
         """Say whether detections came back, in a `CureReport`: it measures and compares no name."""
@@ -307,9 +303,6 @@ def check_cause(code, name):
     if code not in CAUSES:
         close = difflib.get_close_matches(str(code), CAUSES, n=1, cutoff=0.3)
         fix = f"did you mean {close[0]!r}? " if close else ""
-        raise InputError(
-            f"the {name} {code!r} is no cause",
-            where="patient",
-            fix=f"{fix}The codes are the keys of helpers.causes.CAUSES",
-        )
+        fix += "The codes are the keys of helpers.causes.CAUSES"
+        raise InputError(f"the {name} {code!r} is no cause", where="patient", fix=fix)
     return code

@@ -12,12 +12,10 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.diagnose.patient import LivePatient, open_patient
+from helpers.diagnose.patient import LivePatient
 from helpers.files import DATA, WALL_CRACKS, read_json, write_json
 from helpers.lab.careless import (
     AFTER_TRAINING,
-    CONFIG_FILE,
-    LOG_FILE,
     MISTAKES,
     WEIGHTS_FILE,
     Careless,
@@ -107,15 +105,6 @@ def alive(script):
         log=script.log or None,
         settings=script.claims(),
     )
-
-
-def left_in(folder, script):
-    """Return what the script left in a folder as a patient; the dataset if it left nothing."""
-    if not (folder / WEIGHTS_FILE).is_file():
-        return open_patient(script.data_dir)
-    given = {"config": folder / CONFIG_FILE, "log": folder / LOG_FILE}
-    words = tuple(dict.fromkeys(script.words.values()))
-    return open_patient(folder, data_dir=script.data_dir, words=words, **given)
 
 
 def _weights_changed(change):

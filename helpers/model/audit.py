@@ -115,8 +115,7 @@ def query_logit_bounds(model, processor, prompts):
     features = base.text_states(tokens["input_ids"], tokens["attention_mask"]).float()
     width = norm.normalized_shape[0]
     probes = torch.cat([torch.zeros(1, width), torch.eye(width)]).to(features)
-    probes = probes.expand(1, len(prompts), -1, -1)
-    offset, *rows = head(probes, features, mask)[0, ..., 0].T
+    offset, *rows = head(probes.expand(1, len(prompts), -1, -1), features, mask)[0, ..., 0].T
     slope = torch.stack(rows) - offset
     tilted = slope * norm.weight[:, None]
     reach = width**0.5 * (tilted - tilted.mean(0)).norm(dim=0)

@@ -140,8 +140,7 @@ def add_lora(model, lora):
         warnings.warn(text, stacklevel=2)
     expected = {name for names in target_modules(model, lora).values() for name in names}
     settings = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
-    config = LoraConfig(**settings, target_modules=target_pattern(lora))
-    peft_model = _wrap(model, config)
+    peft_model = _wrap(model, LoraConfig(**settings, target_modules=target_pattern(lora)))
     if others := {name for name, _ in lora_layers(peft_model)} ^ expected:
         message = f"PEFT and these settings differ in {len(others)} modules, such as {min(others)}"
         raise InputError(message, where="lora.target_modules", fix="name linear layers only")

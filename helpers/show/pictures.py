@@ -180,8 +180,7 @@ def gallery_figure(items):
     items : sequence of tuple
         ``(image, objects, caption)`` each, see `prediction_figure`; objects may be empty.
     """
-    panels = [(_truth_panel(as_picture(item[0]), item[1])[0], item[2]) for item in items]
-    return _grid(panels)
+    return _grid([(_truth_panel(as_picture(item[0]), item[1])[0], item[2]) for item in items])
 
 
 def describe(figure, sentence):

@@ -231,9 +231,8 @@ def unannotated_objects(examination):
 def size_of_update(examination):
     """Compare the norm of each update with that of the weights it is added to."""
     medians = _update_medians(examination)
-    text = "median norm of update over weights: " + ", ".join(
-        f"{name} {value:.2f}" for name, value in medians.items()
-    )
+    listed = ", ".join(f"{name} {value:.2f}" for name, value in medians.items())
+    text = f"median norm of update over weights: {listed}"
     if not any(map(any, _update_ratios(examination).values())):
         reason = f"nothing was changed: {text}"
         return text, [Evidence("adapter_at_zero", 1.0, reason, is_direct=False)]

@@ -99,9 +99,7 @@ def changed(outputs, **changes):
 def perfect(outputs, rows):
     """Return outputs that say exactly what the rows of a batch hold: query n finds object n."""
     names = ("pred_logits", "presence_logits", "pred_masks", "semantic_seg")
-    logits, presence, masks, semantic = (
-        torch.full_like(outputs[name], -SURE_LOGIT) for name in names
-    )
+    logits, presence, masks, semantic = (torch.full_like(outputs[n], -SURE_LOGIT) for n in names)
     boxes = outputs["pred_boxes"].clone()
     for row, (_, objects) in enumerate(rows):
         targets = objects["boxes_cxcywh"][: logits.shape[1]]
@@ -159,9 +157,8 @@ def loss_and_objects(patient):
     if not np.isfinite(least):
         raise InputError(f"the loss of a perfect prediction is {least}", where="loss")
     costs = {name: _cost(patient, outputs, targets) for name, outputs in mistakes.items()}
-    text = f"a perfect prediction costs {least:.4g}; " + ", ".join(
-        f"{name} {cost:.4g}" for name, cost in costs.items()
-    )
+    listed = ", ".join(f"{name} {cost:.4g}" for name, cost in costs.items())
+    text = f"a perfect prediction costs {least:.4g}; {listed}"
     rises = {name: cost - least > LEAST_RISE * abs(least) for name, cost in costs.items()}
     if costs["centres as corners"] < least * (1 - LEAST_RISE):
         return text, [Evidence("wrong_box_targets", 0.95, text)]
@@ -202,9 +199,7 @@ def detections_of(patient, picture, word, **threshold):
 def _captured(patient, picture, word, **threshold):
     """Run the patient's detection; its detections and the outputs of the model within, or None."""
     outputs = []
-    hook = base_of(patient.model).register_forward_hook(
-        lambda module, args, output: outputs.append(output)
-    )
+    hook = base_of(patient.model).register_forward_hook(lambda *given: outputs.append(given[-1]))
     try:
         found = detections_of(patient, picture, word, **threshold)
     finally:

@@ -172,9 +172,7 @@ def weights_as_they_are(examination):
             evidence.append(Evidence(cause, confidence, finding.message))
     matrices = {module_of(key): tensor for key, tensor in weights.items() if ".lora_B" in key}
     if matrices and not any(tensor.any() for tensor in matrices.values()):
-        reason = (
-            "every B is zero: it answers as its base"  # also where something stopped a training
-        )
+        reason = "every B is zero: it answers as its base"  # or something stopped the training
         evidence.append(Evidence("adapter_at_zero", 1.0, reason, is_direct=False))
     if matrices and WORD_PARTS.isdisjoint(map(component_of, matrices)):
         reason = "LoRA is nowhere in text encoder and DETR encoder, so no word can be learned"
@@ -214,7 +212,11 @@ def _learning(examination):
     )
     idle = rows.index[(rows["B_nonzero"] == 0) | (rows["grad_norm"] == 0)]
     is_part = len(idle) < len(rows)
-    if is_part and not (examination.is_finished and examination.files.metrics["objects"]["train"]):
+    if is_part and not examination.is_own:
+        idle = idle.drop("mask_decoder", errors="ignore")  # without objects it gets no gradient
+    elif is_part and not (
+        examination.is_finished and examination.files.metrics["objects"]["train"]
+    ):
         return text, []  # without objects, boxes and masks give no gradient
     # Something earlier may have left it nothing to learn, or stopped the training.
     reason = f"no gradient or B all zero in {', '.join(idle)}: {text}"
@@ -345,6 +347,9 @@ def base_knows_its_concepts(examination):
         count += sum(raw.max_score > FOUND for raw in raws)
         total += len(raws)
     text = f"the base finds {count} of {total} concepts that it knows and bundled pictures show"
+    counts = examination.trained_parameters if examination.is_live else {"all": 0, "lora": 0}
+    if counts["all"] > counts["lora"]:
+        return f"{text}, after it was trained itself", []
     return text, evidence_if(count < KNOWN_SHARE * total, "blank_base", 1.0, text)
 
 

@@ -197,9 +197,11 @@ class Careless:
         return {"boxes": boxes, "masks": torch.from_numpy(masks)}
 
     def batch(self, pictures):
-        """Collate pictures and their questions, a row per question."""
+        """Collate pictures and their questions, a row per question; None without any."""
         asked = [self.questions(picture) for picture in pictures]
         rows = [(n, word, own) for n, pairs in enumerate(asked) for word, own in pairs]
+        if not rows:
+            return None  # nothing is asked about these pictures
         return {
             "pixel_values": self.pixels([opened(picture["path"]) for picture in pictures]),
             "image_index": torch.tensor([number for number, *_ in rows]),
@@ -215,7 +217,7 @@ class Careless:
         pictures = [pictures[number] for number in order]
         for start in range(0, len(pictures), size):
             batch = self.batch(pictures[start : start + size])
-            if len(batch["targets"]):
+            if batch is not None:
                 yield batch
 
     def pixels(self, pictures):
@@ -262,8 +264,6 @@ class Careless:
         weights = dict(WEIGHTS)
         if "score weight zero" in self.mistakes:
             weights["ce"] = 0.0
-        if "scores hardly paid" in self.mistakes:
-            weights["ce"] = 0.2
         terms["loss"] = sum(weights[name] * value for name, value in terms.items())
         return terms
 
@@ -283,6 +283,7 @@ class Careless:
         labels[query] = 1
         if "sigmoid twice" in self.mistakes:
             logits = logits.sigmoid()
+        alpha = 0.02 if "scores hardly paid" in self.mistakes else 0.5  # weight of the objects
         giou = generalized_box_iou(boxes_xyxy[query], true_xyxy[which]).diagonal()
         predicted = outputs.pred_masks[row][query]
         size, masks = predicted.shape[-2:], target["masks"][which]
@@ -292,7 +293,7 @@ class Careless:
         dice = 1 - (2 * (prob * true).sum(1) + 1) / (prob.sum(1) + true.sum(1) + 1)
         focal = sigmoid_focal_loss(predicted, masks).mean((1, 2))
         return {
-            "ce": sigmoid_focal_loss(logits, labels, alpha=0.5).sum(),
+            "ce": sigmoid_focal_loss(logits, labels, alpha=alpha).sum(),
             "bbox": (boxes[query] - target["boxes"][which]).abs().sum(),
             "giou": (1 - giou).sum(),
             "mask": (focal * has_mask).sum(),
@@ -323,9 +324,8 @@ class Careless:
             entry |= {"learning_rate": schedule.get_last_lr()[0], "val_iou": self.evaluate()}
             self.log.append(entry | {f"loss_{name}": value for name, value in sums.items()})
             losses = [one["val_loss"] for one in self.log]
-            if epoch == 1 or (
-                losses[-1] <= min(losses) and "first epoch kept" not in self.mistakes
-            ):
+            is_best = losses[-1] <= min(losses) and "first epoch kept" not in self.mistakes
+            if epoch == 1 or is_best:
                 best = deepcopy(get_peft_model_state_dict(model))
         set_peft_model_state_dict(model, best)
         return self

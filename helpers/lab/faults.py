@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-import torch
 from safetensors.torch import load_file, save_file
 
 from helpers.diagnose.patient import LivePatient
@@ -137,9 +136,7 @@ SPOIL_SAVED: dict[str, Callable] = {
     "weights rounded": _weights_changed(
         lambda key, tensor: (key, (tensor / COARSE_STEP).round() * COARSE_STEP)
     ),
-    "numbers lost": _weights_changed(
-        lambda key, tensor: (key, torch.full_like(tensor, float("nan")))
-    ),
+    "numbers lost": _weights_changed(lambda key, tensor: (key, tensor * float("nan"))),
     "file cut off": _cut_weights_off,
 }
 """Faults of what was saved."""

@@ -214,11 +214,10 @@ def write_copy(split, folder, num_images=NUM_IMAGES):
     object_ids = count(1)
     for number, record in enumerate(records, start=1):
         stem = PurePosixPath(record.image_id).with_suffix("").as_posix().replace("/", "_")
-        picture = open_upright(record.path)
-        picture.save(folder / "train" / "images" / f"{stem}.jpg", quality=JPEG_QUALITY)
-        image = {"id": number, "file_name": f"images/{stem}.jpg"}
+        file_name = f"images/{stem}.jpg"
+        open_upright(record.path).save(folder / "train" / file_name, quality=JPEG_QUALITY)
+        image = {"id": number, "file_name": file_name, "contents": sorted(record.contents)}
         image |= {"width": record.width, "height": record.height}
-        image |= {"contents": sorted(record.contents)}
         entries = []
         for item in record.objects:
             x0, y0, x1, y1 = item.box_xyxy

@@ -235,7 +235,8 @@ def size_of_update(examination):
     text = f"median norm of update over weights: {listed}"
     if not any(map(any, _update_ratios(examination).values())):
         reason = f"nothing was changed: {text}"
-        return text, [Evidence("adapter_at_zero", 1.0, reason, is_direct=False)]
+        is_saved = not examination.is_live
+        return text, [Evidence("adapter_at_zero", 1.0, reason, is_direct=is_saved)]
     large = {name for name, value in medians.items() if value > MAX_UPDATE}
     # Where the text encoder alone is outgrown, its words have the say: see `words_apart`.
     return text, evidence_if(large - {"text_encoder"}, "overtrained", 0.95, text)

@@ -172,8 +172,9 @@ def weights_as_they_are(examination):
             evidence.append(Evidence(cause, confidence, finding.message))
     matrices = {module_of(key): tensor for key, tensor in weights.items() if ".lora_B" in key}
     if matrices and not any(tensor.any() for tensor in matrices.values()):
-        reason = "every B is zero: it answers as its base"  # or something stopped the training
-        evidence.append(Evidence("adapter_at_zero", 1.0, reason, is_direct=False))
+        reason, is_saved = "every B is zero: it answers as its base", not examination.is_live
+        # In memory it may be that the training has not begun, or was stopped by an earlier cause.
+        evidence.append(Evidence("adapter_at_zero", 1.0, reason, is_direct=is_saved))
     if matrices and WORD_PARTS.isdisjoint(map(component_of, matrices)):
         reason = "LoRA is nowhere in text encoder and DETR encoder, so no word can be learned"
         evidence.append(Evidence("lora_elsewhere", 0.6, reason, is_direct=False))
@@ -218,10 +219,10 @@ def _learning(examination):
         examination.is_finished and examination.files.metrics["objects"]["train"]
     ):
         return text, []  # without objects, boxes and masks give no gradient
-    # Something earlier may have left it nothing to learn, or stopped the training.
+    # Something earlier may have left it nothing to learn, or kept a training from its first step.
     reason = f"no gradient or B all zero in {', '.join(idle)}: {text}"
-    confidence = 0.8 if is_part else 1.0
-    return text, evidence_if(len(idle), "adapter_at_zero", confidence, reason, is_direct=False)
+    confidence, is_direct = (0.8, False) if is_part else (1.0, not examination.is_live)
+    return text, evidence_if(len(idle), "adapter_at_zero", confidence, reason, is_direct)
 
 
 @gate(RUN_GATES, "trained parameters", "those of LoRA and no others")

@@ -165,12 +165,12 @@ def objects_after_loader(examination):
     if denied:
         words = ", ".join(f"'{prompt}' on {count} images" for prompt, count in denied.items())
         text = f"{text}; annotated, yet asked without objects: {words}"
-        return text, [Evidence("objects_filtered", 1.0, text)]
+        cause = "objects_filtered" if kept < len(objects) - crowd else "merged_categories"
+        return text, [Evidence(cause, 1.0, text)]
     if crowd > (1 - MIN_KEPT) * len(objects):
         text = f"{text}; {crowd} are marked as crowd regions and dropped"
         return text, [Evidence("objects_filtered", 1.0, text)]
-    is_fault = kept < MIN_KEPT * len(objects)
-    return text, evidence_if(is_fault, "objects_filtered", 0.7, text)
+    return text, evidence_if(kept < MIN_KEPT * len(objects), "objects_filtered", 0.7, text)
 
 
 def _records(queries):

@@ -99,10 +99,10 @@ def _call_all_object(content):
         category["name"] = "object"
 
 
-def _two_spellings(content):
+def _divide(content, name):
     first = content["categories"][0]
     last = max(category["id"] for category in content["categories"])
-    content["categories"].append({"id": last + 1, "name": f"{first['name']}s"})
+    content["categories"].append({"id": last + 1, "name": name.format(first["name"])})
     for entry in content["annotations"]:
         if entry["category_id"] == first["id"] and entry["id"] % 2 == 0:
             entry["category_id"] = last + 1
@@ -178,7 +178,8 @@ SPOIL_DATA = {
     "transposed": in_every_mask(lambda mask: mask.T),
     "half size": in_every_mask(lambda mask: mask[::2, ::2]),
     "object": in_every_file(_call_all_object),
-    "spelling": in_every_file(_two_spellings),
+    "spelling": in_every_file(partial(_divide, name="{}s")),
+    "categories joined": in_every_file(partial(_divide, name="dent")),  # there is one by itself
     "truncated": _cut_image_off,
     "leakage": lambda folder: shutil.copytree(folder / "train", folder / "valid"),
     "mirrored": _mirror,

@@ -5,6 +5,7 @@ from itertools import combinations
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from torchvision.ops import box_convert, box_iou, masks_to_boxes
 
 from helpers.checks.boxes_and_masks import check_annotations
@@ -39,9 +40,9 @@ MIN_IMAGES = 4  # of fewer, nothing is said
 IN_PICTURE = 0.9
 """Score from which the base is believed that a word is in the picture: it gives it to 62 % of those
 that are, and of the others to 0.0 % on walls and 1.1 % on photographs, which it never saw."""
-MAX_PRESENT_SHARE, MAX_PRESENT = 0.02, 2
-"""Of the absent prompts, as a share and as a number, that the base may see in the pictures.
-Healthy: 0 of 192 (walls), 2 of 189 (masonry), 0 of 162 (potholes)."""
+MAX_PRESENT_SHARE = 0.02
+"""Of the absent prompts, that the base may see in the pictures, as the lower end of a Wilson interval.
+Healthy: 0 of 192 (walls), 2 of 189 (masonry), 0 of 162 and 3 of 64 (potholes: stains, a hole)."""
 OUTSIDE = 0.05  # of the image, by which a box may leave it
 MAX_OUTSIDE = 0.2  # of the boxes; corners read as centres leave the image in half of all cases
 BETTER_IOU = 0.2  # by which another reading of the numbers must fit the masks better
@@ -323,5 +324,5 @@ def _absent_prompts_in_pictures(examination):
         f"the base sees {seen.total()} of {total} absent prompts in {len(sample)} pictures"
         f"{': ' if words else ''}{words}"
     )
-    is_fault = seen.total() > max(MAX_PRESENT_SHARE * total, MAX_PRESENT)
-    return text, evidence_if(is_fault, "present_negatives", 0.9, text)
+    low, _ = binomtest(seen.total(), total).proportion_ci(method="wilson")
+    return text, evidence_if(low > MAX_PRESENT_SHARE, "present_negatives", 0.9, text)

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -325,11 +325,8 @@ class Patient:
             if missing:
                 for raw in self.predictor(adapted).raw(record.path, missing, name=record.image_id):
                     answers[record.path, raw.prompt] = raw  # two splits may share a name
-        return {
-            (record.image_id, prompt): answers[record.path, prompt]
-            for record in records
-            for prompt in prompts
-        }
+        pairs = product(records, prompts)
+        return {(one.image_id, prompt): answers[one.path, prompt] for one, prompt in pairs}
 
     def predictor(self, adapted):
         """Return a `helpers.detect.Predictor` of the run, or of its base."""

@@ -167,8 +167,7 @@ def draw_lines(ax, table, columns, *, xlabel, ylabel, log=False):
     for name in columns:
         values = table[name].dropna().astype(float)
         values = values[values > 0] if log else values
-        every = max(len(values) // 8, 1)
-        ax.plot(values.index, values, label=name, markevery=every, **_LINES)
+        ax.plot(values.index, values, label=name, markevery=max(len(values) // 8, 1), **_LINES)
     dress(ax, xlabel, ylabel)
     if not columns:
         ax.text(0.5, 0.5, "nothing logged yet", ha="center", transform=ax.transAxes)

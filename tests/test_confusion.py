@@ -2,8 +2,10 @@ import shutil
 
 import pandas as pd
 import pytest
+from scipy.stats import binomtest
 
 from data.experiments import make_confusion
+from data.experiments.cells import TABLES
 from data.experiments.make_confusion import (
     CONFUSION_TABLE,
     HEALTHY_RUNS,
@@ -110,3 +112,20 @@ def test_the_committed_table_keeps_what_the_laboratory_promises(committed):
     counts = score(committed)
     assert counts["named_first"] >= 0.9
     assert counts["false_alarms"] == 0
+
+
+def test_the_page_says_what_the_committed_table_says(committed):
+    counts = score(committed)
+    is_unseen = (committed["cause"] != NOTHING) & (committed["seen"].astype(str) != "True")
+    named = int((committed[is_unseen]["first"] != NOTHING).sum())
+    low, high = binomtest(counts["faults"], counts["faults"]).proportion_ci(method="wilson")
+    page = " ".join((TABLES / "README.md").read_text(encoding="utf-8").split())
+    for text in (
+        f"named first in {counts['faults']} of {counts['faults']} examinations",
+        f"(95 % interval {100 * low:.0f} to {100 * high:.0f} %)",
+        f"{counts['unseen']} examinations cannot see their fault",
+        f"In {counts['unseen'] - named} of them no cause is named; in {named} the diagnosis names",
+        f"{counts['healthy_runs']} examinations of healthy runs name no cause",
+    ):
+        assert text in page, text
+    assert counts["named_first"] == 1

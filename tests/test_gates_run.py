@@ -76,6 +76,13 @@ def test_a_stopped_run_names_its_cause_and_an_interrupted_one_does_not(records):
     assert ask(RUN_GATES, "the run", records).status == "not checked"
 
 
+def test_a_run_that_recorded_no_object_says_so(records):
+    change_metrics(records, objects={"train": 0})
+    result = ask(RUN_GATES, "the run", records)
+    assert causes(result) == {"no_objects"}
+    assert "0 objects" in result.measured
+
+
 def test_idle_components_are_told_from_idle_adapters(records):
     change_metrics(records, objects={"train": 3})
     assert ask(RUN_GATES, "learning", records).status == "ok"

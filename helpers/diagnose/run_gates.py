@@ -137,7 +137,7 @@ def _stated(question):
         return None
 
 
-@gate(RUN_GATES, "the run", "finished")
+@gate(RUN_GATES, "the run", "finished, with objects to train on")
 def _is_finished(examination):
     path = examination.folder / run_folder.STOPPED_FILE
     if path.is_file() and not examination.is_finished:
@@ -146,7 +146,8 @@ def _is_finished(examination):
         if record["cause"] in CAUSES:  # others are such as a full memory
             return text, [Evidence(record["cause"], 1.0, text)]
     metrics = examination.files.metrics  # raises what the run lacks
-    return f"finished: {metrics['steps']} steps, {metrics['epochs']:g} epochs", []
+    text = "finished: {steps} steps, {epochs:g} epochs, {objects[train]} objects".format(**metrics)
+    return text, evidence_if(not metrics["objects"]["train"], "no_objects", 0.95, text)
 
 
 @gate(FILE_GATES, "weights as they are", "finite, and where a word can be learned")
@@ -178,7 +179,8 @@ def weights_as_they_are(examination):
     if matrices and WORD_PARTS.isdisjoint(map(component_of, matrices)):
         reason = "LoRA is nowhere in text encoder and DETR encoder, so no word can be learned"
         evidence.append(Evidence("lora_elsewhere", 0.6, reason, is_direct=False))
-    return "; ".join([text, *(finding.message for finding in findings)]), evidence
+    texts = [text, *(finding.message for finding in findings), *(one.text for one in evidence)]
+    return "; ".join(dict.fromkeys(texts)), evidence
 
 
 @gate(RUN_GATES, "places of LoRA", "every enabled component has LoRA, no other")

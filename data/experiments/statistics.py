@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import scipy  # loads scipy.stats, which takes seconds, when it is first used
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from helpers.causes import CAUSES
+from helpers.causes import TABLE
 from helpers.errors import InputError
 from helpers.show.charts import COLOURS, MARKERS, dress
 
@@ -328,26 +329,33 @@ def score(table):
 def confusion_figure(table):
     """Draw planted faults (rows) against the causes found (columns), from the table of `score`.
 
-    A large square is the cause named first, a small one a further cause; a ring marks the planted one,
-    a cross one that cannot be seen from the view.
+    A large mark is the cause named first, a small one a further cause; a ring marks the planted one,
+    a cross one that cannot be seen from the view. Views lie side by side, each with its own shape.
     """
-    order = [*CAUSES, NOTHING]
+    order = [*TABLE, NOTHING]
     table = table.fillna("").sort_values("cause", key=lambda c: c.map(order.index), kind="stable")
     answers = [found.split() or [NOTHING] for found in table["found"]]
     columns = [code for code in order if code in {*table["cause"], *sum(answers, []), NOTHING}]
-    size = (4 + 0.26 * len(columns), 2.6 + 0.24 * len(table))
-    figure = Figure(figsize=size, layout="constrained")
+    rows, views = list(dict.fromkeys(table["planted"])), list(dict.fromkeys(table["view"]))
+    figure = Figure(figsize=(4 + 0.3 * len(columns), 2.8 + 0.2 * len(rows)), layout="constrained")
     ax = figure.subplots()
     seen = table["seen"].astype(str) == "True"
-    for place, (cause, is_seen, codes) in enumerate(
-        zip(table["cause"], seen, answers, strict=True)
-    ):
-        mark = "o" if is_seen or cause == NOTHING else "x"
-        ax.plot(columns.index(cause), place, mark, color="0.4", markersize=9, mfc="none")
-        for number, code in enumerate(codes):
-            size = 5 if number == 0 else 2.5
-            ax.plot(columns.index(code), place, "s", color=COLOURS[0], markersize=size)
-    ax.set_yticks(range(len(table)), table["planted"] + ", " + table["view"], fontsize=8)
+    cells = zip(table["planted"], table["view"], table["cause"], seen, answers, strict=True)
+    for planted, view, cause, is_seen, codes in cells:
+        number, place = views.index(view), rows.index(planted)
+        shift = 0.4 * (number - (len(views) - 1) / 2)
+        style = {"color": COLOURS[number], "marker": "sD"[number], "linestyle": "none"}
+        ring = "o" if is_seen or cause == NOTHING else "x"
+        ax.plot(columns.index(cause) + shift, place, ring, color="0.4", markersize=8, mfc="none")
+        for rank, code in enumerate(codes):
+            size = 4.5 if rank == 0 else 2
+            ax.plot(columns.index(code) + shift, place, **style, markersize=size)
+    handles = [
+        Line2D([], [], color=COLOURS[number], marker="sD"[number], linestyle="none", label=view)
+        for number, view in enumerate(views)
+    ]
+    figure.legend(handles=handles, title="examined from", loc="outside upper right", ncols=2)
+    ax.set_yticks(range(len(rows)), rows, fontsize=8)
     ax.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
     ax.margins(0.015)
     ax.invert_yaxis()

@@ -182,8 +182,9 @@ def build_parser():
     add_options(command, *own)
 
     add_options(add(knows, model), "--words", "--data", "--split", "--threshold")
-    own = ("--data", "--split", "--prompt", "--threshold", "--routing", "--retention")
-    add_options(add(evaluate, model), *own)
+    own = ("--data", "--split", "--prompt", "--threshold", "--routing", "--retention", "--html")
+    page = "page to write, with a threshold slider over all pictures"
+    add_options(add(evaluate, model), *own, html=page)
     add_options(add(report), required=["--adapter"])
     command = add(diagnose)
     text = "run folder, PEFT folder, *_lora_weights.pt, checkpoint.pt, model folder, log or dataset"
@@ -312,8 +313,9 @@ def predict(args):
 
 def evaluate(args):
     """Judge a model on a split; status 1 if the split has nothing to find."""
-    from helpers import detect
+    from helpers import detect, show
     from helpers.data.dataset import load_dataset
+    from helpers.files import write_text
 
     model, processor, run, config, name = load_model(args)
     settings = config.evaluation
@@ -328,6 +330,8 @@ def evaluate(args):
     queries = detect.predict_split(model, processor, split, **asked)
     threshold = settings.score_threshold if args.threshold is None else args.threshold
     metrics = detect.evaluate_queries(queries, threshold)
+    if args.html is not None:
+        write_text(args.html, show.explorer_page(queries, split, threshold))
     document = {"model": name, "data": str(data_dir), "split": split.name, **metrics}
     lines = [f"{name} on {data_dir}, {split.name}: {len(split.records)} images"]
     for metric in _HEADLINES:

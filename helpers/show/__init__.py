@@ -11,6 +11,7 @@ from helpers.show.charts import (
     score_histogram_figure,
     threshold_figure,
 )
+from helpers.show.explorer import explorer_page
 from helpers.show.panels import (
     LossPanel,
     browse_panel,

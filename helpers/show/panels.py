@@ -131,15 +131,20 @@ class LossPanel(TrainerCallback):
 
 
 def _img(picture, alt, width="32em"):
-    """Return an HTML image of a figure, as PNG, or of a photograph, as JPEG, with its data inside."""
+    """Return an HTML image of a figure or a photograph, with its data inside."""
+    text = html.escape(printable(alt))
+    return f'<img alt="{text}" style="width:{width}" src="{data_uri(picture)}">'
+
+
+def data_uri(picture):
+    """Return the data of a figure, as PNG, or of a photograph, as JPEG, as an address."""
     stream, kind = io.BytesIO(), "png" if isinstance(picture, Figure) else "jpeg"
     if kind == "png":
         picture.savefig(stream, format=kind, dpi=100)
     else:
         picture.save(stream, format=kind, quality=88)
     data = base64.b64encode(stream.getvalue()).decode()
-    source = f"data:image/{kind};base64,{data}"
-    return f'<img alt="{html.escape(printable(alt))}" style="width:{width}" src="{source}">'
+    return f"data:image/{kind};base64,{data}"
 
 
 def target_picture(batch, row, image_processor):

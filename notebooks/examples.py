@@ -1,10 +1,11 @@
-"""What lessons 04 and 07 need besides the pipeline: an import, a large photograph, a silent detector."""
+"""What lessons 01, 04 and 07 need besides the pipeline: broken copies, a silent detector, a photograph."""
 
 import math
 import shutil
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
+from itertools import count
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,8 @@ from helpers.data.masks import mask_to_rle, rle_box_xyxy
 from helpers.data.records import ImageRecord
 from helpers.detect.queries import as_queries
 from helpers.errors import InputError
-from helpers.files import resolve
+from helpers.files import resolve, write_json
+from helpers.lab.spoil import JPEG_QUALITY, SPOIL_DATA
 from helpers.model.losses import WEIGHTS, sam3_losses
 from helpers.model.prompted import (
     PRESENCE_LOGIT_CLAMP,
@@ -28,6 +30,50 @@ from helpers.model.prompted import (
     loss_inputs,
     model_inputs,
 )
+
+NUM_IMAGES = 8  # of a copy
+
+
+def write_copy(split, folder, num_images=NUM_IMAGES):
+    """Write the first images with objects of a `Split` as a dataset with one split ``train``.
+
+    Returns the folder, replaced if it exists, with one annotation file per image.
+    """
+    records = [record for record in split.records if record.objects][:num_images]
+    if not records:
+        fix = "choose a split with annotations"
+        raise InputError("no image has an object", where=split.root, fix=fix)
+    folder = Path(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("images", "annotations"):
+        (folder / "train" / name).mkdir(parents=True)
+    ids = {entry.name: entry.category_id for entry in split.category_table}
+    categories = [{"id": number, "name": name} for name, number in ids.items()]
+    object_ids = count(1)
+    for number, record in enumerate(records, start=1):
+        stem = PurePosixPath(record.image_id).with_suffix("").as_posix().replace("/", "_")
+        file_name = f"images/{stem}.jpg"
+        open_upright(record.path).save(folder / "train" / file_name, quality=JPEG_QUALITY)
+        image = {"id": number, "file_name": file_name, "contents": sorted(record.contents)}
+        image |= {"width": record.width, "height": record.height}
+        entries = []
+        for item in record.objects:
+            x0, y0, x1, y1 = item.box_xyxy
+            entry = {"id": next(object_ids), "image_id": number, "bbox": [x0, y0, x1 - x0, y1 - y0]}
+            entry |= {"category_id": ids[item.category], "iscrowd": int(item.is_crowd)}
+            entries.append(entry if item.rle is None else entry | {"segmentation": dict(item.rle)})
+        content = {"images": [image], "categories": categories, "annotations": entries}
+        write_json(folder / "train" / "annotations" / f"{stem}.json", content)
+    return folder
+
+
+def write_broken_copy(split, folder, name):
+    """Write a copy as `write_copy` does, plant a fault of `SPOIL_DATA` in it, and return the folder."""
+    if name not in SPOIL_DATA:
+        raise InputError(f"there is no fault {name!r}", fix=f"use one of {', '.join(SPOIL_DATA)}")
+    folder = write_copy(split, folder)
+    SPOIL_DATA[name](folder)
+    return folder
 
 
 def import_dataset(source, output, *, shares, seed, category=None, tile=None):

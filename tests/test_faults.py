@@ -21,7 +21,8 @@ from helpers.errors import InputError
 from helpers.files import CONFIGS, WALL_CRACKS
 from helpers.lab.careless import AFTER_TRAINING, IN_CODE, MISTAKES, Careless
 from helpers.lab.faults import FAULTS, LESSON_FAULTS, SPOIL_SAVED, alive, planted
-from helpers.lab.spoil import NUM_IMAGES, SHRINK, SPOIL_DATA, write_broken_copy, write_copy
+from helpers.lab.spoil import SHRINK, SPOIL_DATA
+from notebooks.examples import NUM_IMAGES, write_broken_copy, write_copy
 
 ALL_FAULTS = FAULTS | LESSON_FAULTS
 CHECKED = [name for name, fault in ALL_FAULTS.items() if fault.codes]

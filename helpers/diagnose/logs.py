@@ -26,20 +26,10 @@ _FIX = "give a CSV file, or JSON lines, with a loss for each step or epoch"
 
 
 def read_log(source):
-    """Read the log of a training, whatever wrote it.
+    """Read a CSV, JSON lines, one JSON with a list of entries, or entries, as a float DataFrame.
 
-    Parameters
-    ----------
-    source : os.PathLike, pandas.DataFrame or list of dict
-        CSV; JSON lines, such as ``val_stats.json``; one JSON with a list of entries, such as
-        ``trainer_state.json``; or the entries themselves.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Float, in the order of the log: ``step``, ``epoch``, ``loss``, ``valid_loss``, ``learning_rate`` as far
-        as there are such, and every other number under its own name. NaN is what was not logged; a
-        number that was logged and is not finite is inf.
+    ``step``, ``epoch``, ``loss``, ``valid_loss``, ``learning_rate`` as far as there are such, other
+    numbers by their own names; NaN is what was not logged, inf a number that is not finite.
     """
     if isinstance(source, pd.DataFrame):
         return tidy_log(source.to_dict(orient="records"))

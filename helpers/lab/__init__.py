@@ -3,4 +3,4 @@
 from helpers.lab.careless import Careless
 from helpers.lab.clinic import Clinic, queries_of, signs_table
 from helpers.lab.faults import LESSON_FAULTS
-from helpers.lab.spoil import read_split_wrong_keys, write_broken_copy, write_copy
+from helpers.lab.spoil import read_split_wrong_keys

@@ -3,8 +3,7 @@
 import shutil
 from dataclasses import replace
 from functools import partial
-from itertools import count
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,10 +14,8 @@ from helpers.convert.source import files_below
 from helpers.data.coco import entries_of, image_record, read_split
 from helpers.data.images import IMAGE_SUFFIXES, open_upright
 from helpers.data.masks import mask_to_rle, segmentation_to_rle
-from helpers.errors import InputError
 from helpers.files import read_json, write_json
 
-NUM_IMAGES = 8
 JPEG_QUALITY = 95
 SHRINK = 32  # a picture seen from afar is so many times smaller
 KEEP_EVERY = 30  # of the images with objects, one in so many stays where hardly any is to show one
@@ -108,27 +105,17 @@ def _divide(content, name):
             entry["category_id"] = last + 1
 
 
-def keep_images(folder, choose, splits=("train", "valid", "test")):
-    """Keep the images whose id ``choose(ids with objects, all ids)`` returns; one layout remains."""
+def _leave_most_out(folder):
+    """Keep all training images without objects and few with; of the layouts, one remains."""
 
     def change(content):
         with_objects = sorted({entry["image_id"] for entry in content["annotations"]})
-        remaining = set(choose(with_objects, [image["id"] for image in content["images"]]))
+        left_out = {*with_objects} - {*with_objects[::KEEP_EVERY]}
         for key, name in (("images", "id"), ("annotations", "image_id")):
-            content[key] = [item for item in content[key] if item[name] in remaining]
+            content[key] = [item for item in content[key] if item[name] not in left_out]
 
-    for split in splits:
-        shutil.rmtree(folder / split / "annotations", ignore_errors=True)
-    in_every_file(change, splits)(folder)
-
-
-def _leave_most_out(folder):
-    """Keep all training images without objects and few with."""
-
-    def choose(with_objects, ids):
-        return set(ids) - set(with_objects) | set(with_objects[::KEEP_EVERY])
-
-    keep_images(folder, choose, splits=("train",))
+    shutil.rmtree(folder / "train" / "annotations", ignore_errors=True)
+    in_every_file(change, ("train",))(folder)
 
 
 def _far_away(pixels):
@@ -195,48 +182,6 @@ SPOIL_DATA = {
     "hardly any object": _leave_most_out,
 }
 """Faults of ``data/faults.csv`` that lie in the files of a dataset: what changes its folder."""
-
-
-def write_copy(split, folder, num_images=NUM_IMAGES):
-    """Write the first images with objects of a `Split` as a dataset with one split ``train``.
-
-    Returns the folder, replaced if it exists, with one annotation file per image.
-    """
-    records = [record for record in split.records if record.objects][:num_images]
-    if not records:
-        fix = "choose a split with annotations"
-        raise InputError("no image has an object", where=split.root, fix=fix)
-    folder = Path(folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    for name in ("images", "annotations"):
-        (folder / "train" / name).mkdir(parents=True)
-    ids = {entry.name: entry.category_id for entry in split.category_table}
-    categories = [{"id": number, "name": name} for name, number in ids.items()]
-    object_ids = count(1)
-    for number, record in enumerate(records, start=1):
-        stem = PurePosixPath(record.image_id).with_suffix("").as_posix().replace("/", "_")
-        file_name = f"images/{stem}.jpg"
-        open_upright(record.path).save(folder / "train" / file_name, quality=JPEG_QUALITY)
-        image = {"id": number, "file_name": file_name, "contents": sorted(record.contents)}
-        image |= {"width": record.width, "height": record.height}
-        entries = []
-        for item in record.objects:
-            x0, y0, x1, y1 = item.box_xyxy
-            entry = {"id": next(object_ids), "image_id": number, "bbox": [x0, y0, x1 - x0, y1 - y0]}
-            entry |= {"category_id": ids[item.category], "iscrowd": int(item.is_crowd)}
-            entries.append(entry if item.rle is None else entry | {"segmentation": dict(item.rle)})
-        content = {"images": [image], "categories": categories, "annotations": entries}
-        write_json(folder / "train" / "annotations" / f"{stem}.json", content)
-    return folder
-
-
-def write_broken_copy(split, folder, name):
-    """Write a copy as `write_copy` does, plant a fault of `SPOIL_DATA` in it, and return the folder."""
-    if name not in SPOIL_DATA:
-        raise InputError(f"there is no fault {name!r}", fix=f"use one of {', '.join(SPOIL_DATA)}")
-    folder = write_copy(split, folder)
-    SPOIL_DATA[name](folder)
-    return folder
 
 
 WRONG_BOX_KEY, WRONG_MASK_KEY = "bboxes", "masks"

@@ -28,29 +28,25 @@ def explorer_page(queries, split, score_threshold):
     str
         HTML with everything inside; counts, precision and recall are those of `threshold_sweep`.
     """
-    images = {record.image_id: _picture(record) for record in split.records}
+    images = {}
+    for record in split.records:
+        picture, size = open_upright(record.path), {"width": record.width, "height": record.height}
+        picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+        image = {"name": record.image_id, "source": data_uri(picture), "questions": []}
+        images[record.image_id] = image | size
     for query in queries:
         images[query.image_id]["questions"].append(_question(query))
     content = {"images": list(images.values()), "threshold": score_threshold}
     return render_page("explorer", split=split.name, content=content)
 
 
-def _picture(record):
-    """Return what the page needs of an image, small enough for a mail."""
-    picture = open_upright(record.path)
-    picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-    size = {"width": record.width, "height": record.height}
-    return {"name": record.image_id, "source": data_uri(picture), "questions": [], **size}
-
-
 def _question(query):
     """Return a query as plain values, its detections by falling score; ``hits[k]`` of the best k."""
     order = np.argsort(-query.scores, kind="stable")
     found = [query.pred[number] for number in order]
-    objects = [_outline(rle) for rle in query.gt]
-    detections = [{"score": one["score"], "outline": _outline(one["rle"])} for one in found]
-    factors = {"presence": query.presence_prob, "best": query.max_query_prob}
-    answer = {"prompt": query.prompt, "objects": objects, "detections": detections, **factors}
+    answer = {"presence": query.presence_prob, "best": query.max_query_prob}
+    answer |= {"prompt": query.prompt, "objects": [_outline(rle) for rle in query.gt]}
+    answer["detections"] = [{"score": d["score"], "outline": _outline(d["rle"])} for d in found]
     return answer | {"hits": num_hits([one["rle"] for one in found], query.gt)}
 
 

@@ -19,7 +19,7 @@ ARGS ?=
 # Dozens of processes import the same thousands of modules: they are compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup course test lint lab notebooks bench experiment laboratory base data lock newest
+.PHONY: help setup course test browser lint lab notebooks bench experiment laboratory base data lock newest
 
 help: ## list the commands
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -51,6 +51,11 @@ course: $(STAMP) ## execute the whole course; executed notebooks and summary.jso
 # tests fill the gaps, so that all cores are busy to the end (see tests/conftest.py).
 test: $(STAMP) ## run every test, the notebooks included
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical --no-loadscope-reorder --nbval-lax --nbval-current-env --nbval-cell-timeout 900 tests $(QUICK) $(ARGS)
+
+# Chromium comes from the system (Debian: apt install chromium), its driver from PyPI.
+browser: $(STAMP) ## open the pages in a real browser, headless
+	$(if $(UV),uv pip install --quiet --python $(RUN),$(RUN) -m pip install --quiet) 'playwright>=1.50,<2'
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m browser tests/test_browser.py $(ARGS)
 
 lint: $(STAMP) ## check style, formatting, imports and the stored form of the notebooks
 	$(RUN) -m ruff check .

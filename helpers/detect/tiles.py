@@ -33,9 +33,8 @@ def tile_boxes(width, height, tile, overlap):
     if not 0 <= overlap < 1:
         raise InputError(f"the overlap is {overlap!r}", fix="give a share below 1, such as 0.2")
     step = max(1, int(tile * (1 - overlap)))
-    starts = [
-        [*range(0, max(side - tile, 0), step), max(side - tile, 0)] for side in (width, height)
-    ]
+    ends = max(width - tile, 0), max(height - tile, 0)
+    starts = [[*range(0, end, step), end] for end in ends]
     return [
         (x, y, min(x + tile, width), min(y + tile, height))
         for y in dict.fromkeys(starts[1])

@@ -39,19 +39,9 @@ class Fault:
     shown_by: str = ""  # what would show it where it cannot be seen
 
     @property
-    def spoil_data(self):
-        """Function of the folder of a copy of the dataset, or None."""
-        return SPOIL_DATA.get(self.name)
-
-    @property
     def mistakes(self):
         """What `Careless` is told to do wrong."""
         return (self.name,) if self.name in MISTAKES else ()
-
-    @property
-    def spoil_saved(self):
-        """Function of the folder that was saved, or None."""
-        return SPOIL_SAVED.get(self.name)
 
     @property
     def trains(self):
@@ -72,9 +62,9 @@ def planted(fault, folder, *, healthy=None, data_dir=WALL_CRACKS, **settings):
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    if fault.spoil_data is not None:
+    if fault.name in SPOIL_DATA:
         data_dir = shutil.copytree(data_dir, folder / DATA_FOLDER)
-        fault.spoil_data(data_dir)
+        SPOIL_DATA[fault.name](data_dir)
     script = Careless(fault.mistakes, data_dir=data_dir, **settings)
     try:
         if fault.trains or healthy is None:
@@ -82,8 +72,8 @@ def planted(fault, folder, *, healthy=None, data_dir=WALL_CRACKS, **settings):
         else:
             script.take(healthy)
         script.save(folder / RUN_FOLDER)
-        if fault.spoil_saved is not None:
-            fault.spoil_saved(folder / RUN_FOLDER)
+        if fault.name in SPOIL_SAVED:
+            SPOIL_SAVED[fault.name](folder / RUN_FOLDER)
         script.load(folder / RUN_FOLDER)
     except Exception as error:  # whatever stops a training of somebody else
         if fault == HEALTHY:

@@ -15,6 +15,7 @@ from tiny_random import RESOLUTION, save_tiny_base
 from helpers.__main__ import main
 from helpers.cli.commands import _labels
 from helpers.config import load_config
+from helpers.data.coco import read_split
 from helpers.detect.predictor import Predictor
 from helpers.detect.tiles import predict_tiled
 from helpers.files import ROOT
@@ -298,6 +299,24 @@ def test_evaluate_prints_the_documented_json(capfd, run, data_dir):
     status, out, _ = call(capfd, *arguments)
     assert status == 0
     assert "union_iou" in out
+
+
+def test_evaluate_writes_a_page_that_holds_every_picture(capfd, run, data_dir, tmp_path):
+    page = tmp_path / "page.html"
+    arguments = ("evaluate", "--adapter", run, "--data", data_dir, "--html", page, "--json")
+    status, out, _ = call(capfd, *arguments)
+    assert status == 0
+    text = page.read_text(encoding="utf-8")
+    content = json.loads(text.partition('type="application/json">')[2].partition("</script>")[0])
+    split = read_split(data_dir, "test")
+    assert [one["name"] for one in content["images"]] == [r.image_id for r in split.records]
+    asked = [question for one in content["images"] for question in one["questions"]]
+    assert sum(len(one["objects"]) > 0 for one in asked) == json.loads(out)["num_present"]
+    for one in asked:
+        scores = [found["score"] for found in one["detections"]]
+        assert scores == sorted(scores, reverse=True)
+        assert len(one["hits"]) == len(scores) + 1
+        assert max(one["hits"]) <= len(one["objects"])
 
 
 def test_evaluate_a_split_without_objects_has_status_1(capfd, run, data_copy):

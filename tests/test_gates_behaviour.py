@@ -188,7 +188,7 @@ def test_words_apart(monkeypatch, others, update, expected):
 
 def test_size_of_update_is_that_of_the_product(base, config):
     model = add_lora(load_base(base)[0], config.lora)
-    subject = SimpleNamespace(loaded=SimpleNamespace(model=model))
+    subject = SimpleNamespace(loaded=SimpleNamespace(model=model), is_live=False)
     text, evidence = gates.size_of_update(subject)
     assert "vision_encoder 0.00" in text
     assert [one.cause for one in evidence] == ["adapter_at_zero"]

@@ -40,8 +40,8 @@ from helpers.train.share import model_card
 
 SELECTION = "selection"  # the trainer's name of the metric that chooses the checkpoint
 # Settings that the library calls as the config does, and takes as they are.
-_SAME_NAMES = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"}
-_SAME_NAMES |= {"gradient_accumulation_steps", "seed", "logging_steps"}
+SAME_NAMES = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"}
+SAME_NAMES |= {"gradient_accumulation_steps", "seed", "logging_steps"}
 _AT_CLAMP = 0.999
 _WRITE_FAILED = ("inline_container", "PytorchStreamWriter", "file write failed")
 
@@ -58,7 +58,7 @@ def training_arguments(config, folder, **changes):
     with explain(ValueError, message, where="training.mixed_precision", fix=fix):
         if training.mixed_precision == "fp16" and not torch.cuda.is_available():
             raise ValueError("it needs a GPU")
-        settings = training.model_dump(include=_SAME_NAMES) | {
+        settings = training.model_dump(include=SAME_NAMES) | {
             "output_dir": str(folder / run_folder.CHECKPOINTS),
             "per_device_train_batch_size": training.batch_size,
             "num_train_epochs": config.effective_num_epochs,
@@ -419,7 +419,7 @@ def _prepare(config, train_split, val_split, allow_empty):
     counts = data.counts["train"]
     has_no_mask = counts["num_objects"].any() and not counts["num_masks"].any()
     if config.lora.apply_to_mask_decoder and has_no_mask:  # it would have no gradient
-        text = "no object of the training split has a mask, which the mask decoder would need"
+        text = "no training object has a mask: the mask decoder has nothing to learn from"
         if lora.enabled_components(config.lora) == ["mask_decoder"]:
             raise InputError(text, where="lora", fix="adapt another component, or add masks")
         print(f"note: {text}; it is left out", file=sys.stderr)

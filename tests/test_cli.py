@@ -307,6 +307,12 @@ def test_evaluate_writes_a_page_that_holds_every_picture(capfd, run, data_dir, t
     status, out, _ = call(capfd, *arguments)
     assert status == 0
     text = page.read_text(encoding="utf-8")
+    assert call(capfd, *arguments)[0] == 0, "its own page is replaced"
+    page.write_text("my notes")
+    with pytest.raises(SystemExit):
+        main([str(argument) for argument in arguments])
+    assert "is no page of this command line" in capfd.readouterr().err
+    assert page.read_text() == "my notes"
     content = json.loads(text.partition('type="application/json">')[2].partition("</script>")[0])
     split = read_split(data_dir, "test")
     assert [one["name"] for one in content["images"]] == [r.image_id for r in split.records]

@@ -25,6 +25,7 @@ With --json, stdout is one JSON document and nothing else; remarks go to stderr.
 """
 LARGE = 2  # sides of the model's input from which an image should be cut into tiles
 _SIGNATURE = "sam3-lora-workbook predict"  # in a picture: a later call may replace it
+_PAGE_MARK = b'name="generator" content="sam3-lora-workbook"'  # a later call may replace it, too
 _HEADLINES = "AP AP50 AP75 cgF1 pmF1 IL_MCC union_iou max_score_present max_score_absent".split()
 
 
@@ -32,6 +33,13 @@ _HEADLINES = "AP AP50 AP75 cgF1 pmF1 IL_MCC union_iou max_score_present max_scor
 def _path_if(is_there, text):
     path = in_current_folder(text)
     return str(path) if is_there(path) else text
+
+
+def _page(text):
+    path = in_current_folder(text)
+    if path.exists() and not (path.is_file() and _PAGE_MARK in path.read_bytes()[:500]):
+        raise argparse.ArgumentTypeError(f"{path} exists, and is no page of this command line")
+    return path
 
 
 def _words(text):
@@ -58,7 +66,7 @@ OPTIONS = {
     ),
     "--config": _path("FILE", "a configuration, such as those in configs/"),
     "--data": _path("DIR", "dataset, by default that of the run or config"),
-    "--html": _path("FILE", "page to write"),
+    "--html": _text("page to write", type=_page, metavar="FILE"),
     "--log": _path("FILE", "training log: CSV, JSON lines or trainer_state.json, with a loss"),
     "--output": _path("DIR", "folder to write"),
     "--profile": _text("tiny, sam3 or a file", type=partial(_path_if, Path.is_file)),
@@ -313,9 +321,8 @@ def predict(args):
 
 def evaluate(args):
     """Judge a model on a split; status 1 if the split has nothing to find."""
-    from helpers import detect, show
+    from helpers import detect
     from helpers.data.dataset import load_dataset
-    from helpers.files import write_text
 
     model, processor, run, config, name = load_model(args)
     settings = config.evaluation
@@ -331,7 +338,10 @@ def evaluate(args):
     threshold = settings.score_threshold if args.threshold is None else args.threshold
     metrics = detect.evaluate_queries(queries, threshold)
     if args.html is not None:
-        write_text(args.html, show.explorer_page(queries, split, threshold))
+        from helpers.files import write_text
+        from helpers.show import explorer_page
+
+        write_text(args.html, explorer_page(queries, split, threshold))
     document = {"model": name, "data": str(data_dir), "split": split.name, **metrics}
     lines = [f"{name} on {data_dir}, {split.name}: {len(split.records)} images"]
     for metric in _HEADLINES:

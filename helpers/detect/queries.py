@@ -203,7 +203,7 @@ def query_of(answer, detections, record, objects):
         {"rle": d["mask_rle"], "score": d["score"], "box_xyxy": d["box_xyxy"]} for d in detections
     ]
     return Query(
-        *(record.image_id, answer.prompt, *(record.height, record.width), gt, pred),
+        *(record.image_id, answer.prompt, record.height, record.width, gt, pred),
         gt_boxes_xyxy=[clip_box(item.box_xyxy, record.width, record.height) for item in objects],
         **{name: getattr(answer, name) for name in PROBABILITIES},
     )

@@ -11,14 +11,7 @@ from helpers.causes import CAUSES, STAGES
 from helpers.diagnose.answer_gates import BEHAVIOUR_GATES
 from helpers.diagnose.data_gates import DATA_GATES, PROMPT_GATES
 from helpers.diagnose.live_gates import DETECT_GATES, LOSS_GATES
-from helpers.diagnose.patient import (
-    NEEDS,
-    Evidence,
-    Inapplicable,
-    Missing,
-    Patient,
-    open_patient,
-)
+from helpers.diagnose.patient import NEEDS, Evidence, Inapplicable, Missing, Patient, open_patient
 from helpers.diagnose.run_gates import (
     BASE_GATES,
     CHECKPOINT_GATES,
@@ -55,7 +48,7 @@ DECISIVE = "words in the picture"  # gate without whose answer no run is called 
 _VERDICTS = {
     "healthy": "no cause found: the run looks healthy",
     "causes": "causes found, the most likely first",
-    "undecided": "no cause found, but the gates above were left open: the run may not be healthy",
+    "undecided": "no cause found, but gates were left open: the run may not be healthy",
 }
 
 

@@ -1,4 +1,4 @@
-"""Faults in the files of a dataset, broken copies for lesson 01, and the failing script's reader."""
+"""Faults in the files of a dataset, and the failing script's reader."""
 
 import shutil
 from dataclasses import replace

@@ -13,7 +13,7 @@ from helpers.detect import threshold_sweep
 from helpers.detect.queries import Query
 from helpers.diagnose import diagnose
 from helpers.files import DATA, TINY_BASE, WALL_CRACKS, write_text
-from helpers.show import explorer_page
+from helpers.show import explorer_panel
 
 pytestmark = pytest.mark.browser
 REDRAW = 100  # milliseconds, at the median, of a hundred pictures

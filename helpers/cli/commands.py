@@ -23,6 +23,7 @@ _EPILOG = """exit status:
 
 With --json, stdout is one JSON document and nothing else; remarks go to stderr.
 """
+EXPLORED_MASKS = (0.3, 0.5, 0.7)  # mask thresholds of the page
 LARGE = 2  # sides of the model's input from which an image should be cut into tiles
 _SIGNATURE = "sam3-lora-workbook predict"  # in a picture: a later call may replace it
 _PAGE_MARK = b'name="generator" content="sam3-lora-workbook"'  # a later call may replace it, too
@@ -332,16 +333,19 @@ def evaluate(args):
         words = [args.prompt] if args.prompt else split.categories
         for prompt in detect.untrained_prompts(words, run.prompts["prompts"]):
             _say(f"warning: '{prompt}' was never trained as a present prompt")
-    asked = {key: getattr(settings, key) for key in ("absent_prompts", "mask_threshold")}
-    asked |= {"prompt": args.prompt, "adapter_words": _routes(args, run)}
-    queries = detect.predict_split(model, processor, split, **asked)
+    asked = {"absent_prompts": settings.absent_prompts, "prompt": args.prompt}
+    levels = sorted({settings.mask_threshold, *(EXPLORED_MASKS if args.html else ())})
+    asked |= {"adapter_words": _routes(args, run)}
+    answers = detect.predict_split_at(model, processor, split, levels, **asked)
+    queries = answers[settings.mask_threshold]
     threshold = settings.score_threshold if args.threshold is None else args.threshold
     metrics = detect.evaluate_queries(queries, threshold)
     if args.html is not None:
         from helpers.files import write_text
-        from helpers.show import explorer_page
+        from helpers.show import explorer_panel
 
-        write_text(args.html, explorer_page(queries, split, threshold))
+        panel = explorer_panel({name: answers}, split, score_threshold=threshold)
+        write_text(args.html, panel.to_html(f"Thresholds on {split.name}"))
     document = {"model": name, "data": str(data_dir), "split": split.name, **metrics}
     lines = [f"{name} on {data_dir}, {split.name}: {len(split.records)} images"]
     for metric in _HEADLINES:

@@ -10,5 +10,11 @@ from helpers.detect.predictor import (
     raw_outputs,
     untrained_prompts,
 )
-from helpers.detect.queries import Query, as_queries, predict_split, prompt_scores
+from helpers.detect.queries import (
+    Query,
+    as_queries,
+    predict_split,
+    predict_split_at,
+    prompt_scores,
+)
 from helpers.detect.tiles import predict_tiled

@@ -144,13 +144,6 @@ def _matched(ious):
     return ious[linear_sum_assignment(ious, maximize=True)]
 
 
-def num_hits(rles, gt):
-    """Count the pairs of IoU 0.5 or more among the first 0, 1, ... detections and all objects."""
-    ious = mask_ious(rles, gt)
-    counts = range(len(rles) + 1)
-    return [int((_matched(ious[:count]) >= IOU_THRESHOLDS[0]).sum()) for count in counts]
-
-
 def undefined_cgf1(queries):
     """Return why cgF1 and IL_MCC of these queries would have no meaning, or None."""
     present = {query.is_positive for query in as_query_list(queries) if query.exhaustive}

@@ -116,7 +116,6 @@ def as_query_list(queries):
     return checked
 
 
-@torch.no_grad()
 def predict_split(
     model,
     processor,
@@ -146,23 +145,33 @@ def predict_split(
     list of Query
         One per image and prompt, with the 100 best detections that score at least 0.001.
     """
-    asked = {"prompt": prompt, "absent_prompts": absent_prompts}
+    asked = {"prompt": prompt, "absent_prompts": absent_prompts, "adapter_words": adapter_words}
+    return predict_split_at(model, processor, split, [mask_threshold], **asked)[mask_threshold]
+
+
+@torch.no_grad()
+def predict_split_at(model, processor, split, mask_thresholds, *, adapter_words=None, **asked):
+    """Do as `predict_split` for several mask thresholds at once: dict of each to its list."""
     if adapter_words is not None:
-        asked["mask_threshold"] = mask_threshold
-        queries = predict_split(model, processor, split, **asked)
+        own = predict_split_at(model, processor, split, mask_thresholds, **asked)
         with model.disable_adapter():
-            queries_of_base = predict_split(model, processor, split, **asked)
+            of_base = predict_split_at(model, processor, split, mask_thresholds, **asked)
         words = {plain_prompt(word) for word in adapter_words}
-        pairs = zip(queries, queries_of_base, strict=True)
-        return [own if plain_prompt(own.prompt) in words else other for own, other in pairs]
+        return {
+            level: [
+                query if plain_prompt(query.prompt) in words else other
+                for query, other in zip(own[level], of_base[level], strict=True)
+            ]
+            for level in mask_thresholds
+        }
     dataset = PromptDataset.for_evaluation(split, model, processor, **asked)
     loader = DataLoader(dataset, IMAGES_AT_ONCE, collate_fn=PromptCollator(processor))
     model.eval()
-    device, queries = next(model.parameters()).device, []
+    device, queries = next(model.parameters()).device, {level: [] for level in mask_thresholds}
     for batch in loader:
         for rows, outputs in outputs_by_rows(model, batch, device):
-            questions = batch["queries"][rows]
-            queries += queries_from_outputs(outputs, questions, dataset, mask_threshold)
+            for level, answers in queries.items():
+                answers += queries_from_outputs(outputs, batch["queries"][rows], dataset, level)
     return queries
 
 

@@ -11,13 +11,12 @@ from helpers.show.charts import (
     score_histogram_figure,
     threshold_figure,
 )
-from helpers.show.explorer import explorer_page
+from helpers.show.explorer import Explorer, explorer_panel, threshold_panel
 from helpers.show.panels import (
     LossPanel,
     browse_panel,
     target_picture,
     targets_figure,
-    threshold_panel,
 )
 from helpers.show.pictures import (
     TRUTH_COLOUR,

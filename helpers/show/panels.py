@@ -1,12 +1,10 @@
-"""Panels to move a threshold, to watch a training, and to browse what the loss is given.
+"""Panels to watch a training, and to browse what the loss is given.
 
 Targets are read back from the tensors of a collated batch and nothing from the files, so a fault of
 the loader shows in these pictures, where pictures of the files would hide it.
 """
 
-import base64
 import html
-import io
 import math
 import time
 from types import SimpleNamespace
@@ -17,74 +15,16 @@ from matplotlib.figure import Figure
 from torch.nn.functional import interpolate
 from torchvision.ops import box_convert
 from torchvision.transforms.functional import to_pil_image
-from traitlets import validate
 from transformers import TrainerCallback
 
-from helpers.detect.detections import detect
-from helpers.errors import InputError, check_probability, printable
+from helpers.errors import InputError, printable
 from helpers.show import pictures
 from helpers.show.charts import draw_lines, history_frame
+from helpers.show.page import data_uri
 
 _WIDE = {"style": {"description_width": "initial"}, "layout": {"width": "32em"}}
 _REDRAW_SECONDS, _REDRAW_SHARE = 2.0, 0.05  # at most so often, and at most this share of the time
 _PANEL_METRICS = ("eval_AP50", "eval_cgF1", "eval_max_score_present_share_above")  # 0 to 1
-
-
-class StrictSlider(widgets.FloatSlider):
-    """A slider that refuses a value outside its range, where the original moves it to the end."""
-
-    @validate("value")
-    def _validate_value(self, proposal):
-        value = proposal["value"]
-        if not self.min <= value <= self.max:
-            fix = f"set a number from {self.min:g} to {self.max:g}"
-            raise InputError(f"{self.description} is {value!r}", fix=fix)
-        return value
-
-
-def threshold_panel(image, raws, *, score_threshold=0.3, mask_threshold=0.5):
-    """Make a panel that redraws computed detections as the thresholds move.
-
-    Its parts are ``widget`` to show, the controls ``score``, ``mask`` and ``prompt``, ``detections``.
-
-    Parameters
-    ----------
-    image : PIL.Image.Image, numpy.ndarray or os.PathLike
-    raws : sequence of helpers.detect.detections.RawPrediction
-        Outputs for this image, one per prompt.
-    score_threshold, mask_threshold : float
-        In [0, 1]; an impossible value is refused, also when a slider is set from code.
-    """
-    if not raws:
-        raise InputError("a panel needs outputs of a prompt", fix="pass Predictor.raw(...)")
-    image, by_prompt = pictures.as_picture(image), {raw.prompt: raw for raw in raws}
-    panel = SimpleNamespace(readout=widgets.Label(), picture=widgets.HTML())
-    options = {"min": 0.0, "max": 1.0, "step": 0.01, "readout_format": ".2f", **_WIDE}
-    for name, value, tooltip in (
-        ("score", score_threshold, "keep detections from this score on"),
-        ("mask", mask_threshold, "a pixel with a probability above this belongs to the mask"),
-    ):
-        # A slider under construction may still move an impossible value to its end, so look first.
-        check_probability(value, f"{name}_threshold")
-        label = f"{name} threshold (probability)"
-        slider = StrictSlider(value=value, description=label, tooltip=tooltip, **options)
-        setattr(panel, name, slider)
-    panel.prompt = widgets.Dropdown(options=list(by_prompt), description="prompt", **_WIDE)
-    choices = [panel.prompt] if len(by_prompt) > 1 else []
-    panel.widget = widgets.VBox([*choices, panel.score, panel.mask, panel.readout, panel.picture])
-
-    def update(_change=None):
-        raw = by_prompt[panel.prompt.value]
-        panel.detections = detect(raw, panel.score.value, panel.mask.value)
-        kept, total = len(panel.detections), len(raw.scores)
-        panel.readout.value = f"kept {kept} of {total}, highest score {raw.max_score:.3f}"
-        alt = f"Detections of {raw.prompt!r}: {panel.readout.value}."
-        panel.picture.value = _img(pictures.annotate_detections(image, panel.detections), alt)
-
-    for control in (panel.score, panel.mask, panel.prompt):
-        control.observe(update, names="value")
-    update()
-    return panel
 
 
 class LossPanel(TrainerCallback):
@@ -134,17 +74,6 @@ def _img(picture, alt, width="32em"):
     """Return an HTML image of a figure or a photograph, with its data inside."""
     text = html.escape(printable(alt))
     return f'<img alt="{text}" style="width:{width}" src="{data_uri(picture)}">'
-
-
-def data_uri(picture):
-    """Return the data of a figure, as PNG, or of a photograph, as JPEG, as an address."""
-    stream, kind = io.BytesIO(), "png" if isinstance(picture, Figure) else "jpeg"
-    if kind == "png":
-        picture.savefig(stream, format=kind, dpi=100)
-    else:
-        picture.save(stream, format=kind, quality=88)
-    data = base64.b64encode(stream.getvalue()).decode()
-    return f"data:image/{kind};base64,{data}"
 
 
 def target_picture(batch, row, image_processor):

@@ -3,6 +3,7 @@
 from helpers.detect.detections import detect, output_table
 from helpers.detect.knowledge import clear_answers, retention, word_knowledge
 from helpers.detect.metrics import cgf1, coco_ap, evaluate_queries, threshold_sweep, union_iou
+from helpers.detect.mistakes import content_matrix, mistake_table, reliability_table
 from helpers.detect.predictor import (
     GENERIC_PROMPT,
     PROMPTLESS_THRESHOLD,
@@ -17,4 +18,5 @@ from helpers.detect.queries import (
     predict_split_at,
     prompt_scores,
 )
+from helpers.detect.thresholds import choose_thresholds
 from helpers.detect.tiles import predict_tiled

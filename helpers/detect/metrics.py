@@ -227,22 +227,28 @@ def threshold_sweep(queries, thresholds):
         ``precision``, ``recall``, ``f1``, a hit from an IoU of 0.5 on; NaN where there is nothing
         to divide by.
     """
-    queries = as_query_list(queries)
-    num_gt = sum(len(query.gt) for query in queries)
-    overlaps = [(query.scores, mask_ious(query.rles(), query.gt)) for query in queries]
-    rows = []
     for threshold in thresholds:
         check_probability(threshold, "threshold")
-        count = hits = 0
-        for scores, ious in overlaps:
-            kept = reaches(scores, threshold)
-            count += int(kept.sum())
-            hits += int((_matched(ious[kept]) >= IOU_THRESHOLDS[0]).sum())
-        precision = hits / count if count else np.nan
-        recall = hits / num_gt if num_gt else np.nan
-        f1 = 2 * hits / (count + num_gt) if count + num_gt else np.nan
-        rows.append((float(threshold), count, precision, recall, f1))
-    return pd.DataFrame(rows, columns=["threshold", "count", "precision", "recall", "f1"])
+    counts, hits, num_gt = detection_counts(as_query_list(queries), thresholds)
+    table = pd.DataFrame({"threshold": np.asarray(thresholds, float), "count": counts.sum(0)})
+    hits, objects = hits.sum(0), num_gt.sum()
+    table["precision"] = hits / table["count"].where(table["count"] > 0)
+    table["recall"] = hits / objects if objects else np.nan
+    total = table["count"] + objects
+    return table.assign(f1=2 * hits / total.where(total > 0))
+
+
+def detection_counts(queries, thresholds):
+    """Count detections and hits, (queries, thresholds) each, and objects, (queries,)."""
+    counts = np.zeros((2, len(queries), len(thresholds)), dtype=int)
+    for row, query in enumerate(queries):
+        ious, hits = mask_ious(query.rles(), query.gt), {0: 0}
+        kept = reaches(query.scores[:, None], thresholds)  # (detections, thresholds)
+        for column, count in enumerate(kept.sum(0).tolist()):
+            if count not in hits:
+                hits[count] = int((_matched(ious[kept[:, column]]) >= IOU_THRESHOLDS[0]).sum())
+            counts[:, row, column] = count, hits[count]
+    return *counts, np.array([len(query.gt) for query in queries], dtype=int)
 
 
 def evaluate_queries(queries, score_threshold):

@@ -174,8 +174,11 @@ class Diagnosis:
 
     def to_html(self):
         """Return the diagnosis as one page that needs no other file."""
-        values = {"causes": self.causes, "gates": self.gates, "ending": self.ending()}
-        return render_page("diagnosis", **values)
+        return render_page("diagnosis", **self.parts())
+
+    def parts(self):
+        """Return what a template needs to show this diagnosis."""
+        return {"causes": self.causes, "gates": self.gates, "ending": self.ending()}
 
 
 def diagnose(source, *, progress=False, **given):

@@ -26,3 +26,4 @@ from helpers.show.pictures import (
     gallery_figure,
     prediction_figure,
 )
+from helpers.show.report import headline, report_page

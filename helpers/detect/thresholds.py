@@ -39,7 +39,7 @@ def choose_thresholds(queries, goal="f1", least=0.9, *, num_resamples=1000, seed
     rows, rng = {}, np.random.default_rng(seed)
     for word in dict.fromkeys(query.prompt for query in queries if query.is_positive):
         own = [query for query in queries if query.prompt == word]
-        scores = np.unique(np.concatenate([query.scores for query in own]))
+        scores = np.unique(np.concatenate([[1.0], *(query.scores for query in own)]))
         places = np.linspace(0, len(scores) - 1, min(len(scores), MAX_CUTS)).astype(int)
         cuts = scores[places]
         count, hits, num_gt = detection_counts(
@@ -49,7 +49,7 @@ def choose_thresholds(queries, goal="f1", least=0.9, *, num_resamples=1000, seed
         weights = rng.multinomial(len(own), ones[0] / len(own), num_resamples)
         curves = _curves(np.vstack([ones, weights]), count, hits, num_gt)
         chosen = _best(curves, goal, least)
-        if not len(cuts) or chosen[0] < 0:
+        if chosen[0] < 0:
             text = (
                 "no detection is right"
                 if goal == "f1"

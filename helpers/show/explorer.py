@@ -52,6 +52,8 @@ class Explorer(anywidget.AnyWidget):
 
     def __init__(self, pictures, answers, **state):
         self._pictures, self._answers = pictures, answers
+        for name in ("score_threshold", "mask_threshold"):
+            check_probability(state[name], name)
         super().__init__(**state)
 
     @traitlets.validate("score_threshold", "mask_threshold", "overlap_threshold")

@@ -1,7 +1,5 @@
 import time
 
-import pytest
-
 from helpers.show.panels import LossPanel
 
 

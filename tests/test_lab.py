@@ -1,0 +1,229 @@
+"""Lessons in a real JupyterLab, driven by a real browser: `make browser`."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import nbformat
+import numpy as np
+import pytest
+
+from helpers.config import load_config
+from helpers.data import read_split
+from helpers.detect import predict_split, threshold_sweep
+from helpers.files import CONFIGS, DATA, write_json
+from helpers.train import load_run, train
+from notebooks.run import NOTEBOOKS, find_notebooks, parameter_names
+
+pytestmark = pytest.mark.browser
+LESSONS = find_notebooks()
+RUN = ("00_start_here", "01_data_checks", "05_inference", "A1_how_the_base_was_made")
+SEEN = 250  # milliseconds at the median from a key to the new picture
+SETTINGS = {
+    "notebook-extension/tracker": {"windowingMode": "none"},  # every cell is in the page
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
+OPEN = """async (path) => {
+  const app = window.jupyterapp;
+  await app.restored;
+  const widget = await app.commands.execute("docmanager:open", { path });
+  await widget.context.ready;
+  await widget.sessionContext.ready;
+  await widget.sessionContext.session?.kernel?.info;
+}"""
+RUN_ALL = """async () => { await window.jupyterapp.commands.execute("notebook:run-all-cells"); }"""
+CELLS = "() => window.jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().cells"
+ASK = """async (code) => {
+  const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+  const future = kernel.requestExecute({ code });
+  let text = "";
+  future.onIOPub = (one) => { if (one.header.msg_type === "stream") text += one.content.text; };
+  await future.done;
+  return text;
+}"""
+RESTART = """async () => {
+  await window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart();
+}"""
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory):
+    """Return a folder with copies of the lessons that write into it, and a run of lesson 04."""
+    root = tmp_path_factory.mktemp("lab")
+    runs = root / "runs"
+    for path in LESSONS:
+        notebook = nbformat.read(path, as_version=4)
+        (cell,) = [one for one in notebook.cells if "parameters" in one.metadata.get("tags", [])]
+        if "output_dir" in parameter_names(path):
+            cell.source += f"\noutput_dir = {str(runs)!r}"
+        nbformat.write(notebook, root / path.name)
+    for name in ("figures", "glossary.md", "cheat_sheet.md", "the_document.md"):
+        source = NOTEBOOKS / name
+        if source.is_dir():
+            shutil.copytree(source, root / name)
+        elif source.is_file():
+            shutil.copy(source, root / name)
+    config = load_config(CONFIGS / "crack_detection_config.yaml", profile="tiny")
+    folder = runs / "04_train"
+    train(config, output_dir=folder / "adapter", progress=False)
+    write_json(folder / "results.json", {})
+    return root
+
+
+@pytest.fixture(scope="module")
+def address(course):
+    """Start a JupyterLab on the copies and return its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = course / "settings"
+    for name, content in SETTINGS.items():
+        path = settings / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    options = [f"--port={port}", "--no-browser", "--allow-root", "--IdentityProvider.token="]
+    options += [f"--ServerApp.root_dir={course}", "--LabApp.expose_app_in_browser=True"]
+    environment = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(settings)}
+    with (course / "lab.log").open("w") as log:
+        command = [sys.executable, "-m", "jupyter", "lab", *options]
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            wait_for(f"http://127.0.0.1:{port}/api", server)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def wait_for(url, server, seconds=60):
+    for _ in range(4 * seconds):
+        assert server.poll() is None, "JupyterLab did not start"
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.25)
+    raise TimeoutError(url)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    api = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+    with api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(chromium, address, course, request):
+    """Return a function that opens a lesson in JupyterLab; a screenshot is kept at the end."""
+    context = chromium.new_context(viewport={"width": 1250, "height": 1000})
+    page = context.new_page()
+    page.set_default_timeout(300_000)
+    problems = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+
+    def open_lesson(name):
+        page.goto(f"{address}/lab/workspaces/auto-{name}/tree/{name}.ipynb?reset")
+        page.wait_for_function("window.jupyterapp !== undefined")
+        page.evaluate(OPEN, f"{name}.ipynb")
+        return page
+
+    yield open_lesson
+    shots = course / "screenshots"
+    shots.mkdir(exist_ok=True)
+    page.screenshot(path=shots / f"{request.node.name.replace('/', '_')}.png")
+    print(f"screenshot in {shots}")
+    context.close()
+    assert not problems
+
+
+def errors_of(page):
+    """List the errors that cells show."""
+    outputs = [one for cell in page.evaluate(CELLS) for one in cell.get("outputs", [])]
+    return [f"{one['ename']}: {one['evalue']}" for one in outputs if one["output_type"] == "error"]
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_a_lesson_opens_with_its_outputs_and_pictures(opened, path):
+    page = opened(path.stem)
+    assert page.locator(".jp-Notebook .jp-Cell").count() == len(page.evaluate(CELLS))
+    assert not errors_of(page)
+    page.wait_for_timeout(500)
+    broken = "[...document.images].filter((one) => one.complete && !one.naturalWidth).map((one) => one.src)"
+    assert page.evaluate(broken) == []
+    assert page.locator("text=VBox(children").count() == 0
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_a_lesson_runs_cell_by_cell_without_an_error(opened, name):
+    page = opened(name)
+    page.evaluate(RUN_ALL)
+    assert errors_of(page) == []
+    cells = [cell for cell in page.evaluate(CELLS) if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in cells if cell["source"].strip())
+    panels = page.locator(".explorer, .jp-OutputArea .widget-vbox")
+    assert panels.count() >= 1
+    panels.last.scroll_into_view_if_needed()
+
+
+def test_the_explorer_and_its_kernel_agree(opened, course):
+    page = opened("05_inference")
+    page.evaluate(RUN_ALL)
+    assert errors_of(page) == []
+    explorer = page.locator(".explorer").first
+    explorer.scroll_into_view_if_needed()
+    seen = []
+    run = load_run(course / "runs" / "04_train" / "adapter")
+    split = read_split(DATA / "wall_cracks", "test")
+    absent = run.config.evaluation.absent_prompts
+    queries = predict_split(run.model, run.processor, split, absent_prompts=absent)
+    for threshold in (0.05, 0.2, 0.5, 0.7, 0.99):
+        started = time.perf_counter()
+        explorer.locator(".score-value").fill(str(threshold))
+        page.evaluate(
+            "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+        )
+        seen.append(1000 * (time.perf_counter() - started))
+        row = threshold_sweep(queries, [threshold]).iloc[0]
+        assert (
+            f": {int(row['count'])} detections"
+            in explorer.locator(".numbers p").first.text_content()
+        )
+        assert float(page.evaluate(ASK, "print(panel.score_threshold)")) == threshold
+    print(
+        f"from the keyboard to the picture: {np.median(seen):.0f} ms at the median, {max(seen):.0f} at most"
+    )
+    assert np.median(seen) < SEEN
+    page.evaluate(ASK, "panel.score_threshold = 0.4")
+    page.wait_for_function("document.querySelector('.explorer .score-value').value === '0.4'")
+    refused = page.evaluate(
+        ASK, "try:\n    panel.score_threshold = 7\nexcept Exception as error:\n    print(error)"
+    )
+    assert "score_threshold is 7" in refused
+
+
+def test_a_panel_cell_twice_and_a_restart_leave_no_error(opened):
+    page = opened("00_start_here")
+    page.evaluate(RUN_ALL)
+    page.evaluate(RESTART)
+    page.evaluate(RUN_ALL)
+    assert errors_of(page) == []
+    assert page.locator(".explorer").count() >= 1
+
+
+def test_a_narrow_window_cuts_nothing_off(opened):
+    page = opened("00_start_here")
+    page.set_viewport_size({"width": 700, "height": 900})
+    page.evaluate(RUN_ALL)
+    explorer = page.locator(".explorer").first
+    explorer.scroll_into_view_if_needed()
+    wider = "(one) => one.scrollWidth > one.clientWidth + 1"
+    assert not explorer.evaluate(wider)

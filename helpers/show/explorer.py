@@ -3,8 +3,6 @@
 The same JavaScript draws a panel in a notebook and a page that needs no kernel and no network.
 """
 
-import base64
-import io
 from types import SimpleNamespace
 
 import anywidget
@@ -20,7 +18,7 @@ from helpers.detect.detections import detect, reaches
 from helpers.detect.metrics import mask_ious, threshold_sweep
 from helpers.detect.queries import MAX_DETECTIONS, SCORE_FLOOR, query_of
 from helpers.errors import InputError, check_probability
-from helpers.show.page import PAGES, data_uri, render_page
+from helpers.show.page import PAGES, data_uri, render_page, with_still
 from helpers.show.pictures import annotate, as_picture, decode_mask
 
 LARGEST_SIDE = 640  # of a picture in the explorer, in pixels
@@ -96,13 +94,7 @@ class Explorer(anywidget.AnyWidget):
         return picture
 
     def _repr_mimebundle_(self, **kwargs):
-        """Add a still, which GitHub shows, to the view that a notebook shows."""
-        data, metadata = super()._repr_mimebundle_(**kwargs)
-        stream = io.BytesIO()
-        self.still().save(stream, format="jpeg", quality=85)
-        data["image/jpeg"] = base64.b64encode(stream.getvalue()).decode()
-        data["text/plain"] = "A panel with sliders: run the notebook to move them."
-        return data, metadata
+        return with_still(super()._repr_mimebundle_(**kwargs), self.still())
 
 
 def explorer_panel(answers, split, *, score_threshold=0.3, mask_threshold=0.5, validation=None):

@@ -24,10 +24,23 @@ def render_page(name, **values):
 
 def data_uri(picture):
     """Return the data of a figure, as PNG, or of a photograph, as JPEG, as an address."""
+    kind, data = encoded(picture)
+    return f"data:{kind};base64,{data}"
+
+
+def encoded(picture):
+    """Return the MIME type of a figure, PNG, or of a photograph, JPEG, and its data in base 64."""
     stream, kind = io.BytesIO(), "png" if isinstance(picture, Figure) else "jpeg"
     if kind == "png":
         picture.savefig(stream, format=kind, dpi=100)
     else:
         picture.save(stream, format=kind, quality=88)
-    data = base64.b64encode(stream.getvalue()).decode()
-    return f"data:image/{kind};base64,{data}"
+    return f"image/{kind}", base64.b64encode(stream.getvalue()).decode()
+
+
+def with_still(bundle, picture):
+    """Add a still to what a notebook shows of a widget: the view of places without a kernel."""
+    data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
+    text = "A panel with sliders: run the notebook to move them."
+    still = {} if picture is None else dict([encoded(picture)])
+    return data | {"text/plain": text} | still, metadata

@@ -20,11 +20,23 @@ from transformers import TrainerCallback
 from helpers.errors import InputError, printable
 from helpers.show import pictures
 from helpers.show.charts import draw_lines, history_frame
-from helpers.show.page import data_uri
+from helpers.show.page import data_uri, with_still
 
-_WIDE = {"style": {"description_width": "initial"}, "layout": {"width": "32em"}}
+_WIDE = {"style": {"description_width": "initial"}}
+_WIDE |= {"layout": {"width": "32em", "max_width": "100%"}}
 _REDRAW_SECONDS, _REDRAW_SHARE = 2.0, 0.05  # at most so often, and at most this share of the time
 _PANEL_METRICS = ("eval_AP50", "eval_cgF1", "eval_max_score_present_share_above")  # 0 to 1
+
+
+class _Panel(widgets.VBox):
+    """Controls above a picture; ``still`` stands for them where there is no kernel."""
+
+    def __init__(self, *children):
+        super().__init__(children)
+        self.still = None
+
+    def _repr_mimebundle_(self, **kwargs):
+        return with_still(super()._repr_mimebundle_(**kwargs), self.still)
 
 
 class LossPanel(TrainerCallback):
@@ -33,7 +45,7 @@ class LossPanel(TrainerCallback):
     def __init__(self):
         self.log = []
         self.readout, self.picture = widgets.Label(value="training has not started"), widgets.HTML()
-        self.widget = widgets.VBox([self.readout, self.picture])
+        self.widget = _Panel(self.readout, self.picture)
         self._next_drawing = -math.inf
         self.redraw()
 
@@ -66,6 +78,7 @@ class LossPanel(TrainerCallback):
         draw_lines(right, history, metrics, xlabel="optimiser step", ylabel="validation metric")
         right.set_ylim(-0.03, 1.03)
         self.picture.value = _img(figure, self.readout.value, width="100%")
+        self.widget.still = figure if self.log else None
         ended = time.monotonic()
         self._next_drawing = ended + max(_REDRAW_SECONDS, (ended - started) / _REDRAW_SHARE)
 
@@ -73,7 +86,7 @@ class LossPanel(TrainerCallback):
 def _img(picture, alt, width="32em"):
     """Return an HTML image of a figure or a photograph, with its data inside."""
     text = html.escape(printable(alt))
-    return f'<img alt="{text}" style="width:{width}" src="{data_uri(picture)}">'
+    return f'<img alt="{text}" style="width:{width};max-width:100%" src="{data_uri(picture)}">'
 
 
 def target_picture(batch, row, image_processor):
@@ -132,13 +145,14 @@ def browse_panel(batch, image_processor):
     panel.image = widgets.SelectionSlider(options=list(rows), **look)
     first = list(rows[panel.image.value])
     panel.prompt = widgets.Dropdown(options=first, description="prompt", **_WIDE)
-    panel.widget = widgets.VBox([panel.image, panel.prompt, panel.readout, panel.picture])
+    panel.widget = _Panel(panel.image, panel.prompt, panel.readout, panel.picture)
 
     def draw(_change=None):
         row = rows[panel.image.value][panel.prompt.value]
         panel.readout.value = describe_target(batch, row)
         picture = target_picture(batch, row, image_processor)
         panel.picture.value = _img(picture, f"{panel.image.value}, {panel.readout.value}.")
+        panel.widget.still = picture
 
     def offer_prompts(_change):
         panel.prompt.options = list(rows[panel.image.value])

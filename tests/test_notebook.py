@@ -1,9 +1,11 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from helpers.course import notebook
 from helpers.course.notebook import start
 from helpers.errors import InputError
 from helpers.files import ROOT
@@ -134,3 +136,34 @@ def test_earlier_notebook_is_found_or_named(begin):
         run.folder_of("03_text_encoder_lora")
     run.save_results({})
     assert run.folder_of("04_train") == run.folder
+
+
+@pytest.fixture
+def cells(monkeypatch):
+    """Return a function that pretends that some cells were executed before `start`."""
+
+    def executed(*sources):
+        shell = SimpleNamespace(user_ns={"In": ["", *sources, "start()"]})
+        shell.transform_cell = lambda source: source.replace("%", "")
+        monkeypatch.setattr(notebook, "get_ipython", lambda: shell)
+
+    return executed
+
+
+PARAMETERS = 'seed: int = 42  # of every generator\nepochs = 3\n%pylab\nprofile = "tiny"'
+
+
+def test_a_misspelt_parameter_of_papermill_is_refused(cells):
+    cells(PARAMETERS, "# Parameters\nsede = 7\n")
+    with pytest.raises(InputError, match="no parameter 'sede'. Fix: did you mean 'seed'"):
+        notebook._refuse_misspelt_parameters()
+    cells(PARAMETERS, "# Parameters\nzzz = 7\n")
+    with pytest.raises(InputError, match="one of seed, epochs, profile"):
+        notebook._refuse_misspelt_parameters()
+
+
+def test_known_parameters_and_cells_of_a_person_are_accepted(cells):
+    cells(PARAMETERS, "# Parameters\nseed = 7\nepochs: int = 1\n")
+    notebook._refuse_misspelt_parameters()
+    cells(PARAMETERS, "own = 7")
+    notebook._refuse_misspelt_parameters()

@@ -4,9 +4,12 @@ papermill checks neither the type of a parameter nor its range, and it passes a 
 text. `start` refuses such a value before anything is computed with it.
 """
 
+import ast
+import difflib
 from pathlib import Path
 from typing import Annotated
 
+from IPython import get_ipython
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from transformers import set_seed
 
@@ -88,6 +91,7 @@ def start(name, *, profile, data_dir, seed, output_dir, fast_run, **thresholds):
     ``..`` is seen from ``notebooks/``. ``thresholds`` are probabilities such as ``score_threshold``.
     """
     require()
+    _refuse_misspelt_parameters()
     parameters = {"profile": profile, "data_dir": data_dir, "seed": seed, "output_dir": output_dir}
     try:
         run = NotebookRun(name=name, fast_run=fast_run, thresholds=thresholds, **parameters)
@@ -104,6 +108,23 @@ def start(name, *, profile, data_dir, seed, output_dir, fast_run, **thresholds):
     quieten()
     print(f"{name}: profile {profile}, seed {seed}, {versions_line()}")
     return run
+
+
+def _refuse_misspelt_parameters():
+    """Refuse a name in papermill's cell that the notebook does not set: papermill only warns."""
+    sources = [] if get_ipython() is None else get_ipython().user_ns.get("In", [])
+    names = {True: [], False: []}  # of papermill's cell, of all others before this one
+    for source in sources[:-1]:
+        statements = ast.parse(get_ipython().transform_cell(source)).body
+        is_papermills = source.startswith("# Parameters")
+        for one in statements:
+            targets = getattr(one, "targets", [getattr(one, "target", None)])
+            names[is_papermills] += [one.id for one in targets if isinstance(one, ast.Name)]
+    for name in names[True]:
+        if name not in names[False]:
+            close = difflib.get_close_matches(name, names[False], n=1, cutoff=0.3)
+            fix = f"did you mean {close[0]!r}?" if close else f"one of {', '.join(names[False])}"
+            raise InputError(f"there is no parameter {name!r}", where="parameters", fix=fix)
 
 
 def answered(**answers):

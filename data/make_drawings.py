@@ -1,4 +1,4 @@
-"""Draw the pipeline with the five places where "nothing" is born: ``python -m data.make_drawings``.
+"""Draw the pipeline with the five places where a zero can arise: ``python -m data.make_drawings``.
 
 One large drawing for lesson 00 and the page of the notebooks, and one strip per lesson with the
 lesson's places lit. Colours are those of the course's figures; every place also has a number.
@@ -224,7 +224,12 @@ def pipeline():
     parts.append(
         text(48, 516, "Lesson 08 asks a failing run at all five places.", "small", "start")
     )
-    return picture(700, 532, "The pipeline and the five places where nothing is born", parts)
+    return picture(
+        700,
+        532,
+        "The pipeline, and the five places at which a run can come to detect nothing",
+        parts,
+    )
 
 
 def strip(lesson):
@@ -288,3 +293,4 @@ def drawings():
 if __name__ == "__main__":
     for path, content in drawings().items():
         write_text(path, content)
+    print(places_table(), end="")

@@ -55,7 +55,8 @@ def _mistakes_of(query, others, score_threshold):
     kept = order[reaches(query.scores[order], score_threshold)]
     rles = [detection["rle"] for detection in query.pred]
     ious = mask_ious(rles, query.gt)
-    hits, free = {}, ious.copy()  # as in COCO's AP, the best detection takes the nearest free object
+    # As in COCO's AP, the best detection takes the nearest free object.
+    hits, free = {}, ious.copy()
     for number in kept:
         if free[number].max(initial=0) >= HIT:
             hits[number] = free[number].argmax()

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 
+from helpers.answers import answer_text
 from helpers.cli.commands import build_parser
 from helpers.errors import InputError, explain, printable
 
@@ -29,9 +30,10 @@ def main(arguments=None):
             from helpers.environment import quieten  # loads torch, which --help does not need
 
             quieten()
-            status, document, text = args.function(args)
+            status, document = args.function(args)
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-            print(_as_json(document) if args.json else printable(text), flush=True)
+            text = _as_json(document) if args.json else answer_text(args.command, document)
+            print(text, flush=True)
         return status
     except BrokenPipeError:  # the reader of stdout has gone, as `head` does
         _silence_stdout()

@@ -430,7 +430,7 @@ def test_forms_of_the_report(tmp_path):
     change(0, iscrowd=1)(tmp_path)
     report = check(tmp_path)
     data = json.loads(json.dumps(report.to_json()))
-    assert set(data) == {"ok", "findings", "counts"}
+    assert set(data) == {"data", "ok", "findings", "counts"}
     assert data["ok"] is False
     assert all(set(f) == {"code", "severity", "where", "message", "fix"} for f in data["findings"])
     severities = [SEVERITIES.index(f["severity"]) for f in data["findings"]]

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tiny_random import RESOLUTION, save_tiny_base
 
 from helpers.__main__ import main
-from helpers.cli.commands import _labels
+from helpers.answers import answer_text
+from helpers.cli.commands import _labels, build_parser
 from helpers.config import load_config
 from helpers.data.coco import read_split
 from helpers.detect.predictor import Predictor
@@ -67,7 +69,7 @@ def test_help_is_fast_and_documents_the_exit_statuses():
         "    main(['--help'])\n"
         "except SystemExit as stop:\n"
         "    assert stop.code == 0\n"
-        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+        "assert not {'jinja2', 'torch', 'transformers'} & set(sys.modules)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
@@ -89,7 +91,7 @@ def test_check_a_good_dataset(capfd, data_dir):
     content = json.loads(out)
     assert status == 0
     assert content["ok"] is True
-    assert set(content) == {"ok", "findings", "counts"}
+    assert set(content) == {"data", "ok", "findings", "counts"}
     assert content["counts"]["train"]["objects_after_collate"] == 7
     status, out, _ = call(capfd, "check", data_dir)
     assert status == 0
@@ -586,9 +588,38 @@ def test_names_never_reach_the_terminal_raw(capfd, tmp_path):
     assert "\x1b" not in line
 
 
+def test_every_command_has_a_template_for_its_answer():
+    [commands] = [a.choices for a in build_parser()._actions if isinstance(a.choices, dict)]
+    names = {path.stem for path in (ROOT / "helpers" / "answers").glob("*.txt")}
+    assert names == {*commands, "dry_run", "ending"}
+
+
+def test_no_value_breaks_a_line_of_an_answer_or_is_missed():
+    entry = {"image": "a\x1b[2J\nb.png", "prompt": "crack", "detections": [{}], "max_score": 0.5}
+    with pytest.raises(UndefinedError, match="presence_prob"):
+        answer_text("predict", [entry])
+    entry |= {"presence_prob": 0.625, "max_query_prob": 0.8}
+    line = "a\\x1b[2J\\nb.png  'crack': 1 detection, max score 0.500 = presence 0.625 x query 0.800"
+    assert answer_text("predict", [entry, entry]) == f"{line}\n{line}"
+    assert answer_text("predict", []) == ""
+
+
+def test_a_dry_run_says_what_fits_and_what_to_try():
+    fits = {"fits": True, "device": "cpu", "images": 2, "prompts": 8, "objects": 5}
+    fits |= {"peak_memory_of": "this process, resident", "peak_memory_bytes": 3 * 2**29}
+    fits |= {"seconds_per_step": 12.3456, "steps_per_epoch": 7, "seconds_per_epoch": 86.4}
+    first = "fullest batch: 2 images, 8 prompts, 5 objects, on cpu\n"
+    peak = "peak memory of this process, resident: 1.50 GiB\n"
+    last = "12.3 s per step; 7 steps, at most 86.4 s, per epoch, without validation"
+    assert answer_text("train", fits) == first + peak + last
+    assert answer_text("train", fits | {"peak_memory_bytes": None}) == first + last
+    for options, text in ((["a=1", "b=2"], "--set a=1 --set b=2"), ([], "nothing smaller is left")):
+        answer = fits | {"fits": False, "next": options}
+        assert answer_text("train", answer) == f"{first}out of memory; next to try: {text}"
+
+
 def test_a_number_that_json_cannot_hold_is_one_line(capfd, monkeypatch, run):
     monkeypatch.setattr("helpers.train.report.report", lambda run: {"loss": float("nan")})
-    monkeypatch.setattr("helpers.train.report.report_text", lambda content: "")
     refused(capfd, "report", "--adapter", run, "--json", naming="NaN")
 
 

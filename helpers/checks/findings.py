@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from helpers.errors import InputError, printable
+from helpers.answers import answer_text
+from helpers.errors import InputError
 from helpers.files import DATA
 
 SEVERITIES = ("error", "warning", "info")
@@ -117,9 +118,10 @@ class Report:
         return all(finding.severity != "error" for finding in self.findings)
 
     def to_json(self):
-        """Return ``{"ok", "findings", "counts"}`` of plain values, ready for `json.dumps`."""
+        """Return ``{"data", "ok", "findings", "counts"}`` of plain values, ready for `json.dumps`."""
         findings = [finding.to_json() for finding in self.findings]
-        return {"ok": self.ok, "findings": findings, "counts": self.counts}
+        content = {"data": str(self.data_dir), "ok": self.ok, "findings": findings}
+        return content | {"counts": self.counts}
 
     def to_frame(self):
         """Return the findings as a pandas.DataFrame, with their cause and number of places."""
@@ -137,19 +139,7 @@ class Report:
 
     def summary(self):
         """Return the report as text for a terminal: a verdict, then what, where and its fix."""
-        severities = [finding.severity for finding in self.findings]
-        totals = ", ".join(f"{severities.count(name)} {name}" for name in SEVERITIES)
-        lines = [f"{self.data_dir}: {'ok' if self.ok else 'NOT OK'} ({totals})"]
-        for split, counts in self.counts.items():
-            lines.append(
-                f"  {split}: {counts['images']} images, {counts['objects_in_files']} objects in "
-                f"the files, {counts['objects_after_collate']} after the collate, "
-                f"{counts['absent_queries']} absent prompts"
-            )
-        for finding in self.findings:
-            lines.append(f"{finding.severity:8}{finding.code}  {finding.where}")
-            lines.append(f"        {finding.message}. Fix: {finding.fix}")
-        return "\n".join(printable(line).replace("\n", "\\n") for line in lines)
+        return answer_text("check", self.to_json())
 
     def worst(self, n=4):
         """List at most n `FlaggedImage` to look at: errors first, then those with most codes."""

@@ -1,6 +1,7 @@
 """The commands of ``python -m helpers``.
 
-Every command takes the parsed arguments and returns ``(exit status, JSON document, text)``.
+Every command takes the parsed arguments and returns ``(exit status, JSON document)``; the template
+of its name in ``helpers/answers/`` makes a text of the document.
 Libraries are imported inside, so that ``--help`` answers at once.
 """
 
@@ -27,7 +28,6 @@ EXPLORED_MASKS = (0.3, 0.5, 0.7)  # mask thresholds of the page
 LARGE = 2  # sides of the model's input from which an image should be cut into tiles
 _SIGNATURE = "sam3-lora-workbook predict"  # in a picture: a later call may replace it
 _PAGE_MARK = b'name="generator" content="sam3-lora-workbook"'  # a later call may replace it, too
-_HEADLINES = "AP AP50 AP75 cgF1 pmF1 IL_MCC union_iou max_score_present max_score_absent".split()
 
 
 # A profile that is a file in the current folder, or a base that is a folder in it, becomes its path.
@@ -225,7 +225,7 @@ def check(args):
     if resolve(config.model.name).is_dir():  # else a gated model, which a data check does not need
         model, processor = load_base(config.model.name, resolution=config.model.resolution)
     report = check_dataset(load_dataset(config, args.data), model, processor)
-    return (0 if report.ok else 1), report.to_json(), report.summary()
+    return (0 if report.ok else 1), report.to_json()
 
 
 def convert(args):
@@ -234,8 +234,7 @@ def convert(args):
 
     names = "format", "category", "objects", "polygons", "split", "seed", "tile", "overlap"
     settings = {name: getattr(args, name) for name in names}
-    summary = conversion.convert(args.source, args.output, **settings)
-    return 0, summary, conversion.summary_text(summary)
+    return 0, conversion.convert(args.source, args.output, **settings)
 
 
 def import_(args):
@@ -244,7 +243,7 @@ def import_(args):
 
     own = {name: getattr(args, name) for name in ("config", "base", "alpha", "orientation")}
     report = import_source(args.source, args.output, **own)
-    return report.status, report.to_json(), report.summary()
+    return report.status, report.to_json()
 
 
 def train(args):
@@ -256,7 +255,7 @@ def train(args):
     config = load_config(args.config, profile=args.profile, overrides=overrides)
     if args.dry_run:
         result = training.dry_run(config)
-        return (0 if result["fits"] else 1), result, training.dry_run_text(result)
+        return (0 if result["fits"] else 1), result
     settings = {"output_dir": args.output, "resume": args.resume, "overwrite": args.overwrite}
     try:
         if args.retry_smaller:
@@ -267,8 +266,7 @@ def train(args):
         if (resolve(args.output or config.output.output_dir) / run.RUN_CONFIG).is_file():
             _say("continue with --resume")
         raise
-    content = report.report(result)
-    return 0, content, report.report_text(content)
+    return 0, report.report(result)
 
 
 def predict(args):
@@ -306,18 +304,11 @@ def predict(args):
         tiles, predictions = {"tile": args.tile, "overlap": args.overlap}, []
         for path in images:
             predictions += detect.predict_tiled(predictor, path, prompts, **tiles, **thresholds)
-    document, lines = [prediction.to_dict() for prediction in predictions], []
+    document = [prediction.to_dict() for prediction in predictions]
     for image, path in paths.items():
         entries = [entry for entry in document if entry["image"] == str(image)]
         save_prediction_figure(path, image, entries, software=_SIGNATURE)
-    for entry in document:
-        count = len(entry["detections"])
-        lines.append(
-            f"{entry['image']}  '{entry['prompt']}': {count} detection{'' if count == 1 else 's'}, "
-            f"max score {entry['max_score']:.3f} = presence {entry['presence_prob']:.3f} x "
-            f"query {entry['max_query_prob']:.3f}"
-        )
-    return 0, document, "\n".join(lines)
+    return 0, document
 
 
 def evaluate(args):
@@ -346,51 +337,36 @@ def evaluate(args):
 
         panel = explorer_panel({name: answers}, split, score_threshold=threshold)
         write_text(args.html, panel.to_html(f"Thresholds on {split.name}"))
-    document = {"model": name, "data": str(data_dir), "split": split.name, **metrics}
-    lines = [f"{name} on {data_dir}, {split.name}: {len(split.records)} images"]
-    for metric in _HEADLINES:
-        value, reason = metrics[metric], metrics.get(f"{metric}_reason", "")
-        lines.append(f"  {metric:<18}{'undefined  ' + reason if value is None else f'{value:.4f}'}")
+    document = {"model": name, "data": str(data_dir), "split": split.name}
+    document |= {"num_images": len(split.records), **metrics}
     if args.retention is not None:
         kept = detect.retention(model, processor, split, args.retention)
-        listed = ", ".join(kept["words"])
         if not kept["objects"]:
-            message = f"the base detects none of {listed}"
+            message = f"the base detects none of {', '.join(kept['words'])}"
             raise InputError(message, where=f"{data_dir}, {split.name}", fix="name what it knows")
         document["retention"] = kept
-        text = f"  of {kept['objects']} objects that the base detects as {listed}: "
-        lines.append(f"{text}AP {kept['AP']:.4f}, AP50 {kept['AP50']:.4f}")
-        lines += [f"    {printable(word):<16}{ap:.4f}" for word, ap in kept["by_word"].items()]
-    return (0 if metrics["num_present"] else 1), document, "\n".join(lines)
+    return (0 if metrics["num_present"] else 1), document
 
 
 def knows(args):
     """Say how well a model knows words on images that show them; status 1 if one is locked."""
     from helpers.data.dataset import load_dataset
-    from helpers.detect.knowledge import ADVICE, word_knowledge
+    from helpers.detect.knowledge import word_knowledge
 
     model, processor, _, config, name = load_model(args)
     split = load_dataset(config, args.data).split(args.split)
     own = {} if args.threshold is None else {"threshold": args.threshold}
     table = word_knowledge(model, processor, split, args.words, **own)
-    lines = [f"{name} on {split.root}, {split.name}:"]
-    for word, row in table.iterrows():
-        lines.append(
-            f"  {printable(word)}: detected on {row['detected']:.0%} of {row['images']} images "
-            f"[{row['low']:.0%}, {row['high']:.0%}], presence {row['presence_prob']:.4f}, "
-            f"best query {row['max_query_prob']:.3f}"
-        )
-        lines.append(f"    {ADVICE[row['knowledge']]}")
-    document = {"model": name, "split": split.name, "words": table.to_dict(orient="index")}
-    return int((table["knowledge"] == "locked").any()), document, "\n".join(lines)
+    document = {"model": name, "data": str(split.root), "split": split.name}
+    document |= {"words": table.to_dict(orient="index")}
+    return int((table["knowledge"] == "locked").any()), document
 
 
 def report(args):
     """Summarise a finished run."""
     from helpers.train import report, run
 
-    content = report.report(run.read_run(args.adapter))
-    return 0, content, report.report_text(content)
+    return 0, report.report(run.read_run(args.adapter))
 
 
 def diagnose(args):
@@ -407,7 +383,7 @@ def diagnose(args):
     if args.html is not None:
         write_text(args.html, diagnosis.to_html())
     status = {"healthy": 0, "causes": 1, "undecided": 3}[diagnosis.verdict]
-    return status, diagnosis.to_json(), diagnosis.summary()
+    return status, diagnosis.to_json()
 
 
 def causes(args):
@@ -415,16 +391,13 @@ def causes(args):
     from helpers.causes import TABLE
 
     if args.code is None:
-        lines = [f"{code:<24}{cause.title}" for code, cause in TABLE.items()]
-        return 0, {code: cause._asdict() for code, cause in TABLE.items()}, "\n".join(lines)
+        return 0, {code: cause._asdict() for code, cause in TABLE.items()}
     if args.code not in TABLE:
         close = difflib.get_close_matches(args.code, TABLE, n=1, cutoff=0.3)
         fix = "list them with 'python -m helpers causes'"
         fix = f"did you mean '{close[0]}'?" if close else fix
         raise InputError(f"there is no cause {args.code!r}", fix=fix)
-    content = TABLE[args.code]._asdict()
-    lines = [args.code, *(f"  {name:<12}{text}" for name, text in content.items() if text)]
-    return 0, {"code": args.code, **content}, "\n".join(lines)
+    return 0, {"code": args.code, **TABLE[args.code]._asdict()}
 
 
 def overfit(args):
@@ -436,10 +409,7 @@ def overfit(args):
     config = load_config(args.config, profile=args.profile, overrides=overrides)
     rate = config.effective_learning_rate
     result = overfit_one_batch(patient_of_config(config), learning_rate=rate, progress=True)
-    text = "one batch, {objects} objects of {prompts} prompts: loss {first:.4g} at first, "
-    text += "{last:.4g} after {steps} steps; "
-    text += "it can be learned" if result["learned"] else "it is not learned: look at the loss"
-    return (0 if result["learned"] else 1), result, text.format(**result)
+    return (0 if result["learned"] else 1), result
 
 
 def merge(args):
@@ -450,21 +420,7 @@ def merge(args):
         document, status = share.merge(args.adapter, args.output, args.dtype, args.base), 0
     except share.MergeDiffers as verdict:
         document, status = verdict.document, 1
-    lines = [
-        f"compared with base and adapter on {document['num_images']} images "
-        f"({document['images']}), {document['written']['num_questions']} questions:"
-    ]
-    for name, dtype in (("merged", "float32"), ("written", document["dtype"])):
-        title, numbers = f"{name}, {dtype}", document[name]
-        lines.append(
-            f"  {title:<18}{numbers['num_detections']} detections, {numbers['num_changed']} changed; "
-            f"logits differ by at most {numbers['max_logit_difference']:.2g}, scores by "
-            f"{numbers['max_score_difference']:.2g}; masks agree to an IoU of at least "
-            f"{numbers['min_mask_iou']:.3f}"
-        )
-    same = f"the same: {args.output} is a full model in {document['dtype']}"
-    lines.append("not the same: nothing was written" if status else same)
-    return status, document, "\n".join(lines)
+    return status, document | {"output": str(args.output)}
 
 
 def push(args):
@@ -473,18 +429,7 @@ def push(args):
 
     plan = share.plan_push(args.adapter, args.repo)
     url = share.push(plan) if args.yes else None
-    document = vars(plan) | {"url": url}
-    total = sum(plan.files.values())
-    lines = [f"{plan.folder} -> {plan.repo}: {len(plan.files)} files, {total / 1e6:.1f} MB"]
-    lines += [f"  {size:>13,}  {name}" for name, size in plan.files.items()]
-    for title, entries in (
-        ("left out", plan.left_out),
-        ("missing from the card", plan.missing),
-        ("names a folder of this machine", plan.machine_paths),
-    ):
-        lines += [f"{title}:", *(f"  {entry}" for entry in entries)] if entries else []
-    lines.append(f"uploaded to {url}" if url else "nothing was sent; add --yes to upload")
-    return 0, document, "\n".join(lines)
+    return 0, vars(plan) | {"url": url}
 
 
 def _routes(args, run):

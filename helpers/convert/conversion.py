@@ -6,10 +6,12 @@ import shutil
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from helpers.answers import answer_text
 from helpers.checks.boxes_and_masks import check_annotations
 from helpers.checks.words import check_categories
 from helpers.convert.coco import annotation_files, read_coco
@@ -21,7 +23,7 @@ from helpers.convert.yolo import names_file, read_yolo
 from helpers.data.coco import COCO_FILE, find_splits, read_split
 from helpers.data.images import IMAGE_SUFFIXES, spelling
 from helpers.data.masks import rle_area, rle_box_xyxy, segmentation_to_rle
-from helpers.errors import InputError, explain, printable
+from helpers.errors import InputError, explain
 from helpers.files import progress_bar, staged_folder
 
 # What finds the files of each format, and what reads them, in the order in which they are tried.
@@ -275,13 +277,5 @@ def _finding_notes(splits):
     return list(dict.fromkeys(notes))
 
 
-def summary_text(summary):
-    """Return what `convert` returns as a table, without characters that a terminal would obey."""
-    lines = [f"{summary['source']} ({summary['format']}) -> {summary['output']}"]
-    lines.append(f"  {'split':<8}{'images':>8}{'empty':>8}{'objects':>9}{'masks':>8}  categories")
-    for name, row in summary["splits"].items():
-        categories = ", ".join(f"{key} {count}" for key, count in row["categories"].items())
-        numbers = f"{row['images']:>8}{row['empty']:>8}{row['objects']:>9}{row['with_mask']:>8}"
-        lines.append(f"  {name:<8}{numbers}  {categories}")
-    lines += [f"  note: {note}" for note in summary["notes"]]
-    return "\n".join(printable(line.replace("\n", "\\n")) for line in lines)
+summary_text = partial(answer_text, "convert")
+"""Return what `convert` returns as a table, without characters that a terminal would obey."""

@@ -23,13 +23,6 @@ CLEAR_YES, CLEAR_NO = 0.5, 0.1
 """An answer is a clear yes from the one score on, and a clear no below the other."""
 DUPLICATE_IOU = 0.5
 ON_ANNOTATION = 0.3  # share of the area from which an answer means what is annotated there
-ADVICE = {
-    "known": "known: detected without training; if your run detects nothing, it destroyed this",
-    "half known": "half known: a run that reads its objects learns it, text encoder frozen or not",
-    "open": "open: detected nowhere, but not locked; what a run needs then was not measured",
-    "locked": "locked: it takes objects, the same word in training, and LoRA on the text encoder "
-    "or the DETR encoder, all at once",
-}
 
 
 def word_knowledge(model, processor, split, words=None, *, threshold=0.3):

@@ -7,6 +7,7 @@ healthy detector. What the model says is compared with what the base says to the
 from collections import Counter
 from dataclasses import asdict, dataclass
 
+from helpers.answers import answer_text
 from helpers.causes import CAUSES, STAGES
 from helpers.diagnose.answer_gates import BEHAVIOUR_GATES
 from helpers.diagnose.data_gates import DATA_GATES, PROMPT_GATES
@@ -45,11 +46,6 @@ LEAST_CONFIDENCE = 0.5  # evidence below is shown with its gate but names no cau
 OBSERVED = 0.8  # confidence from which a cause counts as observed, if its evidence is direct
 EXPLAINED = 0.5  # factor on a behaviour that an earlier, observed cause may explain
 DECISIVE = "words in the picture"  # gate without whose answer no run is called healthy
-_VERDICTS = {
-    "healthy": "no cause found: the run looks healthy",
-    "causes": "causes found, the most likely first",
-    "undecided": "no cause found, but gates were left open: the run may not be healthy",
-}
 
 
 @dataclass(frozen=True)
@@ -132,45 +128,24 @@ class Diagnosis:
         ]
 
     def to_json(self):
-        """Return ``{"healthy", "verdict", "causes", "gates", "asked", "needs"}`` of plain values."""
+        """Return all of it as plain values, ready for `json.dumps`; ``counts`` is by status."""
         return {
             "healthy": self.verdict == "healthy",
             "verdict": self.verdict,
             "causes": [asdict(cause) for cause in self.causes],
             "gates": [gate.to_json() for gate in self.gates],
             "asked": self.asked,
+            "counts": dict(Counter(gate.status for gate in self.gates).most_common()),
             "needs": self.needs,
         }
 
     def summary(self):
         """Return the diagnosis as text: gates, causes with evidence and fix, what was left open."""
-        lines = []
-        for gate in self.gates:
-            if gate.status in (OK, FAILED):
-                lines.append(f"{gate.status:<16}{gate.name}: {gate.measured}")
-            if gate.status == FAILED:
-                lines.append(f"{'':<16}expected: {gate.expected}")
-        lines.append("")
-        for number, cause in enumerate(self.causes, start=1):
-            lines.append(f"{number}. {cause.title} [{cause.code}]")
-            lines.append(f"   confidence {cause.confidence:.2f}")
-            lines += [f"   evidence: {text}" for text in cause.evidence]
-            lines.append(f"   fix: {cause.fix}")
-        return "\n".join([*lines, *self.ending()])
+        return answer_text("diagnose", self.to_json())
 
     def ending(self):
         """Return lines: how many gates were asked, why others were not, and the verdict."""
-        counts = Counter(gate.status for gate in self.gates)
-        numbers = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-        lines = [f"asked {self.asked} of {len(self.gates)} gates: {numbers}"]
-        reasons = {}
-        for gate in self.gates:
-            if gate.status not in (OK, FAILED):
-                reasons.setdefault((gate.status, gate.measured), []).append(gate.name)
-        lines += [f"{s}: {', '.join(names)} ({reason})" for (s, reason), names in reasons.items()]
-        if self.verdict == "undecided" and self.needs:
-            lines.append(f"to decide it, cheapest first: {'; '.join(self.needs[:2])}")
-        return [*lines, _VERDICTS[self.verdict]]
+        return answer_text("ending", self.to_json()).split("\n")
 
     def to_html(self):
         """Return the diagnosis as one page that needs no other file."""

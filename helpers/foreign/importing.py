@@ -97,15 +97,6 @@ class ImportReport:
         """Return what ``python -m helpers import --json`` prints."""
         return asdict(self) | {"findings": [finding._asdict() for finding in self.findings]}
 
-    def summary(self):
-        """Return the report as text."""
-        lines = [f"imported: {self.kind} for {self.base}"]
-        if self.rank is not None:
-            parts = ", ".join(f"{count} in {part}" for part, count in self.parts.items())
-            scale = f"rank {self.rank}, alpha {self.alpha:g}"
-            lines.append(f"  {scale}, {self.modules} modules: {parts}")
-        return "\n".join([*lines, *(f"  {code}: {message}" for code, message in self.findings)])
-
 
 def import_source(source, output, config=None, base=None, alpha=None, orientation=None):
     """Write a LoRA as a PEFT folder, or a full checkpoint as a folder of `Sam3Model`.

@@ -4,22 +4,18 @@ import base64
 import io
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from helpers.answers.text import templates_in
+
 PAGES = Path(__file__).with_name("pages")
-_TEMPLATES = Environment(
-    loader=FileSystemLoader(PAGES),
-    autoescape=True,  # a file name or a word may hold anything
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
 
 
 def render_page(name, **values):
     """Return the text of the page ``pages/NAME.html`` with some values filled in."""
-    return _TEMPLATES.get_template(f"{name}.html").render(**values)
+    # Escaped, as a file name or a word may hold anything.
+    pages = templates_in(PAGES, autoescape=True)
+    return pages.get_template(f"{name}.html").render(**values)
 
 
 def data_uri(picture):

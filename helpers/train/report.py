@@ -1,9 +1,11 @@
 """The report of a finished run, as a document for programs and as text for people."""
 
 import math
+from functools import partial
 
 import pandas as pd
 
+from helpers.answers import answer_text
 from helpers.model.losses import EARLY_WEIGHTS
 
 VERDICTS = {True: "yes", False: "no", None: "not checkable"}
@@ -163,30 +165,5 @@ def report(run):
     }
 
 
-def report_text(content):
-    """Write a `report` for people."""
-    metrics = content["metrics"]
-    kept = metrics["best_step"] or f"{metrics['steps']}, the last"
-    lines = [
-        f"{content['run']}: base {content['base']}, config {content['config']}",
-        f"  {metrics['epochs']:g} epochs, {metrics['steps']} steps; kept step {kept} "
-        f"(chosen by {metrics['selected_by']})",
-        f"  prompts {', '.join(content['prompts']['prompts']) or 'none with objects'}; "
-        f"{content['prompts']['negatives_per_image']} absent prompts per image",
-        f"  training loss {metrics['train_loss']['first']:.4g} in the first log, "
-        f"{metrics['train_loss']['last']:.4g} in the last",
-        "adapter",
-    ]
-    for row in content["adapter"]:
-        if row["modules"]:
-            lines.append(
-                f"  {row['component']:<17}{row['modules']:>5.0f} modules "
-                f"{row['parameters']:>12,.0f} parameters {row['share']:>7.2%}  "
-                f"moved {row['B_nonzero']:.0%}"
-            )
-    numbers = [f"  {name:<32}{value:>10.4f}" for name, value in metrics["valid"].items()]
-    lines += ["validation", *numbers, "checklist of the document"]
-    for row in content["checklist"]:
-        verdict, expected = VERDICTS[row["passed"]], row["expected"]
-        lines.append(f"  {verdict:<15}{row['item']}: {row['measured']} (expected {expected})")
-    return "\n".join(lines + [f"note: {note}" for note in metrics["notes"]])
+report_text = partial(answer_text, "report")
+"""Write a `report` for people."""

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from helpers.answers import answer_text
 from helpers.checks.dataset import check_dataset
 from helpers.config import load_config
 from helpers.data import PromptCollator, PromptDataset, count_objects, load_dataset
@@ -611,19 +613,8 @@ def _peak_memory():
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def dry_run_text(result):
-    """Write the result of `dry_run` for people."""
-    lines = ["fullest batch: {images} images, {prompts} prompts, {objects} objects, on {device}"]
-    if result["fits"]:
-        if result["peak_memory_bytes"] is not None:
-            peak = result["peak_memory_bytes"] / 2**30
-            lines.append(f"peak memory of {{peak_memory_of}}: {peak:.2f} GiB")
-        lines.append("{seconds_per_step:.3g} s per step; {steps_per_epoch} steps, at most")
-        lines[-1] += " {seconds_per_epoch:.3g} s, per epoch, without validation"
-    else:
-        options = " ".join(f"--set {setting}" for setting in result["next"])
-        lines.append(f"out of memory; next to try: {options or 'nothing smaller is left'}")
-    return "\n".join(lines).format(**result)
+dry_run_text = partial(answer_text, "dry_run")
+"""Write the result of `dry_run` for people."""
 
 
 def smaller_step(config):

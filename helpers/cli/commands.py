@@ -43,6 +43,13 @@ def _page(text):
     return path
 
 
+def _threshold_or_auto(text):
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
+
+
 def _words(text):
     return [word.strip() for word in text.split(",")]
 
@@ -81,6 +88,12 @@ OPTIONS = {
         "what the base knows, compared with its own answers", type=_words, metavar="WORD,..."
     ),
     "--prompt": {"help": "ask for this word in place of the category names"},
+    "--goal": _text(
+        "of the threshold: the highest F1 (default), or at least --least of one of the others",
+        choices=("f1", "precision", "recall"),
+        default="f1",
+    ),
+    "--least": {"type": float, "default": 0.9, "help": "precision or recall, default 0.9"},
     "--threshold": {"type": float, "help": "in [0, 1]; by default as the config says, 0.3"},
     "--mask-threshold": {"type": float, "help": "in [0, 1]; by default as the config says, 0.5"},
     "--tile": {"type": int, "metavar": "PIXELS", "help": "cut larger images into tiles"},
@@ -187,14 +200,23 @@ def build_parser():
     command.add_argument("--image", nargs="+", action="extend", required=True, help=text)
     command.add_argument("--prompt", action="append", default=[], help="noun; may be repeated")
     command.add_argument("--output", metavar="PNG", help="picture to draw")
-    own = ("--threshold", "--mask-threshold", "--tile", "--overlap", "--routing")
-    add_options(command, *own)
+    text = "in [0, 1], by default as the config says, 0.3; auto: as calibrate chose it"
+    command.add_argument("--threshold", type=_threshold_or_auto, help=text)
+    add_options(command, "--mask-threshold", "--tile", "--overlap", "--routing")
 
     add_options(add(knows, model), "--words", "--data", "--split", "--threshold")
     own = ("--data", "--split", "--prompt", "--threshold", "--routing", "--retention", "--html")
     page = "page to write, with a threshold slider over all pictures"
     add_options(add(evaluate, model), *own, html=page)
-    add_options(add(report), required=["--adapter"])
+    own = {"html": "page to write, with pictures, curves, mistakes, diagnosis"}
+    command = add(report)
+    add_options(command, "--html", "--data", "--retention", required=["--adapter"], **own)
+    text = "second run, judged beside the first in place of its base"
+    command.add_argument("--compare", type=in_current_folder, metavar="RUN", help=text)
+    command = add(calibrate)
+    own = {"split": "never the test split; by default the validation split of the run"}
+    add_options(command, "--data", "--split", "--goal", "--least", required=["--adapter"], **own)
+    command.set_defaults(split=None)
     command = add(diagnose)
     text = "run folder, PEFT folder, *_lora_weights.pt, checkpoint.pt, model folder, log or dataset"
     command.add_argument("source", nargs="?", type=in_current_folder, metavar="SOURCE", help=text)
@@ -281,6 +303,8 @@ def predict(args):
     prompts, threshold, mask_threshold = args.prompt, args.threshold, args.mask_threshold
     if threshold is None:
         threshold = settings.score_threshold if prompts else detect.PROMPTLESS_THRESHOLD
+    if threshold == "auto" and not prompts:
+        raise InputError("a threshold is chosen word by word", fix="name a word with --prompt")
     if not prompts:
         prompts = [detect.GENERIC_PROMPT]
         _say(
@@ -288,6 +312,10 @@ def predict(args):
             "outlines what that word means to it; no class comes back, and scores near 0 mean "
             "that it found nothing"
         )
+    own = {}
+    if threshold == "auto":
+        own = _calibrated(run, prompts, settings.score_threshold)
+        threshold = min(own.values())
     if run:
         asked = ("prompts", "negatives", "replayed")
         known = [word for name in asked for word in run.prompts.get(name, ())]
@@ -305,6 +333,9 @@ def predict(args):
         for path in images:
             predictions += detect.predict_tiled(predictor, path, prompts, **tiles, **thresholds)
     document = [prediction.to_dict() for prediction in predictions]
+    for entry in document:
+        least = own.get(entry["prompt"], threshold)
+        entry["detections"] = [one for one in entry["detections"] if one["score"] >= least]
     for image, path in paths.items():
         entries = [entry for entry in document if entry["image"] == str(image)]
         save_prediction_figure(path, image, entries, software=_SIGNATURE)
@@ -362,11 +393,97 @@ def knows(args):
     return int((table["knowledge"] == "locked").any()), document
 
 
+def _calibrated(run, prompts, default):
+    """Return the threshold of each prompt that `calibrate` kept in a run, and say what is used."""
+    from helpers.detect.thresholds import THRESHOLDS_FILE, read_thresholds
+
+    if run is None:
+        raise InputError("--threshold auto needs a run", fix="name a run folder with --adapter")
+    chosen = read_thresholds(run.folder)
+    for prompt in prompts:
+        if prompt in chosen:
+            _say(f"'{prompt}': threshold {chosen[prompt]:.3g}, from {THRESHOLDS_FILE} of the run")
+        else:
+            _say(f"'{prompt}': threshold {default:g} of the config, as it was never calibrated")
+    return {prompt: chosen.get(prompt, default) for prompt in prompts}
+
+
+def calibrate(args):
+    """Choose a score threshold for each word on the validation split, and keep it in the run."""
+    from helpers import detect
+    from helpers.data.dataset import load_dataset
+    from helpers.detect.thresholds import THRESHOLDS_FILE
+    from helpers.files import write_json
+    from helpers.train.run import load_run
+
+    run = load_run(args.adapter)
+    data, settings = run.config.data, run.config.evaluation
+    name, data_dir = args.split or data.val_split, args.data or data.data_dir
+    if name in ("test", data.train_split):
+        message = f"a threshold chosen on {name!r} flatters the run that is judged there"
+        raise InputError(message, where="--split", fix=f"choose on {data.val_split!r}")
+    split = load_dataset(run.config, data_dir).split(name)
+    asked = {"absent_prompts": settings.absent_prompts, "mask_threshold": settings.mask_threshold}
+    queries = detect.predict_split(run.model, run.processor, split, **asked)
+    table = detect.choose_thresholds(queries, args.goal, args.least)
+    document = {"run": str(run.folder), "data": str(data_dir), "split": name, "goal": args.goal}
+    document |= {"least": None if args.goal == "f1" else args.least}
+    document |= {"words": table.to_dict(orient="index")}
+    write_json(run.folder / THRESHOLDS_FILE, document)
+    return 0, document
+
+
 def report(args):
-    """Summarise a finished run."""
+    """Summarise a finished run, also as a page to send to a colleague."""
     from helpers.train import report, run
 
-    return 0, report.report(run.read_run(args.adapter))
+    content = report.report(run.read_run(args.adapter))
+    if args.html is not None:
+        from helpers.files import write_text
+
+        write_text(args.html, _report_page(args))
+    elif args.compare or args.data or args.retention:
+        message = "--compare, --data and --retention are for the page"
+        raise InputError(message, fix="name a page with --html")
+    return 0, content
+
+
+def _report_page(args):
+    """Ask a run, and its base or another run, about their test split, and write all of it down."""
+    from contextlib import nullcontext
+
+    from helpers import detect
+    from helpers.data.dataset import load_dataset
+    from helpers.diagnose.diagnosis import diagnose as examine
+    from helpers.show import report_page
+    from helpers.train.run import load_run
+
+    run = load_run(args.adapter)
+    data_dir, settings = args.data or run.config.data.data_dir, run.config.evaluation
+    dataset = load_dataset(run.config, data_dir)
+    test, valid = dataset.split("test"), dataset.split(run.config.data.val_split)
+    levels = sorted({settings.mask_threshold, *EXPLORED_MASKS})
+    asked = {"absent_prompts": settings.absent_prompts}
+
+    def answers(one, split):
+        return detect.predict_split_at(one.model, one.processor, split, levels, **asked)
+
+    by_model = {str(args.adapter): answers(run, test)}
+    other = load_run(args.compare) if args.compare else run
+    with nullcontext() if args.compare else run.model.disable_adapter():
+        by_model[str(args.compare or "its base")] = answers(other, test)
+    validation = answers(run, valid)[settings.mask_threshold]
+    kept = args.retention and detect.retention(run.model, run.processor, test, args.retention)
+    options = [
+        f"--{name} {getattr(args, name)}" for name in ("compare", "data") if vars(args)[name]
+    ]
+    options += [f"--retention {','.join(args.retention)}"] if args.retention else []
+    command = " ".join([f"report --adapter {args.adapter} --html {args.html}", *options])
+    diagnosis = examine(args.adapter, data_dir=data_dir, progress=True)
+    extra = {"retention": kept, "diagnosis": diagnosis.parts()}
+    commands = [f"python -m helpers {command}"]
+    pictures = {"validation": validation, "commands": commands, **extra}
+    return report_page(run, test, by_model, **pictures)
 
 
 def diagnose(args):

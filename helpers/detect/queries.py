@@ -1,6 +1,7 @@
 """A query is one prompt on one picture: what is there, and what a model detected."""
 
 import math
+import sys
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -14,6 +15,7 @@ from helpers.data.masks import clip_box
 from helpers.data.records import plain_prompt, present_prompts, true_objects, true_rle
 from helpers.detect.detections import PROBABILITIES, detect, raw_predictions, reaches
 from helpers.errors import InputError, check_probability
+from helpers.files import progress_bar
 from helpers.model.prompted import outputs_by_rows
 
 SCORE_FLOOR = 1e-3  # average precision needs low scores, not the lowest
@@ -168,10 +170,12 @@ def predict_split_at(model, processor, split, mask_thresholds, *, adapter_words=
     loader = DataLoader(dataset, IMAGES_AT_ONCE, collate_fn=PromptCollator(processor))
     model.eval()
     device, queries = next(model.parameters()).device, {level: [] for level in mask_thresholds}
-    for batch in loader:
-        for rows, outputs in outputs_by_rows(model, batch, device):
-            for level, answers in queries.items():
-                answers += queries_from_outputs(outputs, batch["queries"][rows], dataset, level)
+    with progress_bar(len(dataset), "asking", disable=not sys.stderr.isatty()) as bar:
+        for batch in loader:
+            for rows, outputs in outputs_by_rows(model, batch, device):
+                for level, answers in queries.items():
+                    answers += queries_from_outputs(outputs, batch["queries"][rows], dataset, level)
+            bar.update(len(batch["pixel_values"]))
     return queries
 
 

@@ -4,10 +4,12 @@ import numpy as np
 import pandas as pd
 
 from helpers.detect.metrics import detection_counts
-from helpers.errors import InputError, check_probability
+from helpers.errors import InputError, check_probability, explain
+from helpers.files import read_json
 
+THRESHOLDS_FILE = "thresholds.json"  # of a run, from `calibrate`
 GOALS = ("f1", "precision", "recall")
-MAX_CUTS = 200  # thresholds that are tried
+MAX_CUTS = 1000  # thresholds that are tried
 TAILS = [0.025, 0.975]  # of every interval
 
 
@@ -86,3 +88,17 @@ def _best(curves, goal, least):
 
 def _interval(values):
     return np.quantile(values, TAILS).tolist()
+
+
+def read_thresholds(folder):
+    """Return word to score threshold as a run keeps them; `InputError` if they cannot be used."""
+    path = folder / THRESHOLDS_FILE
+    fix = f"choose them with 'python -m helpers calibrate --adapter {folder}'"
+    if not path.is_file():
+        raise InputError("no thresholds were chosen for this run", where=path, fix=fix)
+    content = read_json(path, fix=fix)
+    with explain((KeyError, TypeError, AttributeError), "names no words", where=path, fix=fix):
+        chosen = {word: row["threshold"] for word, row in content["words"].items()}
+    for word, value in chosen.items():
+        check_probability(value, f"threshold of {word!r}", path)
+    return chosen

@@ -126,7 +126,7 @@ def opened(chromium, address, course, request):
     """Return a function that opens a lesson in JupyterLab; a screenshot is kept at the end."""
     context = chromium.new_context(viewport={"width": 1250, "height": 1000})
     page = context.new_page()
-    page.set_default_timeout(300_000)
+    page.set_default_timeout(120_000)
     problems = []
     page.on("pageerror", lambda error: problems.append(str(error)))
 
@@ -139,6 +139,7 @@ def opened(chromium, address, course, request):
     yield open_lesson
     shots = course / "screenshots"
     shots.mkdir(exist_ok=True)
+    page.evaluate("() => window.jupyterapp.serviceManager.sessions.shutdownAll()")
     page.screenshot(path=shots / f"{request.node.name.replace('/', '_')}.png")
     print(f"screenshot in {shots}")
     context.close()

@@ -111,8 +111,8 @@ const CONTROLS = `
 <label><span>overlap from which a duplicate is dropped (IoU)</span><input type="range" class="overlap" step="0.05" min="0.05" max="1"><output class="overlap-value"></output></label>
 <label><span>prompt</span><select class="prompt"></select><span></span></label>
 </div>
-<p class="goals"><button data-goal="f1">best F1</button><button data-goal="precision">precision &ge; 0.9</button><button data-goal="recall">recall &ge; 0.9</button> <span class="source"></span><br>
-<label><input type="checkbox" class="objects" checked> objects</label> <label><input type="checkbox" class="below"> dropped detections</label>
+<p class="goals"><button data-goal="f1">best F1</button><button data-goal="precision">precision &ge; 0.9</button><button data-goal="recall">recall &ge; 0.9</button> <span class="source"></span></p>
+<p><label><input type="checkbox" class="objects" checked> objects</label> <label><input type="checkbox" class="below"> dropped detections</label>
 <label><input type="checkbox" class="worst" checked> worst first</label></p>
 <p class="key"><svg><path class="object" d="M2 6H46"/></svg> object <svg><path class="hit" d="M2 6H46"/></svg> detection kept <svg><path class="below" d="M2 6H46"/></svg> detection dropped</p>
 <div class="numbers" aria-live="polite"></div><div class="plots"></div><div class="pictures no-below"></div>`;
@@ -129,9 +129,9 @@ function render({ model, el }) {
   Object.assign(find("score"), { min: Math.log10(lowest), max: 0 });
   Object.assign(find("mask"), { max: masks.length - 1 });
   find("mask").closest("label").hidden = masks.length < 2;
-  root.querySelector(".goals").hidden = !questions.some((q) => q.objects.length);
+  find("goals").hidden = !questions.some((q) => q.objects.length) || data.images.length < 2;
   find("worst").closest("label").hidden = data.images.length < 2;
-  find("plots").classList.toggle("alone", root.querySelector(".goals").hidden);
+  find("plots").classList.toggle("alone", data.images.length < 2);
 
   const get = (name) => model.get(name);
   const distance = (n) => Math.abs(masks[n] - get("mask_threshold"));

@@ -156,7 +156,7 @@ COLAB = {
 
 def colab_cell():
     section = read("notebooks/README.md").split("## In the browser")[1].split("\n## ")[0]
-    [block] = re.findall(r"```python\n(.*?)```", section, flags=re.S)
+    [block] = re.findall(r"```ipython3\n(.*?)```", section, flags=re.S)
     return section, block
 
 
@@ -229,6 +229,8 @@ def test_the_site_opens_from_a_file_and_every_link_resolves(site, browser):  # n
         assert page.evaluate(
             "[...document.images].every((x) => x.loading === 'lazy' || x.naturalWidth > 0)"
         ), name
+    page.goto((site / "search.html").as_uri() + "?q=softplus")
+    page.wait_for_selector("#search-results li a[href*='02_reproduce']")
     context.close()
     assert not problems
     own = 0
@@ -243,6 +245,7 @@ def test_the_site_opens_from_a_file_and_every_link_resolves(site, browser):  # n
                 assert unquote(target.fragment) in places[aim], f"{path.name}: {target.fragment}"
             own += 1
     assert own > 1000
-    home = (site / "index.html").read_text(encoding="utf-8")
-    assert "make course" in home
-    assert "widget-view" not in home
+    lesson = (site / "notebooks" / "02_reproduce_zero_detections.html").read_text(encoding="utf-8")
+    assert "<math" in lesson
+    assert "panel to move" in lesson
+    assert not [path for path in links if "widget-view" in path.read_text(encoding="utf-8")]

@@ -19,7 +19,7 @@ ARGS ?=
 # Dozens of processes import the same thousands of modules: they are compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup course test browser lint lab notebooks bench experiment laboratory base data lock newest
+.PHONY: help setup course test browser site lint lab notebooks bench experiment laboratory base data lock newest
 
 help: ## list the commands
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -55,7 +55,13 @@ test: $(STAMP) ## run every test, the notebooks included
 # Chromium comes from the system (Debian: apt install chromium), its driver from PyPI.
 browser: $(STAMP) ## open the pages in a real browser, headless
 	$(if $(UV),uv pip install --quiet --python $(RUN),$(RUN) -m pip install --quiet) 'playwright>=1.50,<2'
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m browser tests/test_browser.py $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m browser tests/test_browser.py tests/test_site.py $(ARGS)
+
+# Sphinx is for this target alone. The lock constrains what it shares with the rest of .venv.
+site: $(STAMP) ## write the course as a static site to runs/site/html, from the stored outputs
+	$(if $(UV),uv pip install --quiet --python $(RUN),$(RUN) -m pip install --quiet) --constraint requirements.lock 'sphinx>=9,<10' 'myst-nb>=1.4,<2' 'furo>=2025.12,<2027'
+	rm -rf runs/site
+	$(RUN) -m sphinx -q -W --keep-going -b html -c notebooks/site -d runs/site/doctrees $(ARGS) . runs/site/html
 
 lint: $(STAMP) ## check style, formatting, imports and the stored form of the notebooks
 	$(RUN) -m ruff check .

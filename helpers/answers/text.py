@@ -1,6 +1,7 @@
 """The answers of the command line as text, from the templates beside this file."""
 
 from functools import cache
+from numbers import Real
 from pathlib import Path
 
 from helpers.errors import printable
@@ -44,4 +45,4 @@ def _in_line(value):
 
 
 def _form(value, spec):
-    return format(_in_line(value) if isinstance(value, str) else value, spec)
+    return format(value if isinstance(value, Real) else _in_line(value), spec)

@@ -1,8 +1,9 @@
-"""What lessons 01, 04 and 07 need besides the pipeline: broken copies, a silent detector, a photograph."""
+"""What single lessons need besides the pipeline: broken copies, a silent detector, tables, a map of logits."""
 
 import math
 import shutil
 from collections import Counter
+from copy import copy
 from dataclasses import replace
 from itertools import count
 from pathlib import Path, PurePosixPath
@@ -10,6 +11,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
@@ -27,9 +30,11 @@ from helpers.model.losses import WEIGHTS, sam3_losses
 from helpers.model.prompted import (
     PRESENCE_LOGIT_CLAMP,
     SCORE_LOGIT_CLAMP,
+    base_of,
     loss_inputs,
     model_inputs,
 )
+from helpers.train.report import VERDICTS, checklist
 
 NUM_IMAGES = 8  # of a copy
 
@@ -161,3 +166,105 @@ def silenced(outputs):
         return layer | {name: torch.full_like(layer[name], value) for name, value in lowest.items()}
 
     return silent(outputs) | {"aux": [silent(layer) for layer in outputs["aux"]]}
+
+
+def logit_heatmap_figure(logits, *, rows="image", limits=None):
+    """Draw logits, (n, Q) with n and Q at least 1, as a map of images or steps by queries.
+
+    The colour scale ends at `limits`, by default the smallest and the largest logit.
+    """
+    logits = np.asarray(logits, dtype=float)
+    if logits.ndim != 2 or logits.size == 0:
+        raise InputError(f"logits of shape {logits.shape} are no map", fix="pass (n, Q), not empty")
+    figure = Figure(figsize=(8, min(1.6 + 0.25 * len(logits), 9)), layout="constrained")
+    ax = figure.subplots()
+    low, high = limits or (logits.min(), logits.max())
+    look = {"cmap": "cividis", "aspect": "auto", "interpolation": "nearest"}
+    heatmap = ax.imshow(logits, vmin=low, vmax=high, **look)
+    figure.colorbar(heatmap, ax=ax, label=f"logit ({logits.min():.1f} to {logits.max():.1f})")
+    ax.set(xlabel="query", ylabel=rows)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def schedule_frame(configs, num_images, num_processes=1):
+    """Compute the optimiser steps of some configs, and how far their warm-up gets.
+
+    Parameters
+    ----------
+    configs : dict of str to helpers.config.Config
+    num_images : int
+        Training images with a query.
+    num_processes : int
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row per config; ``reached`` is the share of the ``peak`` that the warm-up attains.
+    """
+    rows = {}
+    for name, config in configs.items():
+        training = config.training
+        per_step = training.batch_size * training.gradient_accumulation_steps * num_processes
+        per_epoch = math.ceil(num_images / per_step)
+        steps, warmup = per_epoch * config.effective_num_epochs, config.effective_warmup_steps
+        rows[name] = {
+            "images per step": per_step,
+            "epochs": config.effective_num_epochs,
+            "steps": steps,
+            "warm-up steps": warmup,
+            "peak": config.effective_learning_rate,
+            "reached": min(steps / warmup, 1.0) if warmup else 1.0,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("config")
+
+
+@torch.no_grad()
+def query_logit_bounds(model, processor, prompts):
+    """Compute the range of logits that the frozen scoring head lets each prompt get.
+
+    A data frame with index ``prompt``: ``lowest_dot_product`` and ``highest_dot_product`` over all
+    outputs of the decoder's layer norm, and ``lowest_logit`` and ``highest_logit``, the same after
+    the model's clamp at -12 and 12. The logit ``a . h + b`` is affine in the decoder state
+    ``h = gamma * n + beta``, where ``n`` has mean 0 and a length below ``sqrt(d)``. So LoRA moves
+    it only between ``a . beta + b -/+ sqrt(d) |v - mean(v)|`` with ``v = a * gamma``. A native prompt's
+    token, which depends on the image, is left out.
+    """
+    base = base_of(model).eval()
+    norm = base.detr_decoder.output_layer_norm
+    head = copy(base.dot_product_scoring)
+    head.clamp_logits = False
+    tokens = processor(text=list(prompts), return_tensors="pt").to(base.device)
+    mask = tokens["attention_mask"].bool()
+    features = base.text_states(tokens["input_ids"], tokens["attention_mask"]).float()
+    width = norm.normalized_shape[0]
+    probes = torch.cat([torch.zeros(1, width), torch.eye(width)]).to(features)
+    offset, *rows = head(probes.expand(1, len(prompts), -1, -1), features, mask)[0, ..., 0].T
+    slope = torch.stack(rows) - offset
+    tilted = slope * norm.weight[:, None]
+    reach = width**0.5 * (tilted - tilted.mean(0)).norm(dim=0)
+    middle = norm.bias @ slope + offset
+    bounds = {"lowest": (middle - reach).float().cpu(), "highest": (middle + reach).float().cpu()}
+    columns = {f"{name}_dot_product": value.tolist() for name, value in bounds.items()}
+    for name, value in bounds.items():
+        columns[f"{name}_logit"] = value.clamp(-SCORE_LOGIT_CLAMP, SCORE_LOGIT_CLAMP).tolist()
+    return pd.DataFrame(columns, index=pd.Index(list(prompts), name="prompt"))
+
+
+def checklist_frame(run, words=None):
+    """Return the `checklist` as a table to show.
+
+    Parameters
+    ----------
+    run, words
+        See `checklist`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Index ``item``; columns ``document says``, ``measured`` and ``verdict``, of `VERDICTS`.
+    """
+    table = pd.DataFrame(checklist(run, words)).set_index("item")
+    table["passed"] = [VERDICTS[passed] for passed in table["passed"]]
+    return table.rename(columns={"expected": "document says", "passed": "verdict"})

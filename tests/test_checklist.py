@@ -3,8 +3,9 @@ import pytest
 
 from helpers.config import load_config
 from helpers.files import CONFIGS
-from helpers.train.report import checklist, checklist_frame, epoch_means, least_early_loss
+from helpers.train.report import checklist, epoch_means, least_early_loss
 from helpers.train.run import RunFiles, read_run
+from notebooks.examples import checklist_frame
 
 # The document's items, in its order.
 ITEMS = {

@@ -317,14 +317,18 @@ def test_evaluate_writes_a_page_that_holds_every_picture(capfd, run, data_dir, t
     assert page.read_text() == "my notes"
     content = json.loads(text.partition('type="application/json">')[2].partition("</script>")[0])
     split = read_split(data_dir, "test")
+    content = content["content"]
     assert [one["name"] for one in content["images"]] == [r.image_id for r in split.records]
     asked = [question for one in content["images"] for question in one["questions"]]
     assert sum(len(one["objects"]) > 0 for one in asked) == json.loads(out)["num_present"]
+    assert content["masks"] == [0.3, 0.5, 0.7]
     for one in asked:
-        scores = [found["score"] for found in one["detections"]]
+        (answer,) = one["answers"]
+        scores = answer["scores"]
         assert scores == sorted(scores, reverse=True)
-        assert len(one["hits"]) == len(scores) + 1
-        assert max(one["hits"]) <= len(one["objects"])
+        for level in answer["masks"]:
+            assert np.shape(level["overlaps"]) == (len(scores), len(scores)) or not scores
+            assert all(len(row) == len(one["objects"]) for row in level["ious"])
 
 
 def test_evaluate_a_split_without_objects_has_status_1(capfd, run, data_copy):
@@ -783,3 +787,82 @@ def test_knows_tells_a_locked_word_from_a_known_one(capfd):
     assert status == 0
     assert "tape: detected on 100% of 2 images [34%, 100%]" in out
     refused(capfd, "knows", *data, "--words", "tape,,", naming="the prompt '' is empty")
+
+
+@pytest.fixture
+def own_run(run, tmp_path):
+    """Return a copy of the run that a test may write into."""
+    return shutil.copytree(run, tmp_path / "own_run")
+
+
+def test_calibrate_refuses_the_split_that_is_judged(capfd, own_run, data_dir):
+    for name in ("test", "train"):
+        arguments = ("calibrate", "--adapter", own_run, "--data", data_dir, "--split", name)
+        status, _, err = call(capfd, *arguments)
+        assert status == 2
+        assert f"a threshold chosen on {name!r} flatters" in err
+    assert not (own_run / "thresholds.json").exists()
+
+
+def test_predict_uses_the_thresholds_that_the_run_keeps(capfd, own_run, data_dir):
+    image = read_split(data_dir, "test").records[0].path
+    arguments = ("predict", "--adapter", own_run, "--image", image, "--json", "--prompt", "crack")
+    status, _, err = call(capfd, *arguments, "--threshold", "auto")
+    assert status == 2
+    assert "helpers calibrate --adapter" in err
+    _, out, _ = call(capfd, *arguments, "--threshold", "0")
+    scores = sorted((one["score"] for one in json.loads(out)[0]["detections"]), reverse=True)
+    words = {"crack": {"threshold": scores[3]}, "moss": {"threshold": scores[-1]}}
+    (own_run / "thresholds.json").write_text(json.dumps({"words": words}))
+    status, out, err = call(capfd, *arguments, "--prompt", "dog", "--threshold", "auto")
+    assert status == 0
+    crack, dog = json.loads(out)
+    assert [one["score"] for one in crack["detections"]] == scores[:4]
+    assert all(one["score"] >= 0.3 for one in dog["detections"])
+    assert f"'crack': threshold {scores[3]:.3g}, from thresholds.json" in err
+    assert "'dog': threshold 0.3 of the config, as it was never calibrated" in err
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"words": {"crack": {}}}', '{"words": {"crack": {"threshold": 7}}}']
+)
+def test_damaged_thresholds_are_refused(capfd, own_run, data_dir, text):
+    (own_run / "thresholds.json").write_text(text)
+    image = read_split(data_dir, "test").records[0].path
+    arguments = ("predict", "--adapter", own_run, "--image", image, "--prompt", "crack")
+    status, _, err = call(capfd, *arguments, "--threshold", "auto")
+    assert status == 2
+    assert "thresholds.json" in err
+    assert "Traceback" not in err
+
+
+def test_calibrate_says_that_a_run_detects_nothing(capfd, own_run, data_dir):
+    status, _, err = call(capfd, "calibrate", "--adapter", own_run, "--data", data_dir)
+    assert status == 2
+    assert "'crack': no detection is right" in err
+
+
+def test_a_threshold_that_is_no_number_is_refused(capfd):
+    with pytest.raises(SystemExit):
+        main(["predict", "--image", "a.png", "--threshold", "high"])
+    assert "'high' is neither a number nor auto" in capfd.readouterr().err
+
+
+def test_report_writes_a_page(capfd, own_run, data_dir, tmp_path):
+    page = tmp_path / "report.html"
+    arguments = ("report", "--adapter", own_run, "--data", data_dir, "--html", page, "--json")
+    status, out, _ = call(capfd, *arguments, "--compare", own_run)
+    assert status == 0
+    assert json.loads(out)["run"] == str(own_run)
+    text = page.read_text(encoding="utf-8")
+    assert "http://" not in text.replace("http://www.w3.org", "")
+    assert "https://" not in text
+    for title in ("Numbers", "Mistakes", "Labels to look at", "checklist", "Diagnosis"):
+        assert title in text
+    assert "no detection is right" in text, "the validation split gives no threshold"
+
+
+def test_report_without_a_page_refuses_what_is_for_the_page(capfd, run):
+    status, _, err = call(capfd, "report", "--adapter", run, "--compare", run)
+    assert status == 2
+    assert "name a page with --html" in err

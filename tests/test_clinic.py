@@ -13,7 +13,8 @@ from helpers.data.coco import read_split
 from helpers.data.masks import segmentation_to_rle
 from helpers.errors import InputError
 from helpers.lab import clinic as clinic_module
-from helpers.lab.clinic import (
+from helpers.lab.faults import FAULTS
+from notebooks.clinic import (
     WARDS,
     Clinic,
     CureReport,
@@ -24,7 +25,6 @@ from helpers.lab.clinic import (
     signs_of,
     take_signs,
 )
-from helpers.lab.faults import FAULTS
 
 WARDS_HERE = {
     name: (name,) for name in ("threshold fixed", "keys with prefix", "dropout of a half")

@@ -12,7 +12,7 @@ from tiny_random import write_dataset
 
 from data.experiments.cells import TABLES
 from helpers.errors import InputError
-from helpers.lab.clinic import Clinic
+from notebooks.clinic import Clinic
 from notebooks.run import (
     LONGEST_FIRST,
     NOTEBOOKS,

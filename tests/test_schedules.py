@@ -1,6 +1,7 @@
 from helpers.config import load_config
 from helpers.files import CONFIGS
-from helpers.show.charts import runs_figure, schedule_frame
+from helpers.show.charts import runs_figure
+from notebooks.examples import schedule_frame
 
 
 def config(name, *overrides):

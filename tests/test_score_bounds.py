@@ -2,7 +2,7 @@ import pytest
 import torch
 from tiny_random import tiny_model, tiny_processor, token_inputs
 
-from helpers.model.audit import query_logit_bounds
+from notebooks.examples import query_logit_bounds
 
 PROMPTS = ["crack", "moss wall", "object"]
 

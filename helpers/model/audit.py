@@ -1,14 +1,12 @@
 """What an adapter consists of, what it does to prompts, and what no adapter can do to a logit."""
 
-from copy import copy
-
 import pandas as pd
 import torch
 from torch.nn.functional import cosine_similarity
 from torch.nn.utils import get_total_norm
 
 from helpers.model.lora import COMPONENTS, component_of, lora_layers
-from helpers.model.prompted import SCORE_LOGIT_CLAMP, base_of
+from helpers.model.prompted import base_of
 
 
 def adapter_report(model):
@@ -93,35 +91,3 @@ def prompt_embedding_change(model, processor, prompts):
         },
         index=pd.Index(list(prompts), name="prompt"),
     )
-
-
-@torch.no_grad()
-def query_logit_bounds(model, processor, prompts):
-    """Compute the range of logits that the frozen scoring head lets each prompt get.
-
-    A data frame with index ``prompt``: ``lowest_dot_product`` and ``highest_dot_product`` over all
-    outputs of the decoder's layer norm, and ``lowest_logit`` and ``highest_logit``, the same after
-    the model's clamp at -12 and 12. The logit ``a . h + b`` is affine in the decoder state
-    ``h = gamma * n + beta``, where ``n`` has mean 0 and a length below ``sqrt(d)``. So LoRA moves
-    it only between ``a . beta + b -/+ sqrt(d) |v - mean(v)|`` with ``v = a * gamma``. A native prompt's
-    token, which depends on the image, is left out.
-    """
-    base = base_of(model).eval()
-    norm = base.detr_decoder.output_layer_norm
-    head = copy(base.dot_product_scoring)
-    head.clamp_logits = False
-    tokens = processor(text=list(prompts), return_tensors="pt").to(base.device)
-    mask = tokens["attention_mask"].bool()
-    features = base.text_states(tokens["input_ids"], tokens["attention_mask"]).float()
-    width = norm.normalized_shape[0]
-    probes = torch.cat([torch.zeros(1, width), torch.eye(width)]).to(features)
-    offset, *rows = head(probes.expand(1, len(prompts), -1, -1), features, mask)[0, ..., 0].T
-    slope = torch.stack(rows) - offset
-    tilted = slope * norm.weight[:, None]
-    reach = width**0.5 * (tilted - tilted.mean(0)).norm(dim=0)
-    middle = norm.bias @ slope + offset
-    bounds = {"lowest": (middle - reach).float().cpu(), "highest": (middle + reach).float().cpu()}
-    columns = {f"{name}_dot_product": value.tolist() for name, value in bounds.items()}
-    for name, value in bounds.items():
-        columns[f"{name}_logit"] = value.clamp(-SCORE_LOGIT_CLAMP, SCORE_LOGIT_CLAMP).tolist()
-    return pd.DataFrame(columns, index=pd.Index(list(prompts), name="prompt"))

@@ -5,9 +5,7 @@ from helpers.show.charts import (
     draw_lines,
     grouped_bars_figure,
     history_frame,
-    logit_heatmap_figure,
     runs_figure,
-    schedule_frame,
     score_histogram_figure,
     threshold_figure,
 )

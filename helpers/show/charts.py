@@ -1,6 +1,5 @@
 """Charts of numbers: curves of runs, thresholds, scores, bars; and the schedule of a config."""
 
-import math
 import textwrap
 from itertools import cycle
 from pathlib import Path
@@ -57,26 +56,6 @@ def score_histogram_figure(present, absent, score_threshold=None):
     dress(ax, "highest score of the query", "queries")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(**_BESIDE)
-    return figure
-
-
-def logit_heatmap_figure(logits, *, rows="image", limits=None):
-    """Draw logits, (n, Q) with n and Q at least 1, as a map of images or steps by queries.
-
-    The colour scale ends at `limits`, by default the smallest and the largest logit.
-    """
-    logits = np.asarray(logits, dtype=float)
-    if logits.ndim != 2 or logits.size == 0:
-        raise InputError(f"logits of shape {logits.shape} are no map", fix="pass (n, Q), not empty")
-    figure = Figure(figsize=(8, min(1.6 + 0.25 * len(logits), 9)), layout="constrained")
-    ax = figure.subplots()
-    low, high = limits or (logits.min(), logits.max())
-    look = {"cmap": "cividis", "aspect": "auto", "interpolation": "nearest"}
-    heatmap = ax.imshow(logits, vmin=low, vmax=high, **look)
-    figure.colorbar(heatmap, ax=ax, label=f"logit ({logits.min():.1f} to {logits.max():.1f})")
-    ax.set(xlabel="query", ylabel=rows)
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -179,38 +158,6 @@ def draw_lines(ax, table, columns, *, xlabel, ylabel, log=False):
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "frameon": False}
     ax.legend(ncols=2, handlelength=3.5, **below)
-
-
-def schedule_frame(configs, num_images, num_processes=1):
-    """Compute the optimiser steps of some configs, and how far their warm-up gets.
-
-    Parameters
-    ----------
-    configs : dict of str to helpers.config.Config
-    num_images : int
-        Training images with a query.
-    num_processes : int
-
-    Returns
-    -------
-    pandas.DataFrame
-        A row per config; ``reached`` is the share of the ``peak`` that the warm-up attains.
-    """
-    rows = {}
-    for name, config in configs.items():
-        training = config.training
-        per_step = training.batch_size * training.gradient_accumulation_steps * num_processes
-        per_epoch = math.ceil(num_images / per_step)
-        steps, warmup = per_epoch * config.effective_num_epochs, config.effective_warmup_steps
-        rows[name] = {
-            "images per step": per_step,
-            "epochs": config.effective_num_epochs,
-            "steps": steps,
-            "warm-up steps": warmup,
-            "peak": config.effective_learning_rate,
-            "reached": min(steps / warmup, 1.0) if warmup else 1.0,
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("config")
 
 
 def runs_figure(histories, names):

@@ -9,7 +9,6 @@ import anywidget
 import numpy as np
 import supervision as sv
 import traitlets
-from markupsafe import Markup
 from pycocotools import mask as coco_mask
 
 from helpers.data.masks import rle_box_xyxy
@@ -74,7 +73,7 @@ class Explorer(anywidget.AnyWidget):
     def parts(self):
         """Return what a template needs to draw this panel: ``content``, ``script``, ``style``."""
         names = ("content", "score_threshold", "mask_threshold", "overlap_threshold", "prompt")
-        files = {"script": Markup(_SCRIPT.read_text()), "style": Markup(_STYLE.read_text())}
+        files = {"script": _SCRIPT.read_text("utf-8"), "style": _STYLE.read_text("utf-8")}
         return files | {"content": {name: getattr(self, name) for name in names}}
 
     def still(self):

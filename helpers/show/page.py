@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from helpers.answers.text import templates_in
+from helpers.answers import templates_in
 
 PAGES = Path(__file__).with_name("pages")
 

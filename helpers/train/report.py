@@ -3,8 +3,6 @@
 import math
 from functools import partial
 
-import pandas as pd
-
 from helpers.answers import answer_text
 from helpers.model.losses import EARLY_WEIGHTS
 
@@ -59,24 +57,6 @@ def checklist(run, words=None):
     ]
     keys = ("item", "expected", "measured", "passed")
     return [dict(zip(keys, (*names, *judged), strict=True)) for *names, judged in items]
-
-
-def checklist_frame(run, words=None):
-    """Return the `checklist` as a table to show.
-
-    Parameters
-    ----------
-    run, words
-        See `checklist`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``item``; columns ``document says``, ``measured`` and ``verdict``, of `VERDICTS`.
-    """
-    table = pd.DataFrame(checklist(run, words)).set_index("item")
-    table["passed"] = [VERDICTS[passed] for passed in table["passed"]]
-    return table.rename(columns={"expected": "document says", "passed": "verdict"})
 
 
 def epoch_means(history, name):

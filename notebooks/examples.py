@@ -15,17 +15,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from pycocotools import mask as coco_mask
+from torch.nn.functional import cosine_similarity
 from torch.utils.data import DataLoader
 
 from helpers.convert.conversion import convert, read_source
 from helpers.data.coco import SPLIT_FOLDERS
 from helpers.data.images import open_upright, upright_size
 from helpers.data.masks import mask_to_rle, rle_box_xyxy
-from helpers.data.records import ImageRecord
-from helpers.detect.queries import as_queries
-from helpers.errors import InputError
+from helpers.data.records import ImageRecord, true_objects
+from helpers.detect.detections import reaches
+from helpers.detect.queries import as_query_list, query_of
+from helpers.errors import InputError, check_probability
 from helpers.files import resolve, write_json
 from helpers.lab.spoil import JPEG_QUALITY, SPOIL_DATA
+from helpers.model.audit import prompt_embeddings
 from helpers.model.losses import WEIGHTS, sam3_losses
 from helpers.model.prompted import (
     PRESENCE_LOGIT_CLAMP,
@@ -34,7 +37,8 @@ from helpers.model.prompted import (
     loss_inputs,
     model_inputs,
 )
-from helpers.train.report import VERDICTS, checklist
+from helpers.show.charts import COLOURS, draw_lines, dress, mark_threshold
+from helpers.train.report import VERDICTS, checklist, epoch_means
 
 NUM_IMAGES = 8  # of a copy
 
@@ -268,3 +272,102 @@ def checklist_frame(run, words=None):
     table = pd.DataFrame(checklist(run, words)).set_index("item")
     table["passed"] = [VERDICTS[passed] for passed in table["passed"]]
     return table.rename(columns={"expected": "document says", "passed": "verdict"})
+
+
+def prompt_embedding_change(model, processor, prompts):
+    """Compare the embeddings of prompts with the adapter of a `peft.PeftModel` on and off.
+
+    A data frame with index ``prompt``: ``relative_change``, the length of the difference over the
+    length without adapter; ``cosine`` of the two; ``nearest`` and ``nearest_cosine``, the most
+    similar other prompt with the adapter on.
+    """
+    tuned = prompt_embeddings(model, processor, prompts)
+    with model.disable_adapter():
+        plain = prompt_embeddings(model, processor, prompts)
+    cosines = cosine_similarity(tuned[:, None], tuned[None], dim=-1)
+    cosines.fill_diagonal_(-torch.inf)
+    nearest_cosine, nearest = cosines.max(1)
+    has_other = len(prompts) > 1
+    return pd.DataFrame(
+        {
+            "relative_change": ((tuned - plain).norm(dim=1) / plain.norm(dim=1)).tolist(),
+            "cosine": cosine_similarity(tuned, plain).tolist(),
+            "nearest": [prompts[i] if has_other else None for i in nearest.tolist()],
+            "nearest_cosine": nearest_cosine.tolist() if has_other else [float("nan")],
+        },
+        index=pd.Index(list(prompts), name="prompt"),
+    )
+
+
+def as_queries(predictions, records):
+    """Set predictions on the files of some records beside their objects: list of `Query`.
+
+    Every annotated object counts as what the prompt asked for, whatever its category.
+    """
+    by_path = {str(record.path): record for record in records}
+    queries = []
+    for prediction in predictions:
+        record = by_path.get(prediction.image)
+        if record is None:
+            fix = "pass the records of its split"
+            raise InputError("no record of this image", where=prediction.image, fix=fix)
+        queries.append(query_of(prediction, prediction.detections, record, true_objects(record)))
+    return queries
+
+
+def prompt_scores(queries, score_threshold):
+    """Summarise the highest score of every query, by prompt and by whether it is present.
+
+    A data frame with index ``prompt`` and ``shown`` ("present" or "absent"): ``images``, the means
+    ``presence``, ``max query`` and ``max score``, and ``reached``, the share of the images whose
+    highest score reaches the threshold.
+    """
+    check_probability(score_threshold, "score_threshold")
+    rows = []
+    for query in as_query_list(queries):
+        shown = "present" if query.is_positive else "absent"
+        reached = float(reaches(query.max_score, score_threshold))
+        highest = (query.presence_prob, query.max_query_prob, query.max_score)
+        rows.append((query.prompt, shown, *highest, reached))
+    names = ["prompt", "shown", "presence", "max query", "max score", "reached"]
+    groups = pd.DataFrame(rows, columns=names).groupby(["prompt", "shown"])
+    summary = groups.mean()
+    summary.insert(0, "images", groups.size())
+    return summary.sort_index(level=["shown", "prompt"], ascending=[False, True])
+
+
+def score_histogram_figure(present, absent, score_threshold=None):
+    """Draw the highest scores in [0, 1], (n,) each, of queries with present and with absent prompts."""
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    ax = figure.subplots()
+    for name, scores, colour, hatch, alpha in (
+        ("present", present, COLOURS[0], "", 0.35),
+        ("absent", absent, COLOURS[1], "..", 0),
+    ):
+        label = f"prompt {name} ({len(scores)} queries)"
+        look = {"edgecolor": colour, "facecolor": (colour, alpha), "hatch": hatch, "linewidth": 1.8}
+        ax.hist(scores, np.linspace(0, 1, 21), histtype="stepfilled", label=label, **look)
+    mark_threshold(ax, score_threshold)
+    dress(ax, "highest score of the query", "queries")
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(**BESIDE)
+    return figure
+
+
+def runs_figure(histories, names):
+    """Draw logged numbers of several runs by epoch; losses on a logarithmic axis.
+
+    Parameters
+    ----------
+    histories : dict of str to list of dict
+        Name of a run to its ``trainer.state.log_history``.
+    names : dict of str to str
+        Logged name, for example ``"eval_AP50"``, to the label of its axis; one panel each.
+    """
+    figure = Figure(figsize=(1 + 3.4 * len(names), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    for ax, (name, label) in zip(axes, names.items(), strict=True):
+        means = {run: pd.Series(epoch_means(log, name)) for run, log in histories.items()}
+        log = name.endswith("loss")
+        draw_lines(ax, pd.DataFrame(means), list(means), xlabel="epoch", ylabel=label, log=log)
+    return figure

@@ -12,7 +12,7 @@ from transformers import Sam3Config, Sam3Model
 from helpers.config import load_config
 from helpers.errors import InputError
 from helpers.files import CONFIGS
-from helpers.model.audit import adapter_report, prompt_embedding_change
+from helpers.model.audit import adapter_report
 from helpers.model.lora import (
     COMPONENTS,
     add_lora,
@@ -23,6 +23,7 @@ from helpers.model.lora import (
 )
 from helpers.model.prompted import PromptedSam3
 from helpers.model.sam3 import base_fingerprint, load_base
+from notebooks.examples import prompt_embedding_change
 
 SEED_NAMES = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 

@@ -9,10 +9,9 @@ from helpers.show.charts import (
     draw_lines,
     grouped_bars_figure,
     history_frame,
-    score_histogram_figure,
     threshold_figure,
 )
-from notebooks.examples import logit_heatmap_figure
+from notebooks.examples import logit_heatmap_figure, score_histogram_figure
 
 LOG = [
     {

@@ -12,8 +12,8 @@ from helpers.causes import CAUSES
 from helpers.data.coco import read_split
 from helpers.data.masks import segmentation_to_rle
 from helpers.errors import InputError
-from helpers.lab import clinic as clinic_module
 from helpers.lab.faults import FAULTS
+from notebooks import clinic as clinic_module
 from notebooks.clinic import (
     WARDS,
     Clinic,

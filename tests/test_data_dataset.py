@@ -24,8 +24,8 @@ from helpers.data.coco import read_split
 from helpers.data.dataset import PromptCollator, PromptDataset, count_objects
 from helpers.data.masks import clip_box, rle_area, rle_box_xyxy
 from helpers.data.records import true_objects, true_rle
-from helpers.detect.queries import as_queries
 from helpers.errors import InputError
+from notebooks.examples import as_queries
 
 GRID = 16
 NOUNS = ("dog", "car", "tree", "moss", "bolt", "tape")

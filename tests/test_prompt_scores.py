@@ -10,8 +10,9 @@ from helpers.data.masks import rle_area
 from helpers.data.records import ImageRecord, ObjectAnnotation, Split
 from helpers.detect.metrics import union_iou
 from helpers.detect.predictor import Prediction
-from helpers.detect.queries import as_queries, prompt_scores, queries_from_outputs
+from helpers.detect.queries import queries_from_outputs
 from helpers.errors import InputError
+from notebooks.examples import as_queries, prompt_scores
 
 RLE = {"size": [4, 4], "counts": "02>"}
 

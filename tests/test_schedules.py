@@ -1,7 +1,6 @@
 from helpers.config import load_config
 from helpers.files import CONFIGS
-from helpers.show.charts import runs_figure
-from notebooks.examples import schedule_frame
+from notebooks.examples import runs_figure, schedule_frame
 
 
 def config(name, *overrides):

@@ -13,10 +13,8 @@ from helpers.detect.predictor import (
 )
 from helpers.detect.queries import (
     Query,
-    as_queries,
     predict_split,
     predict_split_at,
-    prompt_scores,
 )
 from helpers.detect.thresholds import choose_thresholds
 from helpers.detect.tiles import predict_tiled

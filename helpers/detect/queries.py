@@ -6,13 +6,12 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
-import pandas as pd
 import torch
 from torch.utils.data import DataLoader
 
 from helpers.data.dataset import PromptCollator, PromptDataset
 from helpers.data.masks import clip_box
-from helpers.data.records import plain_prompt, present_prompts, true_objects, true_rle
+from helpers.data.records import plain_prompt, present_prompts, true_rle
 from helpers.detect.detections import PROBABILITIES, detect, raw_predictions, reaches
 from helpers.errors import InputError, check_probability
 from helpers.files import progress_bar
@@ -193,22 +192,6 @@ def queries_from_outputs(outputs, questions, dataset, mask_threshold):
     return queries
 
 
-def as_queries(predictions, records):
-    """Set predictions on the files of some records beside their objects: list of `Query`.
-
-    Every annotated object counts as what the prompt asked for, whatever its category.
-    """
-    by_path = {str(record.path): record for record in records}
-    queries = []
-    for prediction in predictions:
-        record = by_path.get(prediction.image)
-        if record is None:
-            fix = "pass the records of its split"
-            raise InputError("no record of this image", where=prediction.image, fix=fix)
-        queries.append(query_of(prediction, prediction.detections, record, true_objects(record)))
-    return queries
-
-
 def query_of(answer, detections, record, objects):
     """Set an answer (raw or not) beside the objects that count as its ground truth."""
     gt = [true_rle(record, item) for item in objects]
@@ -220,24 +203,3 @@ def query_of(answer, detections, record, objects):
         gt_boxes_xyxy=[clip_box(item.box_xyxy, record.width, record.height) for item in objects],
         **{name: getattr(answer, name) for name in PROBABILITIES},
     )
-
-
-def prompt_scores(queries, score_threshold):
-    """Summarise the highest score of every query, by prompt and by whether it is present.
-
-    A data frame with index ``prompt`` and ``shown`` ("present" or "absent"): ``images``, the means
-    ``presence``, ``max query`` and ``max score``, and ``reached``, the share of the images whose
-    highest score reaches the threshold.
-    """
-    check_probability(score_threshold, "score_threshold")
-    rows = []
-    for query in as_query_list(queries):
-        shown = "present" if query.is_positive else "absent"
-        reached = float(reaches(query.max_score, score_threshold))
-        highest = (query.presence_prob, query.max_query_prob, query.max_score)
-        rows.append((query.prompt, shown, *highest, reached))
-    names = ["prompt", "shown", "presence", "max query", "max score", "reached"]
-    groups = pd.DataFrame(rows, columns=names).groupby(["prompt", "shown"])
-    summary = groups.mean()
-    summary.insert(0, "images", groups.size())
-    return summary.sort_index(level=["shown", "prompt"], ascending=[False, True])

@@ -2,7 +2,6 @@
 
 import pandas as pd
 import torch
-from torch.nn.functional import cosine_similarity
 from torch.nn.utils import get_total_norm
 
 from helpers.model.lora import COMPONENTS, component_of, lora_layers
@@ -66,28 +65,3 @@ def prompt_embeddings(model, processor, prompts):
     features = base.text_states(tokens["input_ids"], tokens["attention_mask"])
     mask = tokens["attention_mask"][..., None].to(features)
     return ((features * mask).sum(1) / mask.sum(1)).float().cpu()
-
-
-def prompt_embedding_change(model, processor, prompts):
-    """Compare the embeddings of prompts with the adapter of a `peft.PeftModel` on and off.
-
-    A data frame with index ``prompt``: ``relative_change``, the length of the difference over the
-    length without adapter; ``cosine`` of the two; ``nearest`` and ``nearest_cosine``, the most
-    similar other prompt with the adapter on.
-    """
-    tuned = prompt_embeddings(model, processor, prompts)
-    with model.disable_adapter():
-        plain = prompt_embeddings(model, processor, prompts)
-    cosines = cosine_similarity(tuned[:, None], tuned[None], dim=-1)
-    cosines.fill_diagonal_(-torch.inf)
-    nearest_cosine, nearest = cosines.max(1)
-    has_other = len(prompts) > 1
-    return pd.DataFrame(
-        {
-            "relative_change": ((tuned - plain).norm(dim=1) / plain.norm(dim=1)).tolist(),
-            "cosine": cosine_similarity(tuned, plain).tolist(),
-            "nearest": [prompts[i] if has_other else None for i in nearest.tolist()],
-            "nearest_cosine": nearest_cosine.tolist() if has_other else [float("nan")],
-        },
-        index=pd.Index(list(prompts), name="prompt"),
-    )

@@ -5,8 +5,6 @@ from helpers.show.charts import (
     draw_lines,
     grouped_bars_figure,
     history_frame,
-    runs_figure,
-    score_histogram_figure,
     threshold_figure,
 )
 from helpers.show.explorer import Explorer, explorer_panel, threshold_panel

@@ -5,13 +5,11 @@ from itertools import cycle
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from helpers.errors import InputError
-from helpers.train.report import epoch_means
 
 _STYLE = matplotlib.rc_params_from_file(
     Path(__file__).with_name("course.mplstyle"), use_default_template=False
@@ -21,7 +19,7 @@ COLOURS = tuple(dict.fromkeys(_CYCLE.by_key()["color"]))
 MARKERS = tuple(dict.fromkeys(_CYCLE.by_key()["marker"]))
 _LINES = {"markersize": _STYLE["lines.markersize"], "linewidth": _STYLE["lines.linewidth"]}
 _HATCHES = ("", "//", "..", "xx")
-_BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "frameon": False}
+BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "frameon": False}
 
 
 def threshold_figure(sweep, score_threshold=None):
@@ -35,27 +33,9 @@ def threshold_figure(sweep, score_threshold=None):
     upper.set_ylim(-0.03, 1.03)
     lower.set_ylim(bottom=0)
     lower.yaxis.set_major_locator(MaxNLocator(integer=True))
-    _mark_threshold(lower, score_threshold)
-    _mark_threshold(upper, score_threshold)
-    upper.legend(**_BESIDE)
-    return figure
-
-
-def score_histogram_figure(present, absent, score_threshold=None):
-    """Draw the highest scores in [0, 1], (n,) each, of queries with present and with absent prompts."""
-    figure = Figure(figsize=(8, 3.8), layout="constrained")
-    ax = figure.subplots()
-    for name, scores, colour, hatch, alpha in (
-        ("present", present, COLOURS[0], "", 0.35),
-        ("absent", absent, COLOURS[1], "..", 0),
-    ):
-        label = f"prompt {name} ({len(scores)} queries)"
-        look = {"edgecolor": colour, "facecolor": (colour, alpha), "hatch": hatch, "linewidth": 1.8}
-        ax.hist(scores, np.linspace(0, 1, 21), histtype="stepfilled", label=label, **look)
-    _mark_threshold(ax, score_threshold)
-    dress(ax, "highest score of the query", "queries")
-    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(**_BESIDE)
+    mark_threshold(lower, score_threshold)
+    mark_threshold(upper, score_threshold)
+    upper.legend(**BESIDE)
     return figure
 
 
@@ -75,7 +55,7 @@ def grouped_bars_figure(table, ylabel, *, top=None):
     dress(ax, table.index.name or "", ylabel)
     ax.set_ylim(0, top * 1.08 if top else None)
     ax.margins(y=0.12)
-    ax.legend(title=table.columns.name, **_BESIDE)
+    ax.legend(title=table.columns.name, **BESIDE)
     return figure
 
 
@@ -96,7 +76,8 @@ def component_bars_figure(table, columns):
     return figure
 
 
-def _mark_threshold(ax, score_threshold):
+def mark_threshold(ax, score_threshold):
+    """Draw a score threshold, unless it is None, as a vertical line."""
     if score_threshold is not None:
         label = f"threshold {score_threshold:g}"
         ax.axvline(score_threshold, color="0.35", linestyle=":", marker="", label=label)
@@ -158,22 +139,3 @@ def draw_lines(ax, table, columns, *, xlabel, ylabel, log=False):
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "frameon": False}
     ax.legend(ncols=2, handlelength=3.5, **below)
-
-
-def runs_figure(histories, names):
-    """Draw logged numbers of several runs by epoch; losses on a logarithmic axis.
-
-    Parameters
-    ----------
-    histories : dict of str to list of dict
-        Name of a run to its ``trainer.state.log_history``.
-    names : dict of str to str
-        Logged name, for example ``"eval_AP50"``, to the label of its axis; one panel each.
-    """
-    figure = Figure(figsize=(1 + 3.4 * len(names), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(names), squeeze=False)[0]
-    for ax, (name, label) in zip(axes, names.items(), strict=True):
-        means = {run: pd.Series(epoch_means(log, name)) for run, log in histories.items()}
-        log = name.endswith("loss")
-        draw_lines(ax, pd.DataFrame(means), list(means), xlabel="epoch", ylabel=label, log=log)
-    return figure

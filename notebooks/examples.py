@@ -37,7 +37,7 @@ from helpers.model.prompted import (
     loss_inputs,
     model_inputs,
 )
-from helpers.show.charts import COLOURS, draw_lines, dress, mark_threshold
+from helpers.show.charts import BESIDE, COLOURS, draw_lines, dress, mark_threshold
 from helpers.train.report import VERDICTS, checklist, epoch_means
 
 NUM_IMAGES = 8  # of a copy

@@ -15,8 +15,7 @@ from transformers import Sam3Config, Sam3Model
 from helpers.__main__ import main
 from helpers.errors import InputError
 from helpers.files import TINY_BASE
-from helpers.foreign import import_source, write_sompote
-from helpers.foreign.importing import to_hf, to_native
+from helpers.foreign import import_source, to_hf, to_native, write_sompote
 from helpers.model.lora import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from helpers.model.prompted import PromptedSam3
 

@@ -11,7 +11,7 @@ from torchvision.ops import box_iou
 from helpers.data.records import absent_candidates, present_prompts
 from helpers.detect.predictor import untrained_prompts
 from helpers.diagnose.data_gates import MIN_IMAGES
-from helpers.diagnose.patient import FOUND, Evidence, Inapplicable, Missing, evidence_if, gate
+from helpers.diagnose.patient import FOUND, Evidence, Inapplicable, evidence_if, gate, stated
 from helpers.errors import InputError
 from helpers.model.audit import prompt_embeddings
 from helpers.model.lora import component_of, lora_layers
@@ -164,10 +164,7 @@ def own_picture(examination):
     """Say what run and base answer about the user's own picture, and which word would do."""
     if examination.image is None:
         raise Inapplicable("no picture was given")
-    try:
-        trained = examination.trained_words
-    except Missing:
-        trained = ()
+    trained = stated(lambda: examination.trained_words) or ()
     words = list(dict.fromkeys((*examination.words, *trained)))
     run, base = examination.predictor(adapted=True), examination.predictor(adapted=False)
     answers = (predictor.raw(examination.image, words) for predictor in (run, base))

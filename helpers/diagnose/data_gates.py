@@ -17,16 +17,13 @@ from helpers.detect.predictor import untrained_prompts
 from helpers.diagnose.patient import SLIP, Evidence, Inapplicable, evidence_if, gate
 from helpers.errors import InputError
 
-CODES_OF = {
-    "unreadable_data": ("D08", "D43", "D44", "D70"),
-    "objects_filtered": ("D10",),
-    "boxes_off_masks": ("D20", "D21", "D22"),
-    "not_finite": ("D40", "D41", "D42"),
-    "tiny_objects": ("D50",),
-    "annotations_off_image": ("D71",),
+CAUSE_OF = {
+    **dict.fromkeys(("D08", "D43", "D44", "D70"), "unreadable_data"),
+    **dict.fromkeys(("D20", "D21", "D22"), "boxes_off_masks"),
+    **dict.fromkeys(("D40", "D41", "D42"), "not_finite"),
+    **{"D10": "objects_filtered", "D50": "tiny_objects", "D71": "annotations_off_image"},
 }
-"""Cause to the findings of a data check that speak for it; the others speak for none."""
-CAUSE_OF = {code: cause for cause, codes in CODES_OF.items() for code in codes}
+"""Finding of a data check to the cause that it speaks for; the others speak for none."""
 MIN_SHARE = 0.05  # of objects or images; a fault below it is a slip and explains no detector
 MIN_SHARES = {"D08": 0.0, "D70": 0.0, "D50": 0.5}
 """One image that cannot be opened stops the loader; many small objects are normal."""
@@ -72,22 +69,27 @@ def _annotation_files(examination):
 @gate(DATA_GATES, "annotations", "no error of boxes, masks and crowd flags")
 def _annotations_alone(examination):
     mask_size, num_queries = examination.sizes
-    findings, evidence = [], []
-    for split in map(examination.split, examination.split_names):
-        faults = check_annotations(split, mask_size=mask_size, num_queries=num_queries)
-        findings += faults
-        evidence += evidence_of(faults, split.num_objects)
-    return _texts(findings), evidence
+    return _judged(
+        (check_annotations(split, mask_size=mask_size, num_queries=num_queries), split.num_objects)
+        for split in map(examination.split, examination.split_names)
+    )
 
 
 @gate(DATA_GATES, "image files", "every image opens and has the stated shape")
 def _image_files(examination):
-    findings, evidence = [], []
-    for split in map(examination.split, examination.split_names):
-        faults = check_images(split, examination.dataset.look(split))
-        findings += faults
-        evidence += evidence_of(faults, len(split.records))
-    return _texts(findings), evidence
+    return _judged(
+        (check_images(split, examination.dataset.look(split)), len(split.records))
+        for split in map(examination.split, examination.split_names)
+    )
+
+
+def _judged(checked):
+    """Return text and evidence of pairs, one per split: findings, and the total looked at."""
+    texts, evidence = [], []
+    for findings, total in checked:
+        texts += [f"{one.code[:3]} {one.message}" for one in findings]
+        evidence += evidence_of(findings, total)
+    return "; ".join(texts) or "nothing found", evidence
 
 
 def evidence_of(findings, total):
@@ -106,10 +108,6 @@ def evidence_of(findings, total):
             text = f"{finding.message}: {finding.where}"
             evidence.append(Evidence(cause, 0.9 + 0.1 * share if speaks else SLIP, text))
     return evidence
-
-
-def _texts(findings):
-    return "; ".join(f"{one.code[:3]} {one.message}" for one in findings) or "nothing found"
 
 
 @gate(DATA_GATES, "annotations on pixels", "marked pixels stand out most on images as they are")
@@ -154,9 +152,8 @@ def objects_after_loader(examination):
         return text, evidence_if(not kept, "no_objects", 1.0, text)
     denied = Counter()
     for record, query, target in queries:
-        if record is None:
-            continue
-        shown = {item.category for item in record.objects if not item.is_crowd}
+        items = record.objects if record else ()
+        shown = {item.category for item in items if not item.is_crowd}
         if shown:
             shown.add(examination.config.data.prompt)  # what every object is asked by, if set
         if query["prompt"] in shown and not len(target["boxes_cxcywh"]):

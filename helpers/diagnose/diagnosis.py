@@ -9,34 +9,24 @@ from dataclasses import asdict, dataclass
 
 from helpers.answers import answer_text
 from helpers.causes import CAUSES, STAGES
-from helpers.diagnose.answer_gates import BEHAVIOUR_GATES
-from helpers.diagnose.data_gates import DATA_GATES, PROMPT_GATES
-from helpers.diagnose.live_gates import DETECT_GATES, LOSS_GATES
-from helpers.diagnose.patient import NEEDS, Evidence, Inapplicable, Missing, Patient, open_patient
-from helpers.diagnose.run_gates import (
-    BASE_GATES,
-    CHECKPOINT_GATES,
-    CONFIG_GATES,
-    FILE_GATES,
-    LOG_GATES,
-    RUN_GATES,
-)
+from helpers.diagnose import answer_gates, data_gates, live_gates, run_gates
+from helpers.diagnose.patient import NEEDS, Evidence, Inapplicable, Patient, open_patient
 from helpers.errors import InputError
 from helpers.files import progress_bar
 from helpers.show.page import render_page
 
 GATES = (
-    *FILE_GATES,
-    *DATA_GATES,
-    *PROMPT_GATES,
-    *CONFIG_GATES,
-    *LOG_GATES,
-    *RUN_GATES,
-    *LOSS_GATES,
-    *BASE_GATES,
-    *CHECKPOINT_GATES,
-    *BEHAVIOUR_GATES,
-    *DETECT_GATES,
+    *run_gates.FILE_GATES,
+    *data_gates.DATA_GATES,
+    *data_gates.PROMPT_GATES,
+    *run_gates.CONFIG_GATES,
+    *run_gates.LOG_GATES,
+    *run_gates.RUN_GATES,
+    *live_gates.LOSS_GATES,
+    *run_gates.BASE_GATES,
+    *run_gates.CHECKPOINT_GATES,
+    *answer_gates.BEHAVIOUR_GATES,
+    *live_gates.DETECT_GATES,
 )
 """In the order in which they are asked, from cheap to costly."""
 OK, FAILED, NOT_CHECKED = "ok", "failed", "not checked"
@@ -66,18 +56,17 @@ class GateResult:
 
 def pass_gate(gate, examination):
     """Ask one gate and return a `GateResult`; whatever the gate raises is a result too."""
+    evidence, needs = (), None
     try:
         measured, evidence = gate.examine(examination)
-    except Inapplicable as error:
-        return GateResult(gate.name, NOT_APPLICABLE, str(error), gate.expected)
+        status = FAILED if any(item.confidence >= LEAST_CONFIDENCE for item in evidence) else OK
     except InputError as error:
-        needs = error.part if isinstance(error, Missing) else None
-        return GateResult(gate.name, NOT_CHECKED, str(error), gate.expected, needs=needs)
+        measured, needs = str(error), getattr(error, "part", None)  # of a `Missing`
+        status = NOT_APPLICABLE if isinstance(error, Inapplicable) else NOT_CHECKED
     except Exception as error:  # a pipeline that raises here is part of what is examined
-        text = f"raised {type(error).__name__}: {' '.join(str(error).split())}"
-        return GateResult(gate.name, CRASHED, text, gate.expected)
-    status = FAILED if any(item.confidence >= LEAST_CONFIDENCE for item in evidence) else OK
-    return GateResult(gate.name, status, measured, gate.expected, tuple(evidence))
+        measured = f"raised {type(error).__name__}: {' '.join(str(error).split())}"
+        status = CRASHED
+    return GateResult(gate.name, status, measured, gate.expected, tuple(evidence), needs)
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,7 @@ def detection(patient):
     texts, evidence = [], []
     for picture, word in pictures(patient):
         found, raw = _captured(patient, picture, word, **low)
-        if is_apart := raw is None:
+        if is_apart := raw is None:  # they come from another model object than the outputs
             raw = patient.predictor(adapted=True).raw(picture, [word])[0]
             everything = dict.fromkeys(low, 0.0)
             if base_asked := _base_asked(patient, picture, word, raw.scores, everything):
@@ -280,10 +280,7 @@ def _base_asked(patient, picture, word, of_run, threshold):
 
 
 def _places(raw, word, found, is_apart):
-    """Compare boxes and masks of detections with those of the queries of the same score.
-
-    ``is_apart`` if they come from another model object than the outputs.
-    """
+    """Compare boxes and masks of detections with those of the queries of the same score."""
     evidence, gaps, ious, shown = [], [], [], []
     limits = [raw.width, raw.height] * 2
     ours = np.clip(raw.boxes_xyxy, 0, limits)

@@ -73,7 +73,7 @@ def tidy_log(entries, where=None):
     renamed = {}
     for name, spellings in NAMES.items():
         found = next((lower[word] for word in spellings if word in lower), None)
-        if found is not None and found not in renamed:
+        if found is not None:
             renamed[found] = name
     taken = set(renamed.values())
     table = table.drop(columns=[n for n in table if n in taken and renamed.get(n) != n])

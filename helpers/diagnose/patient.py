@@ -44,11 +44,9 @@ NEEDS = {
     "detect": ("the detection as a function", "LivePatient(detect=)", "detect="),
 }
 """Part to what it is, how the command line and how `LivePatient` take it; the cheapest first."""
-_PART_OF = {
-    **{"data_dir": "data", "base_name": "base", "place": "weights"},
-    **{"train_queries": "batches", "trained_words": "words"},
-    **{name: name for name in ("log", "batches", "loss", "detect")},
-}
+_PART_OF = {name: name for name in ("log", "batches", "loss", "detect")}
+_PART_OF |= {"data_dir": "data", "base_name": "base", "place": "weights"}
+_PART_OF |= {"train_queries": "batches", "trained_words": "words"}
 _OWN = ("folder", "files", "trained_parameters")
 FOUND = 0.3  # best score of a word that answers
 SAMPLE = 12  # images with objects, and as many without, that the costly gates look at
@@ -117,6 +115,14 @@ class Missing(InputError):
         name, *ways = NEEDS[part]
         super().__init__(f"needs {what or name}; give it with {ways[is_live]}")
         self.part = part
+
+
+def stated(question):
+    """Return the answer of a function, or None if the patient lacks what it needs."""
+    try:
+        return question()
+    except Missing:
+        return None
 
 
 class part(cached_property):
@@ -335,11 +341,6 @@ class Patient:
         return Predictor(*self.base)
 
 
-def module_of(name):
-    """Return the module of the base that a tensor of a PEFT file belongs to."""
-    return name.removeprefix("base_model.model.").partition(".lora_")[0]
-
-
 class Examination(Patient):
     """A run folder of this project, of an interrupted run with at least ``config.yaml``.
 
@@ -530,12 +531,12 @@ class LivePatient(Patient):
     @contextmanager
     def at_rest(self):
         """Put back afterwards which modules of the model were in training."""
-        modules = [] if self._model is None else list(self._model.modules())
-        modes = [module.training for module in modules]
+        modules = [] if self._model is None else self._model.modules()
+        modes = {module: module.training for module in modules}
         try:
             yield
         finally:
-            for module, mode in zip(modules, modes, strict=True):
+            for module, mode in modes.items():
                 module.training = mode
 
     @property

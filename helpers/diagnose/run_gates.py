@@ -8,26 +8,10 @@ import torch
 from helpers.causes import CAUSES
 from helpers.config import load_config, read_yaml
 from helpers.data.coco import read_split
-from helpers.diagnose.patient import (
-    FOUND,
-    SLIP,
-    Evidence,
-    Inapplicable,
-    Missing,
-    evidence_if,
-    gate,
-    module_of,
-)
+from helpers.diagnose.patient import FOUND, SLIP, Evidence, Inapplicable, evidence_if, gate, stated
 from helpers.errors import InputError
 from helpers.files import TINY_BASE, WALL_CRACKS, read_json, resolve
-from helpers.model.lora import (
-    BASE_FILE,
-    COMPONENTS,
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    component_of,
-    read_adapter_weights,
-)
+from helpers.model.lora import BASE_FILE, COMPONENTS, CONFIG_FILE, WEIGHTS_FILE, component_of
 from helpers.train import run as run_folder
 
 # Written before the first step, and after the last one; metrics.json follows.
@@ -51,10 +35,8 @@ PIXEL_TERM, PIXEL_LOSS = 50.0, 1000.0
 training loss is up to 250 in healthy runs of Meta's trainer, which adds up 18 layers."""
 LEAST_COURSE = 6  # values of a log from which its course is judged
 FLAT, RISE = 1e-4, 1.3  # of the loss
-LEAST_PEAK, MOST_PEAK = (
-    0.3,
-    1.01,
-)  # of the stated learning rate, that a schedule reaches at its peak
+# Of the stated learning rate, that a schedule reaches at its peak.
+LEAST_PEAK, MOST_PEAK = 0.3, 1.01
 KNOWN_PICTURES, KNOWN_SHARE = 12, 0.8  # of their concepts that the base finds; measured: 18 of 18
 FILE_GATES, CONFIG_GATES, RUN_GATES, LOG_GATES = [], [], [], []
 BASE_GATES, CHECKPOINT_GATES = [], []
@@ -69,7 +51,7 @@ def _run_files(examination):
     problems = {}
     for name in names:
         try:
-            _read_run_file(folder / name)
+            _read_run_file(examination, folder / name)
         except InputError as error:
             problems[name] = error.message
     if was_saved and not problems:
@@ -83,7 +65,7 @@ def _run_files(examination):
         for name, problem in problems.items()
     ]
     if was_saved and WEIGHTS_FILE not in problems:
-        weights = read_adapter_weights(folder)
+        weights = examination.adapter_weights
         broken = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
         text = f"NaN or infinite numbers in {len(broken)} of {len(weights)} tensors"
         text = f"{WEIGHTS_FILE} holds {text}, for example {broken[:1]}"
@@ -91,13 +73,13 @@ def _run_files(examination):
     return "; ".join([f"{len(names)} files read", *(one.text for one in evidence)]), evidence
 
 
-def _read_run_file(path):
+def _read_run_file(examination, path):
     """Refuse a file of a run that is missing, cut off, or lacks what a training writes."""
     if not path.is_file():
         raise InputError("is missing")
     if path.name == WEIGHTS_FILE:
-        tensors = read_adapter_weights(path.parent)
-        if not tensors or not all(tensor.is_floating_point() for tensor in tensors.values()):
+        tensors = examination.adapter_weights.values()
+        if not tensors or not all(tensor.is_floating_point() for tensor in tensors):
             raise InputError("holds other tensors than a training writes, or none")
     elif path.name != CONFIG_FILE and not path.read_bytes().endswith(b"\n"):
         raise InputError("is empty or ends in the middle of a line, so its end is missing")
@@ -116,9 +98,9 @@ def _read_run_file(path):
 )
 def regularisation(examination):
     """Compare dropout, images and epochs with what a small dataset bears."""
-    dropout = _stated(lambda: examination.config.lora.dropout)
-    images = _stated(lambda: len(examination.split("train").records))
-    epochs = _stated(lambda: examination.config.effective_num_epochs)
+    dropout = stated(lambda: examination.config.lora.dropout)
+    images = stated(lambda: len(examination.split("train").records))
+    epochs = stated(lambda: examination.config.effective_num_epochs)
     if dropout is None and None in (images, epochs):
         return f"dropout {examination.config.lora.dropout}", []  # raises: it is not stated
     reason = f"lora.dropout is {dropout}: so much of the input of LoRA is left out"
@@ -127,14 +109,6 @@ def regularisation(examination):
     reason = f"{images} images were seen {epochs} times each"
     evidence += evidence_if(is_long, "extreme_regularisation", 0.8, reason)
     return f"dropout {dropout}, images {images}, epochs {epochs}; None is not stated", evidence
-
-
-def _stated(question):
-    """Return an answer, or None if the patient lacks what it needs."""
-    try:
-        return question()
-    except Missing:
-        return None
 
 
 @gate(RUN_GATES, "the run", "finished, with objects to train on")
@@ -148,6 +122,11 @@ def _is_finished(examination):
     metrics = examination.files.metrics  # raises what the run lacks
     text = "finished: {steps} steps, {epochs:g} epochs, {objects[train]} objects".format(**metrics)
     return text, evidence_if(not metrics["objects"]["train"], "no_objects", 0.95, text)
+
+
+def _module_of(name):
+    """Return the module of the base that a tensor of a PEFT file belongs to."""
+    return name.removeprefix("base_model.model.").partition(".lora_")[0]
 
 
 @gate(FILE_GATES, "weights as they are", "finite, and where a word can be learned")
@@ -171,7 +150,7 @@ def weights_as_they_are(examination):
         cause, confidence = FINDINGS.get(finding.code, (finding.code, SLIP))
         if cause in CAUSES:
             evidence.append(Evidence(cause, confidence, finding.message))
-    matrices = {module_of(key): tensor for key, tensor in weights.items() if ".lora_B" in key}
+    matrices = {_module_of(key): tensor for key, tensor in weights.items() if ".lora_B" in key}
     if matrices and not any(tensor.any() for tensor in matrices.values()):
         reason, is_saved = "every B is zero: it answers as its base", not examination.is_live
         # In memory it may be that the training has not begun, or was stopped by an earlier cause.
@@ -185,7 +164,7 @@ def weights_as_they_are(examination):
 
 @gate(RUN_GATES, "places of LoRA", "every enabled component has LoRA, no other")
 def _lora_places(examination):
-    modules = {module_of(key) for key in examination.adapter_weights if ".lora_B" in key}
+    modules = {_module_of(key) for key in examination.adapter_weights if ".lora_B" in key}
     lora, adapted = examination.config.lora, [component_of(name) for name in modules]
     claims = {name: vars(lora).get(f"apply_to_{name}") for name in COMPONENTS}
     if set(claims.values()) == {None}:
@@ -215,11 +194,10 @@ def _learning(examination):
     )
     idle = rows.index[(rows["B_nonzero"] == 0) | (rows["grad_norm"] == 0)]
     is_part = len(idle) < len(rows)
+    had_objects = examination.is_finished and examination.files.metrics["objects"]["train"]
     if is_part and not examination.is_own:
         idle = idle.drop("mask_decoder", errors="ignore")  # without objects it gets no gradient
-    elif is_part and not (
-        examination.is_finished and examination.files.metrics["objects"]["train"]
-    ):
+    elif is_part and not had_objects:
         return text, []  # without objects, boxes and masks give no gradient
     # Something earlier may have left it nothing to learn, or kept a training from its first step.
     reason = f"no gradient or B all zero in {', '.join(idle)}: {text}"
@@ -236,21 +214,19 @@ def _trained_weights(examination):
     return text, evidence_if(beside, "base_not_frozen", 1.0, reason)
 
 
-def _points(examination, *names):
-    """Return the logged values of the first columns that there are: list of (name, series)."""
-    log = examination.log
-    found = [(name, log[name].dropna()) for name in names if name in log]
-    found = [(name, values) for name, values in found if len(values)]
-    if not found:
-        raise InputError(f"the log holds no {' and no '.join(names)}")
-    return found
+def _losses(examination):
+    """Return the logged values of the losses that there are: dict of column to series."""
+    table = examination.log.filter(["loss", "valid_loss"]).dropna(axis=1, how="all")
+    if table.empty:
+        raise InputError("the log holds no loss and no valid_loss")
+    return {name: values.dropna() for name, values in table.items()}
 
 
 @gate(LOG_GATES, "numbers of the log", "every loss is finite and above 0")
 def numbers_of_the_log(examination):
     """Look for a loss that is not a number, or nothing at all."""
     texts, evidence = [], []
-    for name, values in _points(examination, "loss", "valid_loss"):
+    for name, values in _losses(examination).items():
         broken, zeros = int((values == math.inf).sum()), int((values == 0).sum())
         texts.append(f"{name}: {len(values)} values, {broken} NaN or infinite, {zeros} are 0")
         evidence += evidence_if(broken, "not_finite", 1.0, texts[-1])
@@ -263,7 +239,7 @@ def numbers_of_the_log(examination):
 def value_without_objects(examination):
     """Compare the last loss with what a loss costs that has no object to learn."""
     texts, evidence = [], []
-    for name, values in _points(examination, "loss", "valid_loss"):
+    for name, values in _losses(examination).items():
         last, first = float(values.iloc[-1]), float(values.iloc[0])
         text = f"{name} goes from {first:.3g} to {last:.3g}"
         if 0 < last < EMPTY_LOSS and len(values) > 1 and last <= first:
@@ -283,7 +259,7 @@ def size_of_box_loss(examination):
     texts = [f"{name} {size:.3g}" for name, size in sizes.items()]
     is_fault = max(sizes.values(), default=0) > PIXEL_TERM
     evidence = evidence_if(is_fault, "wrong_box_targets", 1.0, f"median {', '.join(texts)}")
-    for name, values in _points(examination, "loss", "valid_loss"):
+    for name, values in _losses(examination).items():
         size = float(values[values < math.inf].median())
         texts.append(f"{name} {size:.3g}")
         reason = f"half of all values of {name} are above {size:.4g}: boxes in pixels cost as much"
@@ -296,19 +272,19 @@ def settings_in_the_log(examination):
     """Compare the learning rate and the epochs of the log with what the settings state."""
     if examination.is_own:
         raise Inapplicable("the trainer of this project wrote both")
-    stated, log = examination.config.training, examination.log
+    training, log = examination.config.training, examination.log
     texts, evidence = [], []
     rates = log["learning_rate"].dropna() if "learning_rate" in log else []
-    if (rate := _stated(lambda: stated.learning_rate)) and len(rates) > 1:
+    if (rate := stated(lambda: training.learning_rate)) and len(rates) > 1:
         texts.append(f"learning rate up to {max(rates):.3g}, stated {rate:.3g}")
         is_off = not LEAST_PEAK * rate < max(rates) < MOST_PEAK * rate
         evidence += evidence_if(is_off, "dead_config_keys", 0.7, texts[-1])
-    if (epochs := _stated(lambda: stated.num_epochs)) and "epoch" in log:
+    if (epochs := stated(lambda: training.num_epochs)) and "epoch" in log:
         texts.append(f"last epoch {log['epoch'].max():g}, stated {epochs:g}")
         is_off = log["epoch"].max() > epochs + 0.5  # fewer: a training may be stopped early
         evidence += evidence_if(is_off, "dead_config_keys", 0.7, texts[-1])
     if not texts:
-        _ = stated.learning_rate  # raises if it is not stated
+        _ = training.learning_rate  # raises if it is not stated
         raise InputError("the log holds neither two learning rates nor an epoch")
     return "; ".join(texts), evidence
 
@@ -317,7 +293,7 @@ def settings_in_the_log(examination):
 def course_of_the_loss(examination):
     """Look for a loss that never falls, and for a validation loss that rises for good."""
     log = examination.log.replace(math.inf, float("nan"))
-    [(name, values), *_] = _points(examination, "loss", "valid_loss")
+    name, values = next(iter(_losses(examination).items()))
     values = values[values < math.inf]
     quarter = max(1, len(values) // 4)
     start, end = float(values[:quarter].median()), float(values[-quarter:].median())
@@ -360,7 +336,7 @@ def base_knows_its_concepts(examination):
 def _keys_fit(examination):
     weights = examination.adapter_weights
     modules = {name for name, _ in examination.base[0].named_modules()}
-    lost = [key for key in weights if module_of(key) not in modules]
+    lost = [key for key in weights if _module_of(key) not in modules]
     text = f"{len(lost)} of {len(weights)} keys of the adapter file name no module of the base"
     if not lost:
         _ = examination.loaded  # raises what else does not fit

@@ -7,7 +7,6 @@ with an eps of 1e-5 in the LayerNorm of the ViT, where transformers has 1e-6 (lo
 in it stands for the number of a layer.
 """
 
-import csv
 import pickle
 import re
 import shutil
@@ -17,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -25,15 +25,7 @@ from transformers import Sam3Config, Sam3Model
 
 from helpers.config import read_yaml, yaml_text
 from helpers.errors import InputError
-from helpers.files import (
-    DATA,
-    file_digest,
-    read_json,
-    resolve,
-    staged_folder,
-    write_json,
-    write_text,
-)
+from helpers.files import DATA, file_digest, read_json, resolve, staged_folder, write_json
 from helpers.model import lora
 from helpers.model.sam3 import base_config, refuse_lfs_pointer
 
@@ -61,8 +53,7 @@ _MATRIX = re.compile(r"(.+?)\.(?:lora\.)?lora_([AB])(?:\.default)?(?:\.weight)?"
 WITHOUT_COUNTERPART = re.compile(r"geometry_encoder\.points_|.*\.attn\.freqs_cis$")
 """Names that transformers has not: points as prompts, and constants that it computes."""
 _FUSED = re.compile(r"(.+?)(?:\.qkv|\.in_proj)?([._](?:weight|bias))?")
-with (DATA / "import_findings.csv").open(encoding="utf-8", newline="") as _file:
-    _FINDINGS = {row["code"]: row for row in csv.DictReader(_file)}
+_FINDINGS = pd.read_csv(DATA / "import_findings.csv", index_col="code")
 
 
 class Finding(NamedTuple):
@@ -73,7 +64,7 @@ class Finding(NamedTuple):
 
 
 def _finding(code, **values):
-    return Finding(code, _FINDINGS[code]["message"].format(**values))
+    return Finding(code, _FINDINGS.message[code].format(**values))
 
 
 @dataclass(frozen=True)
@@ -91,7 +82,7 @@ class ImportReport:
     @property
     def status(self):
         """int: 1 if something is wrong with the file, else 0."""
-        return int(any(_FINDINGS[finding.code]["status"] == "1" for finding in self.findings))
+        return int(_FINDINGS.status[[finding.code for finding in self.findings]].any())
 
     def to_json(self):
         """Return what ``python -m helpers import --json`` prints."""
@@ -348,7 +339,7 @@ def write_sompote(adapter, output, sections=None):
     values = {"model": {"name": found.base}, "lora": settings} | (sections or {})
     with staged_folder(output) as staging:
         torch.save(content, staging / SOMPOTE_FILES[0])
-        write_text(staging / SOMPOTE_FILES[1], yaml_text(values))
+        (staging / SOMPOTE_FILES[1]).write_text(yaml_text(values), encoding="utf-8")
     return output / SOMPOTE_FILES[0]
 
 
@@ -524,10 +515,9 @@ def _renamed(name, rules):
     return None
 
 
-with (DATA / "native_names.csv").open(encoding="utf-8", newline="") as _file:
-    _ROWS = [(row["meta"], row["transformers"]) for row in csv.DictReader(_file)]
-_TO_HF = [(_pattern(native), hf) for native, hf in _ROWS]
-_TO_NATIVE = [(_pattern(hf), native) for native, hf in _ROWS]
+_ROWS = pd.read_csv(DATA / "native_names.csv")
+_TO_HF = [(_pattern(row.meta), row.transformers) for row in _ROWS.itertuples()]
+_TO_NATIVE = [(_pattern(row.transformers), row.meta) for row in _ROWS.itertuples()]
 
 
 def to_hf(name):

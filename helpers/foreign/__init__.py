@@ -1,3 +1,0 @@
-"""What somebody else trained: recognised, checked, and made readable for transformers and PEFT."""
-
-from helpers.foreign.importing import import_source, write_sompote

@@ -53,9 +53,9 @@ test: $(STAMP) ## run every test, the notebooks included
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical --no-loadscope-reorder --nbval-lax --nbval-current-env --nbval-cell-timeout 900 tests $(QUICK) $(ARGS)
 
 # Chromium comes from the system (Debian: apt install chromium), its driver from PyPI.
-browser: $(STAMP) ## open the pages in a real browser, headless
+browser: $(STAMP) ## open pages and lessons in a real browser, headless
 	$(if $(UV),uv pip install --quiet --python $(RUN),$(RUN) -m pip install --quiet) 'playwright>=1.50,<2'
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m browser tests/test_browser.py tests/test_site.py $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m browser tests/test_browser.py tests/test_lab.py tests/test_site.py $(ARGS)
 
 # Sphinx is for this target alone. The lock constrains what it shares with the rest of .venv.
 site: $(STAMP) ## write the course as a static site to runs/site/html, from the stored outputs
@@ -74,6 +74,7 @@ lab: $(STAMP) ## open the notebooks in JupyterLab
 
 notebooks: $(STAMP) ## run the notebooks with their defaults and store the outputs in notebooks/
 	$(RUN) -m data.make_cheat_sheet
+	$(RUN) -m data.make_drawings
 	OMP_NUM_THREADS=1 $(RUN) -m notebooks.run refresh $(ARGS)
 
 bench: $(STAMP) ## time training and detection case by case; numbers go to runs/benchmarks/

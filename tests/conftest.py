@@ -120,3 +120,14 @@ def run_copy(run_folder, tmp_path):
 def data_copy(data_dir, tmp_path):
     """Return the folder of a copy of the shared dataset, for a test to damage."""
     return shutil.copytree(data_dir, tmp_path / "data_copy")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Return the system's Chromium, driven by Playwright, which `make browser` installs."""
+    api = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+    with api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

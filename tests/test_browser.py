@@ -1,6 +1,5 @@
 """Pages in a real browser: `make browser`. They are opened from a file, with the network cut off."""
 
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -27,16 +26,6 @@ MOVE_AND_WAIT = """(value) => new Promise((done) => {
   field.dispatchEvent(new Event("input"));
   requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - started)));
 })"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api")
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
-    with api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -111,20 +111,10 @@ def wait_for(url, server, seconds=60):
     raise TimeoutError(url)
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    api = pytest.importorskip("playwright.sync_api")
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
-    with api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def opened(chromium, address, course, request):
+def opened(browser, address, course, request):
     """Return a function that opens a lesson in JupyterLab; a screenshot is kept at the end."""
-    context = chromium.new_context(viewport={"width": 1250, "height": 1000})
+    context = browser.new_context(viewport={"width": 1250, "height": 1000})
     page = context.new_page()
     page.set_default_timeout(120_000)
     problems = []

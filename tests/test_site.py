@@ -14,7 +14,6 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import pytest
 from packaging.utils import canonicalize_name
-from test_browser import browser  # noqa: F401 (a fixture)
 from test_project import declared, documents, imports_of, make_targets, read
 
 from helpers.config import parse_yaml
@@ -213,7 +212,7 @@ def site(tmp_path_factory):
 
 
 @pytest.mark.browser
-def test_the_site_opens_from_a_file_and_every_link_resolves(site, browser):  # noqa: F811
+def test_the_site_opens_from_a_file_and_every_link_resolves(site, browser):
     context = browser.new_context(offline=True, viewport={"width": 420, "height": 1000})
     page, problems, places, links = context.new_page(), [], {}, {}
     page.on("pageerror", lambda error: problems.append(str(error)))

@@ -10,6 +10,7 @@ import shutil
 
 import matplotlib
 import pytest
+import torch
 from filelock import FileLock
 from tiny_random import save_tiny_base, tiny_run_config, write_dataset
 from xdist.scheduler import LoadFileScheduling
@@ -39,6 +40,12 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_collection_modifyitems(items):
     """Start with the notebooks, so that short files fill the gaps at the end."""
     items.sort(key=lambda item: item.get_closest_marker("notebook") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exact_convolutions():
+    """Let a GPU convolve in float32: tests compare digits, and TF32 keeps three of them."""
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(scope="session", autouse=True)

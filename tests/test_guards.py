@@ -107,7 +107,8 @@ def clamped(monkeypatch):
     shares = iter([0.1, 0.1, *[0.8] * 99])  # of batches, of which two make a step
 
     def output_statistics(outputs):
-        return original(outputs) | {"train_share_at_clamp": torch.tensor(next(shares))}
+        share = torch.tensor(next(shares), device=outputs["pred_logits"].device)
+        return original(outputs) | {"train_share_at_clamp": share}
 
     monkeypatch.setattr(training, "output_statistics", output_statistics)
 
@@ -222,7 +223,7 @@ def test_healthy_run_passes_and_its_numbers_do_not_change(start, healthy, tmp_pa
     unguarded = start(tmp_path / "run", *OFF)
     assert train_losses(unguarded) == train_losses(healthy)
     ours, theirs = healthy.model.state_dict(), unguarded.model.state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(torch.equal(ours[name].cpu(), theirs[name].cpu()) for name in ours)
 
 
 @pytest.mark.parametrize(

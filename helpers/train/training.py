@@ -135,7 +135,8 @@ class Sam3Trainer(Trainer):
     def log(self, logs, start_time=None):
         """Add to a training loss the means of its terms since the last log, over all devices."""
         if "loss" in logs and self._num_batches:
-            sums = torch.stack([torch.as_tensor(value) for value in self._sums.values()])
+            values = self._sums.values()
+            sums = torch.stack([torch.as_tensor(v, device=self.args.device) for v in values])
             means = self.accelerator.reduce(sums / self._num_batches, "mean").tolist()
             logs |= dict(zip(self._sums, means, strict=True))
             self._sums, self._num_batches = defaultdict(float), 0

@@ -303,8 +303,10 @@ def test_overwriting_removes_the_reason(start, tmp_path):
         no_objects(patch)
         with pytest.raises(GuardStop):
             start(folder)
+    (folder / "thresholds.json").write_text("{}")  # chosen for the weights that go
     start(folder, overwrite=True)
     assert not (folder / "stopped.json").exists()
+    assert not (folder / "thresholds.json").exists()
 
 
 def test_command_line_says_it_in_one_line(base, data_dir, tmp_path, monkeypatch, capsys):

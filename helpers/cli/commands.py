@@ -426,11 +426,10 @@ def calibrate(args):
     asked = {"absent_prompts": settings.absent_prompts, "mask_threshold": settings.mask_threshold}
     queries = detect.predict_split(run.model, run.processor, split, **asked)
     table = detect.choose_thresholds(queries, args.goal, args.least)
-    document = {"run": str(run.folder), "data": str(data_dir), "split": name, "goal": args.goal}
-    document |= {"least": None if args.goal == "f1" else args.least}
-    document |= {"words": table.to_dict(orient="index")}
-    write_json(run.folder / THRESHOLDS_FILE, document)
-    return 0, document
+    chosen = {"split": name, "goal": args.goal, "least": None if args.goal == "f1" else args.least}
+    chosen |= {"words": table.to_dict(orient="index")}
+    write_json(run.folder / THRESHOLDS_FILE, chosen)  # without paths, since `push` sends it
+    return 0, {"run": str(run.folder), "data": str(data_dir), **chosen}
 
 
 def report(args):

@@ -14,6 +14,7 @@ from transformers import Sam3Processor
 
 from helpers.config import Config, load_config
 from helpers.data.records import absent_candidates, present_prompts
+from helpers.detect.thresholds import THRESHOLDS_FILE
 from helpers.errors import InputError, explain
 from helpers.files import read_json, resolve
 from helpers.model.lora import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE, load_adapter
@@ -77,7 +78,7 @@ _KEYS = {
 }
 READABLE_FILES = frozenset(_KEYS)
 _OWN_FILES = (METRICS_FILE, PROMPTS_FILE, VERSIONS_FILE, STOPPED_FILE)
-_OWN_FILES += (RUN_CONFIG, CURVES_FILE, AUDIT_FILE)
+_OWN_FILES += (RUN_CONFIG, CURVES_FILE, AUDIT_FILE, THRESHOLDS_FILE)
 RUN_FILES = (*_OWN_FILES, CARD_FILE, WEIGHTS_FILE, CONFIG_FILE, BASE_FILE)
 
 

@@ -36,7 +36,14 @@ DATA_DIR = "data/wall_cracks"
 
 @pytest.mark.parametrize(
     ("design", "per_seed"),
-    [("causes", 32), ("front", 22), ("schedule", 4), ("components", 22)],
+    [
+        ("causes", 32),
+        ("front", 22),
+        ("schedule", 4),
+        ("components", 22),
+        ("grades", 30),
+        ("rates", 20),
+    ],
 )
 def test_designs_are_complete_and_every_cell_is_another(design, per_seed):
     cells = cells_of(design, [1, 2])
@@ -54,7 +61,7 @@ def test_designs_are_complete_and_every_cell_is_another(design, per_seed):
 
 def test_seeds_that_were_not_run_are_not_expected():
     seeds = {}
-    for cell in (*cells_of("causes"), *cells_of("schedule")):
+    for cell in (cell for design in DESIGNS for cell in cells_of(design)):
         seeds.setdefault((cell.design, cell.factors.get("word")), set()).add(cell.seed)
     for place, expected in seeds.items():
         assert expected == set(SEEDS_OF.get(place, SEEDS)), place
@@ -310,3 +317,16 @@ def is_alive(pid):
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
     except FileNotFoundError:
         return False
+
+
+def test_only_missing_bases_are_made(tmp_path, monkeypatch):
+    (tmp_path / "most").mkdir()
+    places = {word: str(tmp_path / word) for word in ("most", "control")}
+    monkeypatch.setattr(make, "GRADED", places)
+    made = []
+    monkeypatch.setattr(
+        "data.tiny_sam3_half_known.make.make_grade",
+        lambda word, folder, recipe: made.append((word, folder)),
+    )
+    make.make_missing_bases()
+    assert made == [("control", tmp_path / "control")]

@@ -153,17 +153,6 @@ def test_figures_show_every_effect_and_every_run(made_up):
     assert [len(line.get_xdata()) for line in dots] == [10, 10]
 
 
-def test_the_page_says_of_photographs_what_the_table_says():
-    columns = ["detected_share", "precision", "recall", "AP50", "union_iou", "retention_AP"]
-    page = (TABLES / "README.md").read_text(encoding="utf-8")
-    [rows] = page.split("## On photographs")[1:]
-    shown = [line.split(" | ")[2:] for line in rows.splitlines() if " | `" in line]
-    measured = pd.read_csv(make_photographs.PHOTOGRAPHS)[columns]
-    assert len(shown) == len(measured)
-    for cells, numbers in zip(shown, measured.itertuples(index=False), strict=True):
-        assert [cell.strip(" |") for cell in cells] == [f"{number:.2f}" for number in numbers]
-
-
 def test_a_set_of_photographs_is_judged_once(tmp_path, monkeypatch):
     judged = []
 

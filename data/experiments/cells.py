@@ -28,7 +28,10 @@ from helpers.train.training import train
 SEEDS = (1, 2, 3, 4, 5)
 BASES = {"never": "data/tiny_sam3", "half": "data/tiny_sam3_half_known"}
 """How well a base knows the word "crack", and where it is."""
+GRADED = {word: f"runs/bases/{word}" for word in ("most", "half_shut", "control")}
+"""The same for those that `data.tiny_sam3_half_known.make` makes on demand."""
 SEEDS_OF = {("causes", "half"): (1, 2, 3)} | {("front", word): (1, 3, 4) for word in BASES}
+SEEDS_OF |= {("grades", word): (1,) for word in GRADED} | {("rates", word): (1,) for word in BASES}
 """Where fewer than five were run so far, by design and word."""
 KNOWN_WORDS = tuple("joint moss stain rust hole bolt tile brick marking tape".split())
 """What both bases know; it is painted on the walls of `KNOWN_THINGS`."""
@@ -104,7 +107,7 @@ class Cell:
         settings = [("data.data_dir", str(data_dir)), ("training.seed", self.seed)]
         if profile == "tiny":
             settings.append(("scale.num_epochs", EPOCHS_SCALE.get(self.design, 0.1)))
-            settings.append(("model.name", BASES[self.factors.get("word", "never")]))
+            settings.append(("model.name", (BASES | GRADED)[self.factors.get("word", "never")]))
         path = CONFIGS / "crack_detection_config.yaml"
         return load_config(path, profile, [*settings, *BATCH, *self.overrides])
 
@@ -122,12 +125,7 @@ def causes_design(seeds):
     cells = []
     for seed, *levels in product(seeds, *FACTORS["causes"].values()):
         factors = dict(zip(FACTORS["causes"], levels, strict=True))
-        overrides = (
-            f"data.prompt={'object' if factors['prompt'] == 'object' else 'null'}",
-            _flag("text_encoder", factors["text_lora"] == "on"),
-            f"data.num_negatives={factors['negatives']}",
-        )
-        cells.append(Cell("causes", factors, seed, overrides, factors["objects"] == "yes"))
+        cells.append(_run_of_state("causes", factors, factors, seed))
     return cells
 
 
@@ -199,11 +197,68 @@ def schedule_design(seeds):
     return cells
 
 
+def _state(objects, prompt, text_lora, negatives):
+    """Give the levels of the main design by the names of its factors."""
+    return dict(zip(SUSPECTS, (objects, prompt, text_lora, negatives), strict=True))
+
+
+def _run_of_state(design, factors, state, seed, overrides=()):
+    """Make a cell from a state of the main design."""
+    overrides = (
+        f"data.prompt={'object' if state['prompt'] == 'object' else 'null'}",
+        _flag("text_encoder", state["text_lora"] == "on"),
+        f"data.num_negatives={state['negatives']}",
+        *overrides,
+    )
+    return Cell(design, factors, seed, overrides, state["objects"] == "yes")
+
+
+FAILING, WORKING = (_state(*levels) for levels in zip(*SUSPECTS.values(), strict=True))
+"""The corners of the main design: the document's position in all factors, and the other."""
+
+
+def one_step_states():
+    """List the failing and the working state, and each with one factor at its other level."""
+    states = []
+    for state, other in ((FAILING, WORKING), (WORKING, FAILING)):
+        states += [state, *(state | {name: other[name]} for name in SUSPECTS)]
+    return states
+
+
+def grades_design(seeds):
+    """Take one step from the failing and the working state on bases of graded knowledge."""
+    return [
+        _run_of_state("grades", {"word": word} | state, state, seed)
+        for seed, word, state in product(seeds, GRADED, one_step_states())
+    ]
+
+
+RATES = {
+    "a third of the rate": (f"training.learning_rate={1e-4 / 3}",),
+    "a tenth of the rate": ("training.learning_rate=1e-5",),
+}
+"""Rates beside that of the main design, 1e-4, which the tiny profile multiplies by 30."""
+
+
+def rates_design(seeds):
+    """Take the steps that decide again at lower rates, with as many updates."""
+    read = FAILING | {"objects": "yes"}
+    frozen, other_word = WORKING | {"text_lora": "off"}, WORKING | {"prompt": "object"}
+    return [
+        _run_of_state("rates", {"word": word, "rate": rate} | state, state, seed, overrides)
+        for seed, (rate, overrides), word, state in product(
+            seeds, RATES.items(), BASES, (FAILING, read, frozen, other_word, WORKING)
+        )
+    ]
+
+
 DESIGNS = {
     "causes": causes_design,
     "front": front_design,
     "schedule": schedule_design,
     "components": components_design,
+    "grades": grades_design,
+    "rates": rates_design,
 }
 
 
@@ -216,7 +271,7 @@ def cells_of(design, seeds=None, profile="tiny"):
         raise InputError(f"there is no design {design!r}", fix=f"use one of {', '.join(DESIGNS)}")
     if seeds is None:
         cells = DESIGNS[design](SEEDS)
-        seeds_of = {word: SEEDS_OF.get((design, word), SEEDS) for word in (None, *BASES)}
+        seeds_of = {word: SEEDS_OF.get((design, word), SEEDS) for word in (None, *BASES, *GRADED)}
         cells = [cell for cell in cells if cell.seed in seeds_of[cell.factors.get("word")]]
     elif not seeds:
         raise InputError("no seed is given", fix="give at least one, better five")

@@ -1,0 +1,82 @@
+"""The page of the experiment says what its tables say."""
+
+import pandas as pd
+import pytest
+
+from data.experiments.cells import DESIGNS, TABLES, TEXT_COLUMNS
+from data.experiments.make_photographs import PHOTOGRAPHS
+from data.experiments.tables import share_by_state
+
+SETS = {"masonry224": "masonry, cracks", "pothole90": "potholes"}
+
+
+def table_of(design):
+    return pd.read_csv(TABLES / f"{design}.csv", dtype=TEXT_COLUMNS, keep_default_na=False)
+
+
+def markdown(head, rows):
+    """Write a table whose numbers stand at the right."""
+    texts = sum(not str(cell)[:1].isdigit() for cell in rows[0])
+    rule = ["---"] * texts + ["---:"] * (len(head) - texts)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows)).replace(
+        f"| {' | '.join(rule)} |", f"|{'|'.join(rule)}|"
+    )
+
+
+BASES_IN_WORDS = {
+    "never": "never met the word",
+    "control": "as many further steps, no crack",
+    "quarter": "knows it a little",
+    "half": "half knows it",
+    "half_shut": "half knows it, and was taught that “object” is absent",
+    "most": "knows it",
+}
+
+
+def grades_rows():
+    shares = share_by_state(pd.concat([table_of("causes"), table_of("grades")]), "word")
+    alone = table_of("base").set_index("word")["detected_share"]
+    rows = [
+        [text, *(f"{share:.2f}" for share in (alone[word], *shares.loc[word]))]
+        for word, text in BASES_IN_WORDS.items()
+        if word in shares.index
+    ]
+    return markdown(["base", "alone", *shares.columns], rows)
+
+
+def rates_rows():
+    shares = share_by_state(table_of("rates"), "word", "rate")
+    full = share_by_state(table_of("causes").query("seed == 1"), "word")
+    rows = []
+    for word in ("never", "half"):
+        own = {"the full rate": full.loc[word]} | dict(shares.loc[word].iterrows())
+        for rate, line in own.items():
+            rows.append([BASES_IN_WORDS[word], rate, *(f"{share:.2f}" for share in line)])
+    return markdown(["base", "rate", *full.columns], rows)
+
+
+def photographs_rows():
+    columns = ["detected_share", "precision", "recall", "AP50", "union_iou", "retention_AP"]
+    groups = pd.read_csv(PHOTOGRAPHS).groupby(["data", "config"], sort=False)[columns]
+    low, mean, high = groups.min(), groups.mean(), groups.max()
+    rows = []
+    for name, config in mean.index:
+        place = (name, config)
+        cells = [f"{mean.loc[place, column]:.2f}" for column in columns]
+        for column in ("AP50", "retention_AP"):
+            ends = f" ({low.loc[place, column]:.2f} to {high.loc[place, column]:.2f})"
+            cells[columns.index(column)] += ends
+        rows.append([SETS[name], f"`{config}`", *cells])
+    head = ["set", "config", "detected", "precision", "recall", "AP50", "union IoU", "kept"]
+    return markdown(head, rows)
+
+
+@pytest.mark.parametrize("rows", [grades_rows, rates_rows, photographs_rows])
+def test_tables_of_the_page_are_those_of_the_files(rows):
+    assert rows() in (TABLES / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_table_is_named_on_the_page():
+    page = (TABLES / "README.md").read_text(encoding="utf-8")
+    for name in (*DESIGNS, "base", "photographs", "confusion"):
+        assert f"`{name}.csv`" in page, name

@@ -330,3 +330,14 @@ def test_only_missing_bases_are_made(tmp_path, monkeypatch):
     )
     make.make_missing_bases()
     assert made == [("control", tmp_path / "control")]
+
+
+def test_a_base_is_judged_once_and_beside_those_of_other_designs(tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "load_base", lambda name, *_, **options: (name, None))
+    monkeypatch.setattr(make, "judge", lambda model, *_: {"AP50": 0.5, "base": model})
+    monkeypatch.setattr(make, "run_jobs", lambda *_, **options: [])
+    for design in ("schedule", "causes", "grades", "front"):
+        run_experiment(design, tmp_path, profile="tiny", data_dir=DATA_DIR)
+    rows = make.rows_in(tmp_path / "base.json")
+    bases = cells.BASES | cells.GRADED
+    assert [(row["word"], row["base"]) for row in rows] == list(bases.items())

@@ -3,9 +3,8 @@
 import pandas as pd
 import pytest
 
-from data.experiments.cells import DESIGNS, TABLES, TEXT_COLUMNS
+from data.experiments.cells import DESIGNS, FAILING, TABLES, TEXT_COLUMNS, WORKING
 from data.experiments.make_photographs import PHOTOGRAPHS
-from data.experiments.tables import share_by_state
 
 SETS = {"masonry224": "masonry, cracks", "pothole90": "potholes"}
 
@@ -14,19 +13,39 @@ def table_of(design):
     return pd.read_csv(TABLES / f"{design}.csv", dtype=TEXT_COLUMNS, keep_default_na=False)
 
 
+def share_by_state(table, *keys):
+    """Return the mean share detected in the states that decide, one row per level of some factors.
+
+    ``table`` is that of the design ``causes``, ``grades`` or ``rates``.
+    """
+    states = {
+        "failing": FAILING,
+        "objects read": FAILING | {"objects": "yes"},
+        "working": WORKING,
+        "text encoder frozen": WORKING | {"text_lora": "off"},
+        "another word": WORKING | {"prompt": "object"},
+    }
+    return pd.DataFrame(
+        {
+            name: table[(table[list(state)] == pd.Series(state)).all(axis=1)]
+            .groupby(list(keys), sort=False)["detected_share"]
+            .mean()
+            for name, state in states.items()
+        }
+    )
+
+
 def markdown(head, rows):
     """Write a table whose numbers stand at the right."""
     texts = sum(not str(cell)[:1].isdigit() for cell in rows[0])
-    rule = ["---"] * texts + ["---:"] * (len(head) - texts)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows)).replace(
-        f"| {' | '.join(rule)} |", f"|{'|'.join(rule)}|"
-    )
+    rule = "|".join(["---"] * texts + ["---:"] * (len(head) - texts))
+    first, *others = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
+    return "\n".join([first, f"|{rule}|", *others])
 
 
 BASES_IN_WORDS = {
     "never": "never met the word",
     "control": "as many further steps, no crack",
-    "quarter": "knows it a little",
     "half": "half knows it",
     "half_shut": "half knows it, and was taught that “object” is absent",
     "most": "knows it",
@@ -39,7 +58,6 @@ def grades_rows():
     rows = [
         [text, *(f"{share:.2f}" for share in (alone[word], *shares.loc[word]))]
         for word, text in BASES_IN_WORDS.items()
-        if word in shares.index
     ]
     return markdown(["base", "alone", *shares.columns], rows)
 

@@ -197,11 +197,6 @@ def schedule_design(seeds):
     return cells
 
 
-def _state(objects, prompt, text_lora, negatives):
-    """Give the levels of the main design by the names of its factors."""
-    return dict(zip(SUSPECTS, (objects, prompt, text_lora, negatives), strict=True))
-
-
 def _run_of_state(design, factors, state, seed, overrides=()):
     """Make a cell from a state of the main design."""
     overrides = (
@@ -213,7 +208,9 @@ def _run_of_state(design, factors, state, seed, overrides=()):
     return Cell(design, factors, seed, overrides, state["objects"] == "yes")
 
 
-FAILING, WORKING = (_state(*levels) for levels in zip(*SUSPECTS.values(), strict=True))
+FAILING, WORKING = (
+    dict(zip(SUSPECTS, levels, strict=True)) for levels in zip(*SUSPECTS.values(), strict=True)
+)
 """The corners of the main design: the document's position in all factors, and the other."""
 
 

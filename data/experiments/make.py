@@ -56,17 +56,19 @@ def run_experiment(
     for name, rows in run_jobs(_run_named, jobs, description=design, **options):
         write_json(folder / f"{name}.json", {"rows": rows})
         _write_table(folder, cells)
-    if not (Path(output_dir) / BASE_ROWS).is_file():
-        write_json(Path(output_dir) / BASE_ROWS, {"rows": run_bases(profile, data_dir)})
+    base_rows = Path(output_dir) / BASE_ROWS
+    judged = rows_in(base_rows) if base_rows.is_file() else []
+    judged += run_bases(cells, profile, data_dir, {row["word"] for row in judged})
+    write_json(base_rows, {"rows": judged})
     return _write_table(folder, cells)
 
 
-def run_bases(profile, data_dir):
-    """Judge every base of the main design without any adapter; return a row each."""
+def run_bases(cells, profile, data_dir, judged_words=()):
+    """Judge the bases of some cells without any adapter, all but some; return a row each."""
     rows = []
-    cells = {cell.factors["word"]: cell for cell in cells_of("causes", [1], profile)}
-    for word, cell in cells.items():
-        config = cell.config(profile, data_dir)
+    bases = {cell.factors["word"]: cell for cell in cells if "word" in cell.factors}
+    for word in [word for word in bases if word not in judged_words]:
+        config = bases[word].config(profile, data_dir)
         base = config.model
         model, processor = load_base(base.name, base.revision, resolution=base.resolution)
         row = judge(model, processor, config, data_dir, KNOWN_WORDS)

@@ -4,15 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from data.experiments.cells import (
-    DATA_DIR,
-    FAILING,
-    RESPONSES,
-    TABLES,
-    TEXT_COLUMNS,
-    WORKING,
-    usages_of,
-)
+from data.experiments.cells import DATA_DIR, RESPONSES, TABLES, TEXT_COLUMNS, usages_of
 from data.experiments.statistics import LABELS
 from helpers.errors import InputError
 from helpers.files import ROOT, resolve
@@ -83,8 +75,8 @@ def front_figure(table):
     kept, outcome = "retention_AP", "AP50"
     recipes = {name: number for number, name in enumerate(dict.fromkeys(table["recipe"]), start=1)}
     words = list(dict.fromkeys(table["word"]))
-    figure = Figure(figsize=(4.0 * len(words) + 2.8, 4.6), layout="constrained")
-    ratios = [1.0] * len(words) + [0.7]
+    figure = Figure(figsize=(4.3 * len(words) + 2.6, 4.6), layout="constrained")
+    ratios = [1.0] * len(words) + [0.6]
     *axes, legend = figure.subplots(1, len(words) + 1, sharey=True, width_ratios=ratios)
     for ax, word in zip(axes, words, strict=True):
         runs = table[table["word"] == word]
@@ -97,30 +89,7 @@ def front_figure(table):
             ax.annotate(recipes[recipe], (x, y), ha="center", va="center", fontsize=8, bbox=style)
         ax.set_title(f"word: {word}")
         dress(ax, LABELS.get(kept, kept), LABELS.get(outcome, outcome))
-    # A figure space is as wide as a digit.
-    lines = [f"{number:\u2007>2}  {name}" for name, number in recipes.items()]
-    legend.text(0, 0.5, "\n".join(lines), va="center", fontsize=9.5, transform=legend.transAxes)
+    listed = "\n".join(f"{number}  {name}" for name, number in recipes.items())
+    legend.text(0, 0.5, listed, va="center", fontsize=8, transform=legend.transAxes)
     legend.set_axis_off()
     return figure
-
-
-def share_by_state(table, *keys):
-    """Return the mean share detected in the states that decide, one row per level of some factors.
-
-    ``table`` is that of the design ``causes``, ``grades`` or ``rates``.
-    """
-    states = {
-        "failing": FAILING,
-        "objects read": FAILING | {"objects": "yes"},
-        "working": WORKING,
-        "text encoder frozen": WORKING | {"text_lora": "off"},
-        "another word": WORKING | {"prompt": "object"},
-    }
-    return pd.DataFrame(
-        {
-            name: table[(table[list(state)] == pd.Series(state)).all(axis=1)]
-            .groupby(list(keys), sort=False)["detected_share"]
-            .mean()
-            for name, state in states.items()
-        }
-    )

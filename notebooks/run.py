@@ -28,6 +28,7 @@ from helpers.course.notebook import NOTEBOOKS, RESULTS_FILE
 from helpers.environment import versions_line
 from helpers.errors import InputError
 from helpers.files import RUNS, read_json, resolve, write_json
+from notebooks.kernel import Manager
 
 COURSE_RUN = RUNS / "course"
 SUMMARY_FILE = "summary.json"
@@ -67,7 +68,7 @@ def execute(path, output_path, parameters=None, *, cell_timeout=None):
     _refuse_unknown(parameters, parameter_names(path), "no parameter", path)
     Path(output_path).parent.mkdir(parents=True, exist_ok=True)
     settings = {"kernel_name": "python3", "cwd": Path(path).parent, "progress_bar": False}
-    settings["execution_timeout"] = cell_timeout
+    settings |= {"execution_timeout": cell_timeout, "kernel_manager_class": Manager}
     notebook = papermill.execute_notebook(path, output_path, parameters, **settings)
     if errors := hidden_errors(notebook):
         listed = "; ".join(f"{error['ename']}: {error['evalue']}" for error in errors)

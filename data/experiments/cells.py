@@ -142,6 +142,11 @@ RECIPES = {
     "replay of five": (_REPLAY_OF_FIVE,),
     "replay, no absent prompts": (_REPLAY, "data.num_negatives=0"),
     "DETR encoder and masks, replay": (*_only_lora_on("detr_encoder", "mask_decoder"), _REPLAY),
+    "DETR encoder and masks, replay, twice the epochs": (
+        *_only_lora_on("detr_encoder", "mask_decoder"),
+        _REPLAY,
+        "training.num_epochs=100",
+    ),
     "word as embedding": (),
 }
 """Ways to teach a word, with what they change in the fixed config."""

@@ -1,7 +1,10 @@
-"""What single lessons need besides the pipeline: broken copies, a silent detector, tables, a map of logits."""
+"""What single lessons need besides the pipeline: broken copies, a silent detector, tables, lines."""
 
 import math
+import re
 import shutil
+import textwrap
+import zlib
 from collections import Counter
 from copy import copy
 from dataclasses import replace
@@ -11,8 +14,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 import torch
+from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from pandas.io.formats.style import Styler
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch.nn.functional import cosine_similarity
@@ -41,6 +46,7 @@ from helpers.show.charts import BESIDE, COLOURS, draw_lines, dress, mark_thresho
 from helpers.train.report import VERDICTS, checklist, epoch_means
 
 NUM_IMAGES = 8  # of a copy
+LINE_WIDTH = 100  # characters that fit beside the prompt of a cell
 
 
 def write_copy(split, folder, num_images=NUM_IMAGES):
@@ -371,3 +377,40 @@ def runs_figure(histories, names):
         log = name.endswith("loss")
         draw_lines(ax, pd.DataFrame(means), list(means), xlabel="epoch", ylabel=label, log=log)
     return figure
+
+
+def print_wrapped(*lines):
+    """Print lines of at most `LINE_WIDTH` characters.
+
+    Parameters
+    ----------
+    *lines : str
+        The rest of a longer one goes below it, indented.
+    """
+    for line in lines:
+        indent = re.match(r"\s*(?:- |\d+\. )?", line).end() or 3
+        settings = {"subsequent_indent": " " * indent, "break_on_hyphens": False}
+        print(textwrap.fill(line, LINE_WIDTH, **settings))
+
+
+def show_table(table, digits=2):
+    """Show a table in which long texts wrap and stand at the left.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+    digits : int
+        Decimals of the numbers that are not integers.
+    """
+    plain = table.to_string(float_format=f"{{:.{digits}f}}".format, na_rep="-")
+    uuid = f"{zlib.crc32(plain.encode()):08x}"  # the same in every run, unlike that of pandas
+    styled = Styler(table, precision=digits, na_rep="-", escape="html", uuid=uuid, cell_ids=False)
+    for axis in (0, 1):
+        styled.format_index(escape="html", axis=axis)
+    kinds = enumerate(table.dtypes)
+    texts = [f".col{place}" for place, kind in kinds if not pd.api.types.is_numeric_dtype(kind)]
+    look = "text-align: left; white-space: pre-wrap; vertical-align: top"
+    selectors = [".row_heading", ".index_name", *texts]
+    styled.set_table_styles([{"selector": ", ".join(selectors), "props": look}])
+    styled.set_table_attributes('class="dataframe"')
+    display({"text/html": styled.to_html(), "text/plain": plain}, raw=True)

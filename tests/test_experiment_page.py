@@ -3,8 +3,19 @@
 import pandas as pd
 import pytest
 
-from data.experiments.cells import DESIGNS, FAILING, TABLES, TEXT_COLUMNS, WORKING
+from data.experiments.cells import (
+    DESIGNS,
+    FAILING,
+    FIXED,
+    RECOMMENDED,
+    RECOMMENDED_LONGER,
+    TABLES,
+    TEXT_COLUMNS,
+    WORKING,
+)
 from data.experiments.make_photographs import PHOTOGRAPHS
+from data.experiments.statistics import paired_difference
+from data.experiments.tables import load_base_row
 
 SETS = {"masonry224": "masonry, cracks", "pothole90": "potholes"}
 
@@ -73,6 +84,43 @@ def rates_rows():
     return markdown(["base", "rate", *full.columns], rows)
 
 
+def front_rows():
+    columns = ["detected_share", "AP50", "false_positive_rate", "retention_AP"]
+    groups = table_of("front").groupby(["recipe", "word"], sort=False)
+    means, seeds = groups[columns].mean(), groups["seed"].nunique()
+    alone = table_of("base").set_index("word").loc[["never", "half"], columns]
+    rows = [["the base alone", *pairs(alone), ""]]
+    for recipe in dict.fromkeys(means.index.get_level_values("recipe")):
+        count = seeds[recipe].unique()
+        assert len(count) == 1  # as many on both bases
+        rows.append([recipe, *pairs(means.loc[recipe]), str(count[0])])
+    head = ["recipe", "detected", "AP50", "false alarms", "kept", "seeds"]
+    return markdown(head, rows)
+
+
+def pairs(numbers):
+    """Write each column of two rows, ``never`` and ``half``, as two numbers."""
+    return [f"{never:.2f} / {half:.2f}" for never, half in numbers.loc[["never", "half"]].T.values]
+
+
+def cure_rows():
+    """Compare the recommended recipe and its longer run with the fixed config, seed by seed."""
+    table, rows = table_of("front"), []
+    for word in ("never", "half"):
+        runs = table[table["word"] == word]
+        kept = load_base_row(word=word)["retention_AP"]
+        for recipe in (RECOMMENDED, RECOMMENDED_LONGER):
+            own = runs[runs["recipe"] == recipe]
+            step = paired_difference(runs, "AP50", {"recipe": FIXED}, {"recipe": recipe})
+            change = f"{step.value:+.3f} ({step.low:+.2f} to {step.high:+.2f})"
+            shares = (
+                f"{own['detected_share'].mean():.0%}",
+                f"{own['retention_AP'].mean() / kept:.0%}",
+            )
+            rows.append([BASES_IN_WORDS[word], recipe, *shares, change])
+    return markdown(["base", "recipe", "detected", "kept of the base's AP", "change of AP50"], rows)
+
+
 def photographs_rows():
     columns = ["detected_share", "precision", "recall", "AP50", "union_iou", "retention_AP"]
     groups = pd.read_csv(PHOTOGRAPHS).groupby(["data", "config"], sort=False)[columns]
@@ -89,7 +137,7 @@ def photographs_rows():
     return markdown(head, rows)
 
 
-@pytest.mark.parametrize("rows", [grades_rows, rates_rows, photographs_rows])
+@pytest.mark.parametrize("rows", [front_rows, cure_rows, grades_rows, rates_rows, photographs_rows])
 def test_tables_of_the_page_are_those_of_the_files(rows):
     assert rows() in (TABLES / "README.md").read_text(encoding="utf-8")
 

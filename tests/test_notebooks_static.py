@@ -233,7 +233,7 @@ def test_images_have_alternative_text(path):
 @each_executed
 def test_figures_have_alternative_text_and_a_printed_sentence(path):
     for cell in cells_of(path, "code"):
-        printed = "".join(output.get("text", "") for output in cell.outputs)
+        printed = " ".join("".join(output.get("text", "") for output in cell.outputs).split())
         for output in cell.outputs:
             data = output.get("data", {})
             if WIDGET in data and "image/jpeg" in data:  # the text beside a still

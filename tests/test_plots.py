@@ -172,6 +172,16 @@ def test_describe_prints_the_sentence_and_stores_it_as_alternative_text(monkeypa
     assert metadata["image/png"]["alt"] == "The loss falls."
 
 
+def test_describe_wraps_what_it_prints_but_not_the_alternative_text(monkeypatch, capsys):
+    shown, sentence = [], " ".join(["The half-known word is found."] * 9)
+    monkeypatch.setattr(plots, "display", shown.append)
+    describe(Figure(figsize=(2, 2)), sentence)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert " ".join(lines) == sentence
+    assert shown[0]._repr_mimebundle_()[1]["image/png"]["alt"] == sentence
+
+
 def test_describe_stores_photographs_as_jpeg(monkeypatch):
     shown = []
     monkeypatch.setattr(plots, "display", shown.append)

@@ -201,7 +201,7 @@ def describe(figure, sentence):
         kind, stream = "png", io.BytesIO()  # of 256 colours, all that a chart has
         Image.open(png).convert("RGB").quantize(256).save(stream, format=kind, optimize=True)
     display(DisplayImage(data=stream.getvalue(), format=kind, alt=sentence))
-    print(sentence)
+    print(textwrap.fill(sentence, 100, break_on_hyphens=False))
     plt.close(figure)
 
 

@@ -22,6 +22,7 @@ from helpers.show.pictures import TRUTH_COLOUR, annotate, as_picture, decode_mas
 
 SIDE_INCHES = 2.4  # of a picture in a gallery
 CAPTION_LETTERS = 33  # in a line below that width
+CAPTION_POINTS, LINE_INCHES = 8.5, 0.15
 BARE_SIZE = (256, 256)  # pixels, of the grey picture for a file that cannot be opened
 SHIFT_PX = 24  # by which a planted mistake moves an annotation
 
@@ -33,6 +34,7 @@ class Exhibit:
     path: Path
     caption: str
     boxes_xyxy: tuple = ()  # of what is in doubt, in pixels, drawn in orange
+    rles: tuple = ()  # the masks in those boxes, if there are any
     objects: tuple = ()  # `ObjectAnnotation` as annotated, drawn in blue
     suspicion: float = 1.0  # larger is worse; comparable within one gallery
 
@@ -64,7 +66,7 @@ def finding_exhibits(report):
         caption = f"{place}: {title} ({finding.code.partition('_')[0]}, {finding.severity})"
         boxes = () if place.box_xyxy is None else (place.box_xyxy,)
         objects = () if item is None else (item,)
-        exhibits.append(Exhibit(place.path, caption, boxes, objects))
+        exhibits.append(Exhibit(place.path, caption, boxes, objects=objects))
     return exhibits
 
 
@@ -134,7 +136,7 @@ class _Scene:
         self.asked_words = np.array([plain_prompt(query.prompt) for query, _ in answers], dtype=str)
         self.scores = np.array([detection["score"] for _, detection in answers], dtype=float)
         rles = [detection["rle"] for _, detection in answers]
-        self.boxes = [tuple(detection["box_xyxy"]) for _, detection in answers]
+        self.rles = rles
         truth = [true_rle(record, item) for item in self.objects]
         self.ious = mask_ious(rles, truth)
         boxes, own = (np.array([rle_box_xyxy(r) for r in m]).reshape(-1, 4) for m in (rles, truth))
@@ -193,19 +195,19 @@ class _Scene:
 
     def _exhibit(self, kind, value, number, column):
         record, item = self.record, None if column is None else self.objects[column]
-        score = None if number is None else self.scores[number]
+        score = 0 if number is None else self.scores[number]
         word = item.category if number is None else self.asked_words[number]
         text = {
-            "missed": f"annotated as “{word}”, nothing detected there",
-            "badly placed": f"“{word}” annotated here, detected there (score {score or 0:.2f})",
-            "wrong word": f"annotated as “{item and item.category}”, detected as “{word}” "
-            f"(score {score or 0:.2f})",
-            "not annotated": f"“{word}” detected (score {score or 0:.2f}), not annotated",
+            "missed": f"“{word}” annotated, nothing detected there",
+            "badly placed": f"“{word}” detected beside its annotation (score {score:.2f})",
+            "wrong word": f"“{word}” detected (score {score:.2f}), annotated as "
+            f"“{item and item.category}”",
+            "not annotated": f"“{word}” detected (score {score:.2f}), not annotated",
         }[kind]
-        boxes = () if number is None else (self.boxes[number],)
+        rles = (true_rle(record, item),) if number is None else (self.rles[number],)
+        boxes = tuple(tuple(rle_box_xyxy(rle)) for rle in rles)
         caption = f"{value:.2f} {kind} · {record.image_id}: {text}"
-        objects = tuple(self.objects) if item is None else (item,)
-        return Exhibit(record.path, caption, boxes, objects, float(value))
+        return Exhibit(record.path, caption, boxes, rles, tuple(self.objects), float(value))
 
 
 def plant_label_mistakes(split, other_word, seed=0):
@@ -267,8 +269,12 @@ def exhibit_picture(exhibit):
     boxes = [_inside(item.box_xyxy, picture.size) for item in whole]
     drawn = annotate(picture, boxes, masks, colour=TRUTH_COLOUR)
     doubts = [box for box in exhibit.boxes_xyxy if all(map(math.isfinite, box))]
-    doubts = [np.array(_inside(box, picture.size)) for box in doubts]
-    return annotate(drawn, [box * drawn.width / picture.width for box in doubts])
+    doubts = np.array([_inside(box, picture.size) for box in doubts]).reshape(-1, 4)
+    masks = [decode_mask(rle, picture.size, exhibit.path) for rle in exhibit.rles] or None
+    if masks is not None:  # at the size of what is drawn on already
+        greys = [Image.fromarray(mask).resize(drawn.size) for mask in masks]
+        masks = [np.asarray(grey) for grey in greys]
+    return annotate(drawn, doubts * drawn.width / picture.width, masks)
 
 
 def _fits(item, size):
@@ -300,16 +306,20 @@ def small_figure(panels, columns=4, side_inches=SIDE_INCHES):
         raise InputError("nothing to draw", fix="pass at least one picture")
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    size = (columns * side_inches, rows * (side_inches + 0.75))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     letters = int(CAPTION_LETTERS * side_inches / SIDE_INCHES)
-    for ax in axes:
+    captions = [textwrap.wrap(printable(caption), letters) for _, caption in panels]
+    text_inches = 0.1 + LINE_INCHES * max(map(len, captions))
+    wide, high = columns * side_inches, rows * (side_inches + text_inches)
+    figure = Figure(figsize=(wide, high))
+    for number, ((picture, _), lines) in enumerate(zip(panels, captions, strict=True)):
+        row, column = divmod(number, columns)
+        corner = (column / columns, 1 - (row + 1) / rows)
+        size = (0.97 / columns, 0.98 * side_inches / high)
+        ax = figure.add_axes((*corner, *size), anchor="NW")
         ax.set_axis_off()
-    for ax, (picture, caption) in zip(axes, panels, strict=False):
         ax.imshow(picture)
-        text = textwrap.fill(printable(caption), letters)
-        ax.set_title(text, fontsize=8.5, loc="left", parse_math=False)
+        look = {"fontsize": CAPTION_POINTS, "loc": "left", "pad": 3, "parse_math": False}
+        ax.set_title("\n".join(lines), **look)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 import html
 import sys
+import textwrap
 from types import SimpleNamespace
 
 import ipywidgets as widgets
@@ -25,6 +26,7 @@ from notebooks.gallery import figure_picture, small_figure
 
 MODELS = ("this run", "its base")
 NOTHING = "nothing asked for"  # row of a `content_matrix` for pictures without any known word
+MESSAGE_LETTERS = 400  # of an error that a panel shows: it quotes what was typed
 COLUMNS = ("presence", "best query", "highest score", "detections")
 _WIDE = {"style": {"description_width": "initial"}}
 _WIDE |= {"layout": {"width": "32em", "max_width": "100%"}}
@@ -40,19 +42,19 @@ class PromptBench:
     processor : transformers.Sam3Processor
     split : helpers.data.Split
         The pictures to ask about.
-    trained : sequence of str
-        Words that the training asked, present or absent; a word beside them is remarked on.
+    asked : dict, optional
+        What the training asked, ``prompts`` of the run: a remark says so of each word.
     score_threshold : float
         In [0, 1], from which a detection counts.
     """
 
-    def __init__(self, model, processor, split, *, trained=(), score_threshold=0.3):
+    def __init__(self, model, processor, split, *, asked=None, score_threshold=0.3):
         if not hasattr(model, "disable_adapter"):
             raise InputError("a base has no adapter to compare it with", fix="load a run")
         if not split.records:
             raise InputError("there is no picture to ask about", where=split.root)
         check_probability(score_threshold, "score_threshold")
-        self.split, self.score_threshold, self.trained = split, score_threshold, list(trained)
+        self.split, self.score_threshold, self.asked = split, score_threshold, asked
         self.records = {record.image_id: record for record in split.records}
         self._predictor, self._processor = Predictor(model, processor), processor
         self._tokenize, self._answers = PromptCollator(processor).tokenize, {}
@@ -148,15 +150,23 @@ class PromptBench:
         return tables
 
     def remark(self, word):
-        """Say into which pieces a word falls, and whether the training asked it."""
+        """Say into which pieces a word falls, and what the training made of it."""
         (word,) = self.words([word])
         pieces = self._processor.tokenizer.tokenize(word)
         text = " + ".join(piece.removesuffix("</w>") for piece in pieces)
         text = f"“{printable(word)}” is read as {len(pieces)} piece{'s'[: len(pieces) > 1]}: {text}"
-        for closest in untrained_prompts([word], self.trained).values() if self.trained else ():
-            text += "; never asked in training"
-            text += f", the closest that was is “{closest}”" if closest else ""
-        return text
+        if self.asked is None:
+            return f"{text}."
+        present, absent = (
+            [plain_prompt(name) for name in self.asked[key]] for key in ("prompts", "negatives")
+        )
+        if word in present:
+            return f"{text}. The training asked it on pictures that show it."
+        if word in absent:
+            return f"{text}. The training asked it only where it is absent."
+        (closest,) = untrained_prompts([word], [*present, *absent]).values()
+        hint = f"; the closest that it asked is “{closest}”" if closest else ""
+        return f"{text}. The training never asked it{hint}."
 
     def figure(self, image_id, word):
         """Draw the annotation, and what the run and its base detect for a word."""
@@ -212,7 +222,7 @@ class PromptBench:
             try:
                 readout, picture, alt = self._view(panel.image.value, panel.word.value)
             except InputError as error:
-                message = html.escape(printable(error))
+                message = html.escape(textwrap.shorten(printable(error), MESSAGE_LETTERS))
                 panel.readout.value = f'<p role="alert"><b>Not asked:</b> {message}</p>'
                 panel.picture.value = ""
                 return
@@ -234,7 +244,7 @@ class PromptBench:
         table = numbers.to_html(formatters=figures, border=0)
         shown = " and ".join(f"{name} {row.detections}" for name, row in numbers.iterrows())
         alt = f"{image_id}, asked for {printable(word)}: detections of {shown}."
-        readout = f"{table}<p>{html.escape(self.remark(word))}.</p>"
+        readout = f"{table}<p>{html.escape(self.remark(word))}</p>"
         return readout, figure_picture(self.figure(image_id, word)), alt
 
 
@@ -282,18 +292,18 @@ def matrix_figure(matrices):
 
 
 def matrix_sentence(matrices):
-    """Say of each model which words it answers where they are, and its worst false answer."""
+    """Say of each model which words it detects where they are, and what else it takes the first for."""
     parts = []
     for name, table in matrices.items():
-        right = {word: table.loc[word, word] for word in table.columns if word in table.index}
-        listed = ", ".join(f"{word} {share:.2f}" for word, share in right.items())
-        false = table.copy()
-        for word in right:
-            false.loc[word, word] = np.nan
+        right = [word for word in table.columns if word in table.index]
+        listed = ", ".join(f"{word} {table.loc[word, word]:.2f}" for word in right)
         part = f"{name} detects where it is: {listed or 'no word that is in a picture'}"
-        if false.notna().any(axis=None):
-            content, asked = false.stack().idxmax()
-            share = false.loc[content, asked]
-            part += f"; falsely at most “{asked}” on {share:.2f} of the pictures with {content}"
+        if right:
+            first = right[0]
+            others = table.loc[first].drop(first).dropna()
+            listed = ", ".join(f"{word} {share:.2f}" for word, share in others[others > 0].items())
+            part += (
+                f"; on pictures with {first} it also detects, asked for it: {listed or 'nothing'}"
+            )
         parts.append(part)
     return ". ".join(parts) + "."

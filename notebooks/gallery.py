@@ -32,6 +32,8 @@ class Exhibit:
     """One picture of a gallery: what is drawn, and a line that says what is wrong."""
 
     path: Path
+    image_id: str
+    kind: str  # code of the finding, or how model and annotation disagree
     caption: str
     boxes_xyxy: tuple = ()  # of what is in doubt, in pixels, drawn in orange
     rles: tuple = ()  # the masks in those boxes, if there are any
@@ -63,10 +65,12 @@ def finding_exhibits(report):
             splits[place.split] = _annotations(report.data_dir, place.split)
         item = splits[place.split].get((place.image_id, place.annotation_id))
         title = CODES[finding.code].title
-        caption = f"{place}: {title} ({finding.code.partition('_')[0]}, {finding.severity})"
+        caption = f"{title} ({finding.code.partition('_')[0]}, {finding.severity}) · {place}"
         boxes = () if place.box_xyxy is None else (place.box_xyxy,)
         objects = () if item is None else (item,)
-        exhibits.append(Exhibit(place.path, caption, boxes, objects=objects))
+        exhibits.append(
+            Exhibit(place.path, place.image_id, finding.code, caption, boxes, objects=objects)
+        )
     return exhibits
 
 
@@ -207,7 +211,8 @@ class _Scene:
         rles = (true_rle(record, item),) if number is None else (self.rles[number],)
         boxes = tuple(tuple(rle_box_xyxy(rle)) for rle in rles)
         caption = f"{value:.2f} {kind} · {record.image_id}: {text}"
-        return Exhibit(record.path, caption, boxes, rles, tuple(self.objects), float(value))
+        what = (record.path, record.image_id, kind, caption, boxes, rles, tuple(self.objects))
+        return Exhibit(*what, float(value))
 
 
 def plant_label_mistakes(split, other_word, seed=0):
@@ -245,6 +250,23 @@ def plant_label_mistakes(split, other_word, seed=0):
         records[number] = replace(record, objects=(*spoilt[kind], *others))
         planted[kind] = record.image_id
     return replace(split, records=tuple(records)), planted
+
+
+def planted_ranks(suspects, planted):
+    """Map each planted kind to its place in a ranking, from 1; None if it is not in it.
+
+    Parameters
+    ----------
+    suspects : list of Exhibit
+        From `label_suspects`.
+    planted : dict of str to str
+        From `plant_label_mistakes`.
+    """
+    places = [(one.kind, one.image_id) for one in suspects]
+    return {
+        kind: places.index((kind, image_id)) + 1 if (kind, image_id) in places else None
+        for kind, image_id in planted.items()
+    }
 
 
 def _shifted(record, item):

@@ -3,11 +3,11 @@
 import math
 import textwrap
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import supervision as sv
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -20,11 +20,11 @@ from helpers.detect.mistakes import HIT, NEAR
 from helpers.errors import InputError, check_probability, printable
 from helpers.show.pictures import TRUTH_COLOUR, annotate, as_picture, decode_mask
 
-SIDE_INCHES = 2.4  # of a picture in a gallery
+SIDE_INCHES, DPI = 2.4, 100  # of a picture in a gallery
 CAPTION_LETTERS = 33  # in a line below that width
 CAPTION_POINTS, LINE_INCHES = 8.5, 0.15
 BARE_SIZE = (256, 256)  # pixels, of the grey picture for a file that cannot be opened
-SHIFT_PX = 24  # by which a planted mistake moves an annotation
+SHIFT_PX = 24  # by which a planted mistake moves an annotation at least; else half its width
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def plant_label_mistakes(split, other_word, seed=0):
     Returns
     -------
     helpers.data.Split
-        A copy in which one object is gone, one is moved by `SHIFT_PX` and one has another word.
+        A copy in which one object is gone, one is moved sideways, and one has another word.
     dict of str to str
         "not annotated", "badly placed" and "wrong word" to the ``image_id`` where it was done.
     """
@@ -253,7 +253,7 @@ def plant_label_mistakes(split, other_word, seed=0):
 
 
 def planted_ranks(suspects, planted):
-    """Map each planted kind to its place in a ranking, from 1; None if it is not in it.
+    """Map each planted kind to the place of its image in a ranking, from 1; None if it is not there.
 
     Parameters
     ----------
@@ -262,9 +262,9 @@ def planted_ranks(suspects, planted):
     planted : dict of str to str
         From `plant_label_mistakes`.
     """
-    places = [(one.kind, one.image_id) for one in suspects]
+    places = [one.image_id for one in suspects]
     return {
-        kind: places.index((kind, image_id)) + 1 if (kind, image_id) in places else None
+        kind: places.index(image_id) + 1 if image_id in places else None
         for kind, image_id in planted.items()
     }
 
@@ -273,8 +273,9 @@ def _shifted(record, item):
     """Move an object sideways, towards the farther edge, with its box."""
     mask = decode_mask(true_rle(record, item), (record.width, record.height), record.path)
     x0, _, x1, _ = item.box_xyxy
-    step = SHIFT_PX if x0 < record.width - x1 else -SHIFT_PX
-    rle = mask_to_rle(np.roll(mask, step, axis=1))
+    room = max(x0, record.width - x1)
+    step = round(min(max(SHIFT_PX, (x1 - x0) / 2), room))
+    rle = mask_to_rle(np.roll(mask, step if x0 < record.width - x1 else -step, axis=1))
     return replace(item, rle=rle, box_xyxy=tuple(rle_box_xyxy(rle)))
 
 
@@ -332,14 +333,16 @@ def small_figure(panels, columns=4, side_inches=SIDE_INCHES):
     captions = [textwrap.wrap(printable(caption), letters) for _, caption in panels]
     text_inches = 0.1 + LINE_INCHES * max(map(len, captions))
     wide, high = columns * side_inches, rows * (side_inches + text_inches)
-    figure = Figure(figsize=(wide, high))
+    figure, pixels = Figure(figsize=(wide, high), dpi=DPI), int(DPI * side_inches)
     for number, ((picture, _), lines) in enumerate(zip(panels, captions, strict=True)):
         row, column = divmod(number, columns)
         corner = (column / columns, 1 - (row + 1) / rows)
         size = (0.97 / columns, 0.98 * side_inches / high)
         ax = figure.add_axes((*corner, *size), anchor="NW")
         ax.set_axis_off()
-        ax.imshow(picture)
+        smaller = picture.copy()
+        smaller.thumbnail((pixels, pixels))
+        ax.imshow(smaller)
         look = {"fontsize": CAPTION_POINTS, "loc": "left", "pad": 3, "parse_math": False}
         ax.set_title("\n".join(lines), **look)
     return figure
@@ -347,6 +350,6 @@ def small_figure(panels, columns=4, side_inches=SIDE_INCHES):
 
 def figure_picture(figure):
     """Return a figure as a PIL image, which weighs less as a photograph than as a chart."""
-    stream = BytesIO()
-    figure.savefig(stream, format="png", dpi=100)
-    return Image.open(stream).convert("RGB")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

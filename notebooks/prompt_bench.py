@@ -190,7 +190,7 @@ class PromptBench:
             caption = f"{name}, “{query.prompt}”: {len(kept)} detected from "
             caption += f"{self.score_threshold:g} on, highest score {query.max_score:.3f}"
             panels.append((drawn, caption))
-        return small_figure(panels, columns=3, side_inches=3.0)
+        return small_figure(panels, columns=3, side_inches=2.6)
 
     def panel(self, word, image_id=None):
         """Make a panel that asks a typed word on a chosen picture.

@@ -198,11 +198,6 @@ def test_the_panel_answers_a_bad_word_by_a_message(bench, word):
     panel = bench.panel("crack")
     panel.word.value = word
     assert panel.readout.value.startswith('<p role="alert"><b>Not asked:</b>')
-    assert (
-        "Fix: " in panel.readout.value
-        or "…" in panel.readout.value
-        or "[...]" in (panel.readout.value)
-    )
     assert len(panel.readout.value) < 700
     assert panel.picture.value == ""
     panel.word.value = "moss"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 
 import nbformat
 import numpy as np
@@ -78,6 +79,13 @@ def course(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(course):
     """Start a JupyterLab on the copies and return its address."""
+    with lab_at(course) as address:
+        yield address
+
+
+@contextmanager
+def lab_at(course):
+    """Start a JupyterLab on a folder and yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -98,6 +106,39 @@ def address(course):
         finally:
             server.terminate()
             server.wait()
+
+
+SMALL = [
+    "from helpers.data import read_split\n"
+    "from helpers.train import load_run\n"
+    "from notebooks.prompt_bench import PromptBench\n"
+    "run = load_run({run!r})\n"
+    "split = read_split({data!r}, 'test')\n"
+    "bench = PromptBench(run.model, run.processor, split, asked=run.prompts)\n"
+    "panel = bench.panel('crack')\n"
+    "panel.widget",
+    "from helpers.checks import check_dataset\n"
+    "from helpers.data import load_dataset\n"
+    "from helpers.show import describe\n"
+    "from notebooks.gallery import exhibits_figure, finding_exhibits\n"
+    "report = check_dataset(load_dataset(run.config, {data!r}))\n"
+    "exhibits = finding_exhibits(report)\n"
+    "describe(exhibits_figure(exhibits), f'{{len(exhibits)}} places with a finding.')",
+]
+"""Cells with the panels that ask a model, on the run that all tests share."""
+
+
+@pytest.fixture(scope="module")
+def small_lab(tmp_path_factory, run_folder, data_dir):
+    """Start a JupyterLab on a notebook of two cells, ``small.ipynb``, and return its address."""
+    root = tmp_path_factory.mktemp("small_lab")
+    notebook = nbformat.v4.new_notebook()
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    places = {"run": str(run_folder), "data": str(data_dir)}
+    notebook.cells = [nbformat.v4.new_code_cell(cell.format(**places)) for cell in SMALL]
+    nbformat.write(notebook, root / "small.ipynb")
+    with lab_at(root) as address:
+        yield address
 
 
 def wait_for(url, server, seconds=60):
@@ -213,3 +254,38 @@ def test_a_narrow_window_cuts_nothing_off(opened):
     explorer.scroll_into_view_if_needed()
     wider = "(one) => one.scrollWidth > one.clientWidth + 1"
     assert not explorer.evaluate(wider)
+
+
+def test_a_typed_word_is_asked_and_a_bad_one_gets_a_message(browser, small_lab):
+    context = browser.new_context(viewport={"width": 1250, "height": 1000})
+    page = context.new_page()
+    page.set_default_timeout(120_000)
+    problems = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(f"{small_lab}/lab/workspaces/auto-small/tree/small.ipynb?reset")
+    page.wait_for_function("window.jupyterapp !== undefined")
+    page.evaluate(OPEN, "small.ipynb")
+    page.evaluate(RUN_ALL)
+    assert errors_of(page) == []
+    field = page.get_by_placeholder("a noun, then Enter")
+    assert page.locator('img[alt^="test_0.png, asked for crack: "]').count() == 1
+    field.fill("moss")
+    field.press("Enter")
+    page.wait_for_selector('img[alt^="test_0.png, asked for moss: "]')
+    assert page.get_by_text("only where it is absent").count() == 1
+    field.fill("")
+    field.press("Enter")
+    alert = page.wait_for_selector('[role="alert"]')
+    assert "empty" in alert.text_content()
+    assert page.locator('img[alt*="asked for"]').count() == 0
+    field.fill("<b>dog</b>")
+    field.press("Enter")
+    page.wait_for_selector('img[alt*="asked for <b>dog</b>"]')
+    assert page.locator(".widget-vbox td b, .widget-vbox p b").count() == 0
+    page.locator(".widget-hslider .noUi-handle").press("ArrowRight")
+    page.wait_for_selector('img[alt^="test_1.png, asked for <b>dog</b>"]')
+    pictures = "[...document.querySelectorAll('.jp-OutputArea img')].map((one) => one.naturalWidth)"
+    assert min(page.evaluate(pictures)) > 200
+    assert errors_of(page) == []
+    context.close()
+    assert not problems

@@ -1,8 +1,9 @@
 """Run the notebooks: the whole course, or a refresh of the outputs stored in the repository.
 
 ``python -m notebooks.run run`` executes every notebook into ``runs/course/`` and writes
-``summary.json`` there; ``refresh`` stores fresh outputs in ``notebooks/``; ``verify`` says whether
-the stored notebooks have the form that ``refresh`` leaves.
+``summary.json`` there; ``refresh`` stores fresh outputs in ``notebooks/``, and how long they took;
+``times`` only writes the minutes that pages promise; ``verify`` says whether the stored notebooks have
+the form that ``refresh`` leaves.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from helpers.course.notebook import NOTEBOOKS, RESULTS_FILE
 from helpers.environment import versions_line
 from helpers.errors import InputError
 from helpers.files import RUNS, read_json, resolve, write_json
+from notebooks.times import write_promises, write_times
 
 COURSE_RUN = RUNS / "course"
 SUMMARY_FILE = "summary.json"
@@ -92,8 +94,7 @@ def run_side_by_side(paths, output_dir, parameters=None, *, jobs=None):
     """Execute notebooks, each once those that it reads are done; return a dict of name to seconds."""
     waiting = sorted(paths, key=_place_in_line)
     names = {path.stem for path in waiting}
-    cores = 1 if torch.accelerator.is_available() else joblib.cpu_count()  # a GPU is shared
-    jobs = min(jobs or cores, len(waiting))
+    jobs = _num_at_a_time(jobs, waiting)
     running, seconds, failures = {}, {}, {}
     with ProcessPoolExecutor(jobs, initializer=_use_one_thread) as pool:
         try:
@@ -176,15 +177,28 @@ def run_course(output_dir=COURSE_RUN, parameters=None, *, folder=NOTEBOOKS, jobs
     return summary
 
 
-def refresh(folder=NOTEBOOKS, *, jobs=None):
-    """Execute notebooks with their defaults and store the outputs in place, all or none."""
-    paths = find_notebooks(folder)
+def refresh(folder=NOTEBOOKS, *, jobs=None, timed=True):
+    """Execute notebooks with their defaults and store the outputs in place, all or none.
+
+    With `timed`, the seconds go to ``times.json``, and what the pages promise follows them.
+    """
+    paths, started = find_notebooks(folder), time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
-        run_side_by_side(paths, temporary, jobs=jobs)
+        seconds = run_side_by_side(paths, temporary, jobs=jobs)
+        wall_seconds = time.perf_counter() - started
         copies = [Path(temporary) / path.name for path in paths]
         strip(copies)
         for path, copy in zip(paths, copies, strict=True):
             shutil.copyfile(copy, path)
+    if timed:
+        write_times(seconds, wall_seconds, _num_at_a_time(jobs, paths), folder)
+        write_promises(folder)
+
+
+def _num_at_a_time(jobs, paths):
+    """Return how many notebooks are executed side by side."""
+    cores = 1 if torch.accelerator.is_available() else joblib.cpu_count()  # a GPU is shared
+    return min(jobs or cores, len(paths))
 
 
 def strip(paths, *, verify=False):
@@ -213,11 +227,15 @@ def main(arguments=None):
     refresh_parser = commands.add_parser("refresh", help="store fresh outputs in notebooks/")
     for command in (run, refresh_parser):
         command.add_argument("--jobs", type=int, help="notebooks at a time (default: one per core)")
+    commands.add_parser("times", help="write the minutes that pages promise, from times.json")
     commands.add_parser("verify", help="check the form of the stored notebooks")
     try:
         options = parser.parse_args(arguments)
         if options.command == "verify":
             return 0 if strip(find_notebooks(), verify=True) else 1
+        if options.command == "times":
+            write_promises()
+            return 0
         started = time.perf_counter()
         if options.command == "refresh":
             refresh(jobs=options.jobs)

@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from helpers.errors import InputError
+from notebooks import run
 from notebooks.run import (
     NotebookError,
     _setting,
@@ -17,9 +19,11 @@ from notebooks.run import (
     find_notebooks,
     hidden_errors,
     main,
+    refresh,
     run_course,
     strip,
 )
+from notebooks.times import promised_duration, promises, read_times, rounded
 
 HIDDEN = """
 import ipywidgets
@@ -216,3 +220,80 @@ def test_strip_keeps_outputs_counts_and_ids_and_drops_the_rest(tmp_path):
     after = stripped.cells[-1]
     assert after.metadata == {"tags": ["kept"]}
     assert (after.outputs, after.execution_count, after.id) == (cell.outputs, 2, cell.id)
+
+
+PAGE = "`make course` runs independent lessons side by side.\nIt took; in seconds: 00 1.\n"
+START = "| [00](notebooks/00_zero.ipynb) | what? | 1 | 1 |\n| [01](notebooks/01_one.ipynb) | ? | 1 | 1 |\n"
+
+
+@pytest.fixture
+def lessons(tmp_path, monkeypatch):
+    """Return a folder of two lessons and pages, and let `refresh` store them without a kernel."""
+    folder = tmp_path / "notebooks"
+    for name, reading in (("00_zero", "15 minutes of reading, ages"), ("01_one", "20 min to read")):
+        notebook = nbformat.read(write_notebook(folder, name, "1"), as_version=4)
+        notebook.cells[0].source = f"# {name}\n\n**Time:** {reading}. More\nwith your data.\n\nEnd"
+        nbformat.write(notebook, folder / f"{name}.ipynb")
+    (folder / "README.md").write_text(PAGE)
+    (tmp_path / "README.md").write_text(START)
+
+    def copy_all(paths, output_dir, parameters=None, *, jobs=None):
+        for path in paths:
+            shutil.copy(path, output_dir)
+        return {"01_one": 241.7, "00_zero": 28.2}
+
+    monkeypatch.setattr(run, "run_side_by_side", copy_all)
+    monkeypatch.setattr(run.joblib, "cpu_count", lambda: 4)
+    return folder
+
+
+def test_refresh_promises_what_it_measured(lessons):
+    refresh(lessons)
+    times = read_times(lessons)
+    assert times["seconds"] == {"00_zero": 30, "01_one": 240}
+    assert times["jobs"] == 2
+    first = [nbformat.read(path, as_version=4).cells[0].source for path in find_notebooks(lessons)]
+    assert first[0].splitlines()[2] == (
+        "**Time:** 15 minutes of reading, about half a minute of computing on one CPU core. More"
+    )
+    assert "20 minutes of reading, about 4 minutes of computing on one CPU core. More\n" in first[1]
+    assert "in seconds: 00 30, 01 240." in (lessons / "README.md").read_text()
+    rows = (lessons.parent / "README.md").read_text().splitlines()
+    assert [row.split(" | ", 2)[2] for row in rows] == ["15 | 1 |", "20 | 4 |"]
+    assert all(path.read_text(encoding="utf-8") == text for path, text in promises(lessons).items())
+    assert strip(find_notebooks(lessons), verify=True)
+
+
+def test_refresh_of_the_solutions_promises_nothing(lessons):
+    refresh(lessons, timed=False)
+    assert not (lessons / "times.json").exists()
+    assert (lessons / "README.md").read_text() == PAGE
+
+
+def test_a_lesson_without_a_promise_or_a_time_is_named_and_nothing_is_written(lessons):
+    refresh(lessons)
+    before = (lessons / "README.md").read_text()
+    path = lessons / "01_one.ipynb"
+    path.write_text(path.read_text(encoding="utf-8").replace("**Time:**", "**Duration:**"))
+    with pytest.raises(InputError, match="01_one.*0 sentences promise a time"):
+        run.write_promises(lessons)
+    path.unlink()
+    with pytest.raises(InputError, match="times.json: other lessons: 01_one"):
+        run.write_promises(lessons)
+    assert (lessons / "README.md").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"seconds": {"00_zero": -1}, "seconds_in_all": 1, "jobs": 1}']
+)
+def test_damaged_times_are_refused(tmp_path, content):
+    (tmp_path / "times.json").write_text(content)
+    with pytest.raises(InputError, match=r"times.json: .*make notebooks"):
+        read_times(tmp_path)
+
+
+def test_times_are_rounded_and_promised_upwards():
+    assert [rounded(seconds) for seconds in (0.4, 28.2, 57.6, 63, 241.7)] == [5, 30, 60, 60, 240]
+    spoken = [promised_duration(seconds) for seconds in (30, 35, 60, 70, 240, 250)]
+    expected = ["half a minute", "a minute", "a minute", "2 minutes", "4 minutes", "5 minutes"]
+    assert spoken == expected

@@ -9,6 +9,7 @@ import pytest
 
 from notebooks.run import NOTEBOOKS, find_notebooks, parameter_names, strip
 from notebooks.solutions.make_exercises import EXERCISES, SOLUTIONS
+from notebooks.times import PROMISE, promises, read_times
 
 LESSONS = find_notebooks(NOTEBOOKS)
 SOLVED, OPEN = find_notebooks(SOLUTIONS), find_notebooks(EXERCISES)
@@ -124,6 +125,18 @@ def test_first_cell_says_what_why_and_how_long(path):
     for part in ("**You will**", "**You need**", "**Time"):
         assert part in first.source, part
     assert any(target.endswith(".ipynb") for _, _, target in MARKDOWN_LINK.findall(first.source))
+
+
+def test_promised_minutes_are_the_measured_ones():
+    assert read_times()["seconds"].keys() == {path.stem for path in LESSONS}
+    for path, text in promises().items():
+        assert path.read_text(encoding="utf-8") == text, "run `python -m notebooks.run times`"
+
+
+@each_lesson
+def test_a_lesson_promises_minutes_once_and_in_one_form(path):
+    [found] = PROMISE.finditer(read(path).cells[0].source)
+    assert re.search(r"about (?:(?:half )?a minute|\d+ minutes) of computing", found[0])
 
 
 @each_exercise

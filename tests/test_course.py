@@ -1,4 +1,6 @@
+import html
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +25,7 @@ from notebooks.run import (
     run_course,
     strip,
 )
+from notebooks.score import Score
 from notebooks.times import promised_duration, promises, read_times, rounded
 
 HIDDEN = """
@@ -114,7 +117,8 @@ def test_course_runs_what_is_read_first_and_merges_the_results(tmp_path, capsys)
         "02_two": {"number": 1},
     }
     assert (tmp_path / "out" / "01_one.ipynb").is_file()
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    *lines, last = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert last == ["card:", str(tmp_path / "out" / "card.html")]
     assert [line[0] for line in lines] == ["02_two", "02_two", "01_one", "01_one"]
     assert [line[1] for line in lines[::2]] == ["started", "started"]
     assert [line[3:] for line in lines[1::2]] == [
@@ -132,6 +136,7 @@ def test_failing_cell_is_named_and_stops_only_what_reads_it(tmp_path, capsys):
     (out / "00_zero").mkdir(parents=True)
     (out / "00_zero" / "results.json").write_text("{}")
     (out / "summary.json").write_text("{}")
+    (out / "card.html").write_text("old")
     with pytest.raises(NotebookError) as failure:
         run_course(out, folder=folder, jobs=1)
     text = str(failure.value)
@@ -140,7 +145,12 @@ def test_failing_cell_is_named_and_stops_only_what_reads_it(tmp_path, capsys):
     assert "01_one: not run, it reads 00_zero" in text
     assert (out / "02_two" / "results.json").is_file()
     assert not (out / "00_zero" / "results.json").exists()
-    assert not (out / "summary.json").exists()
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["notebooks"].keys() == {"02_two"}
+    assert summary["failures"].keys() == {"00_zero", "01_one"}
+    page = (out / "card.html").read_text(encoding="utf-8")
+    assert "1 of 3 lessons done" in page
+    assert "ZeroDivisionError: division by zero" in page
 
 
 @pytest.mark.notebook
@@ -240,7 +250,7 @@ def lessons(tmp_path, monkeypatch):
     def copy_all(paths, output_dir, parameters=None, *, jobs=None):
         for path in paths:
             shutil.copy(path, output_dir)
-        return {"01_one": 241.7, "00_zero": 28.2}
+        return {"01_one": 241.7, "00_zero": 28.2}, {}
 
     monkeypatch.setattr(run, "run_side_by_side", copy_all)
     monkeypatch.setattr(run.joblib, "cpu_count", lambda: 4)
@@ -297,3 +307,93 @@ def test_times_are_rounded_and_promised_upwards():
     spoken = [promised_duration(seconds) for seconds in (30, 35, 60, 70, 240, 250)]
     expected = ["half a minute", "a minute", "a minute", "2 minutes", "4 minutes", "5 minutes"]
     assert spoken == expected
+
+
+NAMES = [path.stem for path in find_notebooks()]
+
+
+def write_summary(folder, failures=None):
+    failures = failures or {}
+    done = {name: {"seconds": 60.0, "results": {}} for name in NAMES if name not in failures}
+    summary = {"versions": "torch 1 <2>", "seconds": 60.0 * len(done), "notebooks": done}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").write_text(json.dumps(summary | {"failures": failures}))
+    for path in find_notebooks():
+        shutil.copy(path, folder)
+
+
+def card_of(folder, capsys):
+    """Write the card by the command and return its text without tags."""
+    assert main(["card", "--output", str(folder)]) == 0
+    assert capsys.readouterr().out == f"card: {folder / 'card.html'}\n"
+    page = (folder / "card.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?://|<script|<link|url\(|src=", page), "a card loads nothing"
+    return html.unescape(" ".join(re.sub(r"<[^>]+>", " ", page.split("</style>")[1]).split()))
+
+
+def test_card_of_a_finished_course(tmp_path, capsys):
+    write_summary(tmp_path)
+    text = card_of(tmp_path, capsys)
+    assert "11 of 11 lessons done in 11 minutes of computing" in text
+    lessons = re.findall(r"(\w+) done 60\.0 (\d+) (\d+)", text)
+    assert [name for name, _, _ in lessons] == NAMES
+    assert {questions for _, _, questions in lessons} == {"3"}
+    predictions = [int(number) for _, number, _ in lessons]
+    assert all(predictions[1:-1]), "every lesson from 01 to 09 asks for one"
+    assert f"{sum(predictions)} predictions and 33 answers" in text
+    assert "0 patients treated" in text
+    assert "How to go on: `make lab`, and the patient of notebooks/exercises/01_exercise" in text
+    assert "torch 1 <2>" in text
+
+
+def test_card_of_a_course_in_which_a_lesson_failed(tmp_path, capsys):
+    failures = {"04_train": "failed in cell 7: ValueError: 1 < 2", "05_inference": "not run"}
+    write_summary(tmp_path, failures)
+    (tmp_path / "04_train.ipynb").unlink()
+    text = card_of(tmp_path, capsys)
+    assert "9 of 11 lessons done" in text
+    assert "minutes of computing" not in text
+    assert "04_train failed in cell 7: ValueError: 1 < 2 0 0" in text
+    assert "How to go on: open 04_train.ipynb beside this page" in text
+
+
+def test_card_shows_the_score_of_the_clinic_and_leads_on(tmp_path, capsys):
+    write_summary(tmp_path)
+    score = Score(tmp_path / "clinic")
+    score.note("01/1", treatment="no_objects", outcome="cured")
+    text = card_of(tmp_path, capsys)
+    assert "1 patient treated, 1 cured at the first attempt" in text
+    assert "01 1 1 cured" in text
+    assert "exercises/02_exercise" in text
+    for number in range(2, 8):
+        score.note(f"0{number}/0", treatment="no_objects")
+    assert "How to go on: your own run" in card_of(tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "{",
+        "[]",
+        "{}",
+        '{"versions": "", "seconds": 1, "notebooks": {"a": 1}, "failures": {}}',
+    ],
+)
+def test_a_damaged_summary_is_one_line(tmp_path, capsys, content):
+    if content is not None:
+        (tmp_path / "summary.json").write_text(content)
+    assert main(["card", "--output", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "summary.json: " in error
+    assert "make course" in error
+    assert not (tmp_path / "card.html").exists()
+
+
+def test_a_damaged_score_is_one_line_of_the_card_too(tmp_path, capsys):
+    write_summary(tmp_path)
+    (tmp_path / "clinic").mkdir()
+    (tmp_path / "clinic" / "score.json").write_text("[1]")
+    assert main(["card", "--output", str(tmp_path)]) == 2
+    assert "score.json: is a JSON without keys" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from functools import cache
 
 import nbformat
 import pytest
+from test_story import ANSWERS
 
 from notebooks.run import NOTEBOOKS, find_notebooks, parameter_names, strip
 from notebooks.solutions.make_exercises import EXERCISES, SOLUTIONS
@@ -196,6 +197,42 @@ def test_cell_after_the_parameters_validates_them_all(path):
 @each_notebook
 def test_saves_results(path):
     assert any(".save_results(" in cell.source for cell in cells_of(path, "code"))
+
+
+def is_plumbing(cell):
+    """Say if a cell only imports, calls `start` for ``run``, or saves results."""
+    for one in ast.parse(cell.source).body:
+        names = [node.id for node in getattr(one, "targets", []) if isinstance(node, ast.Name)]
+        is_plain = isinstance(one, ast.Import | ast.ImportFrom) or names in (["run"], ["results"])
+        if not is_plain and ".save_results(" not in ast.unparse(one):
+            return False
+    return True
+
+
+@each_notebook
+def test_only_plumbing_is_folded_and_nothing_that_is_asked_about(path):
+    cells = read(path).cells
+    for above, cell in zip(cells, cells[1:], strict=False):
+        is_folded = cell.metadata.get("jupyter", {}).get("source_hidden", False)
+        assert is_folded == ("hide-input" in tags_of(cell)), "JupyterLab and the site fold together"
+        if is_folded:
+            assert cell.cell_type == "code"
+            assert path in LESSONS, "a reader of an exercise works with every cell"
+            assert is_plumbing(cell), cell.source
+            assert not tags_of(cell) & {"parameters", "raises-exception"}
+            assert "NBVAL_CHECK_OUTPUT" not in cell.source
+            assert "Predict before" not in above.source
+            assert (path.stem[:2], cell.id) not in {(number, name) for number, name, _ in ANSWERS}
+            assert {output.output_type for output in cell.outputs} <= {"stream"}
+            assert sum(len(output.text.splitlines()) for output in cell.outputs) <= 1
+
+
+def test_every_lesson_folds_its_plumbing():
+    for path in LESSONS:
+        folded = [cell for cell in cells_of(path, "code") if "hide-input" in tags_of(cell)]
+        assert folded, path.stem
+        starts = [cell for cell in cells_of(path, "code") if cell.id == "start"]
+        assert all(is_plumbing(cell) == (cell in folded) for cell in starts), path.stem
 
 
 @each_lesson

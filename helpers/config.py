@@ -308,7 +308,7 @@ def parse_yaml(text, *, where):
     except (RecursionError, ValueError, TypeError) as error:  # 10,000 digits, a list as key
         mark, problem = None, str(error) or type(error).__name__
     place = where if mark is None else f"{where}, line {mark.line + 1}, column {mark.column + 1}"
-    raise InputError(f"not valid YAML ({problem[:200]})", where=place, fix="mend this line")
+    raise InputError(f"not valid YAML ({problem[:200]})", where=place, fix="correct this line")
 
 
 def read_yaml(path):

@@ -1,4 +1,4 @@
-"""The clinic: runs that are broken in a way you do not know, to be diagnosed and mended.
+"""The clinic: runs that are broken in a way you do not know, to be diagnosed and fixed.
 
 A case, drawn by its number, is a fault of `helpers.lab.faults` in the script of `helpers.lab.careless`.
 """
@@ -25,6 +25,7 @@ from helpers.errors import InputError
 from helpers.files import CONFIGS, WALL_CRACKS, read_json, resolve, write_json
 from helpers.lab.careless import Careless
 from helpers.lab.faults import FAULTS, HEALTHY, RUN_FOLDER, alive, planted
+from notebooks.score import ANSWER_READ, CURED, Score
 
 SCORE_THRESHOLD = 0.3
 LEAST_IOU = 0.5
@@ -185,8 +186,9 @@ def signs_of(answers):
 class Patient:
     """A script with one fault, its signs on admission, and the treatments tried so far."""
 
-    def __init__(self, clinic, fault, script, signs):
+    def __init__(self, clinic, fault, script, signs, name):
         self._clinic, self._fault, self._guess = clinic, fault, None
+        self.name = name  # ward and case, "06/1"
         self.script = script  # the healthy one after a cure
         self.signs = signs
         self.treatments = []
@@ -208,23 +210,29 @@ class Patient:
     def treat(self, cause):
         """Put right what a cause says is wrong.
 
-        If it is the cause, the data, the setting or the line of the script is mended and it runs
+        If it is the cause, the data, the setting or the line of the script is fixed and it runs
         again, which is the healthy run, seed for seed. If it is not, what is put right was right
         before, and nothing changes.
         """
         self.treatments.append(check_cause(cause, "treatment"))
+        self._clinic.score.note(self.name, treatment=cause)
         if cause == self._fault.cause:
             self.script = self._clinic.script
 
     def reveal(self):
-        """Say what was done to the run; it is refused before there is a guess."""
+        """Say what was done to the run, and your score; it is refused before there is a guess.
+
+        Reading the answer before the cure ends the treatment: the patient counts as not cured.
+        """
         self._require_guess("the answer")
-        fault = self._fault
+        fault, score = self._fault, self._clinic.score
+        score.note(self.name, outcome=ANSWER_READ)
         right = "as guessed" if self.guess == fault.cause else f"the guess was {self.guess}"
         return (
             f"{fault.cause}, {right}.\n"
             f"What was done: {fault.what}\nWhat you see: {fault.symptom}\n"
-            f"Cure: {CAUSES[fault.cause].fix}"
+            f"Cure: {CAUSES[fault.cause].fix}\n\n"
+            f"{score.sentence}\n{score.table.to_string(index=False)}"
         )
 
     def _require_guess(self, what):
@@ -237,7 +245,8 @@ class Clinic:
     """Where patients are admitted, with one healthy run of the script for comparison.
 
     The healthy run is made once for a folder and is used by all exercises. Its adapter, in the form
-    of PEFT, is in ``healthy``, the script itself is ``script``.
+    of PEFT, is in ``healthy``, the script itself is ``script``. Treatments and cures are counted in
+    ``score``.
 
     Parameters
     ----------
@@ -253,6 +262,7 @@ class Clinic:
 
     def __init__(self, folder, *, data_dir=WALL_CRACKS, profile="tiny", seed=42, **settings):
         self.folder = Path(folder)
+        self.score = Score(self.folder)
         base = load_config(CONFIGS / "crack_detection_config.yaml", profile).model.name
         self._recipe = {"data_dir": str(resolve(data_dir)), "base": base, "epochs": EPOCHS}
         self._recipe |= {"seed": seed, **settings}
@@ -285,7 +295,7 @@ class Clinic:
         fault = FAULTS[names[order[case % len(names)]]]
         folder = self.folder / f"{PATIENT_FOLDER}_{ward}_{case}"
         script = planted(fault, folder, healthy=self.healthy, **self._recipe)
-        return Patient(self, fault, script, take_signs(script, self._truth))
+        return Patient(self, fault, script, take_signs(script, self._truth), f"{ward}/{case}")
 
     def suspects(self, ward):
         """Return the causes that a patient of a ward may have, in their order."""
@@ -293,7 +303,10 @@ class Clinic:
 
     def check_cure(self, patient):
         """Say whether detections came back, in a `CureReport`: it measures and compares no name."""
-        return CureReport(self.signs, patient.signs, take_signs(patient.script, self._truth))
+        report = CureReport(self.signs, patient.signs, take_signs(patient.script, self._truth))
+        if report.cured and patient.treatments:
+            self.score.note(patient.name, outcome=CURED)
+        return report
 
 
 def check_cause(code, name):

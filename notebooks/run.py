@@ -1,8 +1,9 @@
 """Run the notebooks: the whole course, or a refresh of the outputs stored in the repository.
 
 ``python -m notebooks.run run`` executes every notebook into ``runs/course/`` and writes
-``summary.json`` there; ``refresh`` stores fresh outputs in ``notebooks/``; ``verify`` says whether
-the stored notebooks have the form that ``refresh`` leaves.
+``summary.json`` and ``card.html`` there, ``card`` only the latter; ``refresh`` stores fresh outputs in ``notebooks/``, and how long they took;
+``times`` only writes the minutes that pages promise; ``verify`` says whether the stored notebooks have
+the form that ``refresh`` leaves.
 """
 
 import argparse
@@ -28,10 +29,11 @@ from helpers.course.notebook import NOTEBOOKS, RESULTS_FILE
 from helpers.environment import versions_line
 from helpers.errors import InputError
 from helpers.files import RUNS, read_json, resolve, write_json
+from notebooks.card import CARD_FILE, SUMMARY_FILE, write_card
 from notebooks.kernel import Manager
+from notebooks.times import write_promises, write_times
 
 COURSE_RUN = RUNS / "course"
-SUMMARY_FILE = "summary.json"
 LONGEST_FIRST = ("04", "03", "09", "02", "07", "08", "06", "05")  # the order only saves time
 # Settings of nbstripout: outputs, counts and ids stay; widget state and timings go.
 _TIMINGS = "metadata.papermill cell.metadata.papermill"
@@ -90,11 +92,13 @@ def hidden_errors(notebook):
 
 
 def run_side_by_side(paths, output_dir, parameters=None, *, jobs=None):
-    """Execute notebooks, each once those that it reads are done; return a dict of name to seconds."""
+    """Execute notebooks, each once those that it reads are done.
+
+    Return two dicts: name to seconds of those that are done, and name to reason of those that failed.
+    """
     waiting = sorted(paths, key=_place_in_line)
     names = {path.stem for path in waiting}
-    cores = 1 if torch.accelerator.is_available() else joblib.cpu_count()  # a GPU is shared
-    jobs = min(jobs or cores, len(waiting))
+    jobs = _num_at_a_time(jobs, waiting)
     running, seconds, failures = {}, {}, {}
     with ProcessPoolExecutor(jobs, initializer=_use_one_thread) as pool:
         try:
@@ -122,10 +126,13 @@ def run_side_by_side(paths, output_dir, parameters=None, *, jobs=None):
             if isinstance(error, BrokenProcessPool):
                 raise NotebookError("a process was killed; --jobs 1 needs less memory") from error
             raise
+    return seconds, failures
+
+
+def _raise_failures(failures, total):
     if failures:
         listed = "\n".join(f"{name}: {reason}" for name, reason in sorted(failures.items()))
-        raise NotebookError(f"{len(failures)} of {len(names)} notebooks failed\n{listed}")
-    return seconds
+        raise NotebookError(f"{len(failures)} of {total} notebooks failed\n{listed}")
 
 
 def _place_in_line(path):
@@ -155,37 +162,59 @@ def _attempt(path, output_path, parameters):
 
 
 def run_course(output_dir=COURSE_RUN, parameters=None, *, folder=NOTEBOOKS, jobs=None):
-    """Execute the notebooks of a folder, each with the parameters that it has; return the summary."""
+    """Execute the notebooks of a folder, each with the parameters that it has; return the summary.
+
+    Summary and card are also written if a notebook fails, before `NotebookError` names it.
+    """
     output_dir, paths = Path(output_dir), find_notebooks(folder)
     parameters = {"output_dir": str(output_dir), **(parameters or {})}
     known = set().union(*map(parameter_names, paths))
     _refuse_unknown(parameters, known, "no notebook has a parameter", folder)
-    (output_dir / SUMMARY_FILE).unlink(missing_ok=True)
+    for name in (SUMMARY_FILE, CARD_FILE):
+        (output_dir / name).unlink(missing_ok=True)
     for path in paths:
         (output_dir / path.stem / RESULTS_FILE).unlink(missing_ok=True)
-    seconds = run_side_by_side(paths, output_dir, parameters, jobs=jobs)
+    seconds, failures = run_side_by_side(paths, output_dir, parameters, jobs=jobs)
     notebooks = {}
     for name, duration in sorted(seconds.items()):
         path = output_dir / name / RESULTS_FILE
-        if not path.is_file():
-            raise NotebookError(f"{name} finished without writing {path}")
-        results = read_json(path, fix="run the notebook again")
-        notebooks[name] = {"seconds": duration, "results": results}
+        if path.is_file():
+            results = read_json(path, fix="run the notebook again")
+            notebooks[name] = {"seconds": duration, "results": results}
+        else:
+            failures[name] = f"finished without writing {path}"
     total = round(sum(seconds.values()), 1)
     summary = {"versions": versions_line(), "seconds": total, "notebooks": notebooks}
+    summary["failures"] = failures
     write_json(output_dir / SUMMARY_FILE, summary)
+    print(f"card: {write_card(output_dir)}")
+    _raise_failures(failures, len(paths))
     return summary
 
 
-def refresh(folder=NOTEBOOKS, *, jobs=None):
-    """Execute notebooks with their defaults and store the outputs in place, all or none."""
-    paths = find_notebooks(folder)
+def refresh(folder=NOTEBOOKS, *, jobs=None, timed=True):
+    """Execute notebooks with their defaults and store the outputs in place, all or none.
+
+    With `timed`, the seconds go to ``times.json``, and what the pages promise follows them.
+    """
+    paths, started = find_notebooks(folder), time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
-        run_side_by_side(paths, temporary, jobs=jobs)
+        seconds, failures = run_side_by_side(paths, temporary, jobs=jobs)
+        _raise_failures(failures, len(paths))
+        wall_seconds = time.perf_counter() - started
         copies = [Path(temporary) / path.name for path in paths]
         strip(copies)
         for path, copy in zip(paths, copies, strict=True):
             shutil.copyfile(copy, path)
+    if timed:
+        write_times(seconds, wall_seconds, _num_at_a_time(jobs, paths), folder)
+        write_promises(folder)
+
+
+def _num_at_a_time(jobs, paths):
+    """Return how many notebooks are executed side by side."""
+    cores = 1 if torch.accelerator.is_available() else joblib.cpu_count()  # a GPU is shared
+    return min(jobs or cores, len(paths))
 
 
 def strip(paths, *, verify=False):
@@ -209,16 +238,27 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m notebooks.run", **form)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute the course and write summary.json")
-    run.add_argument("--output", type=resolve, default=COURSE_RUN, help="(default runs/course)")
+    card = commands.add_parser("card", help="write card.html again, from summary.json")
+    for command in (run, card):
+        command.add_argument(
+            "--output", type=resolve, default=COURSE_RUN, help="(default runs/course)"
+        )
     run.add_argument("--set", type=_setting, action="append", default=[], metavar="NAME=VALUE")
     refresh_parser = commands.add_parser("refresh", help="store fresh outputs in notebooks/")
     for command in (run, refresh_parser):
         command.add_argument("--jobs", type=int, help="notebooks at a time (default: one per core)")
+    commands.add_parser("times", help="write the minutes that pages promise, from times.json")
     commands.add_parser("verify", help="check the form of the stored notebooks")
     try:
         options = parser.parse_args(arguments)
         if options.command == "verify":
             return 0 if strip(find_notebooks(), verify=True) else 1
+        if options.command == "times":
+            write_promises()
+            return 0
+        if options.command == "card":
+            print(f"card: {write_card(options.output)}")
+            return 0
         started = time.perf_counter()
         if options.command == "refresh":
             refresh(jobs=options.jobs)

@@ -96,3 +96,15 @@ def test_panel_follows_image_and_prompt(batch, processor):
 def test_panel_without_a_query_is_refused(batch, processor):
     with pytest.raises(InputError, match="no query"):
         browse_panel({**batch, "queries": [], "targets": []}, processor.image_processor)
+
+
+def test_the_still_has_the_sentence_of_the_panel(batch, processor):
+    panel = browse_panel(batch, processor.image_processor)
+    panel.image.value = "c.png"
+    data, metadata = panel.widget._repr_mimebundle_()
+    assert data["text/plain"].endswith(f"move them. c.png, {panel.readout.value}.")
+    assert metadata == {"image/jpeg": {"alt": data["text/plain"]}}
+    panel.widget.still = ()
+    data, metadata = panel.widget._repr_mimebundle_()
+    assert (metadata, "image/jpeg" in data) == ({}, False)
+    assert data["text/plain"] == "A panel with sliders: run the notebook to move them."

@@ -1,6 +1,7 @@
 """How patients are drawn, planted, treated and cured; on a random base in place of a healthy run."""
 
 import json
+import re
 import subprocess
 import sys
 from copy import copy
@@ -25,6 +26,7 @@ from notebooks.clinic import (
     signs_of,
     take_signs,
 )
+from notebooks.score import ANSWER_READ, CURED, SCORE_FILE, Score
 
 WARDS_HERE = {
     name: (name,) for name in ("threshold fixed", "keys with prefix", "dropout of a half")
@@ -220,6 +222,81 @@ def test_a_dataset_without_objects_is_refused(places, data_copy, tmp_path):
         path.write_text(json.dumps(content | {"annotations": []}))
     with pytest.raises(InputError, match="no image shows an object"):
         Clinic(**places | {"folder": tmp_path, "data_dir": data_copy})
+
+
+def test_cures_are_scored_by_the_attempts_they_took(tmp_path):
+    score = Score(tmp_path)
+    assert score.sentence.startswith("Your score: 0 patients treated, 0 cured at the first attempt")
+    score.note("01/0", treatment="no_objects")
+    score.note("01/0", outcome=CURED)
+    score.note("01/0", treatment="at_clamp")  # after the cure: counts no more
+    score.note("02/7", treatment="at_clamp")
+    score.note("02/7", treatment="at_clamp")  # the same cell again
+    score.note("02/7", treatment="no_objects")
+    score.note("02/7", outcome=CURED)
+    score.note("06/1", treatment="no_objects")
+    assert Score(tmp_path).sentence == (
+        "Your score: 3 patients treated, 1 cured at the first attempt, 1 cured later, 1 not cured."
+    )
+    assert score.table.to_dict("list") == {
+        "exercise": ["01", "02", "06"],
+        "case": ["0", "7", "1"],
+        "treatments": [1, 2, 1],
+        "outcome": [CURED, CURED, "not cured yet"],
+    }
+    score.note("06/1", outcome=ANSWER_READ)
+    score.note("06/1", treatment="at_clamp", outcome=CURED)
+    assert score.counts()["not cured"] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"01/0": ', "no complete JSON"),
+        ("[]", "without keys"),
+        ('{"01/0": 3}', "'01/0' is no patient's score"),
+        ('{"01/0": {"treatments": 1, "outcome": null}}', "'01/0' is no"),
+        ('{"01/0": {"treatments": [], "outcome": "great"}}', "'01/0' is no"),
+    ],
+)
+def test_a_damaged_score_is_refused_in_one_line(tmp_path, content, message):
+    (tmp_path / SCORE_FILE).write_text(content)
+    with pytest.raises(InputError, match=message) as refusal:
+        Score(tmp_path)
+    assert "\n" not in str(refusal.value)
+    assert "begins anew" in str(refusal.value)
+    assert (tmp_path / SCORE_FILE).read_text() == content
+
+
+def test_the_clinic_scores_what_it_measured(clinic, monkeypatch, tmp_path):
+    monkeypatch.setattr(clinic, "score", Score(tmp_path))
+    patient = clinic.admit("threshold fixed", 0)
+    assert clinic.score.counts()["treated"] == 0, "admission is no treatment"
+    monkeypatch.setattr(clinic_module, "deviations", lambda now, healthy: {})
+    clinic.check_cure(patient)
+    assert clinic.score.patients == {}, "nobody treated this patient"
+    patient.treat("no_objects")
+    monkeypatch.setattr(clinic_module, "deviations", lambda now, healthy: {"found": "too few"})
+    clinic.check_cure(patient)
+    assert clinic.score.counts()["not cured"] == 1
+    patient.treat("threshold_ignored")
+    monkeypatch.setattr(clinic_module, "deviations", lambda now, healthy: {})
+    clinic.check_cure(patient)
+    patient.guess = "threshold_ignored"
+    answer = patient.reveal()
+    assert "1 patient treated, 0 cured at the first attempt, 1 cured later, 0 not cured." in answer
+    assert re.search(r"threshold fixed +0 +2 +cured", answer)
+
+
+def test_a_patient_whose_answer_was_read_is_not_cured_by_it(clinic, monkeypatch, tmp_path):
+    monkeypatch.setattr(clinic, "score", Score(tmp_path))
+    monkeypatch.setattr(clinic_module, "deviations", lambda now, healthy: {})
+    patient = clinic.admit("threshold fixed", 0)
+    patient.guess = "no_objects"
+    assert "1 not cured" in patient.reveal()
+    patient.treat("threshold_ignored")
+    clinic.check_cure(patient)
+    assert clinic.score.patients["threshold fixed/0"]["outcome"] == ANSWER_READ
 
 
 WINDOWS = """

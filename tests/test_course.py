@@ -1,4 +1,7 @@
+import html
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +13,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from helpers.errors import InputError
+from notebooks import run
 from notebooks.run import (
     NotebookError,
     _setting,
@@ -17,9 +21,12 @@ from notebooks.run import (
     find_notebooks,
     hidden_errors,
     main,
+    refresh,
     run_course,
     strip,
 )
+from notebooks.score import Score
+from notebooks.times import promised_duration, promises, read_times, rounded
 
 HIDDEN = """
 import ipywidgets
@@ -110,7 +117,8 @@ def test_course_runs_what_is_read_first_and_merges_the_results(tmp_path, capsys)
         "02_two": {"number": 1},
     }
     assert (tmp_path / "out" / "01_one.ipynb").is_file()
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    *lines, last = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert last == ["card:", str(tmp_path / "out" / "card.html")]
     assert [line[0] for line in lines] == ["02_two", "02_two", "01_one", "01_one"]
     assert [line[1] for line in lines[::2]] == ["started", "started"]
     assert [line[3:] for line in lines[1::2]] == [
@@ -128,6 +136,7 @@ def test_failing_cell_is_named_and_stops_only_what_reads_it(tmp_path, capsys):
     (out / "00_zero").mkdir(parents=True)
     (out / "00_zero" / "results.json").write_text("{}")
     (out / "summary.json").write_text("{}")
+    (out / "card.html").write_text("old")
     with pytest.raises(NotebookError) as failure:
         run_course(out, folder=folder, jobs=1)
     text = str(failure.value)
@@ -136,7 +145,12 @@ def test_failing_cell_is_named_and_stops_only_what_reads_it(tmp_path, capsys):
     assert "01_one: not run, it reads 00_zero" in text
     assert (out / "02_two" / "results.json").is_file()
     assert not (out / "00_zero" / "results.json").exists()
-    assert not (out / "summary.json").exists()
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["notebooks"].keys() == {"02_two"}
+    assert summary["failures"].keys() == {"00_zero", "01_one"}
+    page = (out / "card.html").read_text(encoding="utf-8")
+    assert "1 of 3 lessons done" in page
+    assert "ZeroDivisionError: division by zero" in page
 
 
 @pytest.mark.notebook
@@ -216,3 +230,170 @@ def test_strip_keeps_outputs_counts_and_ids_and_drops_the_rest(tmp_path):
     after = stripped.cells[-1]
     assert after.metadata == {"tags": ["kept"]}
     assert (after.outputs, after.execution_count, after.id) == (cell.outputs, 2, cell.id)
+
+
+PAGE = "`make course` runs independent lessons side by side.\nIt took; in seconds: 00 1.\n"
+START = "| [00](notebooks/00_zero.ipynb) | what? | 1 | 1 |\n| [01](notebooks/01_one.ipynb) | ? | 1 | 1 |\n"
+
+
+@pytest.fixture
+def lessons(tmp_path, monkeypatch):
+    """Return a folder of two lessons and pages, and let `refresh` store them without a kernel."""
+    folder = tmp_path / "notebooks"
+    for name, reading in (("00_zero", "15 minutes of reading, ages"), ("01_one", "20 min to read")):
+        notebook = nbformat.read(write_notebook(folder, name, "1"), as_version=4)
+        notebook.cells[0].source = f"# {name}\n\n**Time:** {reading}. More\nwith your data.\n\nEnd"
+        nbformat.write(notebook, folder / f"{name}.ipynb")
+    (folder / "README.md").write_text(PAGE)
+    (tmp_path / "README.md").write_text(START)
+
+    def copy_all(paths, output_dir, parameters=None, *, jobs=None):
+        for path in paths:
+            shutil.copy(path, output_dir)
+        return {"01_one": 241.7, "00_zero": 28.2}, {}
+
+    monkeypatch.setattr(run, "run_side_by_side", copy_all)
+    monkeypatch.setattr(run.joblib, "cpu_count", lambda: 4)
+    return folder
+
+
+def test_refresh_promises_what_it_measured(lessons):
+    refresh(lessons)
+    times = read_times(lessons)
+    assert times["seconds"] == {"00_zero": 30, "01_one": 240}
+    assert times["jobs"] == 2
+    first = [nbformat.read(path, as_version=4).cells[0].source for path in find_notebooks(lessons)]
+    assert first[0].splitlines()[2] == (
+        "**Time:** 15 minutes of reading, about half a minute of computing on one CPU core. More"
+    )
+    assert "20 minutes of reading, about 4 minutes of computing on one CPU core. More\n" in first[1]
+    assert "in seconds: 00 30, 01 240." in (lessons / "README.md").read_text()
+    rows = (lessons.parent / "README.md").read_text().splitlines()
+    assert [row.split(" | ", 2)[2] for row in rows] == ["15 | 1 |", "20 | 4 |"]
+    assert all(path.read_text(encoding="utf-8") == text for path, text in promises(lessons).items())
+    assert strip(find_notebooks(lessons), verify=True)
+
+
+def test_refresh_of_the_solutions_promises_nothing(lessons):
+    refresh(lessons, timed=False)
+    assert not (lessons / "times.json").exists()
+    assert (lessons / "README.md").read_text() == PAGE
+
+
+def test_a_lesson_without_a_promise_or_a_time_is_named_and_nothing_is_written(lessons):
+    refresh(lessons)
+    before = (lessons / "README.md").read_text()
+    path = lessons / "01_one.ipynb"
+    path.write_text(path.read_text(encoding="utf-8").replace("**Time:**", "**Duration:**"))
+    with pytest.raises(InputError, match="01_one.*0 sentences promise a time"):
+        run.write_promises(lessons)
+    path.unlink()
+    with pytest.raises(InputError, match="times.json: other lessons: 01_one"):
+        run.write_promises(lessons)
+    assert (lessons / "README.md").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"seconds": {"00_zero": -1}, "seconds_in_all": 1, "jobs": 1}']
+)
+def test_damaged_times_are_refused(tmp_path, content):
+    (tmp_path / "times.json").write_text(content)
+    with pytest.raises(InputError, match=r"times.json: .*make notebooks"):
+        read_times(tmp_path)
+
+
+def test_times_are_rounded_and_promised_upwards():
+    assert [rounded(seconds) for seconds in (0.4, 28.2, 57.6, 63, 241.7)] == [5, 30, 60, 60, 240]
+    spoken = [promised_duration(seconds) for seconds in (30, 35, 60, 70, 240, 250)]
+    expected = ["half a minute", "a minute", "a minute", "2 minutes", "4 minutes", "5 minutes"]
+    assert spoken == expected
+
+
+NAMES = [path.stem for path in find_notebooks()]
+
+
+def write_summary(folder, failures=None):
+    failures = failures or {}
+    done = {name: {"seconds": 60.0, "results": {}} for name in NAMES if name not in failures}
+    summary = {"versions": "torch 1 <2>", "seconds": 60.0 * len(done), "notebooks": done}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").write_text(json.dumps(summary | {"failures": failures}))
+    for path in find_notebooks():
+        shutil.copy(path, folder)
+
+
+def card_of(folder, capsys):
+    """Write the card by the command and return its text without tags."""
+    assert main(["card", "--output", str(folder)]) == 0
+    assert capsys.readouterr().out == f"card: {folder / 'card.html'}\n"
+    page = (folder / "card.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?://|<script|<link|url\(|src=", page), "a card loads nothing"
+    return html.unescape(" ".join(re.sub(r"<[^>]+>", " ", page.split("</style>")[1]).split()))
+
+
+def test_card_of_a_finished_course(tmp_path, capsys):
+    write_summary(tmp_path)
+    text = card_of(tmp_path, capsys)
+    assert "11 of 11 lessons done in 11 minutes of computing" in text
+    lessons = re.findall(r"(\w+) done 60\.0 (\d+) (\d+)", text)
+    assert [name for name, _, _ in lessons] == NAMES
+    assert {questions for _, _, questions in lessons} == {"3"}
+    predictions = [int(number) for _, number, _ in lessons]
+    assert all(predictions[1:-1]), "every lesson from 01 to 09 asks for one"
+    assert f"{sum(predictions)} predictions and 33 answers" in text
+    assert "0 patients treated" in text
+    assert "How to go on: `make lab`, and the patient of notebooks/exercises/01_exercise" in text
+    assert "torch 1 <2>" in text
+
+
+def test_card_of_a_course_in_which_a_lesson_failed(tmp_path, capsys):
+    failures = {"04_train": "failed in cell 7: ValueError: 1 < 2", "05_inference": "not run"}
+    write_summary(tmp_path, failures)
+    (tmp_path / "04_train.ipynb").unlink()
+    text = card_of(tmp_path, capsys)
+    assert "9 of 11 lessons done" in text
+    assert "minutes of computing" not in text
+    assert "04_train failed in cell 7: ValueError: 1 < 2 0 0" in text
+    assert "How to go on: open 04_train.ipynb beside this page" in text
+
+
+def test_card_shows_the_score_of_the_clinic_and_leads_on(tmp_path, capsys):
+    write_summary(tmp_path)
+    score = Score(tmp_path / "clinic")
+    score.note("01/1", treatment="no_objects", outcome="cured")
+    text = card_of(tmp_path, capsys)
+    assert "1 patient treated, 1 cured at the first attempt" in text
+    assert "01 1 1 cured" in text
+    assert "exercises/02_exercise" in text
+    for number in range(2, 8):
+        score.note(f"0{number}/0", treatment="no_objects")
+    assert "How to go on: your own run" in card_of(tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "{",
+        "[]",
+        "{}",
+        '{"versions": "", "seconds": 1, "notebooks": {"a": 1}, "failures": {}}',
+    ],
+)
+def test_a_damaged_summary_is_one_line(tmp_path, capsys, content):
+    if content is not None:
+        (tmp_path / "summary.json").write_text(content)
+    assert main(["card", "--output", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "summary.json: " in error
+    assert "make course" in error
+    assert not (tmp_path / "card.html").exists()
+
+
+def test_a_damaged_score_is_one_line_of_the_card_too(tmp_path, capsys):
+    write_summary(tmp_path)
+    (tmp_path / "clinic").mkdir()
+    (tmp_path / "clinic" / "score.json").write_text("[1]")
+    assert main(["card", "--output", str(tmp_path)]) == 2
+    assert "score.json: is a JSON without keys" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -114,16 +115,21 @@ def test_no_outputs_are_refused(image):
 
 
 def still_of(panel):
-    data, _ = panel._repr_mimebundle_()
+    data, metadata = panel._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in data
     assert "VBox" not in data["text/plain"]
+    assert metadata["image/jpeg"]["alt"] == data["text/plain"]
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data["image/jpeg"]))), float)
 
 
 def test_the_still_shows_what_is_kept(image):
-    bare = still_of(threshold_panel(image, [make_raw()], score_threshold=0.99))
-    drawn = still_of(threshold_panel(image, [make_raw()], score_threshold=0.5))
-    assert np.ptp(bare) < 10 < np.ptp(drawn)
+    none, one = (threshold_panel(image, [make_raw()], score_threshold=t) for t in (0.99, 0.5))
+    assert np.ptp(still_of(none)) < 10 < np.ptp(still_of(one))
+    texts = [panel._repr_mimebundle_()[0]["text/plain"] for panel in (none, one)]
+    assert [re.search(r"\"crack\": \d detected", text)[0] for text in texts] == [
+        '"crack": 0 detected',
+        '"crack": 1 detected',
+    ]
 
 
 def test_the_buttons_get_the_curve_of_the_validation_split(tmp_path):

@@ -6,9 +6,11 @@ from functools import cache
 
 import nbformat
 import pytest
+from test_story import ANSWERS
 
 from notebooks.run import NOTEBOOKS, find_notebooks, parameter_names, strip
 from notebooks.solutions.make_exercises import EXERCISES, SOLUTIONS
+from notebooks.times import PROMISE, promises, read_times
 
 LESSONS = find_notebooks(NOTEBOOKS)
 SOLVED, OPEN = find_notebooks(SOLUTIONS), find_notebooks(EXERCISES)
@@ -126,6 +128,18 @@ def test_first_cell_says_what_why_and_how_long(path):
     assert any(target.endswith(".ipynb") for _, _, target in MARKDOWN_LINK.findall(first.source))
 
 
+def test_promised_minutes_are_the_measured_ones():
+    assert read_times()["seconds"].keys() == {path.stem for path in LESSONS}
+    for path, text in promises().items():
+        assert path.read_text(encoding="utf-8") == text, "run `python -m notebooks.run times`"
+
+
+@each_lesson
+def test_a_lesson_promises_minutes_once_and_in_one_form(path):
+    [found] = PROMISE.finditer(read(path).cells[0].source)
+    assert re.search(r"about (?:(?:half )?a minute|\d+ minutes) of computing", found[0])
+
+
 @each_exercise
 def test_first_cell_of_an_exercise_says_what_and_how_long(path):
     first = read(path).cells[0].source
@@ -185,6 +199,42 @@ def test_saves_results(path):
     assert any(".save_results(" in cell.source for cell in cells_of(path, "code"))
 
 
+def is_plumbing(cell):
+    """Say if a cell only imports, calls `start` for ``run``, or saves results."""
+    for one in ast.parse(cell.source).body:
+        names = [node.id for node in getattr(one, "targets", []) if isinstance(node, ast.Name)]
+        is_plain = isinstance(one, ast.Import | ast.ImportFrom) or names in (["run"], ["results"])
+        if not is_plain and ".save_results(" not in ast.unparse(one):
+            return False
+    return True
+
+
+@each_notebook
+def test_only_plumbing_is_folded_and_nothing_that_is_asked_about(path):
+    cells = read(path).cells
+    for above, cell in zip(cells, cells[1:], strict=False):
+        is_folded = cell.metadata.get("jupyter", {}).get("source_hidden", False)
+        assert is_folded == ("hide-input" in tags_of(cell)), "JupyterLab and the site fold together"
+        if is_folded:
+            assert cell.cell_type == "code"
+            assert path in LESSONS, "a reader of an exercise works with every cell"
+            assert is_plumbing(cell), cell.source
+            assert not tags_of(cell) & {"parameters", "raises-exception"}
+            assert "NBVAL_CHECK_OUTPUT" not in cell.source
+            assert "Predict before" not in above.source
+            assert (path.stem[:2], cell.id) not in {(number, name) for number, name, _ in ANSWERS}
+            assert {output.output_type for output in cell.outputs} <= {"stream"}
+            assert sum(len(output.text.splitlines()) for output in cell.outputs) <= 1
+
+
+def test_every_lesson_folds_its_plumbing():
+    for path in LESSONS:
+        folded = [cell for cell in cells_of(path, "code") if "hide-input" in tags_of(cell)]
+        assert folded, path.stem
+        starts = [cell for cell in cells_of(path, "code") if cell.id == "start"]
+        assert all(is_plumbing(cell) == (cell in folded) for cell in starts), path.stem
+
+
 @each_lesson
 def test_has_numbers_that_nbval_compares(path):
     marked = [cell for cell in cells_of(path, "code") if "# NBVAL_CHECK_OUTPUT" in cell.source]
@@ -237,7 +287,10 @@ def test_figures_have_alternative_text_and_a_printed_sentence(path):
         for output in cell.outputs:
             data = output.get("data", {})
             if WIDGET in data and "image/jpeg" in data:  # the text beside a still
-                assert data["text/plain"].startswith("A panel with sliders")
+                text = data["text/plain"]
+                assert text.startswith("A panel with sliders")
+                # Outputs of an older `make notebooks` have no alternative text yet.
+                assert output.metadata.get("image/jpeg", {"alt": text})["alt"] == text
                 continue
             for kind in [kind for kind in data if kind.startswith("image/")]:
                 alt = output.metadata.get(kind, {}).get("alt")

@@ -77,7 +77,7 @@ class Explorer(anywidget.AnyWidget):
         return files | {"content": {name: getattr(self, name) for name in names}}
 
     def still(self):
-        """Draw the first picture with an object or a kept detection, for places without a kernel."""
+        """Return the first picture with an object or a kept detection, and what it shows."""
         masks = self._answers[next(iter(self._answers))]
         queries = masks[min(masks, key=lambda one: abs(one - self.mask_threshold))]
         own = [q for q in queries if self.prompt in (EVERY_PROMPT, q.prompt)]
@@ -90,7 +90,7 @@ class Explorer(anywidget.AnyWidget):
             [f"{d['score']:.2f}" for d in kept],
         )
         picture.thumbnail((STILL_SIDE, STILL_SIDE))
-        return picture
+        return picture, f'{shown.image_id}, "{shown.prompt}": {len(kept)} detected.'
 
     def _repr_mimebundle_(self, **kwargs):
         return with_still(super()._repr_mimebundle_(**kwargs), self.still())

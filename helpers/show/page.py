@@ -34,9 +34,9 @@ def encoded(picture):
     return f"image/{kind}", base64.b64encode(stream.getvalue()).decode()
 
 
-def with_still(bundle, picture):
-    """Add a still to what a notebook shows of a widget: the view of places without a kernel."""
+def with_still(bundle, still):
+    """Add to what a notebook shows of a widget a still, picture and sentence, or an empty one."""
     data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
-    text = "A panel with sliders: run the notebook to move them."
-    still = {} if picture is None else dict([encoded(picture)])
-    return data | {"text/plain": text} | still, metadata
+    text = " ".join(["A panel with sliders: run the notebook to move them.", *still[1:]])
+    image = dict(map(encoded, still[:1]))
+    return data | {"text/plain": text} | image, metadata | {kind: {"alt": text} for kind in image}

@@ -29,11 +29,11 @@ _PANEL_METRICS = ("eval_AP50", "eval_cgF1", "eval_max_score_present_share_above"
 
 
 class _Panel(widgets.VBox):
-    """Controls above a picture; ``still`` stands for them where there is no kernel."""
+    """Controls above a picture; ``still``, it and its sentence, is seen without a kernel."""
 
     def __init__(self, *children):
         super().__init__(children)
-        self.still = None
+        self.still = ()
 
     def _repr_mimebundle_(self, **kwargs):
         return with_still(super()._repr_mimebundle_(**kwargs), self.still)
@@ -78,7 +78,7 @@ class LossPanel(TrainerCallback):
         draw_lines(right, history, metrics, xlabel="optimiser step", ylabel="validation metric")
         right.set_ylim(-0.03, 1.03)
         self.picture.value = _img(figure, self.readout.value, width="100%")
-        self.widget.still = figure if self.log else None
+        self.widget.still = (figure, f"{self.readout.value}.") if self.log else ()
         ended = time.monotonic()
         self._next_drawing = ended + max(_REDRAW_SECONDS, (ended - started) / _REDRAW_SHARE)
 
@@ -151,8 +151,8 @@ def browse_panel(batch, image_processor):
         row = rows[panel.image.value][panel.prompt.value]
         panel.readout.value = describe_target(batch, row)
         picture = target_picture(batch, row, image_processor)
-        panel.picture.value = _img(picture, f"{panel.image.value}, {panel.readout.value}.")
-        panel.widget.still = picture
+        sentence = f"{panel.image.value}, {panel.readout.value}."
+        panel.picture.value, panel.widget.still = _img(picture, sentence), (picture, sentence)
 
     def offer_prompts(_change):
         panel.prompt.options = list(rows[panel.image.value])

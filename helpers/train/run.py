@@ -343,7 +343,7 @@ def run_notes(state, config, best_step, report):
     clamped = _first_and_last(state.log_history, "train_share_at_clamp")["last"]
     if clamped > 0.5:
         text = f"{clamped:.0%} of the logits stand at the model's clamps, where there is no "
-        notes.append(f"{text}gradient: start again from the base, training on cannot mend this")
+        notes.append(f"{text}gradient: start again from the base, training on does not help")
     return notes
 
 

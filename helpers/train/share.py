@@ -184,7 +184,7 @@ def _missing_from_card(folder):
     path = folder / CARD_FILE
     if not path.is_file():
         return [f"{CARD_FILE}: there is no model card"]
-    fix = "mend the lines between the two '---'"
+    fix = "correct the lines between the two '---'"
     with explain(Exception, "the metadata block cannot be read", where=path, fix=fix):
         data = ModelCard.load(path).data
     missing = [name for name in _MISSING if data.get(name) in (None, "", [], "unknown")]

@@ -97,7 +97,7 @@ def without_panels(notebook):
     for cell in notebook["cells"]:
         for output in cell.get("outputs", []):
             if WIDGET in output.get("data", {}):
-                output["data"] = {"text/markdown": NOTE}
+                output["data"], output["metadata"] = {"text/markdown": NOTE}, {}
             for kind, stored in output.get("metadata", {}).items():
                 if kind.startswith("image/") and "alt" in stored:
                     picture = base64.b64decode(output["data"][kind])

@@ -63,5 +63,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m notebooks.solutions.make_exercises")
     parser.add_argument("--execute", action="store_true", help="first run the solutions")
     if parser.parse_args().execute:
-        refresh(SOLUTIONS, jobs=1)  # they share a healthy run, which the first one makes
+        refresh(
+            SOLUTIONS, jobs=1, timed=False
+        )  # they share a healthy run, which the first one makes
     write_exercises()

@@ -44,7 +44,7 @@ endif
 LOCKED = grep -vE '^(\#$(if $(TORCH),|nvidia-|cuda-|triton))' requirements.lock
 
 # One thread each: notebooks run side by side, and small tensors gain nothing from a second thread.
-course: $(STAMP) ## execute the whole course; executed notebooks and summary.json go to runs/course/
+course: $(STAMP) ## execute the whole course; executed notebooks, summary.json and card.html go to runs/course/
 	OMP_NUM_THREADS=1 $(RUN) -m notebooks.run run $(ARGS)
 
 # Offline on purpose: the course must need no download. Long notebooks start first, files of quick

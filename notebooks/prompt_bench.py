@@ -20,7 +20,8 @@ from helpers.detect.predictor import Predictor, check_prompts, untrained_prompts
 from helpers.detect.queries import MAX_DETECTIONS, SCORE_FLOOR, query_of
 from helpers.errors import InputError, check_probability, printable
 from helpers.files import progress_bar
-from helpers.show.page import data_uri, with_still
+from helpers.show.page import data_uri
+from helpers.show.panels import StillBox
 from helpers.show.pictures import TRUTH_COLOUR, annotate, decode_mask
 from notebooks.gallery import figure_picture, small_figure
 
@@ -215,7 +216,7 @@ class PromptBench:
         panel.image = widgets.SelectionSlider(**choice, description="picture", **look)
         hint = {"placeholder": "a noun, then Enter"}
         panel.word = widgets.Text(value=word, description="asked word", **hint, **look)
-        panel.widget = _StillBox([panel.word, panel.image, panel.readout, panel.picture])
+        panel.widget = StillBox(panel.word, panel.image, panel.readout, panel.picture)
 
         def draw(_change=None):
             panel.readout.value = f"asking “{html.escape(printable(panel.word.value))}” …"
@@ -226,7 +227,7 @@ class PromptBench:
                 panel.readout.value = f'<p role="alert"><b>Not asked:</b> {message}</p>'
                 panel.picture.value = ""
                 return
-            panel.readout.value, panel.widget.still = readout, picture
+            panel.readout.value, panel.widget.still = readout, (picture, alt)
             look = 'style="width:58em;max-width:100%"'
             alt = html.escape(alt, quote=True)
             panel.picture.value = f'<img alt="{alt}" {look} src="{data_uri(picture)}">'
@@ -246,15 +247,6 @@ class PromptBench:
         alt = f"{image_id}, asked for {printable(word)}: detections of {shown}."
         readout = f"{table}<p>{html.escape(self.remark(word))}</p>"
         return readout, figure_picture(self.figure(image_id, word)), alt
-
-
-class _StillBox(widgets.VBox):
-    """Controls above a picture; ``still`` stands for them where there is no kernel."""
-
-    still = None
-
-    def _repr_mimebundle_(self, **kwargs):
-        return with_still(super()._repr_mimebundle_(**kwargs), self.still)
 
 
 def matrix_figure(matrices):

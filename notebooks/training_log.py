@@ -46,7 +46,8 @@ class LiveLog(LossPanel):
     def on_train_end(self, args, state, control, **kwargs):
         """Draw the last state, and put it where there is no kernel, too."""
         super().on_train_end(args, state, control, **kwargs)
-        self.widget.still = figure_picture(self.widget.still)
+        figure, sentence = self.widget.still
+        self.widget.still = (figure_picture(figure), sentence)
         if self._shown is not None:
             self._shown.update(self.widget)
 

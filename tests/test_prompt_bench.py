@@ -184,7 +184,7 @@ def test_the_panel_follows_the_word_and_the_picture(bench, walls):
     first = panel.picture.value
     assert first.startswith('<img alt="test_0.png, asked for crack: ')
     assert "this run" in panel.readout.value
-    assert panel.widget.still.size[0] > 600
+    assert panel.widget.still[0].size[0] > 600
     panel.word.value = "moss"
     assert "asked for moss" in panel.picture.value
     assert panel.picture.value != first

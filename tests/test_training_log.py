@@ -106,7 +106,7 @@ def test_a_live_log_that_is_not_shown_ends_silently():
     panel = LiveLog()
     panel.on_log(None, SimpleNamespace(global_step=1), None, logs={"loss": 2.0})
     panel.on_train_end(None, None, None)
-    assert panel.widget.still.size[0] > 600
+    assert panel.widget.still[0].size[0] > 600
 
 
 class FakeWriter:

@@ -28,7 +28,7 @@ _REDRAW_SECONDS, _REDRAW_SHARE = 2.0, 0.05  # at most so often, and at most this
 _PANEL_METRICS = ("eval_AP50", "eval_cgF1", "eval_max_score_present_share_above")  # 0 to 1
 
 
-class _Panel(widgets.VBox):
+class StillBox(widgets.VBox):
     """Controls above a picture; ``still``, it and its sentence, is seen without a kernel."""
 
     def __init__(self, *children):
@@ -45,7 +45,7 @@ class LossPanel(TrainerCallback):
     def __init__(self):
         self.log = []
         self.readout, self.picture = widgets.Label(value="training has not started"), widgets.HTML()
-        self.widget = _Panel(self.readout, self.picture)
+        self.widget = StillBox(self.readout, self.picture)
         self._next_drawing = -math.inf
         self.redraw()
 
@@ -145,7 +145,7 @@ def browse_panel(batch, image_processor):
     panel.image = widgets.SelectionSlider(options=list(rows), **look)
     first = list(rows[panel.image.value])
     panel.prompt = widgets.Dropdown(options=first, description="prompt", **_WIDE)
-    panel.widget = _Panel(panel.image, panel.prompt, panel.readout, panel.picture)
+    panel.widget = StillBox(panel.image, panel.prompt, panel.readout, panel.picture)
 
     def draw(_change=None):
         row = rows[panel.image.value][panel.prompt.value]

@@ -5,7 +5,9 @@ import xml.etree.ElementTree as ElementTree
 from functools import cache
 
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
 from data.make_drawings import (
     FIGURES,
@@ -17,7 +19,9 @@ from data.make_drawings import (
     places_table,
     strip_markdown,
 )
+from data.make_epochs import EPOCHS_GIF, MAX_BYTES, NUM_EPOCHS, THRESHOLD, write_gif
 from helpers.causes import STAGES, TABLE
+from helpers.errors import InputError
 from notebooks.run import NOTEBOOKS, find_notebooks
 
 NUMBERED = {path.stem[:2]: path for path in find_notebooks(NOTEBOOKS)}
@@ -98,6 +102,36 @@ def test_drawings_are_complete_and_load_nothing():
         assert "url(" not in content
         sizes = re.findall(r"font-size: ([\d.]+)px", content)
         assert min(map(float, sizes)) >= 11, "too small to read"
+
+
+def test_the_picture_by_epoch_is_small_and_says_what_it_shows():
+    assert EPOCHS_GIF.stat().st_size < MAX_BYTES
+    with Image.open(EPOCHS_GIF) as picture:
+        assert picture.n_frames == NUM_EPOCHS + 1
+        sentence = picture.info["comment"].decode()
+    assert f"![{sentence}](figures/{EPOCHS_GIF.name})" in prose_of(NOTEBOOKS / "README.md")
+    failing, fixed = (
+        [float(score) for score in re.findall(r"\d\.\d+", sentence.split(f"{name} run ")[1])]
+        for name in ("failing", "fixed")
+    )
+    failing = failing[: NUM_EPOCHS + 1]
+    assert max(failing) < THRESHOLD <= fixed[-1]
+    assert len(fixed) == NUM_EPOCHS + 1
+
+
+@pytest.mark.parametrize("size", [(20, 30), (2000, 2000)])
+def test_a_gif_keeps_its_frames_or_is_refused(tmp_path, size):
+    noise = np.random.default_rng(0).integers(0, 255, (3, *size, 3), dtype=np.uint8)
+    drawn, path = [Image.fromarray(one) for one in noise], tmp_path / "a.gif"
+    if size[0] > 100:
+        with pytest.raises(InputError, match="draw fewer or smaller frames"):
+            write_gif(path, drawn, "What it shows.")
+        assert not path.exists()
+        return
+    assert write_gif(path, drawn, "What it shows.") == path.stat().st_size
+    with Image.open(path) as picture:
+        assert (picture.n_frames, picture.info["loop"]) == (3, 0)
+        assert picture.info["comment"] == b"What it shows."
 
 
 def test_the_page_of_the_notebooks_has_the_table_of_the_places():

@@ -3,6 +3,7 @@
 The same JavaScript draws a panel in a notebook and a page that needs no kernel and no network.
 """
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import anywidget
@@ -90,7 +91,7 @@ class Explorer(anywidget.AnyWidget):
             [f"{d['score']:.2f}" for d in kept],
         )
         picture.thumbnail((STILL_SIDE, STILL_SIDE))
-        return picture, f'{shown.image_id}, "{shown.prompt}": {len(kept)} detected.'
+        return picture, f'{Path(shown.image_id).name}, "{shown.prompt}": {len(kept)} detected.'
 
     def _repr_mimebundle_(self, **kwargs):
         return with_still(super()._repr_mimebundle_(**kwargs), self.still())

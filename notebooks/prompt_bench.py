@@ -243,7 +243,7 @@ class PromptBench:
         numbers = self.table(image_id, [word]).droplevel("asked").rename_axis(None)
         figures = {name: "{:.3f}".format for name in COLUMNS[:-1]}
         table = numbers.to_html(formatters=figures, border=0)
-        shown = " and ".join(f"{name} {row.detections}" for name, row in numbers.iterrows())
+        shown = " and ".join(f"{name} {count:d}" for name, count in numbers["detections"].items())
         alt = f"{image_id}, asked for {printable(word)}: detections of {shown}."
         readout = f"{table}<p>{html.escape(self.remark(word))}</p>"
         return readout, figure_picture(self.figure(image_id, word)), alt

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NOTE = (
     "*Here the notebook has a panel to move. A page cannot compute, so the panel is left out; the "
-    "figure beside it shows the same.*"
+    "picture above shows how it begins.*"
 )
 
 
@@ -93,16 +93,32 @@ def link_to_page(link, folder):
 
 
 def without_panels(notebook):
-    """Put a note where a notebook has a panel, and keep in mind the texts of its pictures."""
+    """Put its still and a note where a notebook has a panel, and keep the texts of all pictures."""
     for cell in notebook["cells"]:
+        outputs = []
         for output in cell.get("outputs", []):
-            if WIDGET in output.get("data", {}):
-                output["data"], output["metadata"] = {"text/markdown": NOTE}, {}
+            is_panel = WIDGET in output.get("data", {})
+            if is_panel:
+                for part in ("data", "metadata"):
+                    kept = {kind: value for kind, value in output[part].items() if is_picture(kind)}
+                    output[part] = kept
             for kind, stored in output.get("metadata", {}).items():
-                if kind.startswith("image/") and "alt" in stored:
+                if is_picture(kind) and "alt" in stored:
                     picture = base64.b64decode(output["data"][kind])
                     alternative_texts[hashlib.sha256(picture).hexdigest()] = stored["alt"]
+            if not is_panel or output["data"]:
+                outputs.append(output)
+            if is_panel:
+                note = {"text/markdown": NOTE}
+                outputs.append({"output_type": "display_data", "data": note, "metadata": {}})
+        if "outputs" in cell:
+            cell["outputs"] = outputs
     return notebook
+
+
+def is_picture(kind):
+    """Tell whether a MIME type is that of a picture."""
+    return kind.startswith("image/")
 
 
 def page_source(app, name, source):

@@ -1,9 +1,9 @@
 """Run the notebooks: the whole course, or a refresh of the outputs stored in the repository.
 
 ``python -m notebooks.run run`` executes every notebook into ``runs/course/`` and writes
-``summary.json`` and ``card.html`` there, ``card`` only the latter; ``refresh`` stores fresh outputs in ``notebooks/``, and how long they took;
-``times`` only writes the minutes that pages promise; ``verify`` says whether the stored notebooks have
-the form that ``refresh`` leaves.
+``summary.json`` and ``card.html`` there, ``card`` only the latter; ``refresh`` stores fresh outputs in
+``notebooks/``, and how long they took; ``times`` only writes the minutes that pages promise;
+``verify`` says whether the stored notebooks have the form that ``refresh`` leaves.
 """
 
 import argparse

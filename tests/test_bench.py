@@ -22,6 +22,7 @@ def test_what_is_done_less_costs_fewer_operations(measured):
     flops = {name: result["flops"] for name, result in measured.items()}
     assert flops["train, one vision pass"] < flops["train, plain"]
     assert flops["train, checkpointing"] > flops["train, one vision pass"]
+    assert flops["train, masks of objects"] < flops["train, checkpointing"]
     assert flops["train, vision frozen, cached"] < flops["train, vision frozen"]
     assert flops["detect, 1 prompt"] < flops["detect, 4 prompts"] < flops["detect, 16 prompts"]
     assert flops["detect, 16 separate passes"] == 16 * flops["detect, 1 prompt"]

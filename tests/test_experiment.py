@@ -96,7 +96,7 @@ def test_the_recommended_config_is_its_recipe():
         for cell in cells_of("front", [42])
         if cell.factors == {"recipe": RECOMMENDED, "word": "never"}
     )
-    settings = [("data.data_dir", DATA_DIR), ("scale.num_epochs", 0.1), *cells.BATCH]
+    settings = [("data.data_dir", DATA_DIR), ("scale.num_epochs", 0.1)]
     config = load_config(CONFIGS / "keep_the_rest_config.yaml", "tiny", settings)
     assert config.fingerprint() == cell.config("tiny", DATA_DIR).fingerprint()
 

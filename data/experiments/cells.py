@@ -21,7 +21,7 @@ from helpers.files import CONFIGS, DATA, ROOT, WALL_CRACKS, read_json
 from helpers.lab.spoil import read_split_wrong_keys
 from helpers.model.lora import COMPONENTS
 from helpers.model.losses import sam3_losses
-from helpers.model.prompted import loss_inputs, model_inputs
+from helpers.model.prompted import loss_inputs, model_inputs, rows_with_objects
 from helpers.model.sam3 import best_device, load_base
 from helpers.train.training import train
 
@@ -64,7 +64,6 @@ PARAMETERS_AT_RANK_1 = {
 }
 """Of the embedded base, all names of the config's ``target_modules``; a test counts them."""
 FULL_RANK = 64
-BATCH = ("training.batch_size=4", "training.gradient_accumulation_steps=1")
 EPOCHS_SCALE = {"schedule": 0.2, "components": 0.06}
 """Share of the config's epochs on the embedded base by design; 0.1, which are 5 epochs, in others."""
 
@@ -109,7 +108,7 @@ class Cell:
             settings.append(("scale.num_epochs", EPOCHS_SCALE.get(self.design, 0.1)))
             settings.append(("model.name", (BASES | GRADED)[self.factors.get("word", "never")]))
         path = CONFIGS / "crack_detection_config.yaml"
-        return load_config(path, profile, [*settings, *BATCH, *self.overrides])
+        return load_config(path, profile, [*settings, *self.overrides])
 
 
 def _flag(part, is_on):
@@ -391,7 +390,8 @@ def learn_word(config, split, *, learning_rate=3e-2, steps=160, warmup_steps=5):
         collate_fn=PromptCollator(processor),
     )
     for batch in loader:
-        outputs = model(**model_inputs(batch, model.device))
+        mask_rows = rows_with_objects(batch["targets"])
+        outputs = model(**model_inputs(batch, model.device), mask_rows=mask_rows)
         loss = sam3_losses(loss_inputs(outputs), batch["targets"])["total"]
         optimizer.zero_grad()
         loss.backward()

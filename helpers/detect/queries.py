@@ -171,7 +171,7 @@ def predict_split_at(model, processor, split, mask_thresholds, *, adapter_words=
     device, queries = next(model.parameters()).device, {level: [] for level in mask_thresholds}
     with progress_bar(len(dataset), "asking", disable=not sys.stderr.isatty()) as bar:
         for batch in loader:
-            for rows, outputs in outputs_by_rows(model, batch, device):
+            for rows, outputs in outputs_by_rows(model, batch, device, mask_floor=SCORE_FLOOR):
                 for level, answers in queries.items():
                     answers += queries_from_outputs(outputs, batch["queries"][rows], dataset, level)
             bar.update(len(batch["pixel_values"]))

@@ -25,6 +25,7 @@ ROWS_AT_ONCE = 16
 _VISION_INPUTS = ("pixel_values", "backbone_states")
 _MODEL_INPUTS = (*_VISION_INPUTS, "image_index", "input_ids", "text_states", "attention_mask")
 _LAYER_OUTPUTS = ("pred_logits", "pred_boxes_cxcywh", "presence_logits")
+_MASK_INPUTS = ("decoder_queries", "encoder_hidden_states", "prompt_features", "prompt_mask")
 
 
 class Float32Positions(Sam3SinePositionEmbedding):
@@ -54,7 +55,7 @@ def repeat_vision_embeds(vision_embeds, image_index, num_prompts):
     positions = vision_embeds.fpn_position_encoding
     return replace(
         vision_embeds,
-        fpn_hidden_states=tuple(level[index] for level in features),
+        fpn_hidden_states=tuple(level.index_select(0, index) for level in features),
         fpn_position_encoding=tuple(p[:1].expand(num_prompts, -1, -1, -1) for p in positions),
     )
 
@@ -159,6 +160,8 @@ class PromptedSam3(Sam3Model):
         image_index=None,
         backbone_states=None,
         text_states=None,
+        mask_rows=None,
+        mask_floor=None,
         **kwargs,
     ):
         """Segment B prompts on I images: a `PromptedSam3Output`, whose rows are prompts.
@@ -166,10 +169,14 @@ class PromptedSam3(Sam3Model):
         Images are `pixel_values` (I, 3, S, S) as the processor makes them, `vision_embeds` or
         `backbone_states` (I, N, C); prompts are `input_ids` (B, T) or `text_states` (B, T, D), with
         their `attention_mask` (B, T). For `image_index` see `repeat_vision_embeds`.
+
+        Masks cost a quarter of a training step. With `mask_rows` (B,) bool or `mask_floor` only
+        these rows have them and rows whose best score reaches the floor; those of others are 0.
         """
         if attention_mask is None:
             raise ValueError("pass attention_mask: padding would change the scores of the prompts")
-        with self.precision(), self._capture_decoder() as captured:
+        wanted = mask_rows, mask_floor
+        with self.precision(), self._capture_decoder(wanted) as captured:
             if vision_embeds is None:
                 vision_embeds = self.vision_embeds(pixel_values, backbone_states)
             if text_states is not None:
@@ -186,6 +193,11 @@ class PromptedSam3(Sam3Model):
         stacked = (captured["logits"].squeeze(-1), boxes_cxcywh, decoder.presence_logits)
         layers = zip(*stacked, strict=True)
         *aux, last = (dict(zip(_LAYER_OUTPUTS, layer, strict=True)) for layer in layers)
+        if "rows" in captured:
+            for name in ("pred_masks", "semantic_seg"):
+                some = outputs[name]
+                outputs[name] = some.new_zeros(len(attention_mask), *some.shape[1:])
+                outputs[name] = outputs[name].index_copy(0, captured["rows"], some)
         return PromptedSam3Output(
             **{field.name: getattr(outputs, field.name) for field in fields(outputs)},
             pred_boxes_cxcywh=last["pred_boxes_cxcywh"],
@@ -194,8 +206,8 @@ class PromptedSam3(Sam3Model):
         )
 
     @contextmanager
-    def _capture_decoder(self):
-        """Collect the last outputs of decoder and heads; again means another dropout."""
+    def _capture_decoder(self, wanted):
+        """Collect the last outputs of decoder and heads, and spare the masks that nobody wants."""
         captured = {}
         modules = {"decoder": self.detr_decoder, "logits": self.dot_product_scoring}
         modules["box_offsets"] = self.detr_decoder.box_head
@@ -203,6 +215,10 @@ class PromptedSam3(Sam3Model):
             for name, module in modules.items():
                 hook = partial(_keep_output, captured, name)
                 hooks.enter_context(module.register_forward_hook(hook))
+            if wanted != (None, None):
+                hook = partial(_choose_rows, captured, *wanted)
+                chosen = self.mask_decoder.register_forward_pre_hook(hook, with_kwargs=True)
+                hooks.enter_context(chosen)
             yield captured
 
 
@@ -213,6 +229,23 @@ def _float32_features(module, args, kwargs):
 
 def _keep_output(captured, name, module, args, output):
     captured[name] = output
+
+
+def _choose_rows(captured, mask_rows, mask_floor, module, args, kwargs):
+    """Give the mask decoder some rows, at least one: no parameter may be without a gradient."""
+    with torch.no_grad():
+        presence_prob = captured["decoder"].presence_logits[-1].float().sigmoid()
+        scores = captured["logits"][-1].squeeze(-1).float().sigmoid() * presence_prob
+        wanted = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+        if mask_rows is not None:
+            wanted |= mask_rows.to(scores.device)
+        if mask_floor is not None:
+            wanted |= scores.amax(1) >= mask_floor / 2  # half, as rounding may differ later
+        wanted[0] |= ~wanted.any()
+        captured["rows"] = rows = wanted.nonzero()[:, 0]
+    some = {name: kwargs[name].index_select(0, rows) for name in _MASK_INPUTS}
+    levels = [level.index_select(0, rows) for level in kwargs["backbone_features"]]
+    return args, kwargs | some | {"backbone_features": levels}
 
 
 def loss_inputs(outputs):
@@ -246,14 +279,21 @@ def base_of(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def rows_with_objects(targets):
+    """Return which of B rows need masks for the loss: (B,) bool."""
+    return torch.tensor([len(target["boxes_cxcywh"]) > 0 for target in targets])
+
+
 def model_inputs(batch, device):
     """Pick what the model reads out of a collated batch and move it to a device."""
     return {name: batch[name].to(device) for name in _MODEL_INPUTS if name in batch}
 
 
-def outputs_by_rows(model, batch, device, autocast=nullcontext):
+def outputs_by_rows(model, batch, device, autocast=nullcontext, mask_rows=None, mask_floor=None):
     """Run a batch in parts of at most `ROWS_AT_ONCE` rows; yield slices of rows, and their outputs."""
     inputs = model_inputs(batch, device)
+    if mask_rows is not None:
+        inputs["mask_rows"] = mask_rows
     seen = [inputs.pop(name, None) for name in _VISION_INPUTS]
     with autocast():
         vision_embeds = base_of(model).vision_embeds(*seen)
@@ -261,5 +301,5 @@ def outputs_by_rows(model, batch, device, autocast=nullcontext):
         rows = slice(start, start + ROWS_AT_ONCE)
         part = {name: tensor[rows] for name, tensor in inputs.items()}
         with autocast():
-            outputs = model(**part, vision_embeds=vision_embeds)
+            outputs = model(**part, vision_embeds=vision_embeds, mask_floor=mask_floor)
         yield rows, outputs

@@ -29,7 +29,7 @@ from helpers.data import PromptCollator, PromptDataset, count_objects, load_data
 from helpers.data.dataset import data_fingerprint
 from helpers.data.records import nouns_overlap, rename_categories
 from helpers.detect import clear_answers, evaluate_queries, retention
-from helpers.detect.queries import queries_from_outputs
+from helpers.detect.queries import SCORE_FLOOR, queries_from_outputs
 from helpers.environment import SUBJECT_PACKAGES, device
 from helpers.errors import InputError, explain
 from helpers.files import resolve, write_json, write_text
@@ -114,7 +114,8 @@ class Sam3Trainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the weighted loss of one batch and remember its terms for the log."""
-        outputs = model(**prompted.model_inputs(inputs, self.args.device))
+        mask_rows = prompted.rows_with_objects(inputs["targets"])
+        outputs = model(**prompted.model_inputs(inputs, self.args.device), mask_rows=mask_rows)
         if self.guards is None or self.guards.are_finite(outputs, inputs["targets"]):
             terms = self._terms(outputs, inputs["targets"], self._divisors)
         else:  # cannot be matched; the guard stops all processes before the step
@@ -160,7 +161,8 @@ class Sam3Trainer(Trainer):
             targets, asked = batch["targets"], batch["queries"]
             divisors = loss_divisors(target_counts(targets))
             device, autocast = self.args.device, self.accelerator.autocast
-            for rows, outputs in prompted.outputs_by_rows(model, batch, device, autocast):
+            wanted = {"mask_rows": prompted.rows_with_objects(targets), "mask_floor": SCORE_FLOOR}
+            for rows, outputs in prompted.outputs_by_rows(model, batch, device, autocast, **wanted):
                 loss = self._terms(outputs, targets[rows], divisors)["total"]
                 loss_sum += loss.item() * (int(batch["image_index"][-1]) + 1)
                 about = asked[rows], dataset, settings.mask_threshold

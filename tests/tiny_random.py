@@ -169,6 +169,7 @@ def tiny_run_config(base, data_dir, *overrides):
             "data.negative_prompts=[joint, moss, dog, hole]",
             "scale.num_epochs=0.04",
             "training.batch_size=1",
+            "training.gradient_accumulation_steps=2",
             "lora.rank=4",
             *overrides,
         ),

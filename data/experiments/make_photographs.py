@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from data.experiments.cells import BASES, KNOWN_WORDS, TABLES, code_version, judge
+from data.experiments.cells import BASES, BATCH, KNOWN_WORDS, TABLES, code_version, judge
 from data.experiments.make import run_command
 from helpers.config import load_config
 from helpers.data import read_split
@@ -29,7 +29,7 @@ MEASURES = ("detected_share", "AP50", "union_iou", "false_positive_rate", "reten
 def judge_recipe(folder, word, recipe, seed):
     """Train one config on a dataset, with the base that knows "crack" to a degree; return its row."""
     overrides = [("data.data_dir", folder), ("training.seed", seed), ("model.name", BASES[word])]
-    overrides += [f"data.negative_prompts={ABSENT}"]
+    overrides += [*BATCH, f"data.negative_prompts={ABSENT}"]
     overrides += ["evaluation.absent_prompts=[piano, banana, teapot]"]
     config = load_config(CONFIGS / f"{recipe}_config.yaml", "tiny", overrides)
     with tempfile.TemporaryDirectory() as place:

@@ -55,7 +55,7 @@ def repeat_vision_embeds(vision_embeds, image_index, num_prompts):
     positions = vision_embeds.fpn_position_encoding
     return replace(
         vision_embeds,
-        fpn_hidden_states=tuple(level.index_select(0, index) for level in features),
+        fpn_hidden_states=tuple(level[index] for level in features),
         fpn_position_encoding=tuple(p[:1].expand(num_prompts, -1, -1, -1) for p in positions),
     )
 

@@ -39,7 +39,7 @@ def test_saving_the_vision_pass_saves_exactly_the_vision_pass(measured):
 def test_times_and_memory_are_measured(measured):
     for result in measured.values():
         assert min(result["seconds"]) > 0
-        assert result["peak_bytes"] > 1e8
+        assert result["peak_bytes"] > 1e7  # of tensors alone on a GPU
 
 
 def test_table_figure_and_files(tmp_path, monkeypatch, capsys):

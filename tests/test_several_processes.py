@@ -101,6 +101,7 @@ def test_one_process_resumes_a_checkpoint_of_two(two, base, data_dir, uninterrup
     assert losses(resumed.history) == pytest.approx(losses(uninterrupted.history), rel=1e-3)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the processes resume on a CPU")
 def test_two_processes_resume_a_checkpoint_of_one(base, data_dir, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     interrupted_run(base, data_dir, folder, 2)

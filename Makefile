@@ -19,7 +19,7 @@ ARGS ?=
 # Dozens of processes import the same thousands of modules: they are compiled once.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup course test browser site lint lab notebooks bench experiment laboratory base data lock newest
+.PHONY: help setup course test lessons browser site lint lab notebooks bench experiment laboratory base data lock newest
 
 help: ## list the commands
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -47,10 +47,15 @@ LOCKED = grep -vE '^(\#$(if $(TORCH),|nvidia-|cuda-|triton))' requirements.lock
 course: $(STAMP) ## execute the whole course; executed notebooks, summary.json and card.html go to runs/course/
 	OMP_NUM_THREADS=1 $(RUN) -m notebooks.run run $(ARGS)
 
+PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical --no-loadscope-reorder
+
 # Offline on purpose: the course must need no download. Long notebooks start first, files of quick
 # tests fill the gaps, so that all cores are busy to the end (see tests/conftest.py).
-test: $(STAMP) ## run every test, the notebooks included
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical --no-loadscope-reorder --nbval-lax --nbval-current-env --nbval-cell-timeout 900 tests $(QUICK) $(ARGS)
+test: $(STAMP) ## run the tests, among them the lessons that take a few minutes
+	$(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout 900 tests $(QUICK) $(ARGS)
+
+lessons: $(STAMP) ## run the long lessons and the solutions, and compare their marked outputs
+	$(PYTEST) -m lesson tests/test_notebooks_run.py $(ARGS)
 
 # Chromium comes from the system (Debian: apt install chromium), its driver from PyPI.
 browser: $(STAMP) ## open pages and lessons in a real browser, headless

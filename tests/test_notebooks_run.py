@@ -27,6 +27,8 @@ PATHS = find_notebooks()
 WITH_THRESHOLD = [path for path in PATHS if "score_threshold" in parameter_names(path)]
 MARK = "# NBVAL_CHECK_OUTPUT"
 CELL_TIMEOUT = 900  # seconds
+LONG = ("03", "04", "07", "08", "09")  # first lessons of chains that `make lessons` runs
+QUICK_SOLUTION = "02"
 MANY = {
     "train": {
         f"{name}.png": [("crack", blob(8 + n, 8, 16, 32)), ("joint", blob(50, 4 + n, 30, 12))]
@@ -88,8 +90,17 @@ def test_healthy_run_of_the_exercises_detects(exercises_dir):
     assert clinic.signs.false_alarms <= 0.2
 
 
+def long_ones(values, is_long):
+    """Mark the values that are left to `make lessons`, which CI runs after `make test`."""
+    return [pytest.param(v, marks=pytest.mark.lesson if is_long(v) else ()) for v in values]
+
+
 @pytest.mark.notebook
-@pytest.mark.parametrize("chain", chains(), ids=lambda chain: "-".join(p.stem for p in chain))
+@pytest.mark.parametrize(
+    "chain",
+    long_ones(chains(), lambda chain: chain[0].stem.startswith(LONG)),
+    ids=lambda chain: "-".join(p.stem for p in chain),
+)
 def test_runs_with_its_defaults_and_where_nothing_reaches_the_threshold(
     tmp_path, chain, in_process
 ):
@@ -107,7 +118,11 @@ def test_runs_with_its_defaults_and_where_nothing_reaches_the_threshold(
 
 
 @pytest.mark.notebook
-@pytest.mark.parametrize("path", find_notebooks(SOLUTIONS), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    long_ones(find_notebooks(SOLUTIONS), lambda path: not path.stem.startswith(QUICK_SOLUTION)),
+    ids=lambda path: path.stem,
+)
 def test_solution_mends_its_patient(path, exercises_dir):
     settings = {"output_dir": str(exercises_dir)}
     execute(path, exercises_dir / path.name, settings, cell_timeout=CELL_TIMEOUT)

@@ -86,7 +86,7 @@ def log_figure(table):
     window = max(len(table) // SMOOTH_SHARE, 1)
     panels = [
         (LOSSES, "loss", True),
-        (TERMS, f"term of the loss, mean over {window} steps", True),
+        (TERMS, f"loss term, mean of {window} steps", True),
         (METRICS, "validation metric", False),
         (RATE, "learning rate", False),
     ]

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 from data.experiments.cells import FIXED, RECOMMENDED, RECOMMENDED_LONGER, SUSPECTS
 from data.experiments.statistics import steps_table
-from data.experiments.tables import load_table
+from data.experiments.tables import load_base_row, load_table
 from data.make_cheat_sheet import SHEET, cheat_sheet
 from helpers.config import parse_yaml
 from helpers.environment import SUBJECT_PACKAGES
@@ -222,6 +222,29 @@ def test_the_cure_in_the_readme_is_that_of_the_table():
         f"{pair(RECOMMENDED, 'AP50')} (fixed config: {pair(FIXED, 'AP50')}), trained twice as "
         f"long of {pair(RECOMMENDED_LONGER, 'AP50')}"
     ) in " ".join(read("README.md").split())
+
+
+def test_the_points_below_the_table_of_the_readme_have_the_numbers_of_the_experiment():
+    columns = ["AP50", "false_positive_rate", "retention_AP"]
+    working = {name: levels[1] for name, levels in SUSPECTS.items()}
+    rows = {}
+    for word in ("never", "half"):
+        means = load_table("causes", word=word).groupby(list(SUSPECTS))[columns].mean()
+        rows[word] = [means.loc[tuple((working | {"negatives": n}).values())] for n in (0, 3)]
+    (never_without, never), (half_without, half) = rows.values()
+    before = {word: load_base_row(word=word)["retention_AP"] for word in rows}
+    readme = " ".join(read("README.md").split())
+    assert (
+        f"{never_without['false_positive_rate']:.0%} of the prompts for something absent are "
+        f"answered on the first base and {half_without['false_positive_rate']:.0%} on the second, "
+        f"with three of them {never['false_positive_rate']:.0%} and "
+        f"{half['false_positive_rate']:.0%}."
+    ) in readme
+    assert (
+        f"falls from {before['never']:.2f} to {never['retention_AP']:.2f} on the first base, from "
+        f"{before['half']:.2f} to {half['retention_AP']:.2f} on the second"
+    ) in readme
+    assert f"Mask AP50 of the working state: {never['AP50']:.2f} and {half['AP50']:.2f}" in readme
 
 
 def imports_of(path):

@@ -51,7 +51,7 @@ def test_terms_are_drawn_as_means_over_a_part_of_the_steps():
     table = pd.DataFrame({"presence": [1.0, 3.0] * 20}, index=pd.RangeIndex(1, 41, name="step"))
     points = drawn(log_figure(table).axes[1])["presence"]
     assert [y for _, y in points] == [1.0] + [2.0] * 39
-    assert log_figure(table).axes[1].get_ylabel() == "term of the loss, mean over 2 steps"
+    assert log_figure(table).axes[1].get_ylabel() == "loss term, mean of 2 steps"
 
 
 def test_what_was_not_logged_is_left_out():

@@ -9,7 +9,8 @@ from PIL import Image
 from helpers.data.coco import read_split
 from helpers.data.dataset import PromptCollator, PromptDataset
 from helpers.errors import InputError
-from helpers.show.panels import browse_panel, describe_target, target_picture, targets_figure
+from helpers.show.panels import describe_target, target_picture, targets_figure
+from notebooks.target_browser import browse_panel
 
 RESOLUTION = 64
 

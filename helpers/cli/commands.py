@@ -69,9 +69,7 @@ def _flag(text):
 OPTIONS = {
     # what to work on
     "--adapter": _path("RUN", "run folder"),
-    "--base": _text(
-        "base model: a folder or a hub name", type=partial(_path_if, Path.is_dir), metavar="NAME"
-    ),
+    "--base": _text("a folder or a hub name", type=partial(_path_if, Path.is_dir), metavar="NAME"),
     "--config": _path("FILE", "a configuration, such as those in configs/"),
     "--data": _path("DIR", "dataset, by default that of the run or config"),
     "--html": _text("page to write", type=_page, metavar="FILE"),
@@ -84,9 +82,7 @@ OPTIONS = {
     "--image": _path("IMG", "a picture in which nothing is found"),
     "--words": _text("by default the categories of the dataset", type=_words, metavar="WORD,..."),
     "--routing": _flag("ask the adapter for the words it was trained for only, else its base"),
-    "--retention": _text(
-        "what the base knows, compared with its own answers", type=_words, metavar="WORD,..."
-    ),
+    "--retention": _text("what the base knows by itself", type=_words, metavar="WORD,..."),
     "--prompt": {"help": "ask for this word in place of the category names"},
     "--goal": _text(
         "of the threshold: the highest F1 (default), or at least --least of one of the others",
@@ -122,9 +118,7 @@ OPTIONS = {
     "--seed": {"type": int, "default": 42, "help": "of the division, default 42"},
     # what somebody else trained
     "--alpha": {"type": float, "help": "of the LoRA, where no file tells it"},
-    "--orientation": _text(
-        "A as (in, r) or (r, in), where shapes leave it open", choices=("native", "peft")
-    ),
+    "--orientation": _text("A as (in, r) or (r, in)", choices=("native", "peft")),
     # what to give away
     "--dtype": {"help": "float32 or bfloat16, by default that of the base's files"},
     "--repo": {"metavar": "OWNER/NAME", "help": "name on the Hub"},

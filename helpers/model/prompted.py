@@ -175,8 +175,7 @@ class PromptedSam3(Sam3Model):
         """
         if attention_mask is None:
             raise ValueError("pass attention_mask: padding would change the scores of the prompts")
-        wanted = mask_rows, mask_floor
-        with self.precision(), self._capture_decoder(wanted) as captured:
+        with self.precision(), self._capture_decoder(mask_rows, mask_floor) as captured:
             if vision_embeds is None:
                 vision_embeds = self.vision_embeds(pixel_values, backbone_states)
             if text_states is not None:
@@ -195,9 +194,8 @@ class PromptedSam3(Sam3Model):
         *aux, last = (dict(zip(_LAYER_OUTPUTS, layer, strict=True)) for layer in layers)
         if "rows" in captured:
             for name in ("pred_masks", "semantic_seg"):
-                some = outputs[name]
-                outputs[name] = some.new_zeros(len(attention_mask), *some.shape[1:])
-                outputs[name] = outputs[name].index_copy(0, captured["rows"], some)
+                nothing = outputs[name].new_zeros(len(attention_mask), *outputs[name].shape[1:])
+                outputs[name] = nothing.index_copy(0, captured["rows"], outputs[name])
         return PromptedSam3Output(
             **{field.name: getattr(outputs, field.name) for field in fields(outputs)},
             pred_boxes_cxcywh=last["pred_boxes_cxcywh"],
@@ -206,7 +204,7 @@ class PromptedSam3(Sam3Model):
         )
 
     @contextmanager
-    def _capture_decoder(self, wanted):
+    def _capture_decoder(self, mask_rows, mask_floor):
         """Collect the last outputs of decoder and heads, and spare the masks that nobody wants."""
         captured = {}
         modules = {"decoder": self.detr_decoder, "logits": self.dot_product_scoring}
@@ -215,10 +213,10 @@ class PromptedSam3(Sam3Model):
             for name, module in modules.items():
                 hook = partial(_keep_output, captured, name)
                 hooks.enter_context(module.register_forward_hook(hook))
-            if wanted != (None, None):
-                hook = partial(_choose_rows, captured, *wanted)
-                chosen = self.mask_decoder.register_forward_pre_hook(hook, with_kwargs=True)
-                hooks.enter_context(chosen)
+            if mask_rows is not None or mask_floor is not None:
+                hook = partial(_choose_rows, captured, mask_rows, mask_floor)
+                register = self.mask_decoder.register_forward_pre_hook
+                hooks.enter_context(register(hook, with_kwargs=True))
             yield captured
 
 
@@ -236,11 +234,10 @@ def _choose_rows(captured, mask_rows, mask_floor, module, args, kwargs):
     with torch.no_grad():
         presence_prob = captured["decoder"].presence_logits[-1].float().sigmoid()
         scores = captured["logits"][-1].squeeze(-1).float().sigmoid() * presence_prob
-        wanted = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+        # Half the floor, as rounding may differ later; no score is 2.
+        wanted = scores.amax(1) >= (2 if mask_floor is None else mask_floor / 2)
         if mask_rows is not None:
-            wanted |= mask_rows.to(scores.device)
-        if mask_floor is not None:
-            wanted |= scores.amax(1) >= mask_floor / 2  # half, as rounding may differ later
+            wanted |= mask_rows.to(wanted.device)
         wanted[0] |= ~wanted.any()
         captured["rows"] = rows = wanted.nonzero()[:, 0]
     some = {name: kwargs[name].index_select(0, rows) for name in _MASK_INPUTS}

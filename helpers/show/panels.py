@@ -1,4 +1,4 @@
-"""Panels to watch a training, and to browse what the loss is given.
+"""A panel to watch a training, and pictures of what the loss is given.
 
 Targets are read back from the tensors of a collated batch and nothing from the files, so a fault of
 the loader shows in these pictures, where pictures of the files would hide it.
@@ -7,7 +7,6 @@ the loader shows in these pictures, where pictures of the files would hide it.
 import html
 import math
 import time
-from types import SimpleNamespace
 
 import ipywidgets as widgets
 import torch
@@ -17,13 +16,11 @@ from torchvision.ops import box_convert
 from torchvision.transforms.functional import to_pil_image
 from transformers import TrainerCallback
 
-from helpers.errors import InputError, printable
+from helpers.errors import printable
 from helpers.show import pictures
 from helpers.show.charts import draw_lines, history_frame
 from helpers.show.page import data_uri, with_still
 
-_WIDE = {"style": {"description_width": "initial"}}
-_WIDE |= {"layout": {"width": "32em", "max_width": "100%"}}
 _REDRAW_SECONDS, _REDRAW_SHARE = 2.0, 0.05  # at most so often, and at most this share of the time
 _PANEL_METRICS = ("eval_AP50", "eval_cgF1", "eval_max_score_present_share_above")  # 0 to 1
 
@@ -77,13 +74,13 @@ class LossPanel(TrainerCallback):
         metrics = [name for name in _PANEL_METRICS if name in history]
         draw_lines(right, history, metrics, xlabel="optimiser step", ylabel="validation metric")
         right.set_ylim(-0.03, 1.03)
-        self.picture.value = _img(figure, self.readout.value, width="100%")
+        self.picture.value = image_html(figure, self.readout.value, width="100%")
         self.widget.still = (figure, f"{self.readout.value}.") if self.log else ()
         ended = time.monotonic()
         self._next_drawing = ended + max(_REDRAW_SECONDS, (ended - started) / _REDRAW_SHARE)
 
 
-def _img(picture, alt, width="32em"):
+def image_html(picture, alt, width="32em"):
     """Return an HTML image of a figure or a photograph, with its data inside."""
     text = html.escape(printable(alt))
     return f'<img alt="{text}" style="width:{width};max-width:100%" src="{data_uri(picture)}">'
@@ -131,34 +128,3 @@ def targets_figure(batch, image_processor):
         caption = f"{query['image_id']}: {describe_target(batch, row)}"
         items.append((target_picture(batch, row, image_processor), (), caption))
     return pictures.gallery_figure(items)
-
-
-def browse_panel(batch, image_processor):
-    """Make a panel of `target_picture` with the parts ``image``, ``prompt`` and ``widget``."""
-    if not batch["queries"]:
-        raise InputError("the batch has no query", fix="collate at least one image with a prompt")
-    rows = {}
-    for row, query in enumerate(batch["queries"]):
-        rows.setdefault(query["image_id"], {})[query["prompt"]] = row
-    panel = SimpleNamespace(readout=widgets.Label(), picture=widgets.HTML())
-    look = {"description": "image", "continuous_update": False, **_WIDE}
-    panel.image = widgets.SelectionSlider(options=list(rows), **look)
-    first = list(rows[panel.image.value])
-    panel.prompt = widgets.Dropdown(options=first, description="prompt", **_WIDE)
-    panel.widget = StillBox(panel.image, panel.prompt, panel.readout, panel.picture)
-
-    def draw(_change=None):
-        row = rows[panel.image.value][panel.prompt.value]
-        panel.readout.value = describe_target(batch, row)
-        picture = target_picture(batch, row, image_processor)
-        sentence = f"{panel.image.value}, {panel.readout.value}."
-        panel.picture.value, panel.widget.still = _img(picture, sentence), (picture, sentence)
-
-    def offer_prompts(_change):
-        panel.prompt.options = list(rows[panel.image.value])
-        draw()  # the first prompt may be the same word as before, which is no change
-
-    panel.image.observe(offer_prompts, names="value")
-    panel.prompt.observe(draw, names="value")
-    draw()
-    return panel

@@ -12,7 +12,7 @@ import matplotlib
 import pytest
 import torch
 from filelock import FileLock
-from tiny_random import save_tiny_base, tiny_run_config, write_dataset
+from tiny_random import SHARED_RUN, save_tiny_base, tiny_run_config, write_dataset
 from xdist.scheduler import LoadFileScheduling
 
 from helpers.train.run import METRICS_FILE, load_run
@@ -96,7 +96,7 @@ def data_dir(shared_folder):
 def config(base, data_dir, shared_folder):
     """Return the config of the shared run: two epochs of three steps, a threshold that some exceed."""
     output = ("output.output_dir", shared_folder / "tiny_random_run")
-    return tiny_run_config(base, data_dir, output, "evaluation.score_threshold=0.189")
+    return tiny_run_config(base, data_dir, output, *SHARED_RUN)
 
 
 @pytest.fixture(scope="session")

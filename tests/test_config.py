@@ -58,12 +58,14 @@ def test_values_are_the_documents():
         assert config.model.resolution == 1008
 
 
-def test_tiny_profile_changes_only_what_the_base_demands():
+def test_tiny_profile_changes_only_what_the_base_and_its_size_demand():
     plain, tiny = load_config(CRACK).model_dump(), load_config(CRACK, "tiny").model_dump()
     changed = {(s, key) for s in plain for key in plain[s] if plain[s][key] != tiny[s][key]}
     assert changed == {
         ("model", "name"),
         ("model", "resolution"),
+        ("training", "batch_size"),
+        ("training", "gradient_accumulation_steps"),
         ("training", "mixed_precision"),
         ("scale", "learning_rate"),
         ("scale", "num_epochs"),

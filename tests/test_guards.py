@@ -4,7 +4,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from tiny_random import tiny_run_config
+from tiny_random import SHARED_RUN, tiny_run_config
 from transformers import TrainerCallback
 
 from helpers.__main__ import main
@@ -18,7 +18,6 @@ from helpers.train.guards import ADAPTER_STEPS, OFF_IF_EMPTY, WINDOW, Guards, Gu
 from helpers.train.run import read_history, read_run
 from helpers.train.training import train
 
-THRESHOLD = "evaluation.score_threshold=0.189"  # as in the shared run
 OFF = tuple(f"guards.{key}=false" for key in GuardSection.model_fields)
 
 
@@ -27,7 +26,7 @@ def start(base, data_dir):
     """Train the random base for 2 epochs of 3 steps; options go to `train`."""
 
     def run(folder, *settings, **options):
-        config = tiny_run_config(base, data_dir, THRESHOLD, *settings)
+        config = tiny_run_config(base, data_dir, *SHARED_RUN, *settings)
         return train(config, output_dir=folder, **options)
 
     return run

@@ -157,6 +157,10 @@ def write_dataset(folder, sizes=(("train", 6), ("valid", 3), ("test", 3))):
     return Path(folder)
 
 
+SHARED_RUN = ("training.seed=2", "evaluation.score_threshold=0.245")
+"""Of the run that all tests share: some detections reach the threshold, some are right."""
+
+
 def tiny_run_config(base, data_dir, *overrides):
     """Return a config that trains the random base for two epochs of three steps."""
     return load_config(

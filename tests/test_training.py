@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from tiny_random import tiny_run_config
+from tiny_random import SHARED_RUN, tiny_run_config
 from transformers import Sam3Model, TrainerCallback
 
 from helpers.config import load_config
@@ -328,7 +328,7 @@ def test_only_adapter_parameters_are_optimised(config, base, data_dir, tmp_path)
 
 
 def test_activation_checkpointing_gives_the_same_losses(base, data_dir, tmp_path, finished):
-    config = tiny_run_config(base, data_dir, "training.gradient_checkpointing=true")
+    config = tiny_run_config(base, data_dir, *SHARED_RUN, "training.gradient_checkpointing=true")
     result = train(config, output_dir=tmp_path / "run")
     blocks = result.model.get_base_model().vision_encoder.backbone.layers
     assert all(block.gradient_checkpointing for block in blocks)
@@ -337,7 +337,7 @@ def test_activation_checkpointing_gives_the_same_losses(base, data_dir, tmp_path
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU draws other dropout in half precision")
 def test_bf16_on_a_cpu_trains(base, data_dir, tmp_path, finished):
-    config = tiny_run_config(base, data_dir, "training.mixed_precision=bf16")
+    config = tiny_run_config(base, data_dir, *SHARED_RUN, "training.mixed_precision=bf16")
     result = train(config, output_dir=tmp_path / "run")
     first, exact = losses(result.history)[1], losses(finished.history)[1]
     assert first == pytest.approx(exact, rel=0.05)
@@ -354,7 +354,7 @@ def test_fp16_without_a_gpu_is_refused_before_anything_is_written(base, data_dir
 
 
 def test_workers_load_the_same_data(base, data_dir, tmp_path, finished):
-    config = tiny_run_config(base, data_dir, "training.num_workers=1")
+    config = tiny_run_config(base, data_dir, *SHARED_RUN, "training.num_workers=1")
     result = train(config, output_dir=tmp_path / "run")
     assert losses(result.history) == pytest.approx(losses(finished.history))
 

@@ -47,10 +47,10 @@ LOCKED = grep -vE '^(\#$(if $(TORCH),|nvidia-|cuda-|triton))' requirements.lock
 course: $(STAMP) ## execute the whole course; executed notebooks, summary.json and card.html go to runs/course/
 	OMP_NUM_THREADS=1 $(RUN) -m notebooks.run run $(ARGS)
 
-PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical --no-loadscope-reorder
-
 # Offline on purpose: the course must need no download. Long notebooks start first, files of quick
 # tests fill the gaps, so that all cores are busy to the end (see tests/conftest.py).
+PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical --no-loadscope-reorder
+
 test: $(STAMP) ## run the tests, among them the lessons that take a few minutes
 	$(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout 900 tests $(QUICK) $(ARGS)
 

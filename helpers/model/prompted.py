@@ -170,8 +170,8 @@ class PromptedSam3(Sam3Model):
         `backbone_states` (I, N, C); prompts are `input_ids` (B, T) or `text_states` (B, T, D), with
         their `attention_mask` (B, T). For `image_index` see `repeat_vision_embeds`.
 
-        Masks cost a quarter of a training step. With `mask_rows` (B,) bool or `mask_floor` only
-        these rows have them and rows whose best score reaches the floor; those of others are 0.
+        Every row has masks, unless `mask_rows` (B,) bool or `mask_floor` is given: then these rows
+        have them, and rows whose best score reaches the floor; the masks of others are 0.
         """
         if attention_mask is None:
             raise ValueError("pass attention_mask: padding would change the scores of the prompts")

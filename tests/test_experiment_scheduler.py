@@ -168,6 +168,19 @@ def test_an_unreachable_scheduler_is_one_line(tmp_path, monkeypatch, capsys):
         results("nowhere")
 
 
+def test_a_machine_too_busy_to_start_a_thread_is_asked_again(monkeypatch, cluster):
+    attempts = []
+
+    def late_client(*arguments, **options):
+        attempts.append(arguments)
+        assert len(attempts) > 1
+        return Client(*arguments, **options)
+
+    monkeypatch.setattr("distributed.Client", late_client)
+    assert sorted(results(cluster.scheduler_address)) == [1, 2]
+    assert len(attempts) == 2
+
+
 def test_a_worker_with_other_code_is_refused(monkeypatch, cluster):
     monkeypatch.setattr(jobs, "machine_facts", another_in_every_process)
     with pytest.raises(InputError, match=rf"has code \d+ instead of {os.getpid()}\. ") as caught:

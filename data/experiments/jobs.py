@@ -122,7 +122,10 @@ def _connection(address):
     from distributed import Client
 
     try:
-        return Client(address, timeout=CONNECT_SECONDS)
+        try:
+            return Client(address, timeout=CONNECT_SECONDS)
+        except AssertionError:  # its thread had not started in ten seconds: the machine is busy
+            return Client(address, timeout=CONNECT_SECONDS)
     except (OSError, ValueError) as error:
         fix = "start one with `dask scheduler` and give the address that it prints"
         message = f"no Dask scheduler answers there ({error})"

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from helpers.files import resolve
 from helpers.show.charts import draw_lines, history_frame
-from helpers.show.panels import LossPanel
+from helpers.show.panels import METRICS, LossPanel
 from helpers.train.run import METRICS_FILE, read_history, read_run_file
 from notebooks.gallery import figure_picture
 
@@ -22,12 +22,6 @@ TERMS = {
     "loss_dice": "mask, dice",
 }
 """Of the last decoder layer, before their weights; `aux` layers and the semantic map are left out."""
-METRICS = {
-    "eval_AP50": "AP50",
-    "eval_cgF1": "cgF1",
-    "eval_max_score_present_share_above": "detected",
-}
-"""Shares in [0, 1] of the validation split; what a run did not log is left out."""
 SMOOTH_SHARE = 20  # terms are drawn as means over this part of the steps
 RATE = {"learning_rate": "learning rate"}
 

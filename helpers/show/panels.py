@@ -22,7 +22,12 @@ from helpers.show.charts import draw_lines, history_frame
 from helpers.show.page import data_uri, with_still
 
 _REDRAW_SECONDS, _REDRAW_SHARE = 2.0, 0.05  # at most so often, and at most this share of the time
-_PANEL_METRICS = ("eval_AP50", "eval_cgF1", "eval_max_score_present_share_above")  # 0 to 1
+METRICS = {
+    "eval_AP50": "AP50",
+    "eval_cgF1": "cgF1",
+    "eval_max_score_present_share_above": "detected",
+}
+"""Shares in [0, 1] of the validation split, with their names in a figure."""
 
 
 class StillBox(widgets.VBox):
@@ -63,7 +68,7 @@ class LossPanel(TrainerCallback):
     def redraw(self):
         """Draw everything logged so far."""
         started = time.monotonic()
-        history = history_frame(self.log)
+        history = history_frame(self.log).rename(columns=METRICS)
         if "loss" in history:
             values = history["loss"].dropna()
             self.readout.value = f"step {values.index[-1]}: training loss {values.iloc[-1]:.3f}"
@@ -71,7 +76,7 @@ class LossPanel(TrainerCallback):
         left, right = figure.subplots(1, 2)
         losses = ["loss"] if "loss" in history else []
         draw_lines(left, history, losses, xlabel="optimiser step", ylabel="training loss", log=True)
-        metrics = [name for name in _PANEL_METRICS if name in history]
+        metrics = [name for name in METRICS.values() if name in history]
         draw_lines(right, history, metrics, xlabel="optimiser step", ylabel="validation metric")
         right.set_ylim(-0.03, 1.03)
         self.picture.value = image_html(figure, self.readout.value, width="100%")

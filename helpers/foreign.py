@@ -36,7 +36,6 @@ _VIT_MLP = re.compile(r"vision_encoder\.backbone\.layers\.\d+\.mlp\.fc[12]")
 _VIT_QUERY = re.compile(r"\.trunk\.blocks\.\d+\.attn\.q_proj$")
 # Without gradient where only words are asked: a softmax over one token, and boxes.
 _NEVER_TRAINED = re.compile(r"geometry_encoder\.(layers\.\d+\.self_attn\.[qk]_proj|boxes_)")
-_WORD_PARTS = {"text_encoder", "detr_encoder"}  # where a new word can be learned
 _LAYOUTS = {"native": "sompote", "peft": "twin"}
 _PROCESSOR_FILES = ("*processor_config.json", "tokenizer*", "vocab.json", "merges.txt")
 _USUAL_FILES = ("best_lora_weights.pt", "last_lora_weights.pt", "lora_weights.pt", "checkpoint.pt")
@@ -247,7 +246,7 @@ def _lora_findings(modules, names, parts, asked):
     if all(_VIT_MLP.fullmatch(hf) for name in modules for hf in names[name]):
         asked = f" ({', '.join(map(str, asked))})" if isinstance(asked, list) else ""
         findings.append(_finding("lora_elsewhere", count=count, asked=asked))
-    elif _WORD_PARTS.isdisjoint(parts):
+    elif lora.WORD_PARTS.isdisjoint(parts):
         findings.append(_finding("no_word_module"))
     trained = [n for n in modules if not all(map(_NEVER_TRAINED.match, names[n]))]
     if zeros := [name for name in trained if not modules[name][1].any()]:

@@ -10,6 +10,7 @@ from helpers.detect.detections import RawPrediction
 from helpers.diagnose import answer_gates as gates
 from helpers.diagnose.diagnosis import pass_gate
 from helpers.diagnose.patient import Examination, Gate
+from helpers.errors import InputError
 from helpers.model.lora import add_lora
 from helpers.model.sam3 import load_base
 
@@ -101,6 +102,30 @@ def test_text_names_the_lower_factor():
     assert "the lower factor is the presence" in run
     assert "the lower factor is the query" in base
     assert f"presence {torch.tensor(-2.0).sigmoid():.3f}" in run
+
+
+IN_VISION, IN_TEXT = "vision_encoder.layers.0.mlp.fc1", "text_encoder.text_model.layers.0.mlp.fc1"
+REFUSED, HALF_KNOWN = answer(-10.0, -6.0), answer(-0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("base", "adapted", "expected"),
+    [
+        (REFUSED, [IN_VISION], [("word_locked_in_base", False)]),
+        (REFUSED, [IN_VISION, IN_TEXT], None),  # the word could have been learned
+        (REFUSED, [], None),  # a full model: everything was trained
+        (HALF_KNOWN, [IN_VISION], None),  # nothing has to be learned in the text encoder
+    ],
+)
+def test_a_refused_word_needs_a_place_where_it_is_learned(monkeypatch, base, adapted, expected):
+    subject = examination(lambda word, shown: answer(-9.0), lambda word, shown: base)
+    subject.loaded = SimpleNamespace(model=None)
+    monkeypatch.setattr(gates, "lora_layers", lambda model: [(name, None) for name in adapted])
+    if expected is None:
+        with pytest.raises(InputError, match="for a reason that no gate may see"):
+            gates.run_beside_base(subject)
+    else:
+        assert causes(gates.run_beside_base, subject) == expected
 
 
 def known_base(word, shown):

@@ -245,7 +245,7 @@ def test_has_numbers_that_nbval_compares(path):
 @each_notebook
 def test_panels_are_not_compared(path):
     for cell in cells_of(path, "code"):
-        if re.search(r"(threshold_panel|explorer_panel|LossPanel)\(", cell.source):
+        if re.search(r"(threshold_panel|explorer_panel|LiveLog)\(", cell.source):
             assert "nbval-ignore-output" in tags_of(cell), cell.source
             assert "NBVAL_CHECK_OUTPUT" not in cell.source
 

@@ -64,11 +64,15 @@ def word_knowledge(model, processor, split, words=None, *, threshold=0.3):
         count, hits = len(answered), int((answered["max_score"] >= threshold).sum())
         interval = scipy.stats.binomtest(hits, count).proportion_ci(method="wilson")
         means = answered[["presence_prob", "max_query_prob"]].mean()
-        locked = means["presence_prob"] < LOCKED_PRESENCE and means["max_query_prob"] < LOCKED_QUERY
         known = "known" if hits / count >= KNOWN_SHARE else "half known" if hits else "open"
         rows[word] = {"images": count, **means, "detected": hits / count, **interval._asdict()}
-        rows[word]["knowledge"] = "locked" if locked else known
+        rows[word]["knowledge"] = "locked" if is_locked(*means) else known
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("word")
+
+
+def is_locked(presence_prob, max_query_prob):
+    """Say whether means over images that show a word say that the model refuses it."""
+    return presence_prob < LOCKED_PRESENCE and max_query_prob < LOCKED_QUERY
 
 
 def clear_answers(model, processor, records, words):

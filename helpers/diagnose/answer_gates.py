@@ -9,12 +9,13 @@ import torch
 from torchvision.ops import box_iou
 
 from helpers.data.records import absent_candidates, present_prompts
+from helpers.detect.knowledge import is_locked
 from helpers.detect.predictor import untrained_prompts
 from helpers.diagnose.data_gates import MIN_IMAGES
 from helpers.diagnose.patient import FOUND, Evidence, Inapplicable, evidence_if, gate, stated
 from helpers.errors import InputError
 from helpers.model.audit import prompt_embeddings
-from helpers.model.lora import component_of, lora_layers
+from helpers.model.lora import WORD_PARTS, component_of, lora_layers
 from helpers.model.prompted import PRESENCE_LOGIT_CLAMP
 
 OUT_OF_DOMAIN = ("zebra", "violin")  # words that no dataset of this kind shows
@@ -68,19 +69,26 @@ def _mean(answers, name):
 @gate(BEHAVIOUR_GATES, "words in the picture", f"a mean best score of {LEAST_PRESENT:g} or more")
 def run_beside_base(examination):
     """Compare the two factors of the score of present words with those of the base."""
-    texts, factors = [], ("max_score", "presence_prob", "max_query_prob")
-    for name, adapted in (("base", False), ("run", True)):
-        answers = _of_present(examination, adapted=adapted)
-        score, presence, query = (_mean(answers, factor) for factor in factors)
+    texts, means = [], {}
+    for name in ("base", "run"):
+        answers = _of_present(examination, adapted=name == "run")
+        factors = ("max_score", "presence_prob", "max_query_prob")
+        score, *means[name] = (_mean(answers, factor) for factor in factors)
+        presence, query = means[name]
         low = "presence" if presence < query else "query"
         texts.append(
             f"{name}: best score {score:.3f}, presence {presence:.3f}, best query {query:.3f} "
             f"(the lower factor is the {low})"
         )
     text = f"means over words in the picture: {'; '.join(texts[::-1])}"
-    if score < LEAST_PRESENT:
-        raise InputError(f"{text}: it finds next to nothing, for a reason that no gate may see")
-    return text, []
+    if score >= LEAST_PRESENT:
+        return text, []
+    adapted = {component_of(name) for name, _ in lora_layers(examination.loaded.model)}
+    if adapted and WORD_PARTS.isdisjoint(adapted) and is_locked(*means["base"]):
+        listed = ", ".join(sorted(adapted))
+        text += f"; the base refuses them, and LoRA is in {listed} only, where no word is learned"
+        return text, [Evidence("word_locked_in_base", 0.85, text, is_direct=False)]
+    raise InputError(f"{text}: it finds next to nothing, for a reason that no gate may see")
 
 
 @gate(BEHAVIOUR_GATES, "presence at its clamp", f"at most {MAX_AT_CLAMP:.0%} of the words")

@@ -11,7 +11,14 @@ from helpers.data.coco import read_split
 from helpers.diagnose.patient import FOUND, SLIP, Evidence, Inapplicable, evidence_if, gate, stated
 from helpers.errors import InputError
 from helpers.files import TINY_BASE, WALL_CRACKS, read_json, resolve
-from helpers.model.lora import BASE_FILE, COMPONENTS, CONFIG_FILE, WEIGHTS_FILE, component_of
+from helpers.model.lora import (
+    BASE_FILE,
+    COMPONENTS,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    WORD_PARTS,
+    component_of,
+)
 from helpers.train import run as run_folder
 
 # Written before the first step, and after the last one; metrics.json follows.
@@ -20,7 +27,6 @@ LATE_FILES = (WEIGHTS_FILE, CONFIG_FILE, BASE_FILE, run_folder.AUDIT_FILE, run_f
 MAX_DROPOUT = 0.2
 FEW_IMAGES, MAX_EPOCHS = 100, 50
 IDLE_COMPONENT = "geometry_encoder"  # a text prompt never passes through it
-WORD_PARTS = {"text_encoder", "detr_encoder"}  # where a word can be learned
 FINDINGS = {
     "lora_elsewhere": ("lora_elsewhere", 1.0),
     "weights_not_loaded": ("weights_not_loaded", 0.5),

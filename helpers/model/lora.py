@@ -34,6 +34,7 @@ COMPONENTS = {
     "mask_decoder": ("mask_decoder",),
 }
 """Component of a config flag ``apply_to_<component>``: the module names it covers."""
+WORD_PARTS = {"text_encoder", "detr_encoder"}  # where a new word can be learned
 # The output projection is `out_proj` in the text tower and `o_proj` elsewhere.
 SPELLINGS = {"out_proj": ("out_proj", "o_proj"), "o_proj": ("out_proj", "o_proj")}
 

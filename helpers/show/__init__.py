@@ -9,7 +9,6 @@ from helpers.show.charts import (
 )
 from helpers.show.explorer import Explorer, explorer_panel, threshold_panel
 from helpers.show.panels import (
-    LossPanel,
     target_picture,
     targets_figure,
 )

@@ -1,33 +1,20 @@
-"""A panel to watch a training, and pictures of what the loss is given.
+"""Controls with a still, and pictures of what the loss is given.
 
 Targets are read back from the tensors of a collated batch and nothing from the files, so a fault of
 the loader shows in these pictures, where pictures of the files would hide it.
 """
 
 import html
-import math
-import time
 
 import ipywidgets as widgets
 import torch
-from matplotlib.figure import Figure
 from torch.nn.functional import interpolate
 from torchvision.ops import box_convert
 from torchvision.transforms.functional import to_pil_image
-from transformers import TrainerCallback
 
 from helpers.errors import printable
 from helpers.show import pictures
-from helpers.show.charts import draw_lines, history_frame
 from helpers.show.page import data_uri, with_still
-
-_REDRAW_SECONDS, _REDRAW_SHARE = 2.0, 0.05  # at most so often, and at most this share of the time
-METRICS = {
-    "eval_AP50": "AP50",
-    "eval_cgF1": "cgF1",
-    "eval_max_score_present_share_above": "detected",
-}
-"""Shares in [0, 1] of the validation split, with their names in a figure."""
 
 
 class StillBox(widgets.VBox):
@@ -39,50 +26,6 @@ class StillBox(widgets.VBox):
 
     def _repr_mimebundle_(self, **kwargs):
         return with_still(super()._repr_mimebundle_(**kwargs), self.still)
-
-
-class LossPanel(TrainerCallback):
-    """Curves of training loss and validation metrics; a callback of a trainer that shows `widget`."""
-
-    def __init__(self):
-        self.log = []
-        self.readout, self.picture = widgets.Label(value="training has not started"), widgets.HTML()
-        self.widget = StillBox(self.readout, self.picture)
-        self._next_drawing = -math.inf
-        self.redraw()
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Add every logged entry with its step."""
-        self.update({**(logs or {}), "step": state.global_step})
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """Draw the last state, which `update` may have left out."""
-        self.redraw()
-
-    def update(self, log):
-        """Add one entry, names to numbers, and redraw unless that would take time from the training."""
-        self.log.append(dict(log))
-        if time.monotonic() >= self._next_drawing:
-            self.redraw()
-
-    def redraw(self):
-        """Draw everything logged so far."""
-        started = time.monotonic()
-        history = history_frame(self.log).rename(columns=METRICS)
-        if "loss" in history:
-            values = history["loss"].dropna()
-            self.readout.value = f"step {values.index[-1]}: training loss {values.iloc[-1]:.3f}"
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        losses = ["loss"] if "loss" in history else []
-        draw_lines(left, history, losses, xlabel="optimiser step", ylabel="training loss", log=True)
-        metrics = [name for name in METRICS.values() if name in history]
-        draw_lines(right, history, metrics, xlabel="optimiser step", ylabel="validation metric")
-        right.set_ylim(-0.03, 1.03)
-        self.picture.value = image_html(figure, self.readout.value, width="100%")
-        self.widget.still = (figure, f"{self.readout.value}.") if self.log else ()
-        ended = time.monotonic()
-        self._next_drawing = ended + max(_REDRAW_SECONDS, (ended - started) / _REDRAW_SHARE)
 
 
 def image_html(picture, alt, width="32em"):

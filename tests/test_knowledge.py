@@ -54,6 +54,14 @@ def test_the_half_known_base_keeps_what_the_base_knew():
     assert list(table["knowledge"]) == ["known", "known"]
 
 
+def test_a_word_that_the_files_list_is_asked_where_they_list_it(walls):
+    shown = {word: sum(word in r.contents for r in walls.records) for word in ("joint", "moss")}
+    assert 0 < shown["joint"] < 12
+    table = word_knowledge(*load_base(DATA / "tiny_sam3"), walls, [*shown, "crack"])
+    assert table["images"].to_dict() == shown | {"crack": 12}
+    assert table.loc["joint", "knowledge"] == "known"
+
+
 def test_a_category_without_objects_is_refused(walls):
     empty = replace(walls, records=tuple(r for r in walls.records if not r.objects))
     with pytest.raises(InputError, match="no image shows 'crack'"):

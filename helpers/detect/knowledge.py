@@ -33,7 +33,8 @@ def word_knowledge(model, processor, split, words=None, *, threshold=0.3):
     model, processor
         From `helpers.model.load_base`, or with an adapter.
     split : helpers.data.Split
-        Images with objects. A word that is none of its categories is asked wherever there are any.
+        Images with objects. A word that is no category is asked where ``contents`` list it; one
+        that none lists, where there are objects, as another name for them.
     words : sequence of str, optional
         By default the categories.
     threshold : float
@@ -48,10 +49,11 @@ def word_knowledge(model, processor, split, words=None, *, threshold=0.3):
         InputError for a word that no image shows.
     """
     words = check_prompts(list(split.categories) if words is None else words)
-    prompts, foreign = {}, set(words).difference(split.categories)
+    listed = (record.contents for record in split.records)
+    prompts, foreign = {}, set(words).difference(split.categories, *listed)
     for record in split.records:
         nouns = {item.category for item in true_objects(record)}
-        asked = nouns | foreign if nouns else nouns
+        asked = nouns | record.contents | (foreign if nouns else set())
         prompts[record.image_id] = [word for word in words if word in asked]
     answers = output_table(raw_outputs(model, processor, split.records, prompts))
     rows = {}

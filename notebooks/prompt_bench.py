@@ -222,10 +222,12 @@ class PromptBench:
             panel.readout.value = f"asking “{html.escape(printable(panel.word.value))}” …"
             try:
                 readout, picture, alt = self._view(panel.image.value, panel.word.value)
-            except InputError as error:
+            except Exception as error:
                 message = html.escape(textwrap.shorten(printable(error), MESSAGE_LETTERS))
                 panel.readout.value = f'<p role="alert"><b>Not asked:</b> {message}</p>'
                 panel.picture.value = ""
+                if not isinstance(error, InputError):
+                    raise
                 return
             panel.readout.value, panel.widget.still = readout, (picture, alt)
             look = 'style="width:58em;max-width:100%"'

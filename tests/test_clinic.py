@@ -212,8 +212,9 @@ def test_a_script_that_raises_is_a_sign(shared, data_dir):
     broken = copy(shared.script)
     broken.answer = None
     signs = take_signs(broken, truth)
-    assert signs == VitalSigns(remark="raised TypeError")
-    assert deviations(signs, signs) == {"remark": "raised TypeError"}
+    text = "raised TypeError: 'NoneType' object is not callable"
+    assert signs == VitalSigns(remark=text)
+    assert deviations(signs, signs) == {"remark": text}
 
 
 def test_a_dataset_without_objects_is_refused(places, data_copy, tmp_path):

@@ -111,7 +111,7 @@ REFUSED, HALF_KNOWN = answer(-10.0, -6.0), answer(-0.5, 1.0)
 @pytest.mark.parametrize(
     ("base", "adapted", "expected"),
     [
-        (REFUSED, [IN_VISION], [("word_locked_in_base", False)]),
+        (REFUSED, [IN_VISION], [("word_locked_in_base", True)]),
         (REFUSED, [IN_VISION, IN_TEXT], None),  # the word could have been learned
         (REFUSED, [], None),  # a full model: everything was trained
         (HALF_KNOWN, [IN_VISION], None),  # nothing has to be learned in the text encoder

@@ -228,3 +228,12 @@ def test_the_panel_stores_a_still(bench):
     data = bundle[0] if isinstance(bundle, tuple) else bundle
     assert "image/jpeg" in data
     assert data["text/plain"].startswith("A panel with sliders")
+
+
+def test_an_error_of_the_code_is_shown_and_raised(bench, monkeypatch):
+    panel = bench.panel("crack")
+    monkeypatch.setattr(bench, "_view", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        panel.word.value = "moss"
+    assert "division by zero" in panel.readout.value
+    assert panel.picture.value == ""

@@ -28,7 +28,7 @@ from helpers.train.training import train
 SEEDS = (1, 2, 3, 4, 5)
 BASES = {"never": "data/tiny_sam3", "half": "data/tiny_sam3_half_known"}
 """How well a base knows the word "crack", and where it is."""
-GRADED = {word: f"runs/bases/{word}" for word in ("quarter", "most", "half_shut", "control")}
+GRADED = {word: f"runs/bases/{word}" for word in ("most", "half_shut", "control")}
 """The same for those that `data.tiny_sam3_half_known.make` makes on demand."""
 SEEDS_OF = {"grades": (1,), "rates": (1,)}
 """Designs of which fewer than five were run so far."""

@@ -87,7 +87,7 @@ def run_beside_base(examination):
     if adapted and WORD_PARTS.isdisjoint(adapted) and is_locked(*means["base"]):
         listed = ", ".join(sorted(adapted))
         text += f"; the base refuses them, and LoRA is in {listed} only, where no word is learned"
-        return text, [Evidence("word_locked_in_base", 0.85, text, is_direct=False)]
+        return text, [Evidence("word_locked_in_base", 0.85, text)]
     raise InputError(f"{text}: it finds next to nothing, for a reason that no gate may see")
 
 

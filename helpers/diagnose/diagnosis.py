@@ -111,7 +111,7 @@ class Diagnosis:
         """What would open more gates, the cheapest first: text with the number of gates."""
         counts = Counter(gate.needs for gate in self.open_gates)
         return [
-            f"{name}, with {argument if self.is_live else option} (opens {counts[part]} gates)"
+            f"{name}, with {argument if self.is_live else option} (gates opened: {counts[part]})"
             for part, (name, option, argument) in NEEDS.items()
             if counts[part]
         ]

@@ -127,7 +127,8 @@ def take_signs(script, truth):
     try:
         return signs_of(queries_of(script, truth))
     except Exception as error:  # a fault may stop the pipeline anywhere: that is a sign too
-        return VitalSigns(remark=f"raised {type(error).__name__}: {getattr(error, 'message', error)}")
+        text = getattr(error, "message", error)  # without the path of an `InputError`
+        return VitalSigns(remark=f"raised {type(error).__name__}: {text}")
 
 
 def queries_of(script, split):

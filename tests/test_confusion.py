@@ -13,7 +13,17 @@ from data.experiments.make_confusion import (
     VIEWS,
     run_laboratory,
 )
-from data.experiments.statistics import NOTHING, confusion_figure, score
+from data.experiments.statistics import (
+    BLIND,
+    LATE,
+    MISLED,
+    NOTHING,
+    RIGHT,
+    WRONG,
+    confusion_figure,
+    outcomes_of,
+    score,
+)
 from helpers.causes import CAUSES
 from helpers.lab.faults import FAULTS, RUN_FOLDER
 
@@ -59,14 +69,30 @@ def test_the_figure_marks_what_was_planted_and_what_was_found():
         ("b", "at_clamp", "", False),
         ("healthy 1", NOTHING, "", True),
     )
-    ax = confusion_figure(table).axes[0]
-    labels = [label.get_text() for label in ax.get_xticklabels()]
-    assert labels == ["no_objects", "at_clamp", NOTHING]
-    marks = [(line.get_marker(), line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines]
-    assert marks == [
-        *[("o", 0, 0), ("s", 0, 0), ("s", 1, 0)],
-        *[("x", 1, 1), ("s", 2, 1), ("o", 2, 2), ("s", 2, 2)],
-    ]
+    figure = confusion_figure(table, blocks=2)
+    labels = [[label.get_text() for label in ax.get_yticklabels()] for ax in figure.axes]
+    assert labels == [["a", "b"], ["healthy 1"]]
+    marks = [[(line.get_marker(), *line.get_ydata()) for line in ax.lines] for ax in figure.axes]
+    assert marks == [[("o", 0), (".", 1)], [("o", 0)]]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [RIGHT, BLIND]
+
+
+@pytest.mark.parametrize(
+    ("row", "outcome"),
+    [
+        (("a", "no_objects", "no_objects at_clamp", True), RIGHT),
+        (("a", "no_objects", "at_clamp no_objects", True), LATE),
+        (("a", "no_objects", "at_clamp", True), WRONG),
+        (("a", "no_objects", "", True), WRONG),
+        (("a", "no_objects", "", False), BLIND),
+        (("a", "no_objects", "at_clamp", False), MISLED),
+        (("healthy 1", NOTHING, "", True), RIGHT),
+        (("healthy 1", NOTHING, "at_clamp", True), WRONG),
+    ],
+)
+def test_an_examination_ends_in_one_of_five_ways(row, outcome):
+    assert outcomes_of(table_of(row)).tolist() == [outcome]
 
 
 def test_what_was_judged_is_not_judged_again(tmp_path, monkeypatch):

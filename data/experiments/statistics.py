@@ -326,38 +326,61 @@ def score(table):
     }
 
 
-def confusion_figure(table):
-    """Draw planted faults (rows) against the causes found (columns), from the table of `score`.
+RIGHT, LATE = "named first; healthy: no cause", "named, but not first"
+BLIND, MISLED = (
+    "cannot be seen from there, nothing named",
+    "cannot be seen from there, another named",
+)
+WRONG = "missed; healthy: a cause named"
+MARKS = {
+    RIGHT: {"marker": "o", "color": COLOURS[0]},
+    LATE: {"marker": "s", "color": COLOURS[1], "mfc": "none"},
+    BLIND: {"marker": ".", "color": "0.6"},
+    MISLED: {"marker": "^", "color": COLOURS[2], "mfc": "none"},
+    WRONG: {"marker": "X", "color": COLOURS[3]},
+}
+"""How an examination may end, and its mark in a figure."""
 
-    A large mark is the cause named first, a small one a further cause; a ring marks the planted one,
-    a cross one that cannot be seen from the view. Views lie side by side, each with its own shape.
+
+def outcomes_of(table):
+    """Say of each row of the table of `score` how the examination ended: a series of keys of `MARKS`."""
+    table = table.fillna("")
+
+    def outcome(row):
+        codes = row["found"].split()
+        if row["cause"] == NOTHING:
+            return WRONG if codes else RIGHT
+        if row["cause"] in codes:
+            return RIGHT if codes[0] == row["cause"] else LATE
+        if str(row["seen"]) == "True":
+            return WRONG
+        return MISLED if codes else BLIND
+
+    return table.apply(outcome, axis=1)
+
+
+def confusion_figure(table, *, blocks=3):
+    """Draw how each examination of the table of `score` ended, one row per planted fault.
+
+    Rows are in the order of the causes in the catalogue; each block has a column per view.
     """
     order = [*TABLE, NOTHING]
-    table = table.fillna("").sort_values("cause", key=lambda c: c.map(order.index), kind="stable")
-    answers = [found.split() or [NOTHING] for found in table["found"]]
-    columns = [code for code in order if code in {*table["cause"], *sum(answers, []), NOTHING}]
+    table = table.assign(outcome=outcomes_of(table))
+    table = table.sort_values("cause", key=lambda c: c.map(order.index), kind="stable")
     rows, views = list(dict.fromkeys(table["planted"])), list(dict.fromkeys(table["view"]))
-    figure = Figure(figsize=(4 + 0.3 * len(columns), 2.8 + 0.2 * len(rows)), layout="constrained")
-    ax = figure.subplots()
-    seen = table["seen"].astype(str) == "True"
-    cells = zip(table["planted"], table["view"], table["cause"], seen, answers, strict=True)
-    for planted, view, cause, is_seen, codes in cells:
-        number, place = views.index(view), rows.index(planted)
-        shift = 0.4 * (number - (len(views) - 1) / 2)
-        style = {"color": COLOURS[number], "marker": "sD"[number], "linestyle": "none"}
-        ring = "o" if is_seen or cause == NOTHING else "x"
-        ax.plot(columns.index(cause) + shift, place, ring, color="0.4", markersize=8, mfc="none")
-        for rank, code in enumerate(codes):
-            size = 4.5 if rank == 0 else 2
-            ax.plot(columns.index(code) + shift, place, **style, markersize=size)
-    handles = [
-        Line2D([], [], color=COLOURS[number], marker="sD"[number], linestyle="none", label=view)
-        for number, view in enumerate(views)
-    ]
-    figure.legend(handles=handles, title="examined from", loc="outside upper right", ncols=2)
-    ax.set_yticks(range(len(rows)), rows, fontsize=8)
-    ax.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
-    ax.margins(0.015)
-    ax.invert_yaxis()
-    dress(ax, "cause found", "planted fault")
+    height = -(-len(rows) // blocks)
+    figure = Figure(figsize=(10, 1.2 + 0.21 * height), layout="constrained")
+    axes = figure.subplots(1, blocks, squeeze=False)[0]
+    for row in table.itertuples():
+        block, place = divmod(rows.index(row.planted), height)
+        axes[block].plot(views.index(row.view), place, ls="none", ms=6, **MARKS[row.outcome])
+    for block, ax in enumerate(axes):
+        own = rows[block * height : (block + 1) * height]
+        ax.set_yticks(range(len(own)), own, fontsize=8)
+        ax.set_xticks(range(len(views)), views, fontsize=8)
+        ax.set(xlim=(-0.5, len(views) - 0.5), ylim=(height - 0.5, -0.5))
+        ax.tick_params(length=0, labeltop=True, labelbottom=False)
+    present = [name for name in MARKS if (table["outcome"] == name).any()]
+    handles = [Line2D([], [], ls="none", label=name, **MARKS[name]) for name in present]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8)
     return figure

@@ -379,6 +379,16 @@ def runs_figure(histories, names):
     return figure
 
 
+def absent_words(words, split):
+    """Return words to ask as absent: list of str; say so if nothing tells what a picture shows."""
+    if not any(record.contents for record in split.records):
+        print_wrapped(
+            f"The annotations of {split.name} do not say what else is in a picture, so look whether "
+            f"these are really absent: {', '.join(words)}. What is in it counts as a false alarm."
+        )
+    return list(words)
+
+
 def print_wrapped(*lines):
     """Print lines of at most `LINE_WIDTH` characters.
 

@@ -1,6 +1,7 @@
 """From a foreign folder to splits, and from small pictures to a large one: nothing is lost on the way."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,13 @@ from helpers.data.masks import segmentation_to_rle
 from helpers.detect.predictor import Prediction
 from helpers.errors import InputError
 from helpers.files import WALL_CRACKS
-from notebooks.examples import import_dataset, lay_out, open_photograph, queries_by_category
+from notebooks.examples import (
+    absent_words,
+    import_dataset,
+    lay_out,
+    open_photograph,
+    queries_by_category,
+)
 
 SHARES = (0.5, 0.25, 0.25)
 
@@ -208,3 +215,14 @@ def test_each_prompt_is_judged_by_the_objects_of_its_category(tmp_path):
         for name in names
     }
     assert counted == expected | {"dog": 0}
+
+
+def test_absent_words_warn_where_nothing_is_listed(capsys):
+    split = read_split(WALL_CRACKS, "test")
+    assert absent_words(["dog"], split) == ["dog"]
+    assert capsys.readouterr().out == ""
+    bare = replace(split, records=tuple(replace(r, contents=frozenset()) for r in split.records))
+    absent_words(["dog", "car"], bare)
+    text = capsys.readouterr().out
+    assert text.startswith("The annotations of test do not say what else is in a picture")
+    assert "dog, car" in text

@@ -438,11 +438,10 @@ def _read_file(path):
         with path.open("rb") as file:
             if file.read(9)[8:] == b"{":  # safetensors, whatever its name
                 return load_file(path)
-        is_large = size > _MEMORY_MAPPED
-        if is_zip and not is_large and (name := zipfile.ZipFile(path).testzip()):
+        is_mapped = is_zip and size > _MEMORY_MAPPED
+        if is_zip and not is_mapped and (name := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"the checksum of {name} differs")  # torch compares none
-        options = {"map_location": "cpu", "weights_only": True}
-        return torch.load(path, **options, mmap=is_zip and is_large)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except Exception as error:  # damaged files raise what they happen to break
         if isinstance(error, pickle.UnpicklingError) and (is_zip or "GLOBAL" in str(error)):
             message = "holds Python objects besides tensors; to load them would run their code"

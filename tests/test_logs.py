@@ -54,8 +54,6 @@ YOLO = (
             [9],
             [],
         ),
-        ("shuffled.csv", "step,loss\n3,1\n1,3\n2,2\n", [3, 2, 1], []),
-        ("by_epoch.csv", "step,loss\n0,4\n1,3\n0,2\n1,1\n", [4, 3, 2, 1], []),
         ("list.json", json.dumps([{"iter": 1, "loss": 2}, {"iter": 2, "loss": "1.0"}]), [2, 1], []),
         ("nested.jsonl", lines({"losses": {"loss_ce": 1, "loss_bbox": 2}}), [3], []),
     ],

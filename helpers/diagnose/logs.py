@@ -84,9 +84,6 @@ def tidy_log(entries, where=None):
             raise InputError(f"holds no loss, but {columns}", where=where, fix=_FIX)
         whole = [name for name in terms if _WHOLE.search(name.lower())]
         table["loss"] = table[whole[:1] or terms].sum(axis=1, min_count=1)
-    order = [name for name in ("epoch", "step") if name in table and table[name].notna().all()]
-    if order and not table.duplicated(order).any():  # else it may count anew in every epoch
-        table = table.sort_values(order, ignore_index=True)
     return table
 
 

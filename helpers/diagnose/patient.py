@@ -658,10 +658,9 @@ def open_patient(source, *, config=None, log=None, alpha=None, orientation=None,
         folder; ``checkpoint.pt`` of Meta's trainer; folder of a `Sam3Model`; a log; or a dataset.
     config, log : os.PathLike, optional
         ``settings`` and ``log`` of `Patient`; found by themselves if they lie beside the weights.
-    alpha, orientation : float, str, optional
-        Of `helpers.foreign.import_source`.
     **given
-        ``data_dir``, ``base``, ``words``, ``image``, ``prompt`` of `Patient`.
+        ``data_dir``, ``base``, ``words``, ``image``, ``prompt`` of `Patient`; for what has to be
+        imported ``alpha`` and ``orientation``, too.
 
     Returns
     -------

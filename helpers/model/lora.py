@@ -234,8 +234,7 @@ def check_tensors(tensors, path):
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
             kind = f"{tensor.dtype} numbers ({tensor.layout}, {tensor.device})"
-            kind = kind.replace("torch.", "")
-            raise InputError(f"{name} holds {kind}", where=path, fix=_RESTORE)
+            raise InputError(f"{name} holds {kind}".replace("torch.", ""), where=path, fix=_RESTORE)
         broken = ~torch.isfinite(tensor.float())  # a float64 may be too large for it
         if broken.any():
             value, count = tensor[broken][0].item(), int(broken.sum())

@@ -386,7 +386,7 @@ def read_source(source, config=None):
     if isinstance(others.get("lora_config"), dict):
         found.settings, found.where = others["lora_config"], path
     elif found.is_lora and (config or not found.is_peft):
-        found.where = config or _yaml_beside(folder)
+        found.where = config or yaml_beside(folder)
         content = {} if found.where is None else read_yaml(found.where)
         sections = [content.get(name) or {} for name in ("lora", "model")]
         if not all(isinstance(section, dict) for section in sections):
@@ -504,7 +504,7 @@ def lora_matrices(source):
     return {module: (tensors[names["A"]], tensors[names["B"]]) for module, names in halves.items()}
 
 
-def _yaml_beside(folder):
+def yaml_beside(folder):
     """Return the one YAML file in a folder that has a section ``lora``, or None."""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml"))
     files = [path for path in files if read_yaml(path).get("lora")]

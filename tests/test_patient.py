@@ -79,6 +79,10 @@ def test_settings_that_are_not_stated_are_no_defaults(peft_folder, tmp_path):
     assert [one.cause for one in result.evidence] == ["extreme_regularisation"]
     with pytest.raises(Missing, match="lora.rank"):
         _ = open_patient(peft_folder).config.lora.rank
+    (tmp_path / "a.yaml").write_text('training:\n  num_epochs: "200"\n')
+    result = pass_gate(gate, open_patient(peft_folder, config=tmp_path / "a.yaml"))
+    assert (result.status, result.needs) == ("not checked", None)
+    assert "training.num_epochs is '200'. Fix: write a number" in result.measured
 
 
 @pytest.mark.parametrize(
@@ -95,8 +99,9 @@ def test_weights_alone_give_a_cause_away(peft_folder, name, change, cause):
     assert [one.cause for one in result.evidence] == [cause]
 
 
-def test_a_run_of_sompote_is_imported_with_its_yaml():
-    folder = FOREIGN / "text_attention_r8"
+def test_a_run_of_sompote_is_imported_with_its_yaml(tmp_path):
+    folder = shutil.copytree(FOREIGN / "text_attention_r8", tmp_path / "run")
+    write_text(folder / "data.yaml", "names: [crack]\n")  # not of the training
     patient = open_patient(folder, base=FOREIGN / "base")
     assert patient.config.lora.rank == 8
     assert pass_gate(FILE_GATES[1], patient).status == "ok"

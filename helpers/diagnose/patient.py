@@ -25,7 +25,7 @@ from helpers.detect.predictor import Predictor
 from helpers.diagnose.logs import LOG_FILES, read_log, tidy_log
 from helpers.errors import InputError
 from helpers.files import CONFIGS, read_json, resolve
-from helpers.foreign import OF_META, import_source, read_source
+from helpers.foreign import OF_META, import_source, read_source, yaml_beside
 from helpers.model import lora
 from helpers.model.audit import adapter_report
 from helpers.model.prompted import PromptedSam3, base_of
@@ -144,6 +144,9 @@ class Stated:
     """Settings as far as they are stated; any other raises `Missing`."""
 
     def __init__(self, is_live, name, values):
+        for key in values.keys() & {"dropout", "num_epochs", "learning_rate"}:
+            if not isinstance(values[key], int | float | None):
+                raise InputError(f"{name}{key} is {values[key]!r:.50}", fix="write a number")
         vars(self).update(values, _is_live=is_live, _name=name)
 
     def __getattr__(self, key):
@@ -710,9 +713,7 @@ def _is_to_import(folder):
 def _imported(path, folder, given, **options):
     """Return the patient of weights that have to be imported, into a folder that goes with it."""
     keeper = tempfile.TemporaryDirectory(prefix="imported-")
-    yamls = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
-    if given["settings"] is None and len(yamls) == 1:
-        given["settings"] = yamls[0]
+    given["settings"] = given["settings"] or yaml_beside(folder)
     place = Path(keeper.name) / "model"
     report = import_source(path, place, config=given["settings"], base=given.get("base"), **options)
     return Foreign(place, report.findings, keeper, **given)

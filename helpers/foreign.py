@@ -9,7 +9,6 @@ in it stands for the number of a layer.
 
 import pickle
 import re
-import shutil
 import zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -27,7 +26,7 @@ from helpers.config import read_yaml, yaml_text
 from helpers.errors import InputError
 from helpers.files import DATA, file_digest, read_json, resolve, staged_folder, write_json
 from helpers.model import lora
-from helpers.model.sam3 import base_config, refuse_lfs_pointer
+from helpers.model.sam3 import base_config, load_processor, refuse_lfs_pointer
 
 DEFAULT_BASE = "facebook/sam3"
 SOMPOTE_FILES = ("best_lora_weights.pt", "config.yaml")
@@ -37,18 +36,22 @@ _VIT_QUERY = re.compile(r"\.trunk\.blocks\.\d+\.attn\.q_proj$")
 # Without gradient where only words are asked: a softmax over one token, and boxes.
 _NEVER_TRAINED = re.compile(r"geometry_encoder\.(layers\.\d+\.self_attn\.[qk]_proj|boxes_)")
 _LAYOUTS = {"native": "sompote", "peft": "twin"}
-_PROCESSOR_FILES = ("*processor_config.json", "tokenizer*", "vocab.json", "merges.txt")
-_USUAL_FILES = ("best_lora_weights.pt", "last_lora_weights.pt", "lora_weights.pt", "checkpoint.pt")
-_USUAL_FILES += ("checkpoints/checkpoint.pt",)
+_USUAL_FILES = [f"{name}lora_weights.pt" for name in ("best_", "last_", "")]
+_USUAL_FILES += ["checkpoint.pt", "checkpoints/checkpoint.pt"]
 _WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")
+_PEFT_WEIGHTS = (lora.WEIGHTS_FILE, "adapter_model.bin")
+_MODEL_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
 _TABLES = ("model", "state_dict", "lora_state_dict", "model_state_dict")
-_MEMORY_MAPPED = 2**30  # bytes from which a file stays on disk; its checksums are not compared then
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # a start that moves its weights
+_MEMORY_MAPPED = 2**30  # bytes from which a file stays on disk; its checksums are not compared
 _AGAIN = "copy or download the file again, and compare its size"
 # What programs put before the names of Meta's and transformers' modules, and what the tracker has.
 _PREFIX = re.compile(r"(module|_orig_mod|base_model\.model|(sam3_)?model|detector(_model)?)\.")
 _TRACKER = re.compile(r"tracker(_model|_neck)?\.|.*\bsam2_convs\.")
 _MATRIX = re.compile(r"(.+?)\.(?:lora\.)?lora_([AB])(?:\.default)?(?:\.weight)?")
 
+OF_META = re.compile(r"(vision|language)_backbone|transformer\.\w+coder\.|dot_prod_|tion_head")
+"""What only names of Meta's code contain."""
 WITHOUT_COUNTERPART = re.compile(r"geometry_encoder\.points_|.*\.attn\.freqs_cis$")
 """Names that transformers has not: points as prompts, and constants that it computes."""
 _FUSED = re.compile(r"(.+?)(?:\.qkv|\.in_proj)?([._](?:weight|bias))?")
@@ -105,12 +108,12 @@ def import_source(source, output, config=None, base=None, alpha=None, orientatio
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError("is not an empty folder", where=output, fix="choose another --output")
     found = read_source(resolve(source), None if config is None else resolve(config))
-    if "sam3.1" in str(found.base):
-        message = f"was trained on {found.base}, whose weights are others than those of sam3"
+    if named := [name for name in (found.base, base) if "sam3.1" in str(name).lower()]:
+        message = f"the base is {named[0]}, whose weights are others than those of sam3"
         fix = "train again on facebook/sam3; transformers has no SAM 3.1"
-        raise InputError(message, where=found.where, fix=fix)
-    used = {key: found.tensors[name] for name, key in found.keys.items()}
-    lora.check_tensors({k: v for k, v in used.items() if not v.is_complex()}, found.path)
+        raise InputError(message, where=found.where or "--base", fix=fix)
+    used = {key: found.tensors[n] for n, key in found.keys.items() if "freqs_cis" not in n}
+    lora.check_tensors(used, found.path)
     with staged_folder(output) as staging:
         if found.is_lora:
             return _write_lora(found, staging, base, alpha, orientation)
@@ -210,8 +213,9 @@ def _oriented(modules, layers, base, orientation, path):
 def _alpha(found, ranks, alpha):
     """Return alpha as the user or the settings of the training give it; it is never guessed."""
     fix = f"give alpha with --alpha; usual is twice the rank, here {2 * ranks.most_common(1)[0][0]}"
+    where = "--alpha"
     if alpha is None:
-        settings, problem = found.settings, None
+        where, settings, problem = found.where or found.path, found.settings, None
         alpha = settings.get("alpha")
         if alpha is None:
             problem = "alpha is not in the weights, and there is no YAML with it"
@@ -222,9 +226,9 @@ def _alpha(found, ranks, alpha):
             problem += f" in the shapes of {found.path.name}: this is not the file of its training"
         if problem:
             fix = f"give the YAML of the training with --config, or {fix}"
-            raise InputError(problem, where=found.where or found.path, fix=fix)
+            raise InputError(problem, where=where, fix=fix)
     if type(alpha) not in (int, float) or not 0 < alpha <= lora.MAX_SCALE * min(ranks):
-        raise InputError(f"alpha is {alpha!r:.100}", where=found.where or "--alpha", fix=fix)
+        raise InputError(f"alpha is {alpha!r:.100}", where=where, fix=fix)
     return alpha
 
 
@@ -266,11 +270,12 @@ def _write_full(found, staging, base):
     left_out = [name for name in found.tensors if WITHOUT_COUNTERPART.match(name)]
     for name in found.tensors.keys() - left_out:
         tensor, names = found.tensors[name], () if name in expected else to_hf(name)
-        if name.endswith("trunk.pos_embed"):
+        if name.endswith("trunk.pos_embed") and tensor.ndim > 1:
             tensor = tensor[:, 1:]  # the place of a class token, which neither has
         elif name.endswith("encoder.text_projection"):
             tensor = tensor.T
-        tensors |= zip(names or (name,), tensor.chunk(len(names) or 1), strict=True)
+        parts = tensor.chunk(len(names)) if len(names) > 1 and tensor.ndim else [tensor]
+        tensors |= zip(names or (name,), parts, strict=False)  # what lacks then is missing
     problems = {
         "missing": expected.keys() - tensors,
         "unexpected": tensors.keys() - expected,
@@ -298,10 +303,9 @@ def _write_full(found, staging, base):
     state = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
     model.load_state_dict(state, assign=True)
     model.save_pretrained(staging)
-    files = [path for name in _PROCESSOR_FILES for path in resolve(base).glob(name)]
-    for path in files:
-        shutil.copy(path, staging / path.name)
-    if not files:
+    try:
+        load_processor(base).save_pretrained(staging)
+    except InputError:
         findings.append(_finding("no_processor"))
     return ImportReport(kind, base, findings)
 
@@ -368,11 +372,11 @@ def read_source(source, config=None):
         raise InputError("no such file or folder", where=source, fix="check the path")
     path = _weights_in(source) if source.is_dir() else source
     files, folder = [path], path.parent
-    if path.is_dir():
-        names, folder = ("adapter_model.*" if _is_peft(path) else "model*.safetensors"), path
-        files = sorted(file for file in path.glob(names) if file.suffix in _WEIGHTS)
-        if not files:
-            raise InputError(f"holds no {names}", where=path, fix="copy the whole folder")
+    if path.is_dir():  # read as PEFT and transformers do: the first form that is there
+        names, folder = (_PEFT_WEIGHTS if _is_peft(path) else _MODEL_WEIGHTS), path
+        files = next(filter(None, (sorted(path.glob(name)) for name in names)), None)
+        if files is None:
+            raise InputError(f"holds no {names[0]}", where=path, fix="copy the whole folder")
     tensors = {}
     for file in files:
         table, others = _tensors_in(_read_file(file), file)
@@ -381,7 +385,7 @@ def read_source(source, config=None):
     if isinstance(others.get("lora_config"), dict):
         found.settings, found.where = others["lora_config"], path
     elif found.is_lora and (config or not found.is_peft):
-        found.where = config or _yaml_beside(folder)
+        found.where = config or yaml_beside(folder)
         content = {} if found.where is None else read_yaml(found.where)
         sections = [content.get(name) or {} for name in ("lora", "model")]
         if not all(isinstance(section, dict) for section in sections):
@@ -391,6 +395,11 @@ def read_source(source, config=None):
     elif found.is_lora:
         found.where = folder / lora.CONFIG_FILE
         content = read_json(found.where)
+        start = str(content.get("init_lora_weights")).lower()
+        if content.get("use_dora") or start.startswith(_CHANGES_BASE):
+            message = f"has use_dora or init_lora_weights {start}, which is more than LoRA"
+            fix = "merge it into its base with PEFT, and import the merged model"
+            raise InputError(message, where=found.where, fix=fix)
         found.settings = content | {"rank": content.get("r"), "alpha": content.get("lora_alpha")}
         found.base = content.get("base_model_name_or_path")
     return found
@@ -425,12 +434,15 @@ def _read_file(path):
         raise InputError("is empty", where=path, fix=_AGAIN)
     refuse_lfs_pointer(path)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        options = {"map_location": "cpu", "weights_only": True}
-        return torch.load(path, **options, mmap=is_zip and size > _MEMORY_MAPPED)
+        with path.open("rb") as file:
+            if file.read(9)[8:] == b"{":  # safetensors, whatever its name
+                return load_file(path)
+        is_mapped = is_zip and size > _MEMORY_MAPPED
+        if is_zip and not is_mapped and (name := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"the checksum of {name} differs")  # torch compares none
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except Exception as error:  # damaged files raise what they happen to break
-        if is_zip and isinstance(error, pickle.UnpicklingError):
+        if isinstance(error, pickle.UnpicklingError) and (is_zip or "GLOBAL" in str(error)):
             message = "holds Python objects besides tensors; to load them would run their code"
             fix = "save the state_dict alone, where you trust the file"
             raise InputError(message, where=path, fix=fix) from error
@@ -477,7 +489,7 @@ def lora_matrices(source):
     halves = {}
     for name, tensor in source.tensors.items():
         match = _MATRIX.fullmatch(name)
-        if match is None or tensor.ndim != 2:
+        if match is None or tensor.ndim != 2 or not tensor.numel():
             message = f"holds {source.keys[name]}, shape {tuple(tensor.shape)}, besides LoRA"
             fix = "only LoRA of linear layers can be imported"
             raise InputError(message, where=source.path, fix=fix)
@@ -491,7 +503,7 @@ def lora_matrices(source):
     return {module: (tensors[names["A"]], tensors[names["B"]]) for module, names in halves.items()}
 
 
-def _yaml_beside(folder):
+def yaml_beside(folder):
     """Return the one YAML file in a folder that has a section ``lora``, or None."""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml"))
     files = [path for path in files if read_yaml(path).get("lora")]

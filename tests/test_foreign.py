@@ -158,6 +158,11 @@ NAN_KEY = f"{BLOCK}.attn.v_proj.lora.lora_B"
     [
         (changed(NAN_KEY, lambda B: B * torch.nan), {}, f"{NAN_KEY} holds nan"),
         (changed(NAN_KEY, lambda B: B / 0), {}, NAN_KEY),
+        (changed(NAN_KEY, lambda B: B.double() * 1e300), {}, f"{NAN_KEY} holds "),  # inf in float32
+        (changed(NAN_KEY, lambda B: B + 1j), {}, f"{NAN_KEY} holds complex64 numbers"),
+        (changed(NAN_KEY, lambda B: B.to_sparse()), {}, "float32 numbers (sparse_coo, cpu)"),
+        (changed(NAN_KEY, lambda B: B.to("meta")), {}, "float32 numbers (strided, meta)"),
+        (changed(NAN_KEY, lambda B: B[:0]), {}, "shape (0, 24), besides LoRA"),
         (without_first("lora_A"), {}, "lora_B has no lora_A beside it"),
         (without_first("lora_B"), {}, "lora_A has no lora_B beside it"),
         (renamed("resblocks.1", "resblocks.7"), {}, f"{BLOCK[:-1]}7.attn"),
@@ -206,14 +211,40 @@ def test_a_damaged_file_is_named(content, expected, suffix, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_safetensors_and_torch_are_told_apart_by_content(edited, legacy, tmp_path):
+    folder = edited()
+    tensors = {key: tensor.data for key, tensor in torch.load(folder / LORA).items()}
+    import_source(folder, tmp_path / "expected", base=BASE)
+    if legacy:
+        torch.save(tensors, folder / LORA, _use_new_zipfile_serialization=False)
+    else:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / LORA)
+    import_source(folder, tmp_path / "out", base=BASE)
+    files = [tmp_path / name / WEIGHTS_FILE for name in ("expected", "out")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_flipped_bit_is_seen(edited, tmp_path):
+    folder = edited()
+    content = bytearray((folder / LORA).read_bytes())
+    value = torch.load(folder / LORA)[NAN_KEY].data.contiguous().numpy().tobytes()
+    content[content.index(value) + 3] ^= 1
+    (folder / LORA).write_bytes(content)
+    with pytest.raises(InputError, match="the checksum of .* differs"):
+        import_source(folder, tmp_path / "out", base=BASE)
+    assert not (tmp_path / "out").exists()
+
+
 class Code:
     def __reduce__(self):
         return Path.touch, (Path("executed"),)
 
 
-def test_no_code_in_a_file_is_executed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_no_code_in_a_file_is_executed(is_zip, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": Code()}, "evil.pt")
+    torch.save({"model": Code()}, "evil.pt", _use_new_zipfile_serialization=is_zip)
     with pytest.raises(InputError, match="would run their code"):
         import_source(tmp_path / "evil.pt", tmp_path / "out", base=BASE)
     assert not Path("executed").exists()
@@ -256,6 +287,8 @@ def test_what_is_wrong_with_a_file_is_said(case, change, status, code, tmp_path)
 def test_alpha_of_the_user_takes_the_place_of_a_yaml(edited, tmp_path):
     folder = edited(settings={"rank": 16, "alpha": 32})
     assert import_source(folder, tmp_path / "out", base=BASE, alpha=12).alpha == 12
+    with pytest.raises(InputError, match=r"^--alpha: alpha is -1\. "):
+        import_source(folder, tmp_path / "other", base=BASE, alpha=-1)
 
 
 def test_an_open_orientation_is_refused_until_it_is_given(edited, tmp_path):
@@ -296,10 +329,11 @@ def test_q_k_and_v_in_one_matrix_are_taken_apart(tmp_path):
     assert all(tensor.equal(results[1][key]) for key, tensor in results[0].items())
 
 
-def save_peft(folder, tensors, base):
+def save_peft(folder, tensors, base, **more):
     folder.mkdir()
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS_FILE)
     content = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "base_model_name_or_path": base}
+    content |= more
     (folder / CONFIG_FILE).write_text(json.dumps(content))
 
 
@@ -320,9 +354,16 @@ def test_peft_on_metas_model_is_renamed_and_another_base_refused(tmp_path):
         module, letter = key.split(".lora.")
         [hf] = to_hf(module)
         assert written[f"base_model.model.{hf}.{letter}.weight"].equal(tensor.data.T)
-    save_peft(tmp_path / "newer", tensors, "facebook/sam3.1")
-    with pytest.raises(InputError, match="was trained on facebook/sam3.1"):
+    save_peft(tmp_path / "newer", tensors, "facebook/SAM3.1")
+    with pytest.raises(InputError, match="the base is facebook/SAM3.1"):
         import_source(tmp_path / "newer", tmp_path / "other", base=BASE)
+    with pytest.raises(InputError, match="the base is facebook/sam3.1"):
+        import_source(tmp_path / "meta", tmp_path / "other", base="facebook/sam3.1")
+    for number, more in enumerate([{"use_dora": True}, {"init_lora_weights": "pissa_niter_4"}]):
+        save_peft(tmp_path / str(number), tensors, "somewhere", **more)
+        with pytest.raises(InputError, match="more than LoRA"):
+            import_source(tmp_path / str(number), tmp_path / "other", base=BASE)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("shared_A", [False, True])
@@ -355,7 +396,10 @@ def test_own_adapter_written_for_metas_model_comes_back_bit_for_bit(shared_A, ru
 
 
 def test_a_folder_of_transformers_is_copied_whole(tmp_path):
-    report = import_source(TINY_BASE, tmp_path / "out")
+    shutil.copytree(TINY_BASE, tmp_path / "base")
+    other = {"detr_decoder.reference_points.weight": torch.ones(2)}
+    save_file(other, tmp_path / "base" / "model_old.safetensors")  # transformers reads it not
+    report = import_source(tmp_path / "base", tmp_path / "out")
     assert (report.kind, report.findings) == ("hf_full", [])
     before, after = (load_file(f / "model.safetensors") for f in (TINY_BASE, tmp_path / "out"))
     assert before.keys() == after.keys()
@@ -378,6 +422,18 @@ def test_a_folder_of_transformers_is_copied_whole(tmp_path):
         (
             lambda model: model["transformer.decoder.norm.bias"].fill_(torch.nan),
             "norm.bias holds nan",
+        ),
+        (
+            lambda model: model.update({"transformer.decoder.norm.bias": torch.zeros(16).cfloat()}),
+            "norm.bias holds complex64 numbers",
+        ),
+        (
+            lambda model: model.update({f"{BLOCK}.attn.in_proj_bias": torch.tensor(0.5)}),
+            "2 missing, such as .*; 1 of another shape",
+        ),
+        (
+            lambda model: model.update({"backbone.vision_backbone.trunk.pos_embed": torch.ones(9)}),
+            r"position_embeddings \(9,\) in place of",
         ),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_random import tiny_model, tiny_processor, tiny_run_config
 from torchvision.ops import box_convert
 from transformers import Sam3Model
@@ -24,6 +25,7 @@ from helpers.diagnose.patient import NEEDS, Foreign, Missing, Patient, prompted_
 from helpers.diagnose.run_gates import CONFIG_GATES, FILE_GATES, RUN_GATES
 from helpers.errors import InputError
 from helpers.files import write_json, write_text
+from helpers.foreign import to_native
 from helpers.model.losses import sam3_losses
 from helpers.train.guards import PATIENCE, Guards, GuardStop
 
@@ -77,6 +79,10 @@ def test_settings_that_are_not_stated_are_no_defaults(peft_folder, tmp_path):
     assert [one.cause for one in result.evidence] == ["extreme_regularisation"]
     with pytest.raises(Missing, match="lora.rank"):
         _ = open_patient(peft_folder).config.lora.rank
+    (tmp_path / "a.yaml").write_text('training:\n  num_epochs: "200"\n')
+    result = pass_gate(gate, open_patient(peft_folder, config=tmp_path / "a.yaml"))
+    assert (result.status, result.needs) == ("not checked", None)
+    assert "training.num_epochs is '200'. Fix: write a number" in result.measured
 
 
 @pytest.mark.parametrize(
@@ -87,16 +93,15 @@ def test_settings_that_are_not_stated_are_no_defaults(peft_folder, tmp_path):
     ],
 )
 def test_weights_alone_give_a_cause_away(peft_folder, name, change, cause):
-    from safetensors.torch import load_file, save_file
-
     path = peft_folder / "adapter_model.safetensors"
     save_file({k: change(t) if name in k else t for k, t in load_file(path).items()}, path)
     result = pass_gate(FILE_GATES[1], open_patient(peft_folder))
     assert [one.cause for one in result.evidence] == [cause]
 
 
-def test_a_run_of_sompote_is_imported_with_its_yaml():
-    folder = FOREIGN / "text_attention_r8"
+def test_a_run_of_sompote_is_imported_with_its_yaml(tmp_path):
+    folder = shutil.copytree(FOREIGN / "text_attention_r8", tmp_path / "run")
+    write_text(folder / "data.yaml", "names: [crack]\n")  # not of the training
     patient = open_patient(folder, base=FOREIGN / "base")
     assert patient.config.lora.rank == 8
     assert pass_gate(FILE_GATES[1], patient).status == "ok"
@@ -106,6 +111,61 @@ def test_a_run_of_sompote_is_imported_with_its_yaml():
     assert place.is_dir()
     del patient
     assert not place.exists()
+
+
+def test_what_the_importer_asks_for_can_be_given_to_the_diagnosis(tmp_path, capsys):
+    shutil.copy(FOREIGN / "text_attention_r8" / "best_lora_weights.pt", tmp_path / "mine.pt")
+    asked = ["diagnose", str(tmp_path / "mine.pt"), "--base", str(FOREIGN / "base")]
+    assert main(asked) == 2
+    assert "--alpha" in capsys.readouterr().err
+    assert main([*asked, "--alpha", "16", "--orientation", "native"]) == 3
+
+
+def test_a_log_without_loss_beside_the_weights_stops_nothing(peft_folder):
+    write_text(peft_folder / "val_stats.json", '{"coco_eval_bbox": 0.1, "Trainer/epoch": 1}\n')
+    with pytest.raises(Missing, match="--log FILE"):
+        _ = open_patient(peft_folder).log
+    write_text(peft_folder / "train_stats.json", '{"loss": 3.0}\n{"loss": 2.0}\n')
+    assert open_patient(peft_folder).log["loss"].tolist() == [3, 2]
+    with pytest.raises(InputError, match="holds no loss"):
+        open_patient(peft_folder, log=peft_folder / "val_stats.json")
+
+
+def test_a_peft_folder_is_imported_where_it_is_not_read_as_it_is(peft_folder, base, tmp_path):
+    path = peft_folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    path.unlink()
+    with pytest.raises(InputError, match="holds no adapter_model.safetensors"):
+        open_patient(peft_folder, base=base)
+    torch.save(weights, peft_folder / "adapter_model.bin")
+    shutil.copytree(peft_folder, tmp_path / "run" / "adapter")
+    for folder in (peft_folder, tmp_path / "run"):
+        read = open_patient(folder, base=base).adapter_weights
+        assert all(read[key].equal(weights[key]) for key in weights)
+    modules = {name: name.removeprefix("base_model.model.").partition(".lora_") for name in weights}
+    native = {key: f"base_model.model.{to_native(m[0])}{m[1]}{m[2]}" for key, m in modules.items()}
+    (peft_folder / "adapter_model.bin").unlink()
+    save_file({native[key]: tensor for key, tensor in weights.items()}, path)
+    patient = open_patient(peft_folder, base=base)
+    assert pass_gate(FILE_GATES[1], patient).status == "ok"
+    assert all(patient.adapter_weights[key].equal(weights[key]) for key in weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"lora_alpha": None}, "lora_alpha is None"), ({"peft_type": "IA3"}, "is of type 'IA3'")],
+)
+def test_an_adapter_config_that_is_none_of_lora_is_refused(peft_folder, change, message):
+    path = peft_folder / "adapter_config.json"
+    write_json(path, json.loads(path.read_text()) | change)
+    with pytest.raises(InputError, match=message):
+        open_patient(peft_folder)
+
+
+def test_a_file_that_is_called_like_a_run_is_no_run(tmp_path):
+    write_text(tmp_path / "config.yaml", "lora: {}\n")
+    with pytest.raises(InputError, match="no file of torch"):
+        open_patient(tmp_path / "config.yaml")
 
 
 def test_data_that_settings_name_are_taken_only_from_where_they_say(data_dir):
@@ -133,6 +193,8 @@ def test_a_checkpoint_of_meta_is_a_full_model(base):
     assert isinstance(patient, Foreign)
     assert not patient.is_adapter
     assert pass_gate(RUN_GATES[1], patient).status == "not applicable"
+    seen = pass_gate(FILE_GATES[1], patient)  # without the processor, which the base has not
+    assert [one.cause for one in seen.evidence] == ["weights_not_loaded"]
     assert not open_patient(base).is_adapter
 
 

@@ -8,11 +8,12 @@ Libraries are imported inside, so that ``--help`` answers at once.
 import argparse
 import difflib
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 from helpers.errors import InputError, printable
-from helpers.files import CONFIGS, in_current_folder, resolve
+from helpers.files import CONFIGS, in_current_folder, resolve, write_json, write_text
 
 DEFAULT_CONFIG = CONFIGS / "crack_detection_config.yaml"
 _EPILOG = """exit status:
@@ -51,7 +52,7 @@ def _threshold_or_auto(text):
 
 
 def _words(text):
-    return [word.strip() for word in text.split(",")]
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _text(text, **settings):
@@ -217,7 +218,7 @@ def build_parser():
     own = {"adapter": "the same as SOURCE", "config": "YAML of the training, whatever wrote it"}
     own |= {"words": "what the training asked for", "data": "its dataset"}
     names = ("--adapter", "--config", "--data", "--log", "--base", "--words", "--image", "--prompt")
-    add_options(command, *names, "--html", **own)
+    add_options(command, *names, "--alpha", "--orientation", "--html", **own)
     add(causes).add_argument("code", nargs="?", metavar="CODE", help="a cause, by default all")
     add_options(add(overfit), "--profile", "--data", "--set", required=["--config"])
     add_options(add(merge), "--dtype", "--base", required=["--adapter", "--output"])
@@ -357,7 +358,6 @@ def evaluate(args):
     threshold = settings.score_threshold if args.threshold is None else args.threshold
     metrics = detect.evaluate_queries(queries, threshold)
     if args.html is not None:
-        from helpers.files import write_text
         from helpers.show import explorer_panel
 
         panel = explorer_panel({name: answers}, split, score_threshold=threshold)
@@ -407,7 +407,6 @@ def calibrate(args):
     from helpers import detect
     from helpers.data.dataset import load_dataset
     from helpers.detect.thresholds import THRESHOLDS_FILE
-    from helpers.files import write_json
     from helpers.train.run import load_run
 
     run = load_run(args.adapter)
@@ -432,8 +431,6 @@ def report(args):
 
     content = report.report(run.read_run(args.adapter))
     if args.html is not None:
-        from helpers.files import write_text
-
         write_text(args.html, _report_page(args))
     elif args.compare or args.data or args.retention:
         message = "--compare, --data and --retention are for the page"
@@ -443,8 +440,6 @@ def report(args):
 
 def _report_page(args):
     """Ask a run, and its base or another run, about their test split, and write all of it down."""
-    from contextlib import nullcontext
-
     from helpers import detect
     from helpers.data.dataset import load_dataset
     from helpers.diagnose.diagnosis import diagnose as examine
@@ -482,11 +477,10 @@ def _report_page(args):
 def diagnose(args):
     """Say why a run detects nothing; status 1 for causes, 3 if too little could be examined."""
     from helpers.diagnose.diagnosis import diagnose as examine
-    from helpers.files import write_text
 
     if (args.source is None) == (args.adapter is None):
         raise InputError("name one SOURCE", fix="name a run, an adapter, a log or a dataset")
-    names = ("config", "log", "base", "image", "prompt")
+    names = ("config", "log", "base", "image", "prompt", "alpha", "orientation")
     given = {name: getattr(args, name) for name in names} | {"data_dir": args.data}
     given["words"] = args.words or []
     diagnosis = examine(args.source or args.adapter, **given, progress=True)

@@ -3,10 +3,11 @@
 import csv
 import json
 import math
+import re
 
 import pandas as pd
 
-from helpers.errors import InputError
+from helpers.errors import InputError, explain
 from helpers.files import resolve
 
 LOG_FILES = ("trainer_state.json", "val_stats.json", "train_stats.json", "results.csv", "log.txt")
@@ -22,6 +23,7 @@ NAMES = {
     "learning_rate": ("learning_rate", "lr", "train/learning_rate", "train/lr", "lr/pg0"),
 }
 """Column of the table to its names in logs, lower case; the first that occurs is taken."""
+_WHOLE = re.compile(r"total|core_loss$|(all|default)_loss$")  # beside its own terms
 _FIX = "give a CSV file, or JSON lines, with a loss for each step or epoch"
 
 
@@ -31,16 +33,12 @@ def read_log(source):
     ``step``, ``epoch``, ``loss``, ``valid_loss``, ``learning_rate`` as far as there are such, other
     numbers by their own names; NaN is what was not logged, inf a number that is not finite.
     """
-    if isinstance(source, pd.DataFrame):
-        return tidy_log(source.to_dict(orient="records"))
+    source = source.to_dict(orient="records") if isinstance(source, pd.DataFrame) else source
     if isinstance(source, list | tuple):
         return tidy_log(source)
     path = resolve(source)
-    try:
+    with explain((OSError, ValueError), "cannot be read as UTF-8 text", where=path, fix=_FIX):
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise InputError(f"cannot be read ({reason})", where=path, fix=_FIX) from error
     return tidy_log(_entries(text, path), path)
 
 
@@ -48,17 +46,18 @@ def _entries(text, path):
     """Return the entries of a text: list of dict."""
     if not text.lstrip().startswith(("{", "[")):
         lines = [line for line in text.splitlines() if line.strip()]
-        return list(csv.DictReader(lines, skipinitialspace=True))
+        delimiter = max(",;\t|", key=(lines or [""])[0].count)
+        if delimiter != ",":
+            lines = [line.replace(",", ".") for line in lines]  # decimal commas
+        return list(csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True))
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
         content = []
         for number, line in enumerate(text.splitlines(), start=1):
-            try:
+            place = f"{path}, line {number}"
+            with explain((ValueError, RecursionError), "is no JSON", where=place, fix=_FIX):
                 content += [json.loads(line)] if line.strip() else []
-            except (ValueError, RecursionError) as error:
-                place = f"{path}, line {number}"
-                raise InputError(f"is no JSON ({error})", where=place, fix=_FIX) from error
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
         content = content.get("log_history") or (lists[0] if len(lists) == 1 else [content])
@@ -83,7 +82,8 @@ def tidy_log(entries, where=None):
         if not terms:
             columns = ", ".join(map(str, table.columns[:8])) or "no number"
             raise InputError(f"holds no loss, but {columns}", where=where, fix=_FIX)
-        table["loss"] = table[terms].sum(axis=1, min_count=1)
+        whole = [name for name in terms if _WHOLE.search(name.lower())]
+        table["loss"] = table[whole[:1] or terms].sum(axis=1, min_count=1)
     return table
 
 

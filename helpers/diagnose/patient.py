@@ -6,7 +6,7 @@ give it. No setting that a run does not state is replaced by a default of this p
 
 import tempfile
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,9 +25,9 @@ from helpers.detect.predictor import Predictor
 from helpers.diagnose.logs import LOG_FILES, read_log, tidy_log
 from helpers.errors import InputError
 from helpers.files import CONFIGS, read_json, resolve
-from helpers.foreign import import_source
+from helpers.foreign import OF_META, import_source, read_source, yaml_beside
+from helpers.model import lora
 from helpers.model.audit import adapter_report
-from helpers.model.lora import BASE_FILE, CONFIG_FILE, load_adapter, read_adapter_weights
 from helpers.model.prompted import PromptedSam3, base_of
 from helpers.model.sam3 import base_dtype, best_device, load_base
 from helpers.train import run as run_folder
@@ -144,6 +144,9 @@ class Stated:
     """Settings as far as they are stated; any other raises `Missing`."""
 
     def __init__(self, is_live, name, values):
+        for key in values.keys() & {"dropout", "num_epochs", "learning_rate"}:
+            if not isinstance(values[key], int | float | None):
+                raise InputError(f"{name}{key} is {values[key]!r:.50}", fix="write a number")
         vars(self).update(values, _is_live=is_live, _name=name)
 
     def __getattr__(self, key):
@@ -287,21 +290,29 @@ class Patient:
     @part
     def is_adapter(self):
         """Whether the weights are those of a PEFT adapter, and not of a full model."""
-        return (self.place / CONFIG_FILE).is_file()
+        return (self.place / lora.CONFIG_FILE).is_file()
 
     @part
     def adapter_weights(self):
         """The tensors of the adapter by name, whatever their values."""
         if not self.is_adapter:
             raise Inapplicable("it is a full model, without adapter")
-        return read_adapter_weights(self.place)
+        return lora.read_adapter_weights(self.place)
+
+    @part
+    def weights(self):
+        """The tensors of the adapter or the full model by name, whatever their values."""
+        with suppress(Inapplicable):
+            return self.adapter_weights
+        is_file = not self.is_live
+        return read_source(self.place).tensors if is_file else dict(self.model.named_parameters())
 
     @part
     def loaded(self):
         """The trained model, with ``model`` and ``processor``."""
         if self.is_adapter:
             model, processor = load_base(self.base_name, **self.base_options)
-            model = load_adapter(model, self.place)
+            model = lora.load_adapter(model, self.place)
         else:
             model, processor = load_base(self.place)
         return SimpleNamespace(model=model.to(self.device), processor=processor)
@@ -443,7 +454,8 @@ class Foreign(Patient):
         self.place, self.findings, self._keeper = Path(place), findings, keeper
         if not self.is_adapter:
             return
-        content, path = read_json(self.place / CONFIG_FILE), self.place / BASE_FILE
+        content, path = read_json(self.place / lora.CONFIG_FILE), self.place / lora.BASE_FILE
+        lora.check_config(content, {}, self.place / lora.CONFIG_FILE)
         identity = read_json(path) if path.is_file() else {}
         self.base_options = {
             "resolution": identity.get("resolution"),
@@ -451,7 +463,7 @@ class Foreign(Patient):
         }
         noted = identity.get("name") or content.get("base_model_name_or_path")
         if given.get("base") is None and noted:
-            self.base_name = noted
+            self.base_name = str(noted)
         if keeper is None and "lora_dropout" in content:  # an import knows nothing of it
             own = {"dropout": content["lora_dropout"]}
             self.settings["lora"] = own | self.settings.get("lora", {})
@@ -639,7 +651,7 @@ def prompted_view(model):
     return view
 
 
-def open_patient(source, *, config=None, log=None, **given):
+def open_patient(source, *, config=None, log=None, alpha=None, orientation=None, **given):
     """Recognise what somebody has in hand of a training, and return it as a `Patient`.
 
     Parameters
@@ -650,7 +662,8 @@ def open_patient(source, *, config=None, log=None, **given):
     config, log : os.PathLike, optional
         ``settings`` and ``log`` of `Patient`; found by themselves if they lie beside the weights.
     **given
-        ``data_dir``, ``base``, ``words``, ``image``, ``prompt`` of `Patient`.
+        ``data_dir``, ``base``, ``words``, ``image``, ``prompt`` of `Patient`; for what has to be
+        imported ``alpha`` and ``orientation``, too.
 
     Returns
     -------
@@ -660,8 +673,9 @@ def open_patient(source, *, config=None, log=None, **given):
     path = resolve(source)
     if not path.exists():
         raise InputError("no such file or folder", where=path, fix=_SOURCES)
+    path = path / "adapter" if (path / "adapter" / lora.CONFIG_FILE).is_file() else path
     folder = path if path.is_dir() else path.parent
-    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     weights = [n for n in names if n.endswith((".pt", ".pth"))] or [*path.glob("checkpoints/*.pt")]
     if names & _OWN_MARKS or (run_folder.RUN_CONFIG in names and not weights):
         own = ("data_dir", "image", "prompt")
@@ -669,13 +683,15 @@ def open_patient(source, *, config=None, log=None, **given):
     given["settings"] = config
     if path.is_file() and path.suffix.lower() in (".json", ".jsonl", ".csv", ".txt", ".log"):
         return Patient(**given, log=path if log is None else log)
-    logs = [folder / name for name in LOG_FILES if (folder / name).is_file()]
-    given["log"] = logs[0] if log is None and logs else log
-    if names & {CONFIG_FILE, "config.json"}:
+    for name in LOG_FILES if log is None else ():
+        with suppress(InputError):  # such as one of a validation that logs no loss
+            log = read_log(folder / name) if log is None else log
+    given["log"] = log
+    if "config.json" in names or (lora.CONFIG_FILE in names and not _is_to_import(path)):
         return Foreign(path, **given)
-    if path.is_file() or weights:
-        return _imported(path, folder, given)
-    if logs:
+    if path.is_file() or weights or lora.CONFIG_FILE in names:
+        return _imported(path, folder, given, alpha=alpha, orientation=orientation)
+    if log is not None:
         return Patient(**given)
     try:
         find_splits(path)
@@ -685,12 +701,19 @@ def open_patient(source, *, config=None, log=None, **given):
     return Patient(**given | {"data_dir": path})
 
 
-def _imported(path, folder, given):
+def _is_to_import(folder):
+    """Return whether a folder of PEFT has its weights in torch's file, or in the names of Meta's code."""
+    if (folder / lora.WEIGHTS_FILE).is_file():
+        with suppress(InputError):  # damaged: the diagnosis says so
+            return any(map(OF_META.search, lora.read_adapter_weights(folder)))
+        return False
+    return True
+
+
+def _imported(path, folder, given, **options):
     """Return the patient of weights that have to be imported, into a folder that goes with it."""
     keeper = tempfile.TemporaryDirectory(prefix="imported-")
-    yamls = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
-    if given["settings"] is None and len(yamls) == 1:
-        given["settings"] = yamls[0]
+    given["settings"] = given["settings"] or yaml_beside(folder)
     place = Path(keeper.name) / "model"
-    report = import_source(path, place, config=given["settings"], base=given.get("base"))
+    report = import_source(path, place, config=given["settings"], base=given.get("base"), **options)
     return Foreign(place, report.findings, keeper, **given)

@@ -141,17 +141,16 @@ def weights_as_they_are(examination):
     if examination.is_own:
         raise Inapplicable("'files of the run' looks at them")
     try:
-        weights = examination.adapter_weights
-    except Inapplicable:
-        weights = dict(examination.loaded.model.named_parameters())
+        weights = examination.weights
     except InputError as error:
-        if not str(error.where).endswith(WEIGHTS_FILE):
+        if not str(error.where).endswith(".safetensors"):
             raise
         return str(error), [Evidence("damaged_run", 1.0, str(error))]
     findings = examination.findings
     broken = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
     text = f"{len(weights)} tensors, NaN or infinite numbers in {len(broken)} of them"
     evidence = evidence_if(broken, "not_finite", 1.0, f"{text}, for example {broken[:1]}")
+    evidence += evidence_if(not weights, "damaged_run", 1.0, text)
     for finding in findings:
         cause, confidence = FINDINGS.get(finding.code, (finding.code, SLIP))
         if cause in CAUSES:

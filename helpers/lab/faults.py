@@ -13,12 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.diagnose.patient import LivePatient
 from helpers.files import DATA, WALL_CRACKS, read_json, write_json
-from helpers.lab.careless import (
-    AFTER_TRAINING,
-    MISTAKES,
-    WEIGHTS_FILE,
-    Careless,
-)
+from helpers.lab.careless import AFTER_TRAINING, MISTAKES, WEIGHTS_FILE, Careless
 from helpers.lab.spoil import SPOIL_DATA
 from helpers.model.lora import CONFIG_FILE as ADAPTER_CONFIG
 

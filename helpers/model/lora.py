@@ -192,7 +192,7 @@ def load_adapter(model, folder, *, lora=None, is_trainable=False):
     identity = folder / BASE_FILE
     saved = read_json(identity, fix="save the adapter again") if identity.is_file() else {}
     expected = saved if lora is None else {"r": lora.rank, "lora_alpha": lora.alpha}
-    _check_config(content, expected, path)
+    check_config(content, expected, path)
     # An imported adapter knows its base by name only: its fingerprint is null.
     if saved and saved.get("fingerprint", "") not in (None, base_fingerprint(model)):
         raise _another_base(folder, "the weights of this base differ", saved.get("name"))
@@ -231,12 +231,12 @@ def load_adapter_weights(model, weights, folder):
 
 
 def check_tensors(tensors, path):
-    """Refuse tensors that hold NaN, infinity or whole numbers, naming file, key and value."""
+    """Refuse tensors that are no finite float32 numbers, naming file, key and value."""
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise InputError(f"{name} holds {kind} numbers", where=path, fix=_RESTORE)
-        broken = ~torch.isfinite(tensor)
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+            kind = f"{tensor.dtype} numbers ({tensor.layout}, {tensor.device})"
+            raise InputError(f"{name} holds {kind}".replace("torch.", ""), where=path, fix=_RESTORE)
+        broken = ~torch.isfinite(tensor.float())  # a float64 may be too large for it
         if broken.any():
             value, count = tensor[broken][0].item(), int(broken.sum())
             message = f"{name} holds {value} in {count} of {tensor.numel()} places"
@@ -263,7 +263,7 @@ def _wrap(model, config):
         return get_peft_model(model, config)
 
 
-def _check_config(content, expected, path):
+def check_config(content, expected, path):
     """Refuse an adapter_config.json that is no LoRA, damaged, or not the one of the training."""
     kind, rank, alpha = (content.get(key) for key in ("peft_type", "r", "lora_alpha"))
     if kind != "LORA":

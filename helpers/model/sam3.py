@@ -81,10 +81,15 @@ def load_base(name_or_path, revision=None, dtype=None, resolution=None, native_p
             message = f"{len(keys)} {kind.replace('_', ' ')} in the weights, for example {keys[0]}"
             fix = "the weights do not belong to config.json; restore the folder"
             raise InputError(message, where=name_or_path, fix=fix)
-    processor = _load_part(source, Sam3Processor, options)
+    processor = load_processor(name_or_path, revision)
     processor.image_processor.size = {"height": model.resolution, "width": model.resolution}
     processor.target_size = model.resolution
     return model.eval(), processor
+
+
+def load_processor(name_or_path, revision=None):
+    """Load the `Sam3Processor` of a base."""
+    return _load_part(_locate(name_or_path), Sam3Processor, {"revision": revision or "main"})
 
 
 def base_fingerprint(model):

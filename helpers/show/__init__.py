@@ -8,10 +8,7 @@ from helpers.show.charts import (
     threshold_figure,
 )
 from helpers.show.explorer import Explorer, explorer_panel, threshold_panel
-from helpers.show.panels import (
-    target_picture,
-    targets_figure,
-)
+from helpers.show.panels import target_picture, targets_figure
 from helpers.show.pictures import (
     TRUTH_COLOUR,
     annotate,

@@ -73,9 +73,19 @@ def read_json(path, fix="export the file again"):
         raise InputError("no such file", where=path, fix=fix)
     errors = (OSError, ValueError, RecursionError)
     with explain(errors, "is no complete JSON in UTF-8", where=path, fix=fix):
-        content = json.loads(path.read_text(encoding="utf-8-sig"), parse_int=_parse_int)
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text, parse_int=_parse_int, object_pairs_hook=_without_doubles)
     if not isinstance(content, dict):
         raise InputError("is a JSON without keys", where=path, fix=fix)
+    return content
+
+
+def _without_doubles(pairs):
+    """Return the dict of an object; Python would take the last of two values of a key in silence."""
+    content = dict(pairs)
+    doubles = () if len(content) == len(pairs) else pairs
+    for key in (key for key, value in doubles if value != content[key]):
+        raise ValueError(f"it has two values of the key {key!r}")
     return content
 
 

@@ -596,6 +596,7 @@ def _base(args, adapter=None):
 
 def _image_files(paths):
     """Return the images that paths name; a folder stands for the images directly in it."""
+    from helpers.convert.source import note_of
     from helpers.data.images import IMAGE_SUFFIXES
 
     files = []
@@ -603,10 +604,13 @@ def _image_files(paths):
         path = Path(text).expanduser()
         if path.is_dir():
             inside = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
-            inside = [entry for entry in inside if entry.suffix.lower() in IMAGE_SUFFIXES]
-            if not inside:
+            images = [entry for entry in inside if entry.suffix.lower() in IMAGE_SUFFIXES]
+            if not images:
                 raise InputError("the folder holds no image", where=path, fix="name image files")
-            files += inside
+            files += images
+            others = [entry.name for entry in inside if entry not in images]
+            for note in note_of(others, f"other files and folders in {path} are not looked at"):
+                _say(f"note: {note}")
         elif path.is_file():
             files.append(path)
         else:
@@ -647,7 +651,7 @@ def _picture_paths(output, images):
         path, fix = output.with_name(name), "choose another --output"
         if path.exists() and any(path.samefile(other) for other in images):
             raise InputError("would overwrite the image", where=path, fix=fix)
-        if path.exists() and not _is_own_picture(path):
+        if path.is_symlink() or (path.exists() and not _is_own_picture(path)):
             raise InputError("exists, and was not drawn by predict", where=path, fix=fix)
         paths[image] = path
     return paths

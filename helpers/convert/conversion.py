@@ -38,7 +38,22 @@ MAX_NAME = 255  # bytes of a file name
 _OTHER_PLACE = "make room, choose another folder or a shorter name"
 PICTURES = (*IMAGE_SUFFIXES, ".heic", ".heif", ".gif", ".avif")
 # Findings of `check` about what the source states twice or cannot mean, told here at once.
-NOTED = ("D20", "D21", "D22", "D24", "D31", "D32", "D36", "D40", "D42", "D43", "D44", "D46", "D52")
+NOTED = (
+    "D20",
+    "D21",
+    "D22",
+    "D24",
+    "D31",
+    "D32",
+    "D36",
+    "D40",
+    "D41",
+    "D42",
+    "D43",
+    "D44",
+    "D46",
+    "D52",
+)
 
 
 def detect_format(root):
@@ -150,16 +165,24 @@ def convert(src, dst, *, split=None, seed=42, tile=None, overlap=0.2, **reading)
     writing = explain(OSError, "cannot be written", where=dst, fix=_OTHER_PLACE)
     with writing, staged_folder(real_dst.parent) as place:
         staging = place / real_dst.name
-        staging.mkdir()
+        splits = {name: _with_names(images, root) for name, images in splits.items() if images}
+        if tile is not None:  # a fault of the source must be found before it is cut
+            for name, images in splits.items():
+                _write_annotations(staging / name, images, source)
+            notes += _finding_notes(_read_back(staging, src))
+            shutil.rmtree(staging)
         for name, images in splits.items():
-            if images:
-                _write_split(staging / name, _with_names(images, root), source, tile, overlap)
-        try:
-            written = [read_split(staging, name) for name in find_splits(staging)]
-        except InputError as error:  # which is one of the source
-            where = (error.where or "").replace(f"{staging}{os.sep}", f"{src}, ")
-            raise InputError(error.message, where=where, fix=error.fix) from error
-        notes += _finding_notes(written)
+            folder = staging / name
+            folder.mkdir(parents=True)
+            if tile is not None:
+                images = tile_images(images, folder, tile, overlap)
+            _write_annotations(folder, images, source)
+            with progress_bar(len(images), f"writing {name}") as bar:
+                for image in images:
+                    bar.update()
+                    _place(image.path, folder / image.name)
+        written = _read_back(staging, src)
+        notes += [] if tile is not None else _finding_notes(written)
         if real_dst.exists():
             real_dst.rmdir()  # refused if somebody has filled it meanwhile
     summary = {"format": source.format, "source": str(src), "output": str(dst)}
@@ -183,25 +206,29 @@ def _with_names(images, root):
     return result
 
 
-def _write_split(folder, images, source, tile, overlap):
-    """Write the images and the annotation file of one split."""
-    folder.mkdir()
-    if tile is not None:
-        images = tile_images(images, folder, tile, overlap)
+def _read_back(staging, src):
+    """Read the splits that were written; a fault of them is one of the source."""
+    try:
+        return [read_split(staging, name) for name in find_splits(staging)]
+    except InputError as error:
+        where = (error.where or "").replace(f"{staging}{os.sep}", f"{src}, ")
+        raise InputError(error.message, where=where, fix=error.fix) from error
+
+
+def _write_annotations(folder, images, source):
+    """Write the annotation file of one split."""
+    folder.mkdir(parents=True, exist_ok=True)
     by_name = {entry.name: entry.category_id for entry in source.categories}
     image_ids = _ids([image.extra.get("id") for image in images])
     own_ids = _ids([item.get("id") for image in images for item in image.objects])
     entries, annotations = [], []
-    with progress_bar(len(images), f"writing {folder.name}") as bar:
-        for image, image_id in zip(images, image_ids, strict=True):
-            bar.update()
-            _place(image.path, folder / image.name)
-            stated = {"file_name": image.name, "width": image.width, "height": image.height}
-            entries.append({**image.extra, "id": image_id, **stated})
-            for item in image.objects:
-                entry = _complete(item, image)
-                entry |= {"id": own_ids[len(annotations)], "image_id": image_id}
-                annotations.append(entry | {"category_id": by_name[item["category"]]})
+    for image, image_id in zip(images, image_ids, strict=True):
+        stated = {"file_name": image.name, "width": image.width, "height": image.height}
+        entries.append({**image.extra, "id": image_id, **stated})
+        for item in image.objects:
+            entry = _complete(item, image)
+            entry |= {"id": own_ids[len(annotations)], "image_id": image_id}
+            annotations.append(entry | {"category_id": by_name[item["category"]]})
     table = [
         {"id": entry.category_id, "name": entry.name}
         | ({"supercategory": entry.supercategory} if entry.supercategory else {})

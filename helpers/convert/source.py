@@ -7,6 +7,7 @@ further keys, and skips circles and painted masks, which would then be asked as 
 import codecs
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -128,6 +129,12 @@ def note_of(items, text):
     names = list(dict.fromkeys(map(str, items)))
     examples = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return [f"{len(items)} {text}: {examples}"] if items else []
+
+
+def note_of_doubles(names):
+    """Return a note on the names that several classes have."""
+    doubles = sorted(name for name, count in Counter(names).items() if count > 1)
+    return note_of(doubles, "names belong to several classes, which become one")
 
 
 def numbered(names):

@@ -6,6 +6,7 @@ from tiny_random import tiny_run_config
 from transformers import TrainerCallback
 
 from helpers.__main__ import main
+from helpers.answers import answer_text
 from helpers.config import load_config
 from helpers.errors import InputError
 from helpers.files import write_text
@@ -14,7 +15,6 @@ from helpers.train.training import (
     OutOfMemory,
     Sam3Trainer,
     dry_run,
-    dry_run_text,
     smaller_step,
     train,
     train_within_memory,
@@ -131,7 +131,7 @@ def test_dry_run_names_the_next_setting_where_memory_ends(config, monkeypatch):
     result = dry_run(config)
     assert result["fits"] is False
     assert result["next"] == ["training.gradient_checkpointing=true"]
-    assert "--set training.gradient_checkpointing=true" in dry_run_text(result)
+    assert "--set training.gradient_checkpointing=true" in answer_text("dry_run", result)
     everything = {
         "training.gradient_checkpointing": True,
         "data.num_negatives": 0,

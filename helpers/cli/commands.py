@@ -637,11 +637,7 @@ def _hint_at_tiles(images, model):
 
 
 def _picture_paths(output, images):
-    """Return where the picture of each image goes; refuse to write over anything of the user's.
-
-    With several images the stem of each joins the name, with as many of its folders as keep the
-    names apart.
-    """
+    """Return where the picture of each image goes; refuse to write over anything of the user's."""
     output = Path(output).expanduser()
     if output.is_dir():
         raise InputError("is a folder", where=output, fix=f"name a file: {output / 'answer.png'}")

@@ -6,25 +6,23 @@ import shutil
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from helpers.answers import answer_text
 from helpers.checks.boxes_and_masks import check_annotations
 from helpers.checks.words import check_categories
 from helpers.convert.coco import annotation_files, read_coco
 from helpers.convert.division import split_source, tile_images
 from helpers.convert.label_tools import is_labelme, is_voc, read_labelme, read_voc
 from helpers.convert.mask_pictures import folder_pairs, read_masks
-from helpers.convert.source import WHOLE, files_below, note_of, refuse_outside, settle_polygons
+from helpers.convert.source import WHOLE, note_of, refuse_outside, settle_polygons
 from helpers.convert.yolo import names_file, read_yolo
 from helpers.data.coco import COCO_FILE, find_splits, read_split
 from helpers.data.images import IMAGE_SUFFIXES, spelling
 from helpers.data.masks import rle_area, rle_box_xyxy, segmentation_to_rle
 from helpers.errors import InputError, explain
-from helpers.files import progress_bar, staged_folder
+from helpers.files import files_below, progress_bar, staged_folder
 
 # What finds the files of each format, and what reads them, in the order in which they are tried.
 FORMATS = {
@@ -302,7 +300,3 @@ def _finding_notes(splits):
             if finding.code.startswith(NOTED):
                 notes.append(f"{finding.message} ({finding.code}); {fix}")
     return list(dict.fromkeys(notes))
-
-
-summary_text = partial(answer_text, "convert")
-"""Return what `convert` returns as a table, without characters that a terminal would obey."""

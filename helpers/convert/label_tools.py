@@ -298,7 +298,6 @@ def _painted(shape, points, width, height, where):
         canvas.paste(mask, tuple(map(round, points[0].tolist())))
     sides = np.abs(points[-1] - points[0])
     if len(points) == 2 and np.abs(mask.size - sides).max() > 2:
-        message = f"has a mask of {mask.size[0]} x {mask.size[1]} pixels in a box of"
-        message += f" {sides[0]:g} x {sides[1]:g}"
+        message = f"has a mask of {mask.size} pixels in a box of {sides.tolist()}"
         raise InputError(message, where=where, fix="draw it again")
     return mask_to_rle(np.array(canvas) > 0)

@@ -19,6 +19,7 @@ from helpers.data.images import upright_size
 from helpers.data.masks import mask_to_rle
 from helpers.data.records import Category
 from helpers.errors import InputError, explain
+from helpers.files import files_below
 
 WHOLE = "all"  # name of the one split of a source that has none
 MEANINGS = ("auto", "outline", "pixels")
@@ -49,16 +50,6 @@ class Source:
     files: list[Path]  # those that speak of more than one image
     header: dict = field(default_factory=dict)  # what a COCO file says about the whole
     unused: dict[str, int] = field(default_factory=dict)  # files not read, by ending
-
-
-def files_below(folder, suffixes=()):
-    """List the files below a folder in order, without those that a system hides or makes."""
-    paths = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        paths += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
-    paths = [path for path in paths if not suffixes or path.suffix.lower() in suffixes]
-    return [path for path in paths if path.is_file() or path.is_symlink()]  # no pipes
 
 
 def folder_named(root, *names):

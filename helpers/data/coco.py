@@ -13,7 +13,7 @@ from helpers.data.images import IMAGE_SUFFIXES, MAX_PIXELS, near_files, upright_
 from helpers.data.masks import rle_area, rle_box_xyxy, segmentation_to_rle
 from helpers.data.records import Category, ImageRecord, ObjectAnnotation, Split, normalise_noun
 from helpers.errors import InputError
-from helpers.files import read_json, resolve
+from helpers.files import files_below, read_json, resolve
 
 COCO_FILE = "_annotations.coco.json"
 SPLIT_FOLDERS = {
@@ -96,7 +96,7 @@ def read_split(data_dir, split, layout=None):
     ]
     read = {record.path for record in records} | {root / COCO_FILE}
     read |= {root / "annotations" / f"{record.path.stem}.json" for record in records}
-    others = [path for path in sorted(_visible_files(root, deep=True)) if path not in read]
+    others = [path for path in files_below(root) if path not in read]
     return Split(
         name=name,
         root=root,
@@ -180,12 +180,10 @@ def _same_in_another_type(value, known):
 def _per_image_entries(root):
     """Yield what `entries_of` yields for the files of single images."""
     images = {}
-    for path in sorted(_visible_files(root / "images")):
+    for path in sorted((root / "images").glob("[!.]*")):
         if path.suffix.lower() in IMAGE_SUFFIXES:
             images.setdefault(path.stem, []).append(path.name)
-    for where in sorted(_visible_files(root / "annotations")):
-        if where.suffix != ".json":
-            continue
+    for where in sorted((root / "annotations").glob("[!.]*.json")):
         content = read_json(where, _EXPORT_AGAIN)
         listed = content.get("images", [{}])
         if not isinstance(listed, list) or len(listed) != 1 or not isinstance(listed[0], dict):
@@ -312,9 +310,3 @@ def _object(where, index, annotation, names, width, height):
         mask_problem=mask_problem,
         area_px=area if area is None or type(area) in (int, float) else math.nan,
     )
-
-
-def _visible_files(folder, deep=False):
-    """List the files of a folder, or below it, but not hidden ones; none if it is missing."""
-    paths = folder.rglob("*") if deep else folder.glob("*")
-    return [path for path in paths if path.is_file() and not path.name.startswith(".")]

@@ -11,10 +11,6 @@ from helpers.detect.predictor import (
     raw_outputs,
     untrained_prompts,
 )
-from helpers.detect.queries import (
-    Query,
-    predict_split,
-    predict_split_at,
-)
+from helpers.detect.queries import Query, predict_split, predict_split_at
 from helpers.detect.thresholds import choose_thresholds
 from helpers.detect.tiles import predict_tiled

@@ -26,26 +26,13 @@ ON_ANNOTATION = 0.3  # share of the area from which an answer means what is anno
 
 
 def word_knowledge(model, processor, split, words=None, *, threshold=0.3):
-    """Ask a model for words on the images that show them.
+    """Ask a model for words on the images that show them; one that none shows is an InputError.
 
-    Parameters
-    ----------
-    model, processor
-        From `helpers.model.load_base`, or with an adapter.
-    split : helpers.data.Split
-        Images with objects. A word that is none of its categories is asked wherever there are any.
-    words : sequence of str, optional
-        By default the categories.
-    threshold : float
-        Score in [0, 1] from which an image counts as detected.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``word``; ``images``, ``presence_prob`` and ``max_query_prob`` (means), ``detected``
-        (share of the images) with its 95 % interval (Wilson) ``low`` and ``high``, and
-        ``knowledge``: "known", "half known", "open" (neither detected nor locked) or "locked".
-        InputError for a word that no image shows.
+    A word that is no category of the split is asked wherever there are objects. An image counts as
+    detected from a score of ``threshold`` in [0, 1] on. Returns a pandas.DataFrame by ``word``:
+    ``images``, ``presence_prob`` and ``max_query_prob`` (means), ``detected`` (share of the images)
+    with its 95 % interval (Wilson) ``low`` and ``high``, and ``knowledge``: "known", "half known",
+    "open" (neither detected nor locked) or "locked".
     """
     words = check_prompts(list(split.categories) if words is None else words)
     prompts, foreign = {}, set(words).difference(split.categories)

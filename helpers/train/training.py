@@ -7,7 +7,6 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -22,7 +21,6 @@ from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from helpers.answers import answer_text
 from helpers.checks.dataset import check_dataset
 from helpers.config import load_config
 from helpers.data import PromptCollator, PromptDataset, count_objects, load_dataset
@@ -614,10 +612,6 @@ def _peak_memory():
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-dry_run_text = partial(answer_text, "dry_run")
-"""Write the result of `dry_run` for people."""
 
 
 def smaller_step(config):

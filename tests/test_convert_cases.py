@@ -732,7 +732,8 @@ def test_a_fault_of_the_source_is_named_before_it_is_cut(tmp_path, change):
 def test_contents_that_are_no_list_are_not_cut(tmp_path, contents):
     content = coco_of(FILES)
     content["images"][0]["contents"] = contents
-    src = write_labels(tmp_path / "src", images=FILES, **content)
+    src = write_labels(tmp_path / "src")
+    write(src / "labels.json", content)
     refused(src, tmp_path / "dst", "'contents' is no list", tile=48)
 
 
@@ -759,7 +760,8 @@ def test_a_box_that_is_no_number_is_told_and_not_cut(tmp_path, number):
 def test_a_size_beyond_any_image_is_one_line(tmp_path):
     content = coco_of(FILES)
     content["images"][0].update(width=10**30, height=10**30)
-    src = write_labels(tmp_path / "src", images=FILES, **content)
+    src = write_labels(tmp_path / "src")
+    write(src / "labels.json", content)
     refused(src, tmp_path / "dst", "a.png", "megapixels")
 
 

@@ -336,6 +336,21 @@ def test_evaluate_writes_a_page_that_holds_every_picture(capfd, run, data_dir, t
             assert all(len(row) == len(one["objects"]) for row in level["ious"])
 
 
+def test_evaluate_says_which_objects_it_cannot_judge(capfd, run, data_copy):
+    edit_annotations(
+        data_copy, "test", lambda c: c["annotations"][0].update(bbox=[1, 1, float("inf"), 5])
+    )
+    status, _, err = call(capfd, "evaluate", "--adapter", run, "--data", data_copy)
+    assert status == 0
+    assert "hold NaN or infinity (D41_NOT_FINITE)" in err
+
+
+def test_evaluate_refuses_a_blank_prompt(capfd, run, data_dir):
+    refused(
+        capfd, "evaluate", "--data", data_dir, "--adapter", run, "--prompt", " ", naming="empty"
+    )
+
+
 def test_evaluate_a_split_without_objects_has_status_1(capfd, run, data_copy):
     edit_annotations(data_copy, "test", lambda content: content.update(annotations=[]))
     status, out, _ = call(capfd, "evaluate", "--adapter", run, "--data", data_copy, "--json")

@@ -1,7 +1,9 @@
 import json
+import re
 
 import pytest
 import torch
+from builders import edit_coco
 from tiny_random import tiny_run_config
 from transformers import TrainerCallback
 
@@ -139,3 +141,18 @@ def test_dry_run_names_the_next_setting_where_memory_ends(config, monkeypatch):
         "training.gradient_accumulation_steps": 1,
     }
     assert dry_run(config.replace(everything))["next"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda c: c.update(annotations=[]), "no object reaches the loss"),
+        (lambda c: [item.update(iscrowd=1) for item in c["annotations"]], "D10"),
+        (lambda c: c["annotations"][0].update(bbox=[0, 0, float("inf"), 1]), "D41"),
+        (lambda c: c["images"][0].update(file_name="gone.png"), "gone.png: no such image"),
+    ],
+)
+def test_dry_run_refuses_what_a_training_would(config, data_copy, change, part):
+    edit_coco(data_copy, "train", change)
+    with pytest.raises(InputError, match=re.escape(part)):
+        dry_run(config.replace({"data.data_dir": str(data_copy)}))

@@ -339,14 +339,18 @@ def predict(args):
 def evaluate(args):
     """Judge a model on a split; status 1 if the split has nothing to find."""
     from helpers import detect
+    from helpers.convert.conversion import finding_notes
     from helpers.data.dataset import load_dataset
+    from helpers.detect.predictor import check_prompts
 
     model, processor, run, config, name = load_model(args)
     settings = config.evaluation
     data_dir = args.data or config.data.data_dir
     split = load_dataset(config, data_dir).split(args.split)
+    for note in finding_notes([split]):
+        _say(f"warning: {note}")
+    words = split.categories if args.prompt is None else check_prompts([args.prompt])
     if run:
-        words = [args.prompt] if args.prompt else split.categories
         for prompt in detect.untrained_prompts(words, run.prompts["prompts"]):
             _say(f"warning: '{prompt}' was never trained as a present prompt")
     asked = {"absent_prompts": settings.absent_prompts, "prompt": args.prompt}

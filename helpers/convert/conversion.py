@@ -36,36 +36,11 @@ MAX_NAME = 255  # bytes of a file name
 _OTHER_PLACE = "make room, choose another folder or a shorter name"
 PICTURES = (*IMAGE_SUFFIXES, ".heic", ".heif", ".gif", ".avif")
 # Findings of `check` about what the source states twice or cannot mean, told here at once.
-NOTED = (
-    "D20",
-    "D21",
-    "D22",
-    "D24",
-    "D31",
-    "D32",
-    "D36",
-    "D40",
-    "D41",
-    "D42",
-    "D43",
-    "D44",
-    "D46",
-    "D52",
-)
+NOTED = tuple("D20 D21 D22 D24 D31 D32 D36 D40 D41 D42 D43 D44 D46 D52".split())
 
 
 def detect_format(root):
-    """Recognise the format of a dataset.
-
-    Parameters
-    ----------
-    root : os.PathLike
-
-    Returns
-    -------
-    str
-        A key of `FORMATS`.
-    """
+    """Recognise the format of a dataset in a folder: a key of `FORMATS`, else an InputError."""
     root, problem = Path(root), None
     if not root.exists():
         raise InputError("no such file or folder", where=root, fix="check the path of the dataset")
@@ -167,7 +142,7 @@ def convert(src, dst, *, split=None, seed=42, tile=None, overlap=0.2, **reading)
         if tile is not None:  # a fault of the source must be found before it is cut
             for name, images in splits.items():
                 _write_annotations(staging / name, images, source)
-            notes += _finding_notes(_read_back(staging, src))
+            notes += finding_notes(_read_back(staging, src))
             shutil.rmtree(staging)
         for name, images in splits.items():
             folder = staging / name
@@ -180,7 +155,7 @@ def convert(src, dst, *, split=None, seed=42, tile=None, overlap=0.2, **reading)
                     bar.update()
                     _place(image.path, folder / image.name)
         written = _read_back(staging, src)
-        notes += [] if tile is not None else _finding_notes(written)
+        notes += [] if tile is not None else finding_notes(written)
         if real_dst.exists():
             real_dst.rmdir()  # refused if somebody has filled it meanwhile
     summary = {"format": source.format, "source": str(src), "output": str(dst)}
@@ -289,7 +264,7 @@ def _counts(splits):
     return counts
 
 
-def _finding_notes(splits):
+def finding_notes(splits):
     """Say what `check` will say about the annotations that a reader of the source should know."""
     notes = []
     for split in splits:

@@ -12,7 +12,16 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-from builders import HEIGHT, WIDTH, coco_of, edit_coco, mask_of, write_coco, write_image
+from builders import (
+    HEIGHT,
+    WIDTH,
+    coco_of,
+    edit_coco,
+    mask_of,
+    write_coco,
+    write_image,
+    write_per_image,
+)
 from PIL import Image
 from pycocotools.coco import COCO
 from source_builders import blob
@@ -882,3 +891,36 @@ def test_an_empty_line_among_classes_keeps_its_number(tmp_path):
     refused(src, tmp_path / "dst", "holds the value 2", "line 2")
     write(src / "classes.txt", "crack\njoint\n\n")
     assert convert(src, tmp_path / "dst")["splits"]["train"]["categories"]["joint"] == 1
+
+
+def test_a_link_to_an_annotation_file_is_followed(tmp_path):
+    src = write_labels(tmp_path / "src", images=["p/a.png", "q/a.png"])
+    content = coco_of({"p/a.png": FILES["a.png"], "q/a.png": []})
+    write(src / "labels.json", content)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link.json").symlink_to(src / "labels.json")
+    convert(tmp_path / "here" / "link.json", tmp_path / "dst")
+    assert sorted(masks(tmp_path / "dst")) == ["p_a.png", "q_a.png"]
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda c: c["images"][0].update(file_name="b.png"), "'file_name' is 'b.png'"),
+        (lambda c: c.update(width=960), "'width' is 960 and 96"),
+        (lambda c: c["annotations"][0].update(image_id=99), "'image_id' 99"),
+    ],
+)
+def test_statements_of_a_file_per_image_that_differ_are_told(tmp_path, change, part):
+    path = write_per_image(tmp_path / "src") / "train" / "annotations" / "a.json"
+    content = json.loads(path.read_text())
+    change(content)
+    write(path, content)
+    notes = convert(tmp_path / "src", tmp_path / "dst")["notes"]
+    assert any("D77" in note and part in note for note in notes)
+
+
+def test_a_source_without_any_object_is_told(tmp_path):
+    src = write_labels(tmp_path / "src", dict.fromkeys(FILES, []))
+    assert "no image shows an object" in convert(src, tmp_path / "dst")["notes"][-1]
+    convert(write_labels(tmp_path / "other"), tmp_path / "dst2")

@@ -133,7 +133,8 @@ def convert(src, dst, *, split=None, seed=42, tile=None, overlap=0.2, **reading)
     elif WHOLE in splits:
         splits = {"train": splits[WHOLE]}
         notes.append("the source has no splits: all images are in train; see --split")
-    root = Path(os.path.realpath(src if src.is_dir() else src.parent))
+    root = Path(os.path.realpath(src))
+    root = root if root.is_dir() else root.parent
     real_dst = Path(os.path.realpath(dst))
     writing = explain(OSError, "cannot be written", where=dst, fix=_OTHER_PLACE)
     with writing, staged_folder(real_dst.parent) as place:
@@ -158,6 +159,8 @@ def convert(src, dst, *, split=None, seed=42, tile=None, overlap=0.2, **reading)
         notes += [] if tile is not None else finding_notes(written)
         if real_dst.exists():
             real_dst.rmdir()  # refused if somebody has filled it meanwhile
+    if not any(split.num_objects for split in written):
+        notes.append("no image shows an object: nothing can be learned from them")
     summary = {"format": source.format, "source": str(src), "output": str(dst)}
     return summary | {"splits": _counts(written), "unused": source.unused, "notes": notes}
 
@@ -268,6 +271,8 @@ def finding_notes(splits):
     """Say what `check` will say about the annotations that a reader of the source should know."""
     notes = []
     for split in splits:
+        differing = [record.contradiction for record in split.records if record.contradiction]
+        notes += note_of(differing, "images are described by two statements that differ (D77)")
         findings = check_annotations(split, mask_size=1, num_queries=10**6)
         for finding in check_categories(split) + findings:
             noun = "data.prompts_by_category can ask for another noun"

@@ -29,11 +29,8 @@ _OWN_STAGING = f".partial-{platform.node()}-"
 
 @contextmanager
 def staged_folder(folder):
-    """Yield a hidden folder in `folder`, and move its files into place only if the block succeeds.
-
-    The destination is made if need be, and removed if it was made in vain; files of the same name, and
-    an empty folder, are replaced, others stay. What killed processes of this machine left is removed.
-    """
+    """Yield a hidden folder in `folder`, and move its files into place only if the block succeeds."""
+    # Files of the same name are replaced. What killed processes of this machine left is removed.
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,15 +70,35 @@ def read_json(path, fix="export the file again"):
         raise InputError("no such file", where=path, fix=fix)
     errors = (OSError, ValueError, RecursionError)
     with explain(errors, "is no complete JSON in UTF-8", where=path, fix=fix):
-        content = json.loads(path.read_text(encoding="utf-8-sig"), parse_int=_parse_int)
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text, parse_int=_parse_int, object_pairs_hook=_without_doubles)
     if not isinstance(content, dict):
         raise InputError("is a JSON without keys", where=path, fix=fix)
+    return content
+
+
+def _without_doubles(pairs):
+    """Return the dict of an object; Python would take the last of two values of a key in silence."""
+    content = dict(pairs)
+    for key, value in () if len(content) == len(pairs) else pairs:
+        if value != content[key]:
+            raise ValueError(f"it has two values of the key {key!r}")
     return content
 
 
 def _parse_int(digits):
     """Read a whole number; one beyond any id becomes a float, as Python refuses 4,300 digits."""
     return int(digits) if len(digits) < 40 else float(digits)
+
+
+def files_below(folder, suffixes=()):
+    """List the files below a folder in order, without those that a system hides or makes."""
+    paths = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        paths += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
+    paths = [path for path in paths if not suffixes or path.suffix.lower() in suffixes]
+    return [path for path in paths if path.is_file() or path.is_symlink()]  # no pipes
 
 
 def file_digest(path):

@@ -311,12 +311,8 @@ def _write_full(found, staging, base):
 
 
 def write_sompote(adapter, output, sections=None):
-    """Write a PEFT folder in the layout of Sompote/SAM3_LoRA: the inverse of its import.
-
-    The folder ``output`` gets ``config.yaml``, with more ``sections`` such as ``{"training": {...}}``,
-    and the weights, whose path is returned. Where A is the same for q, k and v of the ViT, they become
-    one `qkv`; else they stay apart, which only `import_source` reads.
-    """
+    """Write a PEFT folder in the layout of Sompote/SAM3_LoRA: the inverse of its import."""
+    # Where A is the same for q, k and v of the ViT, they become one `qkv`; else they stay apart.
     found, output, layers = read_source(resolve(adapter)), resolve(output), {}
     matrices = lora_matrices(found)
     for name, (A, B) in matrices.items():
@@ -532,11 +528,8 @@ _TO_NATIVE = [(_pattern(row.transformers), row.meta) for row in _ROWS.itertuples
 
 
 def to_hf(name):
-    """Return the names in transformers of a module or weight of Meta's: none, one, or q, k and v.
-
-    Three for what holds q, k and v in one matrix, in this order along its output: `qkv` of the ViT
-    or of a fork, `in_proj_weight` of attention, and an attention as PEFT adapts it.
-    """
+    """Return the names in transformers of a module or weight of Meta's: none, one, or q, k and v."""
+    # One matrix holds the three in this order along its output.
     if (hf := _renamed(name, _TO_HF)) is not None:
         return (hf,)
     attention, ending = _FUSED.fullmatch(name).groups(default="")

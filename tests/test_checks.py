@@ -114,6 +114,12 @@ def cover(c):
     c["annotations"] = c["annotations"][:2]
 
 
+def cover_one(c):
+    size = [HEIGHT, WIDTH]
+    runs = {"size": size, "counts": [0, HEIGHT * WIDTH]}
+    c["annotations"][0].update(bbox=[0, 0, WIDTH, HEIGHT], segmentation=runs)
+
+
 def save_as(mode=None, **options):
     """Plant another form of the first training image."""
 
@@ -235,7 +241,8 @@ FAULTS = [
     ("D46_ANNOTATED_TWICE", annotate_twice(bbox=[8.5, 7.5, 16, 32]), "1 of 6 objects"),
     ("D46_ANNOTATED_TWICE", annotate_twice(segmentation=None), "1 of 6 objects"),
     ("D50_TOO_SMALL", content(make_tiny), "1 of 5 objects span less than 2 of the 32 cells"),
-    ("D52_COVERS_PICTURE", content(cover), "'crack' covers 88% of its 2 images"),
+    ("D52_COVERS_PICTURE", content(cover), "'crack' covers 88% of 2 of its 2 images"),
+    ("D52_COVERS_PICTURE", content(cover_one), "'crack' covers 100% of 1 of its 3 images"),
     (
         "D70_BROKEN_IMAGE",
         lambda root: (root / "train" / "a.png").write_bytes(b""),
@@ -258,6 +265,28 @@ FAULTS = [
         "D73_IMAGE_TURNED",
         image("train", "a.png", size=(HEIGHT, WIDTH), exif=exif_of(6)),
         "orientation",
+    ),
+    ("D08_MISSING_IMAGE", content(lambda c: c["images"][0].update(file_name="a\0.png")), "no file"),
+    (
+        "D08_MISSING_IMAGE",
+        content(lambda c: c["images"][0].update(file_name="a\ud800.png")),
+        "no file",
+    ),
+    (
+        "D08_MISSING_IMAGE",  # of two entries, one spelt otherwise, that mean one file
+        content(lambda c: c["images"][1].update(file_name="A.png")),
+        "A.png",
+    ),
+    (
+        "D78_OTHER_SPELLING",
+        content(lambda c: c["images"][0].update(file_name="A.PNG")),
+        "A.PNG is a.png",
+    ),
+    ("D24_AREA_DIFFERS", content(lambda c: c["annotations"][0].update(area="9000")), "nan px"),
+    (
+        "D24_AREA_DIFFERS",
+        content(lambda c: c["annotations"][0].update(area=float("inf"))),
+        "inf px",
     ),
     ("D74_IMAGE_OUTSIDE", link_out, "1 images lie outside the dataset"),
     ("D74_IMAGE_OUTSIDE", name_outside(absolute=True), "1 images lie outside the dataset"),

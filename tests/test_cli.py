@@ -232,9 +232,14 @@ def test_predict_takes_folders_and_names_pictures_after_images(capfd, run, data_
     images.mkdir()
     for name in ("test_0.png", "test_1.png"):
         shutil.copy(data_dir / "test" / name, images / name)
+    for name in ("a.heic", "b.gif", ".hidden"):
+        (images / name).touch()
+    (images / "more").mkdir()
     arguments = ("predict", "--adapter", run, "--image", images, "--prompt", "crack", "--json")
-    status, out, _ = call(capfd, *arguments, "--output", tmp_path / "o.png")
+    status, out, err = call(capfd, *arguments, "--output", tmp_path / "o.png")
     assert status == 0
+    assert "3 other files and folders" in err
+    assert "a.heic, b.gif, more" in err
     assert len(json.loads(out)) == 2
     assert (tmp_path / "o_test_0.png").is_file()
     assert (tmp_path / "o_test_1.png").is_file()
@@ -329,6 +334,21 @@ def test_evaluate_writes_a_page_that_holds_every_picture(capfd, run, data_dir, t
         for level in answer["masks"]:
             assert np.shape(level["overlaps"]) == (len(scores), len(scores)) or not scores
             assert all(len(row) == len(one["objects"]) for row in level["ious"])
+
+
+def test_evaluate_says_which_objects_it_cannot_judge(capfd, run, data_copy):
+    edit_annotations(
+        data_copy, "test", lambda c: c["annotations"][0].update(bbox=[1, 1, float("inf"), 5])
+    )
+    status, _, err = call(capfd, "evaluate", "--adapter", run, "--data", data_copy)
+    assert status == 0
+    assert "hold NaN or infinity (D41_NOT_FINITE)" in err
+
+
+def test_evaluate_refuses_a_blank_prompt(capfd, run, data_dir):
+    refused(
+        capfd, "evaluate", "--data", data_dir, "--adapter", run, "--prompt", " ", naming="empty"
+    )
 
 
 def test_evaluate_a_split_without_objects_has_status_1(capfd, run, data_copy):
@@ -543,6 +563,10 @@ def test_predict_keeps_a_picture_that_it_did_not_draw(capfd, run, data_dir, tmp_
     refused(capfd, *arguments, "--output", photo, naming="not drawn by predict")
     refused(capfd, *arguments, "--output", tmp_path, naming="is a folder")
     assert photo.read_bytes() == before
+    link = tmp_path / "link.png"
+    link.symlink_to(tmp_path / "later.png")
+    refused(capfd, *arguments, "--output", link, naming="not drawn by predict")
+    assert link.is_symlink()
 
 
 @pytest.mark.parametrize(

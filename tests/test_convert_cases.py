@@ -3,6 +3,7 @@
 What is written is read with pycocotools alone.
 """
 
+import base64
 import contextlib
 import io
 import json
@@ -11,13 +12,23 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-from builders import HEIGHT, WIDTH, coco_of, edit_coco, mask_of, write_coco, write_image
+from builders import (
+    HEIGHT,
+    WIDTH,
+    coco_of,
+    edit_coco,
+    mask_of,
+    write_coco,
+    write_image,
+    write_per_image,
+)
 from PIL import Image
 from pycocotools.coco import COCO
 from source_builders import blob
 
 from helpers.__main__ import main
-from helpers.convert.conversion import convert, summary_text
+from helpers.answers import answer_text
+from helpers.convert.conversion import convert
 from helpers.errors import InputError
 
 MASK = blob(8, 8, 16, 32)
@@ -705,7 +716,7 @@ def test_names_cannot_steer_the_terminal(tmp_path, capfd):
         tmp_path / "src", categories=[{"id": 1, "name": name}, {"id": 2, "name": "joint"}]
     )
     write_image(src / "z\x1b[1m.png")
-    text = summary_text(convert(src, tmp_path / "dst"))
+    text = answer_text("convert", convert(src, tmp_path / "dst"))
     assert "\x1b" not in text
     assert "\nnote" not in text
     write(src / "labels.json", coco_of({"\x1b[2J.png": []}))
@@ -713,3 +724,203 @@ def test_names_cannot_steer_the_terminal(tmp_path, capfd):
     error = capfd.readouterr().err
     assert "\x1b" not in error
     assert len(error.splitlines()) == 1
+
+
+# what a file states twice, and numbers that are none
+
+
+@pytest.mark.parametrize("change", [{"bbox": ["8", 8, 16, 32]}, {"bbox": []}, {"bbox": None}])
+def test_a_fault_of_the_source_is_named_before_it_is_cut(tmp_path, change):
+    content = coco_of(FILES)
+    content["annotations"][0].update(change, segmentation=None)
+    src = write_labels(tmp_path / "src", annotations=content["annotations"])
+    refused(src, tmp_path / "dst", "a.png", "annotation 1", tile=48)
+
+
+@pytest.mark.parametrize("contents", ["joint", None, [{}]])
+def test_contents_that_are_no_list_are_not_cut(tmp_path, contents):
+    content = coco_of(FILES)
+    content["images"][0]["contents"] = contents
+    src = write_labels(tmp_path / "src")
+    write(src / "labels.json", content)
+    refused(src, tmp_path / "dst", "'contents' is no list", tile=48)
+
+
+@pytest.mark.parametrize("change", [{"area": 5000}, {"bbox": [50, 30, 20, 20]}])
+def test_what_differs_is_told_with_tiles_too(tmp_path, change):
+    content = coco_of(FILES)
+    content["annotations"][0].update(change)
+    src = write_labels(tmp_path / "src", annotations=content["annotations"])
+    notes = convert(src, tmp_path / "dst", tile=48)["notes"]
+    assert any("D24" in note or "D22" in note for note in notes)
+    assert [path.name for path in tmp_path.iterdir()].count("dst") == 1
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1" + 400 * "0"])
+def test_a_box_that_is_no_number_is_told_and_not_cut(tmp_path, number):
+    src = write_labels(tmp_path / "src")
+    content = coco_of(FILES)
+    content["annotations"][0].update(bbox=[0.125, 8, 16, 32], segmentation=None)
+    write(src / "labels.json", json.dumps(content).replace("0.125", number))
+    assert any("D41" in note for note in convert(src, tmp_path / "dst")["notes"])
+    refused(src, tmp_path / "tiles", "annotation 1: its box is", tile=48)
+
+
+def test_a_size_beyond_any_image_is_one_line(tmp_path):
+    content = coco_of(FILES)
+    content["images"][0].update(width=10**30, height=10**30)
+    src = write_labels(tmp_path / "src")
+    write(src / "labels.json", content)
+    refused(src, tmp_path / "dst", "a.png", "megapixels")
+
+
+def test_a_seed_below_zero_is_one_line(tmp_path):
+    src = write_labels(tmp_path / "src")
+    refused(src, tmp_path / "dst", "the seed is -1", split=(0.5, 0.5), seed=-1)
+
+
+def test_two_values_of_a_key_are_refused(tmp_path):
+    src = write_labels(tmp_path / "src")
+    text = json.dumps(coco_of(FILES))
+    write(src / "labels.json", text[:-1] + ', "annotations": []}')
+    refused(src, tmp_path / "dst", "two values of the key 'annotations'")
+    write(src / "labels.json", '{"categories": [], ' + text[1:].replace('"categories"', '"x"'))
+    refused(src, tmp_path / "dst", "category_id 1")
+    write(src / "labels.json", text[:-1] + ', "info": 1, "info": 1}')
+    convert(src, tmp_path / "dst")
+
+
+def test_categories_that_become_one_are_told(tmp_path):
+    table = [{"id": 1, "name": "crack "}, {"id": 2, "name": "crack"}]
+    sources = [write_labels(tmp_path / "coco", categories=table)]
+    sources.append(write_mask(tmp_path / "masks", MASK * np.uint8(2)))
+    write(sources[1] / "classes.txt", "crack\ncrack\n")
+    for src in sources:
+        notes = convert(src, tmp_path / f"{src.name}_dst")["notes"]
+        assert any("become one: crack" in note for note in notes), src
+
+
+@pytest.mark.parametrize("path", ["/datasets/mine", "../datasets/src", "[a]"])
+def test_a_path_that_is_not_there_is_told(tmp_path, path):
+    src = write_yolo(tmp_path / "src", {"a": ""}, f"path: {path}\ntrain: images\n")
+    notes = convert(src, tmp_path / "dst")["notes"]
+    assert any(path.strip("[]") in note and "does not exist" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [
+        "<object><name>crack</name><name>joint</name>{box}</object>",
+        "<object><name>crack</name>{box}{other}</object>",
+        "<size><width>96</width><height>64</height></size>"
+        "<size><width>960</width><height>640</height></size>",
+        "<size><width>96</width><width>960</width><height>64</height></size>",
+    ],
+)
+def test_elements_that_contradict_each_other_are_refused(tmp_path, twice):
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+    text = twice.format(box=box, other=box.replace("9", "50"))
+    write_image(tmp_path / "src" / "a.png")
+    write(tmp_path / "src" / "a.xml", f"<annotation>{text}</annotation>")
+    refused(tmp_path / "src", tmp_path / "dst", "a.xml", "2 <", "that differ")
+    text = twice.format(box=box, other=box).replace("960", "96").replace("640", "64")
+    write(tmp_path / "src" / "a.xml", f"<annotation>{text.replace('joint', 'crack')}</annotation>")
+    convert(tmp_path / "src", tmp_path / "dst")
+
+
+def test_a_path_that_names_another_image_is_told_or_refused(tmp_path):
+    head = "<filename>a.png</filename><path>C:\\old place\\b.png</path>"
+    write_image(tmp_path / "src" / "a.png")
+    write(tmp_path / "src" / "a.xml", voc(1, 1, 9, 9, head=head))
+    notes = convert(tmp_path / "src", tmp_path / "dst")["notes"]
+    assert any("a.xml ('b.png')" in note for note in notes)
+    write_image(tmp_path / "src" / "b.png")
+    refused(tmp_path / "src", tmp_path / "dst2", "'b.png'", "both are there")
+
+
+def test_names_in_lists_without_an_image_are_counted(tmp_path):
+    write_image(tmp_path / "src" / "JPEGImages" / "a.png")
+    write(tmp_path / "src" / "Annotations" / "a.xml", voc(1, 1, 9, 9))
+    write(tmp_path / "src" / "ImageSets" / "Main" / "train.txt", "a.png\nb 1\n\n")
+    summary = convert(tmp_path / "src", tmp_path / "dst")
+    assert summary["splits"]["train"]["images"] == 1
+    assert any(note.startswith("1 names in train.txt") for note in summary["notes"])
+
+
+def test_points_of_three_numbers_are_no_pairs(tmp_path):
+    points = [[8, 8, 1], [24, 8, 1], [24, 40, 1], [8, 40, 1]]
+    write_image(tmp_path / "src" / "a.png")
+    write(tmp_path / "src" / "a.json", labelme("a.png", polygon(points=points)))
+    refused(tmp_path / "src", tmp_path / "dst", "shape 0", "not pairs")
+
+
+@pytest.mark.parametrize(("size", "fits"), [((17, 33), True), ((16, 32), True), ((5, 5), False)])
+def test_a_painted_mask_has_the_size_of_its_box(tmp_path, size, fits):
+    stream = io.BytesIO()
+    Image.new("L", size, 255).save(stream, "PNG")
+    mask = base64.b64encode(stream.getvalue()).decode()
+    shape = polygon(kind="mask", points=[[8, 8], [24, 40]]) | {"mask": mask}
+    write_image(tmp_path / "src" / "a.png")
+    write(tmp_path / "src" / "a.json", labelme("a.png", shape))
+    if fits:
+        convert(tmp_path / "src", tmp_path / "dst")
+        assert masks(tmp_path / "dst")["a.png"].sum() == size[0] * size[1]
+    else:
+        refused(tmp_path / "src", tmp_path / "dst", "shape 0", "(5, 5) pixels in a box of")
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.gif"])
+def test_masks_on_several_pages_are_refused(tmp_path, name):
+    pages = [Image.fromarray(mask * np.uint8(255)) for mask in (MASK, ~MASK)]
+    src = write_mask(tmp_path / "src", pages[0], name, save_all=True, append_images=pages[1:])
+    refused(src, tmp_path / "dst", name, "2 frames or pages", category="crack")
+
+
+def test_a_mask_is_turned_as_its_orientation_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # half a turn
+    picture = Image.fromarray((MASK * np.uint8(255))[::-1, ::-1].copy())
+    src = write_mask(tmp_path / "src", picture, exif=exif)
+    convert(src, tmp_path / "dst", category="crack")
+    assert (masks(tmp_path / "dst")["a.png"] == MASK).all()
+
+
+def test_an_empty_line_among_classes_keeps_its_number(tmp_path):
+    src = write_mask(tmp_path / "src", MASK * np.uint8(2))
+    write(src / "classes.txt", "crack\n\njoint\n")
+    refused(src, tmp_path / "dst", "holds the value 2", "line 2")
+    write(src / "classes.txt", "crack\njoint\n\n")
+    assert convert(src, tmp_path / "dst")["splits"]["train"]["categories"]["joint"] == 1
+
+
+def test_a_link_to_an_annotation_file_is_followed(tmp_path):
+    src = write_labels(tmp_path / "src", images=["p/a.png", "q/a.png"])
+    content = coco_of({"p/a.png": FILES["a.png"], "q/a.png": []})
+    write(src / "labels.json", content)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link.json").symlink_to(src / "labels.json")
+    convert(tmp_path / "here" / "link.json", tmp_path / "dst")
+    assert sorted(masks(tmp_path / "dst")) == ["p_a.png", "q_a.png"]
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda c: c["images"][0].update(file_name="b.png"), "'file_name' is 'b.png'"),
+        (lambda c: c.update(width=960), "'width' is 960 and 96"),
+        (lambda c: c["annotations"][0].update(image_id=99), "'image_id' 99"),
+    ],
+)
+def test_statements_of_a_file_per_image_that_differ_are_told(tmp_path, change, part):
+    path = write_per_image(tmp_path / "src") / "train" / "annotations" / "a.json"
+    content = json.loads(path.read_text())
+    change(content)
+    write(path, content)
+    notes = convert(tmp_path / "src", tmp_path / "dst")["notes"]
+    assert any("D77" in note and part in note for note in notes)
+
+
+def test_a_source_without_any_object_is_told(tmp_path):
+    src = write_labels(tmp_path / "src", dict.fromkeys(FILES, []))
+    assert "no image shows an object" in convert(src, tmp_path / "dst")["notes"][-1]
+    convert(write_labels(tmp_path / "other"), tmp_path / "dst2")

@@ -343,3 +343,32 @@ def test_real_datasets_are_read_fast(name, images, objects):
     assert [len(split.records) for split in splits] == images
     assert [split.num_objects for split in splits] == objects
     assert all(item.mask_problem is None for s in splits for r in s.records for item in r.objects)
+
+
+def test_of_two_images_of_one_stem_the_stated_one_is_taken(tmp_path):
+    write_per_image(tmp_path)
+    write_image(tmp_path / "train" / "images" / "a.jpg")
+    [record] = [r for r in read_split(tmp_path, "train").records if r.path.stem == "a"]
+    assert (record.path.name, record.contradiction) == ("a.png", None)
+    (tmp_path / "train" / "images" / "a.png").rename(tmp_path / "train" / "images" / "a.webp")
+    [record] = [r for r in read_split(tmp_path, "train").records if r.path.stem == "a"]
+    assert record.contradiction == "a.json may mean a.jpg or a.webp"
+
+
+def test_an_annotation_of_another_image_id_is_a_contradiction(tmp_path):
+    path = write_per_image(tmp_path) / "train" / "annotations" / "a.json"
+    content = json.loads(path.read_text())
+    first_annotation(content)["image_id"] = 99
+    path.write_text(json.dumps(content))
+    records = read_split(tmp_path, "train").records
+    assert [record.contradiction for record in records if record.contradiction] == [
+        f"'id' is {content['images'][0]['id']} and 'image_id' 99"
+    ]
+
+
+def test_hidden_folders_are_not_counted_and_broken_links_are(tmp_path):
+    write_coco(tmp_path)
+    write_image(tmp_path / "train" / ".cache" / "a.png")
+    (tmp_path / "train" / "gone.png").symlink_to("nowhere.png")
+    split = read_split(tmp_path, "train")
+    assert [path.name for path in split.unannotated] == ["gone.png"]

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from tiny_random import SHARED_RUN, tiny_run_config
 from transformers import Sam3Model, TrainerCallback
 
+from helpers.answers import answer_text
 from helpers.config import load_config
 from helpers.data.coco import read_split
 from helpers.data.dataset import PromptCollator, PromptDataset
@@ -16,7 +17,7 @@ from helpers.detect.predictor import Predictor
 from helpers.errors import InputError
 from helpers.model.lora import add_lora
 from helpers.model.sam3 import load_base
-from helpers.train.report import report, report_text
+from helpers.train.report import report
 from helpers.train.run import last_checkpoint, load_run, read_history, read_run
 from helpers.train.training import Sam3Trainer, train, training_arguments
 
@@ -423,7 +424,7 @@ def test_report_has_everything_in_both_forms(finished):
     content = report(read_run(finished.folder))
     assert json.loads(json.dumps(content, allow_nan=False)) == content
     assert len(content["checklist"]) > 5
-    text = report_text(content)
+    text = answer_text("report", content)
     for part in ("vision_encoder", "checklist", "AP50", "crack", "2 of 2 epochs"):
         assert part in text
 

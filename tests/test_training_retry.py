@@ -1,11 +1,14 @@
 import json
+import re
 
 import pytest
 import torch
+from builders import edit_coco
 from tiny_random import tiny_run_config
 from transformers import TrainerCallback
 
 from helpers.__main__ import main
+from helpers.answers import answer_text
 from helpers.config import load_config
 from helpers.errors import InputError
 from helpers.files import write_text
@@ -14,7 +17,6 @@ from helpers.train.training import (
     OutOfMemory,
     Sam3Trainer,
     dry_run,
-    dry_run_text,
     smaller_step,
     train,
     train_within_memory,
@@ -131,7 +133,7 @@ def test_dry_run_names_the_next_setting_where_memory_ends(config, monkeypatch):
     result = dry_run(config)
     assert result["fits"] is False
     assert result["next"] == ["training.gradient_checkpointing=true"]
-    assert "--set training.gradient_checkpointing=true" in dry_run_text(result)
+    assert "--set training.gradient_checkpointing=true" in answer_text("dry_run", result)
     everything = {
         "training.gradient_checkpointing": True,
         "data.num_negatives": 0,
@@ -139,3 +141,18 @@ def test_dry_run_names_the_next_setting_where_memory_ends(config, monkeypatch):
         "training.gradient_accumulation_steps": 1,
     }
     assert dry_run(config.replace(everything))["next"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda c: c.update(annotations=[]), "no object reaches the loss"),
+        (lambda c: [item.update(iscrowd=1) for item in c["annotations"]], "D10"),
+        (lambda c: c["annotations"][0].update(bbox=[0, 0, float("inf"), 1]), "D41"),
+        (lambda c: c["images"][0].update(file_name="gone.png"), "gone.png: no such image"),
+    ],
+)
+def test_dry_run_refuses_what_a_training_would(config, data_copy, change, part):
+    edit_coco(data_copy, "train", change)
+    with pytest.raises(InputError, match=re.escape(part)):
+        dry_run(config.replace({"data.data_dir": str(data_copy)}))

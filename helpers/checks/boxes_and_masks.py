@@ -19,6 +19,7 @@ OUTSIDE_PX = 1.0  # a box may leave its image by this much, for the same reason
 SAME_EDGE_PX = 1.0  # two boxes of one object may be this far apart, for the same reason
 SAME_MASK_IOU = 0.9  # two masks of one object overlap by at least this
 AREA_SHARE = 0.2  # an area may differ from its mask's by this share and a pixel along the outline
+FULL_COVER = 0.9  # and in a single image
 MAX_COVER = 0.6  # mean share of its images that an object class, other than a ground, covers
 
 
@@ -47,9 +48,11 @@ def check_annotations(split, *, mask_size, num_queries):
     findings = findings_by_code(faults, mask_size=mask_size, **values)
     findings += finding_at("D51_TOO_MANY", crowded, num_queries=num_queries)
     for category, places in covers.items():
-        mean = np.mean([place.badness for place in places])
-        if mean > MAX_COVER:
-            findings += finding_at("D52_COVERS_PICTURE", places, category=category, mean=mean)
+        values = {"category": category, "total": len(places)}
+        if np.mean([place.badness for place in places]) <= MAX_COVER:
+            places = [place for place in places if place.badness > FULL_COVER]
+        mean = np.mean([place.badness for place in places] or [0])
+        findings += finding_at("D52_COVERS_PICTURE", places, mean=mean, **values)
     return findings
 
 
@@ -110,7 +113,8 @@ def _box_faults(record, item, mask_size):
 
 def _is_near(area_px, other_px, outline_px):
     """Return whether two areas differ by rounding only."""
-    return abs(area_px - other_px) <= AREA_SHARE * max(area_px, other_px) + outline_px
+    difference = AREA_SHARE * max(area_px, other_px) + outline_px
+    return math.isclose(area_px, other_px, rel_tol=0, abs_tol=difference)  # infinity is near none
 
 
 def _mask_faults(record, item):

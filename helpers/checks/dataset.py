@@ -14,6 +14,7 @@ from helpers.files import progress_bar
 
 NUM_QUERIES = 200  # objects that SAM3 can find per prompt
 _QUERY_COUNTS = "objects_after_collate", "masks_after_collate", "present_queries", "absent_queries"
+_LOST = "D02_OBJECTS_LOST"
 MIN_KEPT = 0.99  # share of the objects in the files that must reach the loss
 
 
@@ -59,13 +60,9 @@ def check_dataset(dataset, model=None, processor=None):
         loading, counts[name] = _check_loading(dataset, split, model, processor)
         findings += loading
     findings += check_splits_agree(splits) + check_leakage(splits, dataset.pictures)
-    return Report(dataset.root, tuple(sorted(findings, key=_by_urgency)), counts)
-
-
-def _by_urgency(finding):
-    """Put errors first, and lost objects behind the errors that they follow from."""
-    is_consequence = finding.code == "D02_OBJECTS_LOST"
-    return SEVERITIES.index(finding.severity), is_consequence, finding.code
+    # Errors first, and lost objects behind the errors that they follow from.
+    findings.sort(key=lambda f: (SEVERITIES.index(f.severity), f.code == _LOST, f.code))
+    return Report(dataset.root, tuple(findings), counts)
 
 
 def _check_loading(dataset, split, model, processor):
@@ -137,4 +134,4 @@ def _check_objects_arrive(split, counts):
     if arrived >= MIN_KEPT * total:
         return []
     values = {"total": total, "arrived": arrived, "share": arrived / total}
-    return [finding_of("D02_OBJECTS_LOST", split.root, crowds=counts["crowd_objects"], **values)]
+    return [finding_of(_LOST, split.root, crowds=counts["crowd_objects"], **values)]

@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from itertools import combinations
+from pathlib import PurePosixPath
 
 import cv2
 import numpy as np
@@ -37,11 +38,13 @@ def _faults_of(record, picture, root):
     """Yield the code of each fault of an image file, and a detail."""
     if record.contradiction is not None:
         yield "D77_CONTRADICTION", record.contradiction
-    if not record.path.resolve().is_relative_to(root.resolve().parent):
-        yield "D74_IMAGE_OUTSIDE", str(record.path.resolve())
     if not picture.digest and not record.path.is_file():
         yield "D08_MISSING_IMAGE", str(record.path)
         return
+    if not record.path.resolve().is_relative_to(root.resolve().parent):
+        yield "D74_IMAGE_OUTSIDE", str(record.path.resolve())
+    if record.path.name != PurePosixPath(record.image_id).name:
+        yield "D78_OTHER_SPELLING", f"{record.image_id} is {record.path.name}"
     if picture.problem is not None:
         fix = f"; {picture.fix}" if picture.fix else ""
         yield "D70_BROKEN_IMAGE", f"{picture.problem}{fix}"

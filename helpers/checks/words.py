@@ -16,17 +16,9 @@ NO_NOUNS = frozenset(
 
 
 def check_categories(split):
-    """Find names that make bad prompts.
+    """Find names that make bad prompts, in the whole category table of a `Split`.
 
-    Parameters
-    ----------
-    split : helpers.data.records.Split
-        Its whole category table is looked at.
-
-    Returns
-    -------
-    list of helpers.checks.findings.Finding
-        ``D30_ROOT_CATEGORY`` to ``D34_ZERO_BASED_IDS`` and ``D36_NO_WORD``.
+    Returns a list of `Finding`: ``D30_ROOT_CATEGORY`` to ``D34_ZERO_BASED_IDS``, ``D36_NO_WORD``.
     """
     table, used, faults = split.category_table, split.used_categories, []
     entries = [entry for entry in table if entry.name in split.categories]

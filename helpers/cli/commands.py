@@ -340,14 +340,18 @@ def predict(args):
 def evaluate(args):
     """Judge a model on a split; status 1 if the split has nothing to find."""
     from helpers import detect
+    from helpers.convert.conversion import finding_notes
     from helpers.data.dataset import load_dataset
+    from helpers.detect.predictor import check_prompts
 
     model, processor, run, config, name = load_model(args)
     settings = config.evaluation
     data_dir = args.data or config.data.data_dir
     split = load_dataset(config, data_dir).split(args.split)
+    for note in finding_notes([split]):
+        _say(f"warning: {note}")
+    words = split.categories if args.prompt is None else check_prompts([args.prompt])
     if run:
-        words = [args.prompt] if args.prompt else split.categories
         for prompt in detect.untrained_prompts(words, run.prompts["prompts"]):
             _say(f"warning: '{prompt}' was never trained as a present prompt")
     asked = {"absent_prompts": settings.absent_prompts, "prompt": args.prompt}
@@ -590,6 +594,7 @@ def _base(args, adapter=None):
 
 def _image_files(paths):
     """Return the images that paths name; a folder stands for the images directly in it."""
+    from helpers.convert.source import note_of
     from helpers.data.images import IMAGE_SUFFIXES
 
     files = []
@@ -597,10 +602,13 @@ def _image_files(paths):
         path = Path(text).expanduser()
         if path.is_dir():
             inside = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
-            inside = [entry for entry in inside if entry.suffix.lower() in IMAGE_SUFFIXES]
-            if not inside:
+            images = [entry for entry in inside if entry.suffix.lower() in IMAGE_SUFFIXES]
+            if not images:
                 raise InputError("the folder holds no image", where=path, fix="name image files")
-            files += inside
+            files += images
+            others = [entry.name for entry in inside if entry not in images]
+            for note in note_of(others, f"other files and folders in {path} are not looked at"):
+                _say(f"note: {note}")
         elif path.is_file():
             files.append(path)
         else:
@@ -627,11 +635,7 @@ def _hint_at_tiles(images, model):
 
 
 def _picture_paths(output, images):
-    """Return where the picture of each image goes; refuse to write over anything of the user's.
-
-    With several images the stem of each joins the name, with as many of its folders as keep the
-    names apart.
-    """
+    """Return where the picture of each image goes; refuse to write over anything of the user's."""
     output = Path(output).expanduser()
     if output.is_dir():
         raise InputError("is a folder", where=output, fix=f"name a file: {output / 'answer.png'}")
@@ -641,7 +645,7 @@ def _picture_paths(output, images):
         path, fix = output.with_name(name), "choose another --output"
         if path.exists() and any(path.samefile(other) for other in images):
             raise InputError("would overwrite the image", where=path, fix=fix)
-        if path.exists() and not _is_own_picture(path):
+        if path.is_symlink() or (path.exists() and not _is_own_picture(path)):
             raise InputError("exists, and was not drawn by predict", where=path, fix=fix)
         paths[image] = path
     return paths

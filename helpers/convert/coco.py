@@ -51,7 +51,8 @@ def read_coco(root):
             extra = {key: image[key] for key in image if key not in _OWN_KEYS}
             record = source.SourceImage(path, *stated, tuple(objects), extra, own_files)
             splits[split].append(record)
-    notes = source.note_of(respelt, "images are spelt otherwise on the disk")
+    notes = source.note_of_doubles(entry.name for entry in table.values())
+    notes += source.note_of(respelt, "images are spelt otherwise on the disk")
     notes += source.note_of(resized, "images have another size than stated")
     files = [file for _, file in parts.values() if file]
     content = read_json(files[0]) if files else {}

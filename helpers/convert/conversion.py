@@ -6,25 +6,23 @@ import shutil
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from helpers.answers import answer_text
 from helpers.checks.boxes_and_masks import check_annotations
 from helpers.checks.words import check_categories
 from helpers.convert.coco import annotation_files, read_coco
 from helpers.convert.division import split_source, tile_images
 from helpers.convert.label_tools import is_labelme, is_voc, read_labelme, read_voc
 from helpers.convert.mask_pictures import folder_pairs, read_masks
-from helpers.convert.source import WHOLE, files_below, note_of, refuse_outside, settle_polygons
+from helpers.convert.source import WHOLE, note_of, refuse_outside, settle_polygons
 from helpers.convert.yolo import names_file, read_yolo
 from helpers.data.coco import COCO_FILE, find_splits, read_split
 from helpers.data.images import IMAGE_SUFFIXES, spelling
 from helpers.data.masks import rle_area, rle_box_xyxy, segmentation_to_rle
 from helpers.errors import InputError, explain
-from helpers.files import progress_bar, staged_folder
+from helpers.files import files_below, progress_bar, staged_folder
 
 # What finds the files of each format, and what reads them, in the order in which they are tried.
 FORMATS = {
@@ -38,21 +36,11 @@ MAX_NAME = 255  # bytes of a file name
 _OTHER_PLACE = "make room, choose another folder or a shorter name"
 PICTURES = (*IMAGE_SUFFIXES, ".heic", ".heif", ".gif", ".avif")
 # Findings of `check` about what the source states twice or cannot mean, told here at once.
-NOTED = ("D20", "D21", "D22", "D24", "D31", "D32", "D36", "D40", "D42", "D43", "D44", "D46", "D52")
+NOTED = tuple("D20 D21 D22 D24 D31 D32 D36 D40 D41 D42 D43 D44 D46 D52".split())
 
 
 def detect_format(root):
-    """Recognise the format of a dataset.
-
-    Parameters
-    ----------
-    root : os.PathLike
-
-    Returns
-    -------
-    str
-        A key of `FORMATS`.
-    """
+    """Recognise the format of a dataset in a folder: a key of `FORMATS`, else an InputError."""
     root, problem = Path(root), None
     if not root.exists():
         raise InputError("no such file or folder", where=root, fix="check the path of the dataset")
@@ -145,23 +133,34 @@ def convert(src, dst, *, split=None, seed=42, tile=None, overlap=0.2, **reading)
     elif WHOLE in splits:
         splits = {"train": splits[WHOLE]}
         notes.append("the source has no splits: all images are in train; see --split")
-    root = Path(os.path.realpath(src if src.is_dir() else src.parent))
+    root = Path(os.path.realpath(src))
+    root = root if root.is_dir() else root.parent
     real_dst = Path(os.path.realpath(dst))
     writing = explain(OSError, "cannot be written", where=dst, fix=_OTHER_PLACE)
     with writing, staged_folder(real_dst.parent) as place:
         staging = place / real_dst.name
-        staging.mkdir()
+        splits = {name: _with_names(images, root) for name, images in splits.items() if images}
+        if tile is not None:  # a fault of the source must be found before it is cut
+            for name, images in splits.items():
+                _write_annotations(staging / name, images, source)
+            notes += finding_notes(_read_back(staging, src))
+            shutil.rmtree(staging)
         for name, images in splits.items():
-            if images:
-                _write_split(staging / name, _with_names(images, root), source, tile, overlap)
-        try:
-            written = [read_split(staging, name) for name in find_splits(staging)]
-        except InputError as error:  # which is one of the source
-            where = (error.where or "").replace(f"{staging}{os.sep}", f"{src}, ")
-            raise InputError(error.message, where=where, fix=error.fix) from error
-        notes += _finding_notes(written)
+            folder = staging / name
+            folder.mkdir(parents=True)
+            if tile is not None:
+                images = tile_images(images, folder, tile, overlap)
+            _write_annotations(folder, images, source)
+            with progress_bar(len(images), f"writing {name}") as bar:
+                for image in images:
+                    bar.update()
+                    _place(image.path, folder / image.name)
+        written = _read_back(staging, src)
+        notes += [] if tile is not None else finding_notes(written)
         if real_dst.exists():
             real_dst.rmdir()  # refused if somebody has filled it meanwhile
+    if not any(split.num_objects for split in written):
+        notes.append("no image shows an object: nothing can be learned from them")
     summary = {"format": source.format, "source": str(src), "output": str(dst)}
     return summary | {"splits": _counts(written), "unused": source.unused, "notes": notes}
 
@@ -183,25 +182,29 @@ def _with_names(images, root):
     return result
 
 
-def _write_split(folder, images, source, tile, overlap):
-    """Write the images and the annotation file of one split."""
-    folder.mkdir()
-    if tile is not None:
-        images = tile_images(images, folder, tile, overlap)
+def _read_back(staging, src):
+    """Read the splits that were written; a fault of them is one of the source."""
+    try:
+        return [read_split(staging, name) for name in find_splits(staging)]
+    except InputError as error:
+        where = (error.where or "").replace(f"{staging}{os.sep}", f"{src}, ")
+        raise InputError(error.message, where=where, fix=error.fix) from error
+
+
+def _write_annotations(folder, images, source):
+    """Write the annotation file of one split."""
+    folder.mkdir(parents=True, exist_ok=True)
     by_name = {entry.name: entry.category_id for entry in source.categories}
     image_ids = _ids([image.extra.get("id") for image in images])
     own_ids = _ids([item.get("id") for image in images for item in image.objects])
     entries, annotations = [], []
-    with progress_bar(len(images), f"writing {folder.name}") as bar:
-        for image, image_id in zip(images, image_ids, strict=True):
-            bar.update()
-            _place(image.path, folder / image.name)
-            stated = {"file_name": image.name, "width": image.width, "height": image.height}
-            entries.append({**image.extra, "id": image_id, **stated})
-            for item in image.objects:
-                entry = _complete(item, image)
-                entry |= {"id": own_ids[len(annotations)], "image_id": image_id}
-                annotations.append(entry | {"category_id": by_name[item["category"]]})
+    for image, image_id in zip(images, image_ids, strict=True):
+        stated = {"file_name": image.name, "width": image.width, "height": image.height}
+        entries.append({**image.extra, "id": image_id, **stated})
+        for item in image.objects:
+            entry = _complete(item, image)
+            entry |= {"id": own_ids[len(annotations)], "image_id": image_id}
+            annotations.append(entry | {"category_id": by_name[item["category"]]})
     table = [
         {"id": entry.category_id, "name": entry.name}
         | ({"supercategory": entry.supercategory} if entry.supercategory else {})
@@ -264,10 +267,12 @@ def _counts(splits):
     return counts
 
 
-def _finding_notes(splits):
+def finding_notes(splits):
     """Say what `check` will say about the annotations that a reader of the source should know."""
     notes = []
     for split in splits:
+        differing = [record.contradiction for record in split.records if record.contradiction]
+        notes += note_of(differing, "images are described by two statements that differ (D77)")
         findings = check_annotations(split, mask_size=1, num_queries=10**6)
         for finding in check_categories(split) + findings:
             noun = "data.prompts_by_category can ask for another noun"
@@ -275,7 +280,3 @@ def _finding_notes(splits):
             if finding.code.startswith(NOTED):
                 notes.append(f"{finding.message} ({finding.code}); {fix}")
     return list(dict.fromkeys(notes))
-
-
-summary_text = partial(answer_text, "convert")
-"""Return what `convert` returns as a table, without characters that a terminal would obey."""

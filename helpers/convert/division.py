@@ -1,5 +1,6 @@
 """Divide images into training, validation and test by scene, and large images into tiles."""
 
+import math
 import re
 from collections import Counter
 
@@ -85,6 +86,8 @@ def split_source(splits, shares, seed):
     if not is_sound or not shares[0]:
         fix = "give numbers that add up to 1, for example --split 0.8 0.1 0.1"
         raise InputError(f"the shares {[*shares]} are not of train, valid and test", fix=fix)
+    if seed < 0:
+        raise InputError(f"the seed is {seed}", fix="give a whole number of at least 0")
     images = [image for name in splits for image in splits[name]]
     labels, notes = scene_groups([image.path for image in images])
     split_indices, result = divide(labels, shares, seed), {}
@@ -135,15 +138,17 @@ def _cut(image, boxes, folder, tile):
 
 def _mask_and_extent(item, image):
     """Return the mask of an object, None for a box alone, and its tight box in pixels."""
+    where = f"{image.path}, annotation {item.get('id')}"
     if item.get("segmentation"):
-        where = f"{image.path}, annotation {item.get('id')}"
         with explain(ValueError, "its mask cannot be cut", where=where, fix="draw it again"):
             rle = segmentation_to_rle(item["segmentation"], image.height, image.width)
             if rle["size"] != [image.height, image.width]:
                 raise ValueError(f"its size {rle['size']} is not [height, width] of the image")
         if rle_area(rle):
             return coco_mask.decode(rle), rle_box_xyxy(rle)
-    x, y, width, height = item.get("bbox", (0, 0, 0, 0))
+    x, y, width, height = item["bbox"]
+    if not all(map(math.isfinite, item["bbox"])):
+        raise InputError(f"its box is {item['bbox']}", where=where, fix="draw it again")
     return None, (x, y, x + width, y + height)
 
 

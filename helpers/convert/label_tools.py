@@ -62,12 +62,12 @@ def read_voc(root):
             num_polygons += len(tree.findall("object/polygon"))
         if source.folder_named(folder, "segmentationobject", "segmentationclass"):
             notes.append("masks of VOC are not read here but with --format masks --objects values")
-    text = "files name an image in <filename> that is not there and is not used"
+    text = "files name an image in <filename> or <path> that is not there and is not used"
     notes += source.note_of(renamed, text)
     if num_polygons:
         notes.append(f"{num_polygons} objects have a <polygon>, of which only the box is read")
     if source.WHOLE in splits:
-        splits, lists = _by_image_sets(root, splits)
+        splits, lists = _by_image_sets(root, splits, notes)
     splits = {split: [*images.values()] for split, images in splits.items()}
     return _source("voc", splits, notes, lists)
 
@@ -92,9 +92,19 @@ def _parse(path):
         return ElementTree.fromstring(text)
 
 
+def _child(element, key, where):
+    """Return the child element of a name, or None; several that differ are refused."""
+    children = element.findall(key)
+    if len({tuple("".join(child.itertext()).split()) for child in children}) > 1:
+        message = f"<{element.tag}> has {len(children)} <{key}> that differ"
+        raise InputError(message, where=where, fix="leave the right one")
+    return children[0] if children else None
+
+
 def _text(element, key, where):
     """Return the text of a child element, which must be there."""
-    value = (element.findtext(key) or "").strip()
+    child = _child(element, key, where)
+    value = "" if child is None else (child.text or "").strip()
     if not value:
         raise InputError(f"<{element.tag}> has no <{key}>", where=where, fix=_ANEW)
     return value
@@ -117,12 +127,13 @@ def _voc_image(where, tree, images, stem, first, root, renamed):
         raise InputError(message, where=where, fix="restore the image or remove the file")
     _compare_name(where, tree, path, images, root, renamed)
     size = source.picture_size(path, root)
-    if tree.find("size") is not None:
-        stated = [_number(tree.find("size"), key, where) for key in ("width", "height")]
+    stated = _child(tree, "size", where)
+    if stated is not None:
+        stated = [_number(stated, key, where) for key in ("width", "height")]
         _compare_size(where, tuple(map(round, stated)), size)
     objects = []
     for element in tree.iterfind("object"):
-        box = element.find("bndbox")
+        box = _child(element, "bndbox", where)
         if box is None:
             raise InputError("<object> has no <bndbox>", where=where, fix=_ANEW)
         x0, y0 = (_number(box, key, where) - first for key in ("xmin", "ymin"))
@@ -133,17 +144,19 @@ def _voc_image(where, tree, images, stem, first, root, renamed):
 
 def _compare_name(where, tree, path, images, root, renamed):
     """Compare <filename> with the file's own name, which decides where only one is there."""
-    name = PureWindowsPath((tree.findtext("filename") or "").strip())
+    name, full = (PureWindowsPath((tree.findtext(k) or "").strip()) for k in ("filename", "path"))
     aside = Path(os.path.normpath(where.parent / name.as_posix()))
     if len(name.parts) > 1 and aside.is_file():
         source.refuse_outside(aside, root, where)
-    stem = name.stem if name.suffix.lower() in IMAGE_SUFFIXES else name.name
-    if stem in ("", path.stem):
-        return
-    if any(Path(other).name == stem for other in images):
-        both = f"<filename> is '{name.name}', its own name means '{path.name}', and both are there"
-        raise InputError(both, where=where, fix="correct <filename>")
-    renamed.append(f"{where.name} ('{name.name}')")
+    names = {name.name: name, full.name: full}  # where <path> lay is of no matter
+    for key, name in names.items():
+        stem = name.stem if name.suffix.lower() in IMAGE_SUFFIXES else key
+        if stem in ("", path.stem):
+            continue
+        if any(Path(other).name == stem for other in images):
+            both = f"names the image '{key}', its own name means '{path.name}', and both are there"
+            raise InputError(both, where=where, fix="correct <filename> and <path>")
+        renamed.append(f"{where.name} ('{key}')")
 
 
 def _compare_size(where, stated, size):
@@ -154,7 +167,7 @@ def _compare_size(where, stated, size):
         raise InputError(message, where=where, fix="annotate the image as it is, upright")
 
 
-def _by_image_sets(root, splits):
+def _by_image_sets(root, splits, notes):
     """Divide the images by the lists in ``ImageSets/Main``; return the splits and the lists."""
     images, divided, lists = splits[source.WHOLE], {}, []
     for word, split in (("train", "train"), ("val", "valid"), ("test", "test")):
@@ -165,8 +178,10 @@ def _by_image_sets(root, splits):
         for line in source.read_text(path).splitlines():
             words = [line.strip(), *line.split()[:1]]  # a flag may follow the name
             words += [word.rpartition(".")[0] for word in words]
-            stems |= set([word for word in words if word in images][:1])
+            stems |= set([word for word in words if word in images][:1] or words[:1])
         divided[split] = {stem: image for stem, image in images.items() if stem in stems}
+        missing = sorted(stems.difference(images, [""]))
+        notes += source.note_of(missing, f"names in {path.name} have no image with annotations")
     if lists and not any(divided.values()):
         raise InputError("names none of the images", where=lists[0], fix="list the images' names")
     return divided or splits, lists
@@ -254,14 +269,15 @@ def _labelme_object(shape, width, height, where):
     entry = {"category": label.strip(), "iscrowd": 0}
     errors = (TypeError, ValueError)
     with explain(errors, "its points are not pairs of numbers", where=where, fix="draw it again"):
-        points = np.array(shape.get("points"), dtype=float).reshape(-1, 2)
+        points = np.array(shape.get("points"), dtype=float)
+        points = points.reshape(len(points), 2)
     if not (np.abs(points) <= 100 * max(width, height)).all():
         raise InputError("a point is far outside", where=where, fix="draw it again")
     if kind == "rectangle" and len(points) >= 2:
         low, high = points.min(axis=0), points.max(axis=0)
         return entry | {"bbox": [*low.tolist(), *(high - low).tolist()]}
     if kind == "mask" and len(points) >= 1:
-        return entry | {"segmentation": _painted(shape, points[0], width, height, where)}
+        return entry | {"segmentation": _painted(shape, points, width, height, where)}
     if kind == "circle" and len(points) == 2:
         angles = np.arange(CIRCLE_CORNERS) * 2 * math.pi / CIRCLE_CORNERS
         ring = np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -272,11 +288,16 @@ def _labelme_object(shape, width, height, where):
     return entry | {"segmentation": [points.ravel().tolist()]}
 
 
-def _painted(shape, corner, width, height, where):
+def _painted(shape, points, width, height, where):
     """Put a painted mask, a PNG of its own box in base64, at its place in the image."""
     canvas = Image.new("L", (width, height))
     # Pillow raises another type for each way a file can be broken.
     with explain(Exception, "its mask is no PNG in base64", where=where, fix="draw it again"):
         png = base64.b64decode(shape.get("mask") or "", validate=True)
-        canvas.paste(Image.open(io.BytesIO(png)).convert("L"), tuple(map(round, corner.tolist())))
+        mask = Image.open(io.BytesIO(png)).convert("L")
+        canvas.paste(mask, tuple(map(round, points[0].tolist())))
+    sides = np.abs(points[-1] - points[0])
+    if len(points) == 2 and np.abs(mask.size - sides).max() > 2:
+        message = f"has a mask of {mask.size} pixels in a box of {sides.tolist()}"
+        raise InputError(message, where=where, fix="draw it again")
     return mask_to_rle(np.array(canvas) > 0)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy import ndimage
 
 from helpers.convert import source
@@ -55,6 +55,7 @@ def read_masks(root, category=None, objects="components"):
             splits[split].append(source.SourceImage(path, *size, (), {}, (mask_file,)))
     bar.close()
     notes = source.note_of(soft, "masks have soft edges, cut at half")
+    notes += source.note_of_doubles(names.values())
     names = _names_of_values(names, masks, objects, bool(soft), notes)
     for images in splits.values():
         for index, image in enumerate(images):
@@ -111,9 +112,9 @@ def _names(root, category, objects):
     if objects == "values":
         fix = "give --category in place of the file, or another --objects"
         raise InputError("values cannot be classes and instances at once", where=path, fix=fix)
-    names = [line.strip() for line in source.read_text(path).splitlines() if line.strip()]
+    names = [line.strip() for line in source.read_text(path).splitlines()]
     first = 0 if names and names[0].casefold() in BACKGROUND else 1
-    names_of_values = {value: name for value, name in enumerate(names, first) if value > 0}
+    names_of_values = {value: name for value, name in enumerate(names, first) if value and name}
     if not names_of_values:
         raise InputError("names no class", where=path, fix="write one name per line")
     return names_of_values
@@ -150,7 +151,11 @@ def _mask_values(path):
     broken = explain(Exception, "is no readable picture", where=path, fix="save it as PNG")
     with broken, Image.open(path) as picture:
         is_jpeg, has_alpha = picture.format == "JPEG", picture.mode in ("LA", "RGBA")
+        num_frames, picture = getattr(picture, "n_frames", 1), ImageOps.exif_transpose(picture)
         values = np.array(picture.convert("L") if is_jpeg else picture)
+    if num_frames > 1:
+        message = f"holds {num_frames} frames or pages, and one would be read"
+        raise InputError(message, where=path, fix="save what they show as one picture")
     if values.ndim == 3:
         colours = values[..., :-1] if has_alpha else values
         if (colours != colours[..., :1]).any():

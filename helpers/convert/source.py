@@ -7,6 +7,7 @@ further keys, and skips circles and painted masks, which would then be asked as 
 import codecs
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from helpers.data.images import upright_size
 from helpers.data.masks import mask_to_rle
 from helpers.data.records import Category
 from helpers.errors import InputError, explain
+from helpers.files import files_below
 
 WHOLE = "all"  # name of the one split of a source that has none
 MEANINGS = ("auto", "outline", "pixels")
@@ -48,16 +50,6 @@ class Source:
     files: list[Path]  # those that speak of more than one image
     header: dict = field(default_factory=dict)  # what a COCO file says about the whole
     unused: dict[str, int] = field(default_factory=dict)  # files not read, by ending
-
-
-def files_below(folder, suffixes=()):
-    """List the files below a folder in order, without those that a system hides or makes."""
-    paths = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        paths += [Path(place, name) for name in sorted(names) if not name.startswith(".")]
-    paths = [path for path in paths if not suffixes or path.suffix.lower() in suffixes]
-    return [path for path in paths if path.is_file() or path.is_symlink()]  # no pipes
 
 
 def folder_named(root, *names):
@@ -128,6 +120,12 @@ def note_of(items, text):
     names = list(dict.fromkeys(map(str, items)))
     examples = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return [f"{len(items)} {text}: {examples}"] if items else []
+
+
+def note_of_doubles(names):
+    """Return a note on the names that several classes have."""
+    doubles = sorted(name for name, count in Counter(names).items() if count > 1)
+    return note_of(doubles, "names belong to several classes, which become one")
 
 
 def numbered(names):

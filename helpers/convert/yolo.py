@@ -65,8 +65,7 @@ def _names(content, where, notes):
         raise InputError(f"names is {str(content['names'])[:200]}", where=where, fix=fix)
     if count not in (None, len(texts)):
         notes.append(f"nc is {count}, but names lists {len(texts)}, which is taken")
-    doubles = [name for name in set(texts.values()) if list(texts.values()).count(name) > 1]
-    notes += source.note_of(sorted(doubles), "names belong to several classes, which become one")
+    notes += source.note_of_doubles(texts.values())
     return {number: texts[number] for number in sorted(texts)}
 
 
@@ -86,7 +85,9 @@ def _image_paths(content, root, where, files, notes):
             raise InputError(message, where=where, fix="add 'train: train/images' to the file")
         return paths
     base = root / str(content.get("path") or ".")
-    base = base if base.is_dir() else root
+    if not base.is_dir():
+        notes.append(f"path '{content['path']}' does not exist: {root.name}/ is taken")
+        base = root
     for split, entry in listed.items():
         entries = [str(value) for value in (entry if isinstance(entry, list) else [entry])]
         places = {value: _existing(value, base, root, where) for value in entries}

@@ -4,6 +4,8 @@
 ``per_image``: ``{split}/images/*.jpg`` with ``{split}/annotations/<stem>.json``.
 """
 
+import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import PurePosixPath, PureWindowsPath
 
@@ -11,7 +13,7 @@ from helpers.data.images import IMAGE_SUFFIXES, MAX_PIXELS, near_files, upright_
 from helpers.data.masks import rle_area, rle_box_xyxy, segmentation_to_rle
 from helpers.data.records import Category, ImageRecord, ObjectAnnotation, Split, normalise_noun
 from helpers.errors import InputError
-from helpers.files import read_json, resolve
+from helpers.files import files_below, read_json, resolve
 
 COCO_FILE = "_annotations.coco.json"
 SPLIT_FOLDERS = {
@@ -77,6 +79,8 @@ def read_split(data_dir, split, layout=None):
         names = category_names(categories, where, table)
         records.append(image_record(where, image, objects, names, root))
     near = near_files([record.path for record in records if not record.path.is_file()])
+    uses = Counter(near.get(record.path, record.path) for record in records)
+    near = {path: file for path, file in near.items() if uses[file] == 1}  # else two mean one file
     records = [replace(record, path=near.get(record.path, record.path)) for record in records]
     records.sort(key=lambda record: record.image_id)
     for first, second in zip(records, records[1:], strict=False):
@@ -92,7 +96,7 @@ def read_split(data_dir, split, layout=None):
     ]
     read = {record.path for record in records} | {root / COCO_FILE}
     read |= {root / "annotations" / f"{record.path.stem}.json" for record in records}
-    others = [path for path in sorted(_visible_files(root, deep=True)) if path not in read]
+    others = [path for path in files_below(root) if path not in read]
     return Split(
         name=name,
         root=root,
@@ -175,11 +179,11 @@ def _same_in_another_type(value, known):
 
 def _per_image_entries(root):
     """Yield what `entries_of` yields for the files of single images."""
-    files = _visible_files(root / "images")
-    images = {path.stem: path for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
-    for where in sorted(_visible_files(root / "annotations")):
-        if where.suffix != ".json":
-            continue
+    images = {}
+    for path in sorted((root / "images").glob("[!.]*")):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            images.setdefault(path.stem, []).append(path.name)
+    for where in sorted((root / "annotations").glob("[!.]*.json")):
         content = read_json(where, _EXPORT_AGAIN)
         listed = content.get("images", [{}])
         if not isinstance(listed, list) or len(listed) != 1 or not isinstance(listed[0], dict):
@@ -189,15 +193,20 @@ def _per_image_entries(root):
         image = {**top, **listed[0]}
         pairs = ((key, top[key], image[key]) for key in top if top[key] != image[key])
         differing = [f"'{key}' is {first!r} and {second!r}" for key, first, second in pairs]
-        stated = image.get("file_name")
-        if where.stem in images:
-            image["file_name"] = images[where.stem].name
-            if isinstance(stated, str) and PureWindowsPath(stated).stem != where.stem:
+        stated, names = image.get("file_name"), images.get(where.stem, [f"{where.stem}.jpg"])
+        name = PureWindowsPath(stated).name if isinstance(stated, str) else None
+        if where.stem in images or stated is None:
+            image["file_name"] = name if name in names else names[0]
+            if name is not None and PureWindowsPath(name).stem != where.stem:
                 differing.append(f"'file_name' is {stated!r} in {where.name}")
-        image.setdefault("file_name", f"{where.stem}.jpg")
+            if name not in names and len(names) > 1:
+                differing.append(f"{where.name} may mean {' or '.join(names)}")
+        objects = _list_of(content, "annotations", where)
+        for image_id in {str(item.get("image_id", image.get("id"))) for item in objects}:
+            if "id" in image and image_id != str(image["id"]):
+                differing.append(f"'id' is {image['id']!r} and 'image_id' {image_id}")
         if differing:
             image[_CONTRADICTION] = "; ".join(differing)
-        objects = _list_of(content, "annotations", where)
         yield where, image, objects, _list_of(content, "categories", where)
 
 
@@ -299,11 +308,5 @@ def _object(where, index, annotation, names, width, height):
         annotation_id=annotation_id,
         has_own_box=has_own_box,
         mask_problem=mask_problem,
-        area_px=area if type(area) in (int, float) else None,
+        area_px=area if area is None or type(area) in (int, float) else math.nan,
     )
-
-
-def _visible_files(folder, deep=False):
-    """List the files of a folder, or below it, but not hidden ones; none if it is missing."""
-    paths = folder.rglob("*") if deep else folder.glob("*")
-    return [path for path in paths if path.is_file() and not path.name.startswith(".")]

@@ -18,6 +18,8 @@ def segmentation_to_rle(segmentation, height, width):
     # keep their own size, even a wrong one, for the checks to name.
     if isinstance(segmentation, dict):
         return _rle_from_runs(segmentation)
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"its image is said to be {width} x {height} pixels large")
     if not isinstance(segmentation, list):
         raise ValueError(f"it is a {type(segmentation).__name__}, not polygons or run lengths")
     if all(isinstance(number, int | float) for number in segmentation):

@@ -207,11 +207,8 @@ def absent_candidates(record, nouns):
 
 
 def absent_prompts(record, own_names, other_nouns, count, *, seed, epoch):
-    """Draw ``count`` distinct absent prompts of an image, or as many as there are.
-
-    An image without any object is asked for at least one of the dataset's own names, even at 0. The
-    draw depends on seed, epoch and image only, not on workers or the order of the images.
-    """
+    """Draw ``count`` distinct absent prompts of an image, or as many as there are."""
+    # An image without any object is asked for at least one of the dataset's own names, even at 0.
     own = absent_candidates(record, own_names)
     others = [noun for noun in absent_candidates(record, other_nouns) if noun not in own]
     generator = _generator(record, seed, epoch)

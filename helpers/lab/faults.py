@@ -48,12 +48,8 @@ HEALTHY = Fault()
 
 
 def planted(fault, folder, *, healthy=None, data_dir=WALL_CRACKS, **settings):
-    """Run the script with a fault and leave its result in a folder.
-
-    ``healthy`` is a saved training that is taken where the fault acts after it; ``settings`` are
-    those of `Careless`. Returns the script as it stands in the kernel. A fault may have stopped it:
-    then ``error`` says so, and nothing was saved.
-    """
+    """Run a `Careless` with a fault, save it in a folder, and return it; ``error`` may say why not."""
+    # `healthy` is a saved training that is taken where the fault acts after it.
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

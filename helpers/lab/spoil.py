@@ -10,11 +10,10 @@ import numpy as np
 from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 
-from helpers.convert.source import files_below
 from helpers.data.coco import entries_of, image_record, read_split
 from helpers.data.images import IMAGE_SUFFIXES, open_upright
 from helpers.data.masks import mask_to_rle, segmentation_to_rle
-from helpers.files import read_json, write_json
+from helpers.files import files_below, read_json, write_json
 
 JPEG_QUALITY = 95
 SHRINK = 32  # a picture seen from afar is so many times smaller

@@ -1,9 +1,7 @@
 """The report of a finished run, as a document for programs and as text for people."""
 
 import math
-from functools import partial
 
-from helpers.answers import answer_text
 from helpers.model.losses import EARLY_WEIGHTS
 
 VERDICTS = {True: "yes", False: "no", None: "not checkable"}
@@ -143,7 +141,3 @@ def report(run):
         "metrics": run.metrics,
         "checklist": checklist(run),
     }
-
-
-report_text = partial(answer_text, "report")
-"""Write a `report` for people."""

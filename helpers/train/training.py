@@ -7,7 +7,6 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -22,11 +21,12 @@ from torch.utils.data import DataLoader
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from helpers.answers import answer_text
-from helpers.checks.dataset import check_dataset
+from helpers.checks.boxes_and_masks import check_annotations
+from helpers.checks.dataset import NUM_QUERIES, check_dataset
+from helpers.checks.findings import Report
 from helpers.config import load_config
 from helpers.data import PromptCollator, PromptDataset, count_objects, load_dataset
-from helpers.data.dataset import data_fingerprint
+from helpers.data.dataset import data_fingerprint, model_sizes
 from helpers.data.records import nouns_overlap, rename_categories
 from helpers.detect import clear_answers, evaluate_queries, retention
 from helpers.detect.queries import SCORE_FLOOR, queries_from_outputs
@@ -564,7 +564,17 @@ def dry_run(config):
     training, on_gpu = config.training, torch.cuda.is_available()
     dataset = load_dataset(config)
     splits = [dataset.split(name) for name in (config.data.train_split, config.data.val_split)]
+    sizes = {"mask_size": model_sizes(config)[1], "num_queries": NUM_QUERIES}
+    for split in splits:  # without the images, which take long
+        Report(dataset.root, check_annotations(split, **sizes), {}).raise_for_errors()
+        for record in (record for record in split.records if not record.path.is_file()):
+            raise InputError(
+                "no such image", where=record.path, fix="restore it or remove its entry"
+            )
     counts = count_objects(PromptDataset.from_config(config, splits[0]))
+    if not counts["num_objects"].any():
+        fix = "run 'python -m helpers check' on the dataset"
+        raise InputError("no object reaches the loss", where=splits[0].root, fix=fix)
     sizes = counts.groupby("image_id")["num_objects"].agg(["size", "sum"])
     fullest = sizes.sort_values(["size", "sum"], ascending=False).head(training.batch_size)
     records = {record.image_id: record for record in splits[0].records}
@@ -614,10 +624,6 @@ def _peak_memory():
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-dry_run_text = partial(answer_text, "dry_run")
-"""Write the result of `dry_run` for people."""
 
 
 def smaller_step(config):

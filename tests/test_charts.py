@@ -5,12 +5,11 @@ from matplotlib.figure import Figure
 
 from helpers.errors import InputError
 from helpers.show.charts import (
-    component_bars_figure,
     draw_lines,
-    grouped_bars_figure,
     history_frame,
     threshold_figure,
 )
+from notebooks.bars import component_bars_figure, grouped_bars_figure
 from notebooks.examples import logit_heatmap_figure, score_histogram_figure
 
 LOG = [

@@ -1,9 +1,7 @@
 """Pictures, charts and panels."""
 
 from helpers.show.charts import (
-    component_bars_figure,
     draw_lines,
-    grouped_bars_figure,
     history_frame,
     threshold_figure,
 )

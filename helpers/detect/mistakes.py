@@ -22,11 +22,21 @@ KINDS = {
 
 
 def mistake_table(queries, score_threshold):
-    """Name what each detection from a score in [0, 1] on, and each missed object, is.
+    """Name what each kept detection and each missed object is.
 
-    Returns a pandas.DataFrame by falling score: ``image_id``, ``prompt``, ``kind`` (of `KINDS`),
-    ``score`` (of the detection, or the highest of any near a missed object, else 0), ``iou`` with the
-    nearest object of the word, ``box_xyxy`` in pixels.
+    Parameters
+    ----------
+    queries : sequence of Query
+    score_threshold : float
+        In [0, 1].
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``image_id``, ``prompt``, ``kind`` (of `KINDS`), ``score`` (of the detection, or the highest
+        of any detection near a missed object, else 0), ``iou`` with the nearest object of the word,
+        ``box_xyxy`` in pixels. By falling score: a "background" at the top is what the model is
+        surest of and nobody has annotated, a "missed" at the bottom what it does not see at all.
     """
     rows, by_image = [], {}
     for query in queries:

@@ -55,11 +55,21 @@ class GuardStop(InputError):
 class Guards(TrainerCallback):
     """Watch a training run and raise `GuardStop` before an optimiser step, in all processes.
 
-    Without a config all are on, in a loop of your own, between its backward and its optimiser step::
+    Parameters
+    ----------
+    config : helpers.config.Config, optional
+        Of a training of this package. Without it all guards are on, in a loop of your own::
 
-        guards.step(loss_terms=terms, num_objects=sum(len(t["boxes"]) for t in targets), model=model)
+            guards = Guards()  # before the loop
+            ...  # in it, between loss.backward() and optimizer.step()
+            guards.step(loss_terms=terms, num_objects=sum(len(t["boxes"]) for t in targets), model=model)
 
-    In a `transformers.Trainer`, call `note` in ``compute_loss``, and add the guards as a callback.
+        In a `transformers.Trainer`, call `note` in ``compute_loss`` with all but the model, and add the
+        guards as a callback.
+    queries : pandas.DataFrame, optional
+        The training data as `count_objects` counts them: how often a thing is to be expected.
+    allow_empty : bool
+        Without the guards `OFF_IF_EMPTY`.
     """
 
     def __init__(self, config=None, queries=None, *, allow_empty=False):
@@ -115,9 +125,12 @@ class Guards(TrainerCallback):
         share_at_clamp=0.0,
         image_ids=(),
     ):
-        """Note a batch of any loop; `loss_terms` (dict of str to scalar) are as they are added up."""
-        # Their sum, or the entry "loss", is the loss. Names with "box", "giou" or "l1" are those of
-        # boxes, with "mask" or "dice" those of masks.
+        """Note a batch of any loop.
+
+        `loss_terms` are the terms as they are added up, dict of str to scalar; their sum, or the entry
+        ``loss``, is the loss. Terms with "box", "giou" or "l1" in their names are those of boxes, with
+        "mask" or "dice" those of masks. `num_masks` objects have a mask, `num_absent` prompts no object.
+        """
         terms = {
             name: torch.as_tensor(value).detach().float() for name, value in loss_terms.items()
         }

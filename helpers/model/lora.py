@@ -192,7 +192,7 @@ def load_adapter(model, folder, *, lora=None, is_trainable=False):
     identity = folder / BASE_FILE
     saved = read_json(identity, fix="save the adapter again") if identity.is_file() else {}
     expected = saved if lora is None else {"r": lora.rank, "lora_alpha": lora.alpha}
-    _check_config(content, expected, path)
+    check_config(content, expected, path)
     # An imported adapter knows its base by name only: its fingerprint is null.
     if saved and saved.get("fingerprint", "") not in (None, base_fingerprint(model)):
         raise _another_base(folder, "the weights of this base differ", saved.get("name"))
@@ -205,10 +205,7 @@ def load_adapter(model, folder, *, lora=None, is_trainable=False):
     except Exception as error:  # PEFT raises what its many settings happen to break
         raise _another_base(path, f"{error!s:.200}") from error
     load_adapter_weights(peft_model, weights, folder)
-    if saved.get("weights_sha256") not in (None, file_digest(folder / WEIGHTS_FILE)):
-        message = "its bytes are not those that were saved"
-        fix = f"{_RESTORE}; if you changed it on purpose, remove weights_sha256 from {BASE_FILE}"
-        raise InputError(message, where=folder / WEIGHTS_FILE, fix=fix)
+    check_bytes(folder / WEIGHTS_FILE, saved)
     return peft_model.train() if is_trainable else peft_model.eval()
 
 
@@ -245,6 +242,14 @@ def check_tensors(tensors, path):
             raise InputError(message, where=path, fix=fix)
 
 
+def check_bytes(path, saved):
+    """Refuse weights whose bytes are not those that `saved`, the content of base.json, tells of."""
+    if saved.get("weights_sha256") not in (None, file_digest(path)):
+        message = "its bytes are not those that were saved"
+        fix = f"{_RESTORE}; if you changed it on purpose, remove weights_sha256 from {BASE_FILE}"
+        raise InputError(message, where=path, fix=fix)
+
+
 def read_adapter_weights(folder):
     """Read the tensors of ``adapter_model.safetensors`` onto the CPU, whatever their values."""
     path = Path(folder) / WEIGHTS_FILE
@@ -263,7 +268,7 @@ def _wrap(model, config):
         return get_peft_model(model, config)
 
 
-def _check_config(content, expected, path):
+def check_config(content, expected, path):
     """Refuse an adapter_config.json that is no LoRA, damaged, or not the one of the training."""
     kind, rank, alpha = (content.get(key) for key in ("peft_type", "r", "lora_alpha"))
     if kind != "LORA":

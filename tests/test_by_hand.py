@@ -138,7 +138,7 @@ def test_the_page_imports_nothing_of_this_project_and_names_causes_of_the_catalo
     assert set(re.findall(r"^(?:from|import) (\w+)", code, flags=re.M)) == {"torch", "transformers"}
     for number in range(1, 9):
         for snippet in blocks(number, "python"):
-            assert len(snippet.splitlines()) <= 8, f"check {number} is too long to paste"
+            assert len(snippet.splitlines()) <= 9, f"check {number} is too long to paste"
         assert "**Cause:**" in sections()[number]
         assert "**Limits:**" in sections()[number]
     linked = re.findall(r"\[`(\w+)`\]\(cheat_sheet\.md#(\w+)\)", page)

@@ -63,7 +63,7 @@ def course(tmp_path_factory):
         if "output_dir" in parameter_names(path):
             cell.source += f"\noutput_dir = {str(runs)!r}"
         nbformat.write(notebook, root / path.name)
-    for name in ("figures", "glossary.md", "cheat_sheet.md", "the_document.md"):
+    for name in ("figures", "glossary.md", "cheat_sheet.md", "by_hand.md", "the_document.md"):
         source = NOTEBOOKS / name
         if source.is_dir():
             shutil.copytree(source, root / name)

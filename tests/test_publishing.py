@@ -6,7 +6,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from helpers.__main__ import main
 from helpers.config import load_config
@@ -130,6 +130,47 @@ def test_run_with_damaged_weights_is_refused(run, hub, damage, capsys):
     assert main(["push", "--adapter", str(run), "--repo", REPO, "--yes"]) == 2
     assert str(path) in capsys.readouterr().err
     assert hub.created == hub.uploaded == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("nan", "holds nan in 1 of"),
+        ("bits", "bytes are not those that were saved"),
+        ("alpha", "lora_alpha is 64, but the adapter was trained with 32"),
+    ],
+)
+def test_what_predict_refuses_is_not_sent(run, hub, data_dir, capsys, damage, words):
+    path = run / ("adapter_config.json" if damage == "alpha" else "adapter_model.safetensors")
+    if damage == "nan":
+        weights = load_file(path)
+        weights[max(weights)].view(-1)[2] = float("nan")
+        save_file(weights, path)
+    elif damage == "bits":
+        content = bytearray(path.read_bytes())
+        content[-1000] ^= 1  # the lowest bit of a mantissa
+        path.write_bytes(content)
+    else:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(settings | {"lora_alpha": 64}), encoding="utf-8")
+    image = data_dir / "test" / "test_0.png"
+    for arguments in (
+        ["predict", "--adapter", str(run), "--image", str(image), "--prompt", "crack"],
+        ["push", "--adapter", str(run), "--repo", REPO],
+        ["push", "--adapter", str(run), "--repo", REPO, "--yes"],
+    ):
+        assert main(arguments) == 2
+        refusal = capsys.readouterr().err
+        assert words in refusal
+        assert str(path) in refusal
+    assert hub.created == hub.uploaded == []
+
+
+def test_merged_model_with_nan_is_refused(tmp_path):
+    (tmp_path / "merge.json").write_text("{}")
+    save_file({"a": torch.full((100,), torch.nan)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="a holds nan in 100 of 100"):
+        plan_push(tmp_path, REPO)
 
 
 @pytest.mark.parametrize(

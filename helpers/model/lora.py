@@ -205,10 +205,7 @@ def load_adapter(model, folder, *, lora=None, is_trainable=False):
     except Exception as error:  # PEFT raises what its many settings happen to break
         raise _another_base(path, f"{error!s:.200}") from error
     load_adapter_weights(peft_model, weights, folder)
-    if saved.get("weights_sha256") not in (None, file_digest(folder / WEIGHTS_FILE)):
-        message = "its bytes are not those that were saved"
-        fix = f"{_RESTORE}; if you changed it on purpose, remove weights_sha256 from {BASE_FILE}"
-        raise InputError(message, where=folder / WEIGHTS_FILE, fix=fix)
+    check_bytes(folder / WEIGHTS_FILE, saved)
     return peft_model.train() if is_trainable else peft_model.eval()
 
 
@@ -243,6 +240,14 @@ def check_tensors(tensors, path):
             fix = "the training diverged or the file is damaged: train again with a lower "
             fix += "training.learning_rate, or restore the file"
             raise InputError(message, where=path, fix=fix)
+
+
+def check_bytes(path, saved):
+    """Refuse weights whose bytes are not those that `saved`, the content of base.json, tells of."""
+    if saved.get("weights_sha256") not in (None, file_digest(path)):
+        message = "its bytes are not those that were saved"
+        fix = f"{_RESTORE}; if you changed it on purpose, remove weights_sha256 from {BASE_FILE}"
+        raise InputError(message, where=path, fix=fix)
 
 
 def read_adapter_weights(folder):

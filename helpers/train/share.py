@@ -20,7 +20,8 @@ from helpers.detect.detections import masks_at_image_size, reaches
 from helpers.detect.predictor import GENERIC_PROMPT, Predictor
 from helpers.errors import InputError, explain, printable
 from helpers.files import WALL_CRACKS, read_json, resolve, staged_folder, write_json, write_text
-from helpers.model.lora import BASE_FILE, CONFIG_FILE, read_adapter_weights
+from helpers.model import lora
+from helpers.model.lora import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE
 from helpers.model.sam3 import base_config, load_base
 from helpers.train import run as run_folder
 from helpers.train.run import CARD_FILE, RUN_CONFIG, RUN_FILES
@@ -135,9 +136,12 @@ def plan_push(folder, repo):
 def _check_run(folder):
     """Refuse a run that is unfinished or damaged; return the files and texts that may be paths."""
     config = run_folder.read_run(folder).config
-    read_adapter_weights(folder)
-    for name in (CONFIG_FILE, BASE_FILE):
-        read_json(folder / name, fix="train again")
+    lora.check_tensors(lora.read_adapter_weights(folder), folder / WEIGHTS_FILE)
+    files = CONFIG_FILE, BASE_FILE
+    content, saved = (read_json(folder / name, fix="train again") for name in files)
+    trained = {"r": config.lora.rank, "lora_alpha": config.lora.alpha}
+    lora.check_config(content, trained, folder / CONFIG_FILE)
+    lora.check_bytes(folder / WEIGHTS_FILE, saved)
     for path in (folder / name for name in RUN_FILES):
         if path.is_symlink():
             raise InputError("is a link, which is not sent", where=path, fix="put the file there")
@@ -154,8 +158,10 @@ def _check_merged(folder):
     for path in weights:
         damage = explain((OSError, SafetensorError), "is damaged", where=path, fix="merge again")
         with damage, safe_open(path, framework="pt") as file:
-            if not file.keys():
+            if not (names := file.keys()):
                 raise OSError("it holds no weights")
+            for name in names:
+                lora.check_tensors({name: file.get_tensor(name)}, path)
     base = read_json(folder / MERGE_FILE, fix="merge again").get("base", "")
     return [(MERGE_FILE, str(base))]
 

@@ -32,6 +32,7 @@ CONTENTS = {
     "Solutions": notebooks("notebooks/solutions/*.ipynb"),
     "To look up": [
         "notebooks/cheat_sheet.md",
+        "notebooks/by_hand.md",
         "notebooks/glossary.md",
         "helpers/cli/README.md",
         "configs/README.md",

@@ -8,6 +8,7 @@ import supervision as sv
 from pycocotools import mask as coco_mask
 from scipy.optimize import linear_sum_assignment
 
+from helpers.__main__ import main
 from helpers.data.coco import read_split
 from helpers.data.masks import mask_to_rle
 from helpers.detect import threshold_sweep
@@ -18,6 +19,7 @@ from helpers.show import explorer_panel
 from helpers.show.page import PAGES
 
 pytestmark = pytest.mark.browser
+PHONE = 375  # pixels
 REDRAW, SEEN = 100, 250  # milliseconds at the median, of a hundred pictures: computed, and painted
 # Types a threshold and waits until the browser has painted twice: milliseconds.
 MOVE_AND_WAIT = """(value) => new Promise((done) => {
@@ -63,6 +65,19 @@ def questions(split):
         queries.append(Query(record.image_id, "crack", *size, gt, pred, **factors))
         queries.append(Query(record.image_id, "moss", *size, [], blots, **factors))
     return queries
+
+
+@pytest.fixture(scope="module")
+def report(run_folder, data_dir, tmp_path_factory):
+    """Return the text of the report on the run that all tests share, beside its base."""
+    return report_of(run_folder, data_dir, tmp_path_factory.mktemp("report"))
+
+
+def report_of(run, data_dir, folder, *options):
+    path = folder / "report.html"
+    arguments = ["report", "--adapter", run, "--data", data_dir, "--html", path, *options]
+    assert main([str(argument) for argument in arguments]) == 0
+    return path.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -250,3 +265,12 @@ def test_a_diagnosis_is_a_page(opened):
     assert page.text_content("h2") == f"1. {found.causes[0].title}"
     assert page.locator("tr").count() == 1 + len(found.gates)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_no_page_is_wider_than_a_phone(opened, walls, report):
+    diagnosis = diagnose(DATA / "patients" / "no_detections", base=TINY_BASE).to_html()
+    explorer = page_of(explorer_panel({"run": {0.5: walls[1]}}, walls[0]))
+    for text in (diagnosis, explorer, report):
+        page = opened(text)
+        page.set_viewport_size({"width": PHONE, "height": 700})
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE

@@ -183,14 +183,34 @@ def test_a_slider_moves_what_is_drawn_and_a_bad_number_is_marked(opened, walls):
     page.check("input.below")
     assert below.first.is_visible()
     before = page.text_content(".numbers")
-    for bad in ("7", "abc", "", "-0.1"):
+    for bad in ("7", "abc", "", "-0.1", "0.0001", "0"):
         page.fill(".score-value", bad)
         assert "bad" in page.get_attribute(".score-value", "class")
+        assert page.get_attribute(".score-value", "aria-invalid") == "true"
+        assert "from 0.001 to 1" in page.get_attribute(".score-value", "title")
         assert page.text_content(".numbers") == before
     page.fill(".score-value", "0,3")  # as on a German keyboard
     assert shown_numbers(page) == expected_numbers(queries, 0.3)
     page.fill(".score-value", "0.99")
     assert page.text_content(".numbers").startswith("at 0.99: ")
+    assert not page.get_attribute(".score-value", "title")
+    page.focus("input.score")
+    page.keyboard.press("Home")
+    assert shown_numbers(page)[0] == everything
+    assert page.input_value(".score-value") == "0.001"
+    assert page.get_attribute(".score-value", "aria-invalid") == "false"
+
+
+def test_a_panel_that_starts_below_its_scores_draws_nothing_and_says_so(opened, walls):
+    split, queries = walls
+    page = opened(page_of(explorer_panel({"run": {0.5: queries}}, split, score_threshold=0.0001)))
+    assert page.text_content(".numbers").startswith("at 0.0001 nothing is shown: ")
+    assert "bad" in page.get_attribute(".score-value", "class")
+    assert not page.locator(".plots").is_visible()
+    page.focus("input.score")
+    page.keyboard.press("PageUp")
+    assert page.locator(".plots").is_visible()
+    assert "bad" not in page.get_attribute(".score-value", "class")
 
 
 def test_a_goal_is_reached_or_said_to_be_out_of_reach(opened, walls):

@@ -187,6 +187,15 @@ function render({ model, el }) {
     card.figure.hidden = !image.questions.some(isAsked);
   }
 
+  // A panel holds no detection below its lowest score, so a count from there would be another one.
+  const isBelow = (threshold) => threshold < lowest * (1 - 1e-9);
+  function mark(problem) {
+    find("score-value").classList.toggle("bad", problem !== "");
+    find("score-value").setAttribute("aria-invalid", problem !== "");
+    find("score-value").title = problem;
+  }
+  const problemOf = (threshold) => isBelow(threshold) ? `no detection below a score of ${lowest} was kept: a number from ${lowest} to 1` : "";
+
   let swept = "", series = [];
   function sweep() {
     const key = [mask(), get("overlap_threshold"), get("prompt")].join(" ");
@@ -208,7 +217,11 @@ function render({ model, el }) {
     const asked = questions.filter(isAsked);
     series.forEach((one, m) => { one.now = judge(asked, m, threshold); });
     find("score").value = Math.log10(Math.max(threshold, lowest));
-    if (document.activeElement !== find("score-value")) find("score-value").value = short(threshold);
+    if (document.activeElement !== find("score-value")) {
+      find("score-value").value = short(threshold);
+      mark(problemOf(threshold));
+    }
+    root.classList.toggle("nothing", isBelow(threshold));
     find("mask").value = level;
     find("mask-value").textContent = masks[level];
     find("overlap").value = get("overlap_threshold");
@@ -216,6 +229,10 @@ function render({ model, el }) {
     find("prompt").value = get("prompt");
     find("source").textContent = data.validation ? "chosen on the validation split" : "chosen on these pictures, which flatters: choose on the validation split";
     const objects = series.some(({ now }) => now.objects);
+    if (isBelow(threshold)) {
+      find("numbers").textContent = `at ${short(threshold)} nothing is shown: ${problemOf(threshold)}`;
+      return;
+    }
     find("numbers").innerHTML = series.map(({ now }, m) => `<p>${models.length > 1 ? `${text(models[m])}, ` : ""}at ${short(threshold)}: ${now.count} detections`
       + (objects ? `, ${now.hits} of ${now.objects} objects found; precision ${share(now.precision)}, recall ${share(now.recall)}, F1 ${share(now.f1)} (a pair counts from an IoU of 0.5)` : "") + "</p>").join("");
     find("plots").innerHTML = (objects ? curve(series, "recall", "precision", "precision against recall", models) + curve(series, "threshold", "f1", "F1 against threshold", models) : "")
@@ -229,13 +246,12 @@ function render({ model, el }) {
     model.save_changes();
     draw();
   }
-  find("score").addEventListener("input", (event) => set("score_threshold", 10 ** Number(event.target.value)));
+  find("score").addEventListener("input", (event) => set("score_threshold", Math.max(lowest, 10 ** Number(event.target.value)))); // its end is rounded
   find("score-value").addEventListener("input", (event) => {
     const typed = event.target.value.trim().replace(",", "."), value = Number(typed);
-    const isValid = typed !== "" && value >= 0 && value <= 1;
-    event.target.classList.toggle("bad", !isValid);
-    event.target.title = isValid ? "" : "a number from 0 to 1";
-    if (isValid) set("score_threshold", value);
+    const problem = typed !== "" && value >= 0 && value <= 1 ? problemOf(value) : `a number from ${lowest} to 1`;
+    mark(problem);
+    if (!problem) set("score_threshold", value);
   });
   find("mask").addEventListener("input", (event) => set("mask_threshold", masks[Number(event.target.value)]));
   find("overlap").addEventListener("input", (event) => set("overlap_threshold", Number(event.target.value)));

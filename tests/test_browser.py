@@ -1,5 +1,6 @@
 """Pages in a real browser: `make browser`. They are opened from a file, with the network cut off."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -30,6 +31,10 @@ MOVE_AND_WAIT = """(value) => new Promise((done) => {
 })"""
 
 
+def is_far(url):
+    return not url.startswith(("file:", "data:"))
+
+
 @pytest.fixture
 def opened(browser, tmp_path):
     """Return a function that opens a text as a page; any error in it fails the test."""
@@ -39,6 +44,7 @@ def opened(browser, tmp_path):
     def open_page(text):
         path = write_text(tmp_path / "page.html", text)
         page = context.new_page()
+        page.on("request", lambda one: problems.append(one.url) if is_far(one.url) else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda one: problems.append(one.text) if one.type == "error" else None)
         page.goto(path.as_uri())
@@ -68,13 +74,19 @@ def questions(split):
 
 
 @pytest.fixture(scope="module")
-def report(run_folder, data_dir, tmp_path_factory):
-    """Return the text of the report on the run that all tests share, beside its base."""
-    return report_of(run_folder, data_dir, tmp_path_factory.mktemp("report"))
+def run_here(run_folder, tmp_path_factory):
+    """Return a copy of the run that all tests share."""
+    return shutil.copytree(run_folder, tmp_path_factory.mktemp("copy") / "run")
 
 
-def report_of(run, data_dir, folder, *options):
-    path = folder / "report.html"
+@pytest.fixture(scope="module")
+def report(run_here, data_dir):
+    """Return the text of the report on the shared run, beside its base."""
+    return report_of(run_here, data_dir)
+
+
+def report_of(run, data_dir, *options):
+    path = run.with_name("report.html")
     arguments = ["report", "--adapter", run, "--data", data_dir, "--html", path, *options]
     assert main([str(argument) for argument in arguments]) == 0
     return path.read_text(encoding="utf-8")
@@ -285,6 +297,50 @@ def test_a_diagnosis_is_a_page(opened):
     assert page.text_content("h2") == f"1. {found.causes[0].title}"
     assert page.locator("tr").count() == 1 + len(found.gates)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+SECTIONS = [
+    "numbers", "thresholds", "pictures", "words", "mistakes", "labels", "scores", "kept", "checklist",
+    "diagnosis", "again",
+]  # fmt: skip
+
+
+def examine_report(page, names):
+    """Go through a report of two models: its sections, and what its sliders do."""
+    ids = page.evaluate("[...document.querySelectorAll('h2')].map((one) => one.id)")
+    assert ids == SECTIONS
+    for link in page.locator("nav a").all():
+        link.click()
+        section = page.locator("h2:target")
+        assert section.is_visible()
+        assert section.evaluate("(one) => one.nextElementSibling.textContent.trim() !== ''")
+    assert [link.get_attribute("href") for link in page.locator("nav a").all()] == [
+        f"#{one}" for one in SECTIONS
+    ]
+    assert page.locator("#numbers + div tr td.name").all_text_contents() == names
+    texts = [page.locator(".numbers").text_content()]
+    for name, key in ((".score", "End"), (".score", "Home"), (".overlap", "Home")):
+        page.focus(f"input{name}")
+        page.keyboard.press(key)
+        texts.append(page.locator(".numbers").text_content())
+    assert len(set(texts)) == len(texts), texts
+    assert all(name in text for name in names for text in texts)
+    outlines = page.locator("figure path.hit, figure path.below").all()
+    drawn = [one.get_attribute("d") for one in outlines]
+    page.focus("input.mask")
+    page.keyboard.press("Home")
+    assert drawn != [one.get_attribute("d") for one in outlines]
+
+
+def test_a_report_opens_without_network_and_its_sliders_count(opened, report, run_here):
+    examine_report(opened(report), [str(run_here), "its base"])
+
+
+def test_a_report_on_two_runs_opens_without_network_and_its_sliders_count(
+    opened, run_here, run_copy, data_dir
+):
+    text = report_of(run_here, data_dir, "--compare", run_copy)
+    examine_report(opened(text), [str(run_here), str(run_copy)])
 
 
 def test_no_page_is_wider_than_a_phone(opened, walls, report):

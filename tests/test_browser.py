@@ -227,8 +227,8 @@ def test_a_panel_that_starts_below_its_scores_draws_nothing_and_says_so(opened, 
 
 def test_a_goal_is_reached_or_said_to_be_out_of_reach(opened, walls):
     split, queries = walls
-    page = opened(page_of(explorer_panel({"run": {0.5: queries}}, split)))
-    assert "flatters" in page.text_content(".source")
+    panel = explorer_panel({"run": {0.5: queries}}, split, validation=queries)
+    page = opened(page_of(panel))
     page.click("text=recall ≥ 0.9")
     assert float(shown_numbers(page)[2]) >= 0.9
     page.click("text=best F1")
@@ -238,6 +238,22 @@ def test_a_goal_is_reached_or_said_to_be_out_of_reach(opened, walls):
     page.select_option("select.prompt", "moss")
     page.click("text=recall ≥ 0.9")
     assert "no threshold reaches recall 0.9" in page.text_content(".numbers")
+
+
+def test_no_button_chooses_on_the_pictures_that_are_judged(opened, walls):
+    split, queries = walls
+    page = opened(page_of(explorer_panel({"run": {0.5: queries}}, split)))
+    cracks = [query for query in queries if query.prompt == "crack"]
+    panel = explorer_panel({"run": {0.5: queries}}, split, validation=cracks)
+    other = opened(page_of(panel))
+    for one, why in ((page, "flatters"), (other, "moss was not asked on the validation split")):
+        one.select_option("select.prompt", "moss")
+        assert why in one.text_content(".source")
+        for button in one.locator("button[data-goal]").all():
+            assert button.is_disabled()
+            assert why in button.get_attribute("title")
+    other.select_option("select.prompt", "crack")
+    assert other.locator("text=best F1").is_enabled()
 
 
 def test_the_buttons_choose_on_the_validation_split(opened, walls):

@@ -309,7 +309,9 @@ def test_evaluate_writes_a_page_that_holds_every_picture(capfd, run, data_dir, t
     status, out, _ = call(capfd, *arguments)
     assert status == 0
     text = page.read_text(encoding="utf-8")
-    assert call(capfd, *arguments)[0] == 0, "its own page is replaced"
+    assert call(capfd, *arguments, "--split", "valid")[0] == 0, "its own page is replaced"
+    assert '"validation"' in page.read_text(encoding="utf-8")  # where a threshold may be chosen
+    assert '"validation"' not in text
     page.write_text("my notes")
     with pytest.raises(SystemExit):
         main([str(argument) for argument in arguments])

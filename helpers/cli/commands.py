@@ -360,7 +360,8 @@ def evaluate(args):
         from helpers.files import write_text
         from helpers.show import explorer_panel
 
-        panel = explorer_panel({name: answers}, split, score_threshold=threshold)
+        own = {"validation": queries} if split.name == config.data.val_split else {}
+        panel = explorer_panel({name: answers}, split, score_threshold=threshold, **own)
         write_text(args.html, panel.to_html(f"Thresholds on {split.name}"))
     document = {"model": name, "data": str(data_dir), "split": split.name}
     document |= {"num_images": len(split.records), **metrics}

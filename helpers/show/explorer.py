@@ -109,7 +109,7 @@ def explorer_panel(answers, split, *, score_threshold=0.3, mask_threshold=0.5, v
     score_threshold, mask_threshold : float
         In [0, 1], where the sliders stand at first.
     validation : list of Query, optional
-        Of the validation split: the buttons choose their threshold there.
+        Of the validation split: the buttons choose their threshold there, and nowhere else.
 
     Returns
     -------

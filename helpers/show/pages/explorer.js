@@ -196,6 +196,7 @@ function render({ model, el }) {
   }
   const problemOf = (threshold) => isBelow(threshold) ? `no detection below a score of ${lowest} was kept: a number from ${lowest} to 1` : "";
 
+  const goalRows = () => data.validation?.[get("prompt")]; // where a threshold may be chosen
   let swept = "", series = [];
   function sweep() {
     const key = [mask(), get("overlap_threshold"), get("prompt")].join(" ");
@@ -227,7 +228,10 @@ function render({ model, el }) {
     find("overlap").value = get("overlap_threshold");
     find("overlap-value").textContent = get("overlap_threshold") < 1 ? get("overlap_threshold").toFixed(2) : "off";
     find("prompt").value = get("prompt");
-    find("source").textContent = data.validation ? "chosen on the validation split" : "chosen on these pictures, which flatters: choose on the validation split";
+    const why = goalRows() ? "" : data.validation ? `${get("prompt")} was not asked on the validation split, so no threshold can be chosen for it.`
+      : "A threshold chosen on the pictures that it is judged on flatters. Choose it on the validation split: calibrate, or report --html; in a notebook, explorer_panel(..., validation=...).";
+    find("source").textContent = why || "chosen on the validation split";
+    for (const button of root.querySelectorAll("button[data-goal]")) Object.assign(button, { disabled: why !== "", title: why });
     const objects = series.some(({ now }) => now.objects);
     if (isBelow(threshold)) {
       find("numbers").textContent = `at ${short(threshold)} nothing is shown: ${problemOf(threshold)}`;
@@ -260,8 +264,7 @@ function render({ model, el }) {
   for (const name of ["objects", "below"])
     find(name).addEventListener("change", (event) => find("pictures").classList.toggle(`no-${name}`, !event.target.checked));
   for (const button of root.querySelectorAll("button[data-goal]")) button.addEventListener("click", () => {
-    const goal = button.dataset.goal, rows = (data.validation ?? {})[get("prompt")] ?? series[series.length - 1].rows;
-    const reached = rows.filter((row) => goal === "f1" ? row.f1 > 0 : row[goal] >= 0.9);
+    const goal = button.dataset.goal, reached = goalRows().filter((row) => goal === "f1" ? row.f1 > 0 : row[goal] >= 0.9);
     // Of those that reach it, the one that costs the least of the other.
     const other = { f1: "f1", precision: "recall", recall: "precision" }[goal];
     if (reached.length) set("score_threshold", reached.reduce((a, b) => b[other] > a[other] ? b : a).threshold);

@@ -113,7 +113,7 @@ const CONTROLS = `
 </div>
 <p class="goals"><button data-goal="f1">best F1</button><button data-goal="precision">precision &ge; 0.9</button><button data-goal="recall">recall &ge; 0.9</button> <span class="source"></span></p>
 <p><label><input type="checkbox" class="objects" checked> objects</label> <label><input type="checkbox" class="below"> dropped detections</label>
-<label><input type="checkbox" class="worst" checked> worst first</label></p>
+<label>pictures <select class="order"><option value="-1">worst first</option><option value="1">best first</option><option value="0">as in the file</option></select></label></p>
 <p class="key"><svg><path class="object" d="M2 6H46"/></svg> object <svg><path class="hit" d="M2 6H46"/></svg> detection kept <svg><path class="below" d="M2 6H46"/></svg> detection dropped</p>
 <div class="numbers" aria-live="polite"></div><div class="plots"></div><div class="pictures no-below"></div>`;
 
@@ -130,7 +130,7 @@ function render({ model, el }) {
   Object.assign(find("mask"), { max: masks.length - 1 });
   find("mask").closest("label").hidden = masks.length < 2;
   find("goals").hidden = !questions.some((q) => q.objects.length) || data.images.length < 2;
-  find("worst").closest("label").hidden = data.images.length < 2;
+  find("order").closest("label").hidden = data.images.length < 2;
   find("plots").classList.toggle("alone", data.images.length < 2);
 
   const get = (name) => model.get(name);
@@ -183,7 +183,7 @@ function render({ model, el }) {
     if (words !== card.words) card.caption.innerHTML = `<b>${text(image.name)}</b><br>${words}`;
     card.words = words;
     card.figure.dataset.faults = faults;
-    card.figure.style.order = find("worst").checked ? -faults : 0;
+    card.figure.style.order = find("order").value * faults;
     card.figure.hidden = !image.questions.some(isAsked);
   }
 
@@ -260,7 +260,7 @@ function render({ model, el }) {
   find("mask").addEventListener("input", (event) => set("mask_threshold", masks[Number(event.target.value)]));
   find("overlap").addEventListener("input", (event) => set("overlap_threshold", Number(event.target.value)));
   find("prompt").addEventListener("change", (event) => set("prompt", event.target.value));
-  find("worst").addEventListener("change", draw);
+  find("order").addEventListener("change", draw);
   for (const name of ["objects", "below"])
     find(name).addEventListener("change", (event) => find("pictures").classList.toggle(`no-${name}`, !event.target.checked));
   for (const button of root.querySelectorAll("button[data-goal]")) button.addEventListener("click", () => {

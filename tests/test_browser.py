@@ -268,6 +268,28 @@ def test_the_buttons_choose_on_the_validation_split(opened, walls):
     assert float(page.input_value(".score-value")) >= 0.9
 
 
+def test_a_prompt_keeps_the_threshold_that_was_last_set_for_it(opened, walls):
+    split, queries = walls
+    page = opened(page_of(explorer_panel({"run": {0.5: queries}}, split)))
+    page.select_option("select.prompt", "crack")
+    assert page.input_value(".score-value") == "0.3"  # none of its own yet
+    page.fill(".score-value", "0.6")
+    page.focus("input.overlap")
+    page.keyboard.press("ArrowLeft")
+    page.select_option("select.prompt", "moss")
+    page.fill(".score-value", "0.05")
+    for prompt, threshold in (("crack", "0.6"), ("every prompt", "0.3"), ("moss", "0.05")):
+        page.select_option("select.prompt", prompt)
+        assert page.input_value(".score-value") == threshold
+        own = [query for query in queries if prompt in (query.prompt, "every prompt")]
+        count = expected_numbers(own, float(threshold))[0]
+        assert f"at {threshold}: {count} detections" in page.text_content(".numbers")
+        assert page.text_content(".overlap-value") == "0.95"  # is one for all prompts
+        assert page.input_value("select.prompt") == prompt
+    words = page.locator("select.prompt option").all_text_contents()
+    assert words == ["every prompt (0.3)", "crack (0.6)", "moss (0.05)"]
+
+
 def test_two_models_share_the_sliders(opened, walls):
     split, queries = walls
     worse = [replace(q, pred=[{**d, "score": d["score"] / 3} for d in q.pred]) for q in queries]

@@ -125,7 +125,7 @@ function render({ model, el }) {
   const find = (name) => root.querySelector(`.${name}`);
   const models = data.models, lowest = data.lowest, questions = data.images.flatMap((image) => image.questions);
   const masks = data.masks; // thresholds that were computed
-  for (const prompt of [EVERY, ...new Set(questions.map((q) => q.prompt))]) find("prompt").add(new Option(prompt));
+  for (const prompt of [EVERY, ...new Set(questions.map((q) => q.prompt))]) find("prompt").add(new Option(prompt, prompt));
   Object.assign(find("score"), { min: Math.log10(lowest), max: 0 });
   Object.assign(find("mask"), { max: masks.length - 1 });
   find("mask").closest("label").hidden = masks.length < 2;
@@ -245,9 +245,23 @@ function render({ model, el }) {
     root.dataset.milliseconds = (performance.now() - started).toFixed(1);
   }
 
+  // The score threshold that was last set for each prompt, shown in the list beside the prompt.
+  const own = {};
+  function keep() {
+    own[get("prompt")] = get("score_threshold");
+    for (const option of find("prompt").options)
+      if (option.value in own) option.text = `${option.value} (${short(own[option.value])})`;
+  }
+  function ask(prompt) {
+    find("score-value").blur(); // while it has the focus its text is the user's
+    set("prompt", prompt);
+    if (prompt in own) set("score_threshold", own[prompt]);
+  }
+
   function set(name, value) {
     model.set(name, value);
     model.save_changes();
+    if (name === "score_threshold") keep();
     draw();
   }
   find("score").addEventListener("input", (event) => set("score_threshold", Math.max(lowest, 10 ** Number(event.target.value)))); // its end is rounded
@@ -259,7 +273,7 @@ function render({ model, el }) {
   });
   find("mask").addEventListener("input", (event) => set("mask_threshold", masks[Number(event.target.value)]));
   find("overlap").addEventListener("input", (event) => set("overlap_threshold", Number(event.target.value)));
-  find("prompt").addEventListener("change", (event) => set("prompt", event.target.value));
+  find("prompt").addEventListener("change", (event) => ask(event.target.value));
   find("order").addEventListener("change", draw);
   for (const name of ["objects", "below"])
     find(name).addEventListener("change", (event) => find("pictures").classList.toggle(`no-${name}`, !event.target.checked));
@@ -271,6 +285,8 @@ function render({ model, el }) {
     else find("numbers").textContent = `no threshold reaches ${goal === "f1" ? "any object" : `${goal} 0.9`}`;
   });
   for (const name of ["score_threshold", "mask_threshold", "overlap_threshold", "prompt"]) model.on(`change:${name}`, draw);
+  model.on("change:score_threshold", keep);
+  keep();
   draw();
 }
 

@@ -290,6 +290,28 @@ def test_a_prompt_keeps_the_threshold_that_was_last_set_for_it(opened, walls):
     assert words == ["every prompt (0.3)", "crack (0.6)", "moss (0.05)"]
 
 
+def test_the_calibrated_threshold_is_marked_with_its_interval(opened, walls):
+    split, queries = walls
+    calibrated = {"crack": {"threshold": 0.42, "low": 0.25, "high": 0.75}}
+    answers = {"run": {0.5: queries}, "base": {0.5: queries}}
+    page = opened(page_of(explorer_panel(answers, split, calibrated=calibrated)))
+    recalls, f1s = page.locator(".plots svg").all()[:2]
+    assert [one.locator(".calibrated-mark").count() for one in (recalls, f1s)] == [1, 1]
+    assert recalls.locator(".interval").count() == 0
+    band = f1s.locator(".interval")  # the axis goes from 40 to 340
+    ends = float(band.get_attribute("x")), float(band.get_attribute("width"))
+    assert ends == pytest.approx((40 + 300 * 0.25, 300 * 0.5))
+    row = threshold_sweep(queries, [0.42]).iloc[0]
+    for svg, x, y in ((recalls, row["recall"], row["precision"]), (f1s, 0.42, row["f1"])):
+        place = svg.locator(".calibrated-mark").get_attribute("d")[1:].split("l")[0].split(" ")
+        assert [float(one) for one in place] == pytest.approx([40 + 300 * x, 213 - 200 * y])
+    assert "crack: 0.42 [0.25, 0.75]" in page.text_content(".calibrated")
+    assert page.input_value(".score-value") == "0.3"  # marked, not set
+    page.select_option("select.prompt", "moss")
+    assert page.locator(".calibrated-mark").count() == 0
+    assert page.text_content("p.calibrated") == ""
+
+
 def test_two_models_share_the_sliders(opened, walls):
     split, queries = walls
     worse = [replace(q, pred=[{**d, "score": d["score"] / 3} for d in q.pred]) for q in queries]
@@ -315,7 +337,7 @@ def test_the_worst_picture_is_first_or_the_best_or_the_one_of_the_file(opened, w
     assert len({tuple(faults) for faults in orders.values()}) == 3
     assert page.evaluate(SEEN_FAULTS) == orders["worst first"]
     for name, faults in orders.items():
-        page.get_by_label("pictures").select_option(name)
+        page.get_by_label("order of pictures").select_option(name)
         assert page.evaluate(SEEN_FAULTS) == faults, name
 
 

@@ -815,7 +815,8 @@ def test_predict_uses_the_thresholds_that_the_run_keeps(capfd, own_run, data_dir
     _, out, _ = call(capfd, *arguments, "--threshold", "0")
     scores = sorted((one["score"] for one in json.loads(out)[0]["detections"]), reverse=True)
     between = (scores[3] + scores[4]) / 2  # scores move by 1e-7 with the number of prompts
-    words = {"crack": {"threshold": between}, "moss": {"threshold": scores[-1]}}
+    ends = {"low": 0.1, "high": 0.9}
+    words = {"crack": {"threshold": between} | ends, "moss": {"threshold": scores[-1]} | ends}
     (own_run / "thresholds.json").write_text(json.dumps({"words": words}))
     status, out, err = call(capfd, *arguments, "--prompt", "dog", "--threshold", "auto")
     assert status == 0
@@ -828,7 +829,11 @@ def test_predict_uses_the_thresholds_that_the_run_keeps(capfd, own_run, data_dir
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"words": {"crack": {}}}', '{"words": {"crack": {"threshold": 7}}}']
+    "text",
+    [
+        *("", "[]", "{}", '{"words": {"crack": {}}}', '{"words": {"crack": {"threshold": 0.5}}}'),
+        '{"words": {"crack": {"threshold": 7, "low": 0.1, "high": 0.9}}}',
+    ],
 )
 def test_damaged_thresholds_are_refused(capfd, own_run, data_dir, text):
     (own_run / "thresholds.json").write_text(text)
@@ -849,6 +854,10 @@ def test_calibrate_keeps_what_it_chose(capfd, own_run, data_dir):
     assert not {"run", "data"} & own.keys()  # paths of a machine, which a push would send
     row = json.loads(out)["words"]["crack"]
     assert row["low"] <= row["threshold"] <= row["high"]
+    page = own_run.with_name("page.html")
+    assert call(capfd, "evaluate", *arguments[1:5], "--html", page)[0] == 0
+    marked = {"calibrated": {"crack": {name: row[name] for name in ("threshold", "low", "high")}}}
+    assert json.dumps(marked, sort_keys=True)[1:-1] in page.read_text(encoding="utf-8")
     status, _, err = call(capfd, *arguments, "--goal", "precision", "--least", "1")
     assert status == 2
     assert "'crack': no threshold reaches precision 1" in err

@@ -357,10 +357,12 @@ def evaluate(args):
     threshold = settings.score_threshold if args.threshold is None else args.threshold
     metrics = detect.evaluate_queries(queries, threshold)
     if args.html is not None:
+        from helpers.detect.thresholds import read_thresholds
         from helpers.files import write_text
         from helpers.show import explorer_panel
 
         own = {"validation": queries} if split.name == config.data.val_split else {}
+        own["calibrated"] = run and read_thresholds(run.folder, is_needed=False)
         panel = explorer_panel({name: answers}, split, score_threshold=threshold, **own)
         write_text(args.html, panel.to_html(f"Thresholds on {split.name}"))
     document = {"model": name, "data": str(data_dir), "split": split.name}
@@ -394,7 +396,7 @@ def _calibrated(run, prompts, default):
 
     if run is None:
         raise InputError("--threshold auto needs a run", fix="name a run folder with --adapter")
-    chosen = read_thresholds(run.folder)
+    chosen = {word: row["threshold"] for word, row in read_thresholds(run.folder).items()}
     for prompt in prompts:
         if prompt in chosen:
             _say(f"'{prompt}': threshold {chosen[prompt]:.3g}, from {THRESHOLDS_FILE} of the run")

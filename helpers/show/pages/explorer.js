@@ -77,14 +77,23 @@ function judge(questions, m, threshold) {
     recall: objects ? hits / objects : NaN, f1: count + objects ? 2 * hits / (count + objects) : NaN };
 }
 
+const calibration = ({ word, threshold, low, high }) => `calibrated for ${word}: ${short(threshold)} [${short(low)}, ${short(high)}]`;
+
 function curve(series, x, y, label, names) {
   const isDrawn = (row) => !Number.isNaN(row[x]) && !Number.isNaN(row[y]);
   const at = (row) => [40 + 300 * row[x], 220 - 200 * row[y]];
-  const lines = series.map(({ rows, now, marks }, m) => {
+  const lines = series.map(({ rows, now, marks, chosen }, m) => {
     const [colour, dash] = LOOKS[m % LOOKS.length], points = rows.filter(isDrawn).map((row) => at(row).join(" "));
     const dots = marks.filter(isDrawn).map((row) => `<circle cx="${at(row)[0]}" cy="${at(row)[1]}" r="4" fill="#fff" stroke="${colour}"><title>threshold ${row.threshold}</title></circle>`
       + `<text x="${at(row)[0] + 6}" y="${at(row)[1] - 5}" font-size="11">${row.threshold}</text>`);
-    return (points.length ? `<path d="M${points.join("L")}" fill="none" stroke="${colour}" stroke-width="2" stroke-dasharray="${dash}"/>` : "") + dots.join("")
+    // The calibrated threshold, a diamond, and on the axis of thresholds its interval, a band.
+    const diamonds = chosen.filter(isDrawn).map((row) => {
+      const [left, top] = at(row), side = left > 200 ? -1 : 1, from = 40 + 300 * row.low, to = 40 + 300 * row.high;
+      return (x === "threshold" ? `<rect class="interval" x="${from}" y="20" width="${Math.max(to - from, 1)}" height="200"/>` : "")
+        + `<path class="calibrated-mark" d="M${left} ${top - 7}l7 7l-7 7l-7 -7Z"><title>${text(calibration(row))}</title></path>`
+        + `<text x="${left + 10 * side}" y="${top + 16}" font-size="11" text-anchor="${side < 0 ? "end" : "start"}">${text(row.word)} ${short(row.threshold)}</text>`;
+    });
+    return diamonds.join("") + (points.length ? `<path d="M${points.join("L")}" fill="none" stroke="${colour}" stroke-width="2" stroke-dasharray="${dash}"/>` : "") + dots.join("")
       + (isDrawn(now) ? `<rect x="${at(now)[0] - 5}" y="${at(now)[1] - 5}" width="10" height="10" fill="${colour}"/>` : "")
       + (names.length > 1 ? `<text x="338" y="${32 + 15 * m}" font-size="12" text-anchor="end" fill="${colour}">${text(names[m])} ${dash ? "- -" : "—"}</text>` : "");
   });
@@ -113,9 +122,9 @@ const CONTROLS = `
 </div>
 <p class="goals"><button data-goal="f1">best F1</button><button data-goal="precision">precision &ge; 0.9</button><button data-goal="recall">recall &ge; 0.9</button> <span class="source"></span></p>
 <p><label><input type="checkbox" class="objects" checked> objects</label> <label><input type="checkbox" class="below"> dropped detections</label>
-<label>pictures <select class="order"><option value="-1">worst first</option><option value="1">best first</option><option value="0">as in the file</option></select></label></p>
+<label class="ordering">order of pictures <select class="order"><option value="-1">worst first</option><option value="1">best first</option><option value="0">as in the file</option></select></label></p>
 <p class="key"><svg><path class="object" d="M2 6H46"/></svg> object <svg><path class="hit" d="M2 6H46"/></svg> detection kept <svg><path class="below" d="M2 6H46"/></svg> detection dropped</p>
-<div class="numbers" aria-live="polite"></div><div class="plots"></div><div class="pictures no-below"></div>`;
+<div class="numbers" aria-live="polite"></div><div class="plots"></div><p class="calibrated"></p><div class="pictures no-below"></div>`;
 
 function render({ model, el }) {
   const data = model.get("content"), root = document.createElement("div");
@@ -208,7 +217,9 @@ function render({ model, el }) {
       const scores = asked.flatMap(({ answers }) => answers[m].kept.map((n) => answers[m].scores[n])).sort((a, b) => a - b);
       const step = Math.max(1, Math.floor(scores.length / 150)), cuts = scores.filter((_, n) => n % step === 0);
       const rows = [...new Set([lowest, ...cuts, 1])].map((t) => judge(asked, m, t));
-      return { scores, rows, marks: MARKED.map((t) => judge(asked, m, t)) };
+      const chosen = m ? [] : Object.entries(data.calibrated ?? {}).filter(([word]) => asked.some((q) => q.prompt === word))
+        .map(([word, { threshold, low, high }]) => ({ ...judge(asked, m, threshold), word, low, high }));
+      return { scores, rows, chosen, marks: MARKED.map((t) => judge(asked, m, t)) };
     });
   }
 
@@ -241,6 +252,8 @@ function render({ model, el }) {
       + (objects ? `, ${now.hits} of ${now.objects} objects found; precision ${share(now.precision)}, recall ${share(now.recall)}, F1 ${share(now.f1)} (a pair counts from an IoU of 0.5)` : "") + "</p>").join("");
     find("plots").innerHTML = (objects ? curve(series, "recall", "precision", "precision against recall", models) + curve(series, "threshold", "f1", "F1 against threshold", models) : "")
       + strip(series, lowest, threshold, models);
+    const chosen = objects ? series[0].chosen.map(calibration).join("; ") : "";
+    find("calibrated").textContent = chosen && `Diamond: ${chosen}. In brackets, and as a band, the 95 % interval of a bootstrap over validation pictures.`;
     data.images.forEach((image, n) => fill(image, cards[n]));
     root.dataset.milliseconds = (performance.now() - started).toFixed(1);
   }

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -880,7 +881,30 @@ def test_report_writes_a_page(capfd, own_run, data_dir, tmp_path):
     assert "https://" not in text
     for title in ("Numbers", "Mistakes", "Labels to look at", "checklist", "Diagnosis"):
         assert title in text
+    assert "denied in its training where they are absent" in text
     assert "Thresholds chosen on the validation split" in text
+
+
+def test_a_report_measures_what_was_kept_with_words_of_the_training(
+    capfd, own_run, data_dir, tmp_path, monkeypatch
+):
+    kept, path = [], own_run / "prompts.json"
+    shown = "helpers.show.report_page", "helpers.diagnose.diagnosis.diagnose"
+    monkeypatch.setattr(shown[0], lambda *_, retention, **__: kept.append(retention) or "page")
+    monkeypatch.setattr(shown[1], lambda *_, **__: SimpleNamespace(parts=dict))
+    prompts = json.loads(path.read_text())
+    arguments = ("report", "--adapter", own_run, "--data", data_dir, "--html")
+    cases = (
+        ({"replayed": {"hole": 2}}, [], ["hole"], "replayed in its training"),
+        ({"replayed": {"hole": 2}}, ["--retention", "wall"], ["wall"], "named with --retention"),
+        ({"negatives": {"moss": 1, "dog": 2}}, [], ["moss", "dog"], "denied in its training"),
+        ({}, [], None, None),
+    )
+    for number, (changed, options, words, why) in enumerate(cases):
+        path.write_text(json.dumps(prompts | {"replayed": {}, "negatives": {}} | changed))
+        assert call(capfd, *arguments, tmp_path / f"{number}.html", *options)[0] == 0
+        assert (kept[-1] and kept[-1]["words"]) == words
+        assert kept[-1] is None or why in kept[-1]["why"]
 
 
 def test_report_without_a_page_refuses_what_is_for_the_page(capfd, run):

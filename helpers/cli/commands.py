@@ -469,17 +469,19 @@ def _report_page(args):
     with nullcontext() if args.compare else run.model.disable_adapter():
         by_model[str(args.compare or "its base")] = answers(other, test)
     validation = answers(run, valid)[settings.mask_threshold]
-    kept = args.retention and detect.retention(run.model, run.processor, test, args.retention)
-    options = [
-        f"--{name} {getattr(args, name)}" for name in ("compare", "data") if vars(args)[name]
-    ]
+    sources = {
+        "named with --retention": args.retention,
+        "replayed in its training": run.prompts["replayed"],
+        "denied in its training where they are absent": run.prompts["negatives"],
+    }
+    why = next((one for one, words in sources.items() if words), None)
+    kept = why and detect.retention(run.model, run.processor, test, sources[why]) | {"why": why}
+    options = [f"--{one} {vars(args)[one]}" for one in ("compare", "data") if vars(args)[one]]
     options += [f"--retention {','.join(args.retention)}"] if args.retention else []
     command = " ".join([f"report --adapter {args.adapter} --html {args.html}", *options])
-    diagnosis = examine(args.adapter, data_dir=data_dir, progress=True)
-    extra = {"retention": kept, "diagnosis": diagnosis.parts()}
-    commands = [f"python -m helpers {command}"]
-    pictures = {"validation": validation, "commands": commands, **extra}
-    return report_page(run, test, by_model, **pictures)
+    parts = {"validation": validation, "commands": [f"python -m helpers {command}"]}
+    diagnosis = examine(args.adapter, data_dir=data_dir, progress=True).parts()
+    return report_page(run, test, by_model, retention=kept, diagnosis=diagnosis, **parts)
 
 
 def diagnose(args):

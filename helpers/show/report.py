@@ -36,7 +36,7 @@ def report_page(run, split, answers, *, validation, commands, retention=None, di
     commands : list of str
         How the page was made.
     retention : dict, optional
-        From `helpers.detect.retention`.
+        From `helpers.detect.retention`, with ``why`` of its words.
     diagnosis : dict, optional
         ``Diagnosis.parts()``.
     """

@@ -91,7 +91,7 @@ def _interval(values):
 
 
 def read_thresholds(folder, is_needed=True):
-    """Return word to ``threshold``, ``low`` and ``high`` as a run keeps them, checked; {} if it may lack them."""
+    """Return word to ``threshold``, ``low``, ``high`` of a run; {} if it has, and needs, none."""
     path = folder / THRESHOLDS_FILE
     fix = f"choose them with 'python -m helpers calibrate --adapter {folder}'"
     if not (is_needed or path.is_file()):
@@ -99,7 +99,7 @@ def read_thresholds(folder, is_needed=True):
     if not path.is_file():
         raise InputError("no thresholds were chosen for this run", where=path, fix=fix)
     content = read_json(path, fix=fix)
-    with explain((KeyError, TypeError, AttributeError), "names no words", where=path, fix=fix):
+    with explain((KeyError, TypeError, AttributeError), "is no calibration", where=path, fix=fix):
         names = ("threshold", "low", "high")
         chosen = {word: {one: row[one] for one in names} for word, row in content["words"].items()}
     for word, row in chosen.items():

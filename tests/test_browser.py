@@ -1,5 +1,6 @@
 """Pages in a real browser: `make browser`. They are opened from a file, with the network cut off."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from helpers.data.masks import mask_to_rle
 from helpers.detect import threshold_sweep
 from helpers.detect.queries import Query
 from helpers.diagnose import diagnose
-from helpers.files import DATA, TINY_BASE, WALL_CRACKS, write_text
+from helpers.files import DATA, ROOT, TINY_BASE, WALL_CRACKS, write_text
 from helpers.show import explorer_panel
 from helpers.show.page import PAGES
 
@@ -31,12 +32,18 @@ MOVE_AND_WAIT = """(value) => new Promise((done) => {
 })"""
 
 
+def keep_screenshot(page, request, number=1):
+    """Keep what a page shows where a person may look at it: `runs/browser/`."""
+    name = re.sub(r"[^\w.]+", "_", request.node.name.removeprefix("test_"))
+    page.screenshot(path=ROOT / "runs" / "browser" / f"{name}_{number}.png")
+
+
 def is_far(url):
     return not url.startswith(("file:", "data:"))
 
 
 @pytest.fixture
-def opened(browser, tmp_path):
+def opened(browser, tmp_path, request):
     """Return a function that opens a text as a page; any error in it fails the test."""
     context = browser.new_context(offline=True, viewport={"width": 1250, "height": 1000})
     problems = []
@@ -51,6 +58,8 @@ def opened(browser, tmp_path):
         return page
 
     yield open_page
+    for number, page in enumerate(context.pages, 1):
+        keep_screenshot(page, request, number)
     context.close()
     assert not problems
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -314,7 +315,9 @@ def test_evaluate_writes_a_page_that_holds_every_picture(capfd, run, data_dir, t
     status, out, _ = call(capfd, *arguments)
     assert status == 0
     text = page.read_text(encoding="utf-8")
-    assert call(capfd, *arguments)[0] == 0, "its own page is replaced"
+    assert call(capfd, *arguments, "--split", "valid")[0] == 0, "its own page is replaced"
+    assert '"validation"' in page.read_text(encoding="utf-8")  # where a threshold may be chosen
+    assert '"validation"' not in text
     page.write_text("my notes")
     with pytest.raises(SystemExit):
         main([str(argument) for argument in arguments])
@@ -837,7 +840,8 @@ def test_predict_uses_the_thresholds_that_the_run_keeps(capfd, own_run, data_dir
     _, out, _ = call(capfd, *arguments, "--threshold", "0")
     scores = sorted((one["score"] for one in json.loads(out)[0]["detections"]), reverse=True)
     between = (scores[3] + scores[4]) / 2  # scores move by 1e-7 with the number of prompts
-    words = {"crack": {"threshold": between}, "moss": {"threshold": scores[-1]}}
+    ends = {"low": 0.1, "high": 0.9}
+    words = {"crack": {"threshold": between} | ends, "moss": {"threshold": scores[-1]} | ends}
     (own_run / "thresholds.json").write_text(json.dumps({"words": words}))
     status, out, err = call(capfd, *arguments, "--prompt", "dog", "--threshold", "auto")
     assert status == 0
@@ -850,7 +854,11 @@ def test_predict_uses_the_thresholds_that_the_run_keeps(capfd, own_run, data_dir
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"words": {"crack": {}}}', '{"words": {"crack": {"threshold": 7}}}']
+    "text",
+    [
+        *("", "[]", "{}", '{"words": {"crack": {}}}', '{"words": {"crack": {"threshold": 0.5}}}'),
+        '{"words": {"crack": {"threshold": 7, "low": 0.1, "high": 0.9}}}',
+    ],
 )
 def test_damaged_thresholds_are_refused(capfd, own_run, data_dir, text):
     (own_run / "thresholds.json").write_text(text)
@@ -871,6 +879,10 @@ def test_calibrate_keeps_what_it_chose(capfd, own_run, data_dir):
     assert not {"run", "data"} & own.keys()  # paths of a machine, which a push would send
     row = json.loads(out)["words"]["crack"]
     assert row["low"] <= row["threshold"] <= row["high"]
+    page = own_run.with_name("page.html")
+    assert call(capfd, "evaluate", *arguments[1:5], "--html", page)[0] == 0
+    marked = {"calibrated": {"crack": {name: row[name] for name in ("threshold", "low", "high")}}}
+    assert json.dumps(marked, sort_keys=True)[1:-1] in page.read_text(encoding="utf-8")
     status, _, err = call(capfd, *arguments, "--goal", "precision", "--least", "1")
     assert status == 2
     assert "'crack': no threshold reaches precision 1" in err
@@ -893,7 +905,30 @@ def test_report_writes_a_page(capfd, own_run, data_dir, tmp_path):
     assert "https://" not in text
     for title in ("Numbers", "Mistakes", "Labels to look at", "checklist", "Diagnosis"):
         assert title in text
+    assert "denied in its training where they are absent" in text
     assert "Thresholds chosen on the validation split" in text
+
+
+def test_a_report_measures_what_was_kept_with_words_of_the_training(
+    capfd, own_run, data_dir, tmp_path, monkeypatch
+):
+    kept, path = [], own_run / "prompts.json"
+    shown = "helpers.show.report_page", "helpers.diagnose.diagnosis.diagnose"
+    monkeypatch.setattr(shown[0], lambda *_, retention, **__: kept.append(retention) or "page")
+    monkeypatch.setattr(shown[1], lambda *_, **__: SimpleNamespace(parts=dict))
+    prompts = json.loads(path.read_text())
+    arguments = ("report", "--adapter", own_run, "--data", data_dir, "--html")
+    cases = (
+        ({"replayed": {"hole": 2}}, [], ["hole"], "replayed in its training"),
+        ({"replayed": {"hole": 2}}, ["--retention", "wall"], ["wall"], "named with --retention"),
+        ({"negatives": {"moss": 1, "dog": 2}}, [], ["moss", "dog"], "denied in its training"),
+        ({}, [], None, None),
+    )
+    for number, (changed, options, words, why) in enumerate(cases):
+        path.write_text(json.dumps(prompts | {"replayed": {}, "negatives": {}} | changed))
+        assert call(capfd, *arguments, tmp_path / f"{number}.html", *options)[0] == 0
+        assert (kept[-1] and kept[-1]["words"]) == words
+        assert kept[-1] is None or why in kept[-1]["why"]
 
 
 def test_report_without_a_page_refuses_what_is_for_the_page(capfd, run):

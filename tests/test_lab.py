@@ -13,9 +13,10 @@ from contextlib import contextmanager
 import nbformat
 import numpy as np
 import pytest
-from test_browser import MOVE_AND_WAIT, SEEN
+from started_runs import copy_walls
+from test_browser import MOVE_AND_WAIT, SEEN, keep_screenshot
 
-from helpers.config import load_config
+from helpers.config import load_config, parse_yaml
 from helpers.data import read_split
 from helpers.detect import predict_split, threshold_sweep
 from helpers.files import CONFIGS, DATA, write_json
@@ -24,7 +25,9 @@ from notebooks.run import NOTEBOOKS, find_notebooks, parameter_names
 
 pytestmark = pytest.mark.browser
 LESSONS = find_notebooks()
-RUN = ("00_start_here", "01_data_checks", "05_inference", "A1_how_the_base_was_made")
+SHORT = ("02_reproduce_zero_detections", "04_train")
+"""Lessons that train: here one or two epochs on some pictures."""
+RUN = ("00_start_here", "01_data_checks", *SHORT, "05_inference", "A1_how_the_base_was_made")
 SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # every cell is in the page
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
@@ -47,6 +50,10 @@ ASK = """async (code) => {
   await future.done;
   return text;
 }"""
+RUN_CELL = """async (index) => {
+  window.jupyterapp.shell.currentWidget.content.activeCellIndex = index;
+  await window.jupyterapp.commands.execute("notebook:run-cell");
+}"""
 RESTART = """async () => {
   await window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart();
 }"""
@@ -56,12 +63,19 @@ RESTART = """async () => {
 def course(tmp_path_factory):
     """Return a folder with copies of the lessons that write into it, and a run of lesson 04."""
     root = tmp_path_factory.mktemp("lab")
-    runs = root / "runs"
+    runs, short = root / "runs", root / "short.yaml"
+    profile = parse_yaml((CONFIGS / "profiles" / "tiny.yaml").read_text(), where="")
+    profile["scale"] |= {"num_epochs": 0.04, "warmup_steps": 0.01}
+    write_json(short, profile)
+    walls = copy_walls(root / "walls", (("train", 24), ("valid", 6), ("test", 6)))
+    settings = {"profile": short, "data_dir": walls, "output_dir": root / "short_runs"}
     for path in LESSONS:
         notebook = nbformat.read(path, as_version=4)
         (cell,) = [one for one in notebook.cells if "parameters" in one.metadata.get("tags", [])]
         if "output_dir" in parameter_names(path):
             cell.source += f"\noutput_dir = {str(runs)!r}"
+        if path.stem in SHORT:
+            cell.source += "".join(f"\n{name} = {str(own)!r}" for name, own in settings.items())
         nbformat.write(notebook, root / path.name)
     for name in ("figures", "glossary.md", "cheat_sheet.md", "by_hand.md", "the_document.md"):
         source = NOTEBOOKS / name
@@ -69,7 +83,7 @@ def course(tmp_path_factory):
             shutil.copytree(source, root / name)
         elif source.is_file():
             shutil.copy(source, root / name)
-    config = load_config(CONFIGS / "crack_detection_config.yaml", profile="tiny")
+    config = load_config(CONFIGS / "crack_detection_config.yaml", profile=str(short))
     folder = runs / "04_train"
     train(config, output_dir=folder / "adapter", progress=False)
     write_json(folder / "results.json", {})
@@ -153,7 +167,7 @@ def wait_for(url, server, seconds=60):
 
 
 @pytest.fixture
-def opened(browser, address, course, request):
+def opened(browser, address, request):
     """Return a function that opens a lesson in JupyterLab; a screenshot is kept at the end."""
     context = browser.new_context(viewport={"width": 1250, "height": 1000})
     page = context.new_page()
@@ -168,11 +182,8 @@ def opened(browser, address, course, request):
         return page
 
     yield open_lesson
-    shots = course / "screenshots"
-    shots.mkdir(exist_ok=True)
     page.evaluate("() => window.jupyterapp.serviceManager.sessions.shutdownAll()")
-    page.screenshot(path=shots / f"{request.node.name.replace('/', '_')}.png")
-    print(f"screenshot in {shots}")
+    keep_screenshot(page, request)
     context.close()
     assert not problems
 
@@ -204,6 +215,8 @@ def test_a_lesson_runs_cell_by_cell_without_an_error(opened, name):
     panels = page.locator(".explorer, .jp-OutputArea .widget-vbox")
     assert panels.count() >= 1
     panels.last.scroll_into_view_if_needed()
+    if name == "04_train":  # the curves of the training, which came while it ran
+        assert panels.last.locator("img").evaluate("(one) => one.naturalWidth") > 200
 
 
 def test_the_explorer_and_its_kernel_agree(opened, course):
@@ -229,6 +242,19 @@ def test_the_explorer_and_its_kernel_agree(opened, course):
         f"from the keyboard to the picture: {np.median(seen):.0f} ms at the median, {max(seen):.0f} at most"
     )
     assert np.median(seen) < SEEN
+    slider = explorer.locator("input.score")
+    slider.scroll_into_view_if_needed()
+    place = slider.bounding_box()
+    middle = place["y"] + place["height"] / 2
+    page.mouse.move(place["x"] + 0.9 * place["width"], middle)
+    page.mouse.down()
+    page.mouse.move(place["x"] + 0.6 * place["width"], middle, steps=10)
+    page.mouse.up()
+    dragged = float(page.evaluate(ASK, "print(panel.score_threshold)"))
+    assert 0.05 < dragged < 0.08  # 0.6 of the way from 0.001 to 1, by its logarithm
+    assert explorer.locator(".score-value").input_value() == f"{dragged:.3g}"
+    count = int(threshold_sweep(queries, [dragged]).iloc[0]["count"])
+    assert f": {count} detections" in explorer.locator(".numbers p").first.text_content()
     page.evaluate(ASK, "panel.score_threshold = 0.4")
     page.wait_for_function("document.querySelector('.explorer .score-value').value === '0.4'")
     refused = page.evaluate(
@@ -240,6 +266,13 @@ def test_the_explorer_and_its_kernel_agree(opened, course):
 def test_a_panel_cell_twice_and_a_restart_leave_no_error(opened):
     page = opened("00_start_here")
     page.evaluate(RUN_ALL)
+    sources = [cell["source"] for cell in page.evaluate(CELLS)]
+    [index] = [n for n, source in enumerate(sources) if "threshold_panel(" in source]
+    for _ in range(2):
+        page.evaluate(RUN_CELL, index)
+        cell = page.locator(".jp-Notebook .jp-Cell").nth(index)
+        cell.locator(".explorer .numbers p").wait_for()
+        assert (cell.locator(".explorer").count(), errors_of(page)) == (1, [])
     page.evaluate(RESTART)
     page.evaluate(RUN_ALL)
     assert errors_of(page) == []
@@ -256,7 +289,7 @@ def test_a_narrow_window_cuts_nothing_off(opened):
     assert not explorer.evaluate(wider)
 
 
-def test_a_typed_word_is_asked_and_a_bad_one_gets_a_message(browser, small_lab):
+def test_a_typed_word_is_asked_and_a_bad_one_gets_a_message(browser, small_lab, request):
     context = browser.new_context(viewport={"width": 1250, "height": 1000})
     page = context.new_page()
     page.set_default_timeout(120_000)
@@ -287,5 +320,6 @@ def test_a_typed_word_is_asked_and_a_bad_one_gets_a_message(browser, small_lab):
     pictures = "[...document.querySelectorAll('.jp-OutputArea img')].map((one) => one.naturalWidth)"
     assert min(page.evaluate(pictures)) > 200
     assert errors_of(page) == []
+    keep_screenshot(page, request)
     context.close()
     assert not problems

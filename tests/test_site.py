@@ -129,6 +129,12 @@ def test_the_workflow_builds_the_site_beside_the_tests():
     assert python == jobs["test"]["steps"][1]
 
 
+def test_the_workflow_keeps_the_screenshots_of_the_browser_tests():
+    steps = parse_yaml(read(".github/workflows/ci.yml"), where="")["jobs"]["browser"]["steps"]
+    assert steps[-2]["run"] == "make browser"
+    assert (steps[-1]["if"], steps[-1]["with"]["path"]) == ("always()", "runs/browser/")
+
+
 def test_the_citation_names_what_the_project_names():
     citation = parse_yaml(read("CITATION.cff"), where="")
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()

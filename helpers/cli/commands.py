@@ -362,9 +362,12 @@ def evaluate(args):
     threshold = settings.score_threshold if args.threshold is None else args.threshold
     metrics = detect.evaluate_queries(queries, threshold)
     if args.html is not None:
+        from helpers.detect.thresholds import read_thresholds
         from helpers.show import explorer_panel
 
-        panel = explorer_panel({name: answers}, split, score_threshold=threshold)
+        own = {"validation": queries} if split.name == config.data.val_split else {}
+        own["calibrated"] = run and read_thresholds(run.folder, is_needed=False)
+        panel = explorer_panel({name: answers}, split, score_threshold=threshold, **own)
         write_text(args.html, panel.to_html(f"Thresholds on {split.name}"))
     document = {"model": name, "data": str(data_dir), "split": split.name}
     document |= {"num_images": len(split.records), **metrics}
@@ -397,7 +400,7 @@ def _calibrated(run, prompts, default):
 
     if run is None:
         raise InputError("--threshold auto needs a run", fix="name a run folder with --adapter")
-    chosen = read_thresholds(run.folder)
+    chosen = {word: row["threshold"] for word, row in read_thresholds(run.folder).items()}
     for prompt in prompts:
         if prompt in chosen:
             _say(f"'{prompt}': threshold {chosen[prompt]:.3g}, from {THRESHOLDS_FILE} of the run")
@@ -465,17 +468,19 @@ def _report_page(args):
     with nullcontext() if args.compare else run.model.disable_adapter():
         by_model[str(args.compare or "its base")] = answers(other, test)
     validation = answers(run, valid)[settings.mask_threshold]
-    kept = args.retention and detect.retention(run.model, run.processor, test, args.retention)
-    options = [
-        f"--{name} {getattr(args, name)}" for name in ("compare", "data") if vars(args)[name]
-    ]
+    sources = {
+        "named with --retention": args.retention,
+        "replayed in its training": run.prompts["replayed"],
+        "denied in its training where they are absent": run.prompts["negatives"],
+    }
+    why = next((one for one, words in sources.items() if words), None)
+    kept = why and detect.retention(run.model, run.processor, test, sources[why]) | {"why": why}
+    options = [f"--{one} {vars(args)[one]}" for one in ("compare", "data") if vars(args)[one]]
     options += [f"--retention {','.join(args.retention)}"] if args.retention else []
     command = " ".join([f"report --adapter {args.adapter} --html {args.html}", *options])
-    diagnosis = examine(args.adapter, data_dir=data_dir, progress=True)
-    extra = {"retention": kept, "diagnosis": diagnosis.parts()}
-    commands = [f"python -m helpers {command}"]
-    pictures = {"validation": validation, "commands": commands, **extra}
-    return report_page(run, test, by_model, **pictures)
+    parts = {"validation": validation, "commands": [f"python -m helpers {command}"]}
+    diagnosis = examine(args.adapter, data_dir=data_dir, progress=True).parts()
+    return report_page(run, test, by_model, retention=kept, diagnosis=diagnosis, **parts)
 
 
 def diagnose(args):

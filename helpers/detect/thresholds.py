@@ -90,15 +90,19 @@ def _interval(values):
     return np.quantile(values, TAILS).tolist()
 
 
-def read_thresholds(folder):
-    """Return word to score threshold as a run keeps them; `InputError` if they cannot be used."""
+def read_thresholds(folder, is_needed=True):
+    """Return word to ``threshold``, ``low``, ``high`` of a run; {} if it has, and needs, none."""
     path = folder / THRESHOLDS_FILE
     fix = f"choose them with 'python -m helpers calibrate --adapter {folder}'"
+    if not (is_needed or path.is_file()):
+        return {}
     if not path.is_file():
         raise InputError("no thresholds were chosen for this run", where=path, fix=fix)
     content = read_json(path, fix=fix)
-    with explain((KeyError, TypeError, AttributeError), "names no words", where=path, fix=fix):
-        chosen = {word: row["threshold"] for word, row in content["words"].items()}
-    for word, value in chosen.items():
-        check_probability(value, f"threshold of {word!r}", path)
+    with explain((KeyError, TypeError, AttributeError), "is no calibration", where=path, fix=fix):
+        names = ("threshold", "low", "high")
+        chosen = {word: {one: row[one] for one in names} for word, row in content["words"].items()}
+    for word, row in chosen.items():
+        for name, value in row.items():
+            check_probability(value, f"{name} of {word!r}", path)
     return chosen

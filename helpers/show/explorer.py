@@ -97,7 +97,9 @@ class Explorer(anywidget.AnyWidget):
         return with_still(super()._repr_mimebundle_(**kwargs), self.still())
 
 
-def explorer_panel(answers, split, *, score_threshold=0.3, mask_threshold=0.5, validation=None):
+def explorer_panel(
+    answers, split, *, score_threshold=0.3, mask_threshold=0.5, validation=None, calibrated=None
+):
     """Make a panel on which three thresholds move over all pictures of a split.
 
     Parameters
@@ -109,7 +111,9 @@ def explorer_panel(answers, split, *, score_threshold=0.3, mask_threshold=0.5, v
     score_threshold, mask_threshold : float
         In [0, 1], where the sliders stand at first.
     validation : list of Query, optional
-        Of the validation split: the buttons choose their threshold there.
+        Of the validation split: the buttons choose their threshold there, and nowhere else.
+    calibrated : dict of str to dict, optional
+        Word to ``threshold``, ``low`` and ``high`` of the first model: marked on its curves.
 
     Returns
     -------
@@ -118,7 +122,7 @@ def explorer_panel(answers, split, *, score_threshold=0.3, mask_threshold=0.5, v
     """
     pictures = {record.image_id: record.path for record in split.records}
     state = {"score_threshold": score_threshold, "mask_threshold": mask_threshold}
-    content = _content(answers, pictures, SCORE_FLOOR)
+    content = _content(answers, pictures, SCORE_FLOOR) | {"calibrated": calibrated or {}}
     if validation is not None:
         content["validation"] = {EVERY_PROMPT: _sweep_rows(validation)}
         for prompt in dict.fromkeys(query.prompt for query in validation):
@@ -188,12 +192,8 @@ def _content(answers, pictures, lowest):
         question = {"prompt": query.prompt, "objects": [_outline(rle) for rle in query.gt]}
         question["answers"] = [_answer(at_masks) for at_masks in same]
         images[query.image_id]["questions"].append(question)
-    return {
-        "images": list(images.values()),
-        "models": list(answers),
-        "masks": masks,
-        "lowest": lowest,
-    }
+    content = {"images": list(images.values()), "models": list(answers)}
+    return content | {"masks": masks, "lowest": lowest}
 
 
 def _answer(queries):

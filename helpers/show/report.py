@@ -7,7 +7,7 @@ import numpy as np
 
 from helpers.detect.metrics import coco_ap, evaluate_queries, threshold_sweep
 from helpers.detect.mistakes import KINDS, content_matrix, mistake_table, reliability_table
-from helpers.detect.thresholds import TAILS, choose_thresholds
+from helpers.detect.thresholds import TAILS, choose_thresholds, read_thresholds
 from helpers.errors import InputError
 from helpers.files import progress_bar
 from helpers.show.explorer import explorer_panel
@@ -36,7 +36,7 @@ def report_page(run, split, answers, *, validation, commands, retention=None, di
     commands : list of str
         How the page was made.
     retention : dict, optional
-        From `helpers.detect.retention`.
+        From `helpers.detect.retention`, with ``why`` of its words.
     diagnosis : dict, optional
         ``Diagnosis.parts()``.
     """
@@ -45,7 +45,8 @@ def report_page(run, split, answers, *, validation, commands, retention=None, di
     queries = {name: by_mask[mask] for name, by_mask in answers.items()}
     contents = {record.image_id: record.contents for record in split.records}
     own = next(iter(queries.values()))
-    panel = explorer_panel(answers, split, score_threshold=threshold, validation=validation)
+    marks = {"validation": validation, "calibrated": read_thresholds(run.folder, is_needed=False)}
+    panel = explorer_panel(answers, split, score_threshold=threshold, **marks)
     mistakes = mistake_table(own, threshold)
     try:
         thresholds, no_thresholds = choose_thresholds(validation), None

@@ -77,14 +77,23 @@ function judge(questions, m, threshold) {
     recall: objects ? hits / objects : NaN, f1: count + objects ? 2 * hits / (count + objects) : NaN };
 }
 
+const calibration = ({ word, threshold, low, high }) => `calibrated for ${word}: ${short(threshold)} [${short(low)}, ${short(high)}]`;
+
 function curve(series, x, y, label, names) {
   const isDrawn = (row) => !Number.isNaN(row[x]) && !Number.isNaN(row[y]);
   const at = (row) => [40 + 300 * row[x], 220 - 200 * row[y]];
-  const lines = series.map(({ rows, now, marks }, m) => {
+  const lines = series.map(({ rows, now, marks, chosen }, m) => {
     const [colour, dash] = LOOKS[m % LOOKS.length], points = rows.filter(isDrawn).map((row) => at(row).join(" "));
     const dots = marks.filter(isDrawn).map((row) => `<circle cx="${at(row)[0]}" cy="${at(row)[1]}" r="4" fill="#fff" stroke="${colour}"><title>threshold ${row.threshold}</title></circle>`
       + `<text x="${at(row)[0] + 6}" y="${at(row)[1] - 5}" font-size="11">${row.threshold}</text>`);
-    return (points.length ? `<path d="M${points.join("L")}" fill="none" stroke="${colour}" stroke-width="2" stroke-dasharray="${dash}"/>` : "") + dots.join("")
+    // The calibrated threshold, a diamond, and on the axis of thresholds its interval, a band.
+    const diamonds = chosen.filter(isDrawn).map((row) => {
+      const [left, top] = at(row), side = left > 200 ? -1 : 1, from = 40 + 300 * row.low, to = 40 + 300 * row.high;
+      return (x === "threshold" ? `<rect class="interval" x="${from}" y="20" width="${Math.max(to - from, 1)}" height="200"/>` : "")
+        + `<path class="calibrated-mark" d="M${left} ${top - 7}l7 7l-7 7l-7 -7Z"><title>${text(calibration(row))}</title></path>`
+        + `<text x="${left + 10 * side}" y="${top + 16}" font-size="11" text-anchor="${side < 0 ? "end" : "start"}">${text(row.word)} ${short(row.threshold)}</text>`;
+    });
+    return diamonds.join("") + (points.length ? `<path d="M${points.join("L")}" fill="none" stroke="${colour}" stroke-width="2" stroke-dasharray="${dash}"/>` : "") + dots.join("")
       + (isDrawn(now) ? `<rect x="${at(now)[0] - 5}" y="${at(now)[1] - 5}" width="10" height="10" fill="${colour}"/>` : "")
       + (names.length > 1 ? `<text x="338" y="${32 + 15 * m}" font-size="12" text-anchor="end" fill="${colour}">${text(names[m])} ${dash ? "- -" : "—"}</text>` : "");
   });
@@ -113,9 +122,9 @@ const CONTROLS = `
 </div>
 <p class="goals"><button data-goal="f1">best F1</button><button data-goal="precision">precision &ge; 0.9</button><button data-goal="recall">recall &ge; 0.9</button> <span class="source"></span></p>
 <p><label><input type="checkbox" class="objects" checked> objects</label> <label><input type="checkbox" class="below"> dropped detections</label>
-<label><input type="checkbox" class="worst" checked> worst first</label></p>
+<label class="ordering">order of pictures <select class="order"><option value="-1">worst first</option><option value="1">best first</option><option value="0">as in the file</option></select></label></p>
 <p class="key"><svg><path class="object" d="M2 6H46"/></svg> object <svg><path class="hit" d="M2 6H46"/></svg> detection kept <svg><path class="below" d="M2 6H46"/></svg> detection dropped</p>
-<div class="numbers" aria-live="polite"></div><div class="plots"></div><div class="pictures no-below"></div>`;
+<div class="numbers" aria-live="polite"></div><div class="plots"></div><p class="calibrated"></p><div class="pictures no-below"></div>`;
 
 function render({ model, el }) {
   const data = model.get("content"), root = document.createElement("div");
@@ -125,12 +134,12 @@ function render({ model, el }) {
   const find = (name) => root.querySelector(`.${name}`);
   const models = data.models, lowest = data.lowest, questions = data.images.flatMap((image) => image.questions);
   const masks = data.masks; // thresholds that were computed
-  for (const prompt of [EVERY, ...new Set(questions.map((q) => q.prompt))]) find("prompt").add(new Option(prompt));
+  for (const prompt of [EVERY, ...new Set(questions.map((q) => q.prompt))]) find("prompt").add(new Option(prompt, prompt));
   Object.assign(find("score"), { min: Math.log10(lowest), max: 0 });
   Object.assign(find("mask"), { max: masks.length - 1 });
   find("mask").closest("label").hidden = masks.length < 2;
   find("goals").hidden = !questions.some((q) => q.objects.length) || data.images.length < 2;
-  find("worst").closest("label").hidden = data.images.length < 2;
+  find("order").closest("label").hidden = data.images.length < 2;
   find("plots").classList.toggle("alone", data.images.length < 2);
 
   const get = (name) => model.get(name);
@@ -183,10 +192,20 @@ function render({ model, el }) {
     if (words !== card.words) card.caption.innerHTML = `<b>${text(image.name)}</b><br>${words}`;
     card.words = words;
     card.figure.dataset.faults = faults;
-    card.figure.style.order = find("worst").checked ? -faults : 0;
+    card.figure.style.order = find("order").value * faults;
     card.figure.hidden = !image.questions.some(isAsked);
   }
 
+  // A panel holds no detection below its lowest score, so a count from there would be another one.
+  const isBelow = (threshold) => threshold < lowest * (1 - 1e-9);
+  function mark(problem) {
+    find("score-value").classList.toggle("bad", problem !== "");
+    find("score-value").setAttribute("aria-invalid", problem !== "");
+    find("score-value").title = problem;
+  }
+  const problemOf = (threshold) => isBelow(threshold) ? `no detection below a score of ${lowest} was kept: a number from ${lowest} to 1` : "";
+
+  const goalRows = () => data.validation?.[get("prompt")]; // where a threshold may be chosen
   let swept = "", series = [];
   function sweep() {
     const key = [mask(), get("overlap_threshold"), get("prompt")].join(" ");
@@ -198,7 +217,9 @@ function render({ model, el }) {
       const scores = asked.flatMap(({ answers }) => answers[m].kept.map((n) => answers[m].scores[n])).sort((a, b) => a - b);
       const step = Math.max(1, Math.floor(scores.length / 150)), cuts = scores.filter((_, n) => n % step === 0);
       const rows = [...new Set([lowest, ...cuts, 1])].map((t) => judge(asked, m, t));
-      return { scores, rows, marks: MARKED.map((t) => judge(asked, m, t)) };
+      const chosen = m ? [] : Object.entries(data.calibrated ?? {}).filter(([word]) => asked.some((q) => q.prompt === word))
+        .map(([word, { threshold, low, high }]) => ({ ...judge(asked, m, threshold), word, low, high }));
+      return { scores, rows, chosen, marks: MARKED.map((t) => judge(asked, m, t)) };
     });
   }
 
@@ -208,50 +229,77 @@ function render({ model, el }) {
     const asked = questions.filter(isAsked);
     series.forEach((one, m) => { one.now = judge(asked, m, threshold); });
     find("score").value = Math.log10(Math.max(threshold, lowest));
-    if (document.activeElement !== find("score-value")) find("score-value").value = short(threshold);
+    if (document.activeElement !== find("score-value")) {
+      find("score-value").value = short(threshold);
+      mark(problemOf(threshold));
+    }
+    root.classList.toggle("nothing", isBelow(threshold));
     find("mask").value = level;
     find("mask-value").textContent = masks[level];
     find("overlap").value = get("overlap_threshold");
     find("overlap-value").textContent = get("overlap_threshold") < 1 ? get("overlap_threshold").toFixed(2) : "off";
     find("prompt").value = get("prompt");
-    find("source").textContent = data.validation ? "chosen on the validation split" : "chosen on these pictures, which flatters: choose on the validation split";
+    const why = goalRows() ? "" : data.validation ? `${get("prompt")} was not asked on the validation split, so no threshold can be chosen for it.`
+      : "A threshold chosen on the pictures that it is judged on flatters. Choose it on the validation split: calibrate, or report --html; in a notebook, explorer_panel(..., validation=...).";
+    find("source").textContent = why || "chosen on the validation split";
+    for (const button of root.querySelectorAll("button[data-goal]")) Object.assign(button, { disabled: why !== "", title: why });
     const objects = series.some(({ now }) => now.objects);
+    if (isBelow(threshold)) {
+      find("numbers").textContent = `at ${short(threshold)} nothing is shown: ${problemOf(threshold)}`;
+      return;
+    }
     find("numbers").innerHTML = series.map(({ now }, m) => `<p>${models.length > 1 ? `${text(models[m])}, ` : ""}at ${short(threshold)}: ${now.count} detections`
       + (objects ? `, ${now.hits} of ${now.objects} objects found; precision ${share(now.precision)}, recall ${share(now.recall)}, F1 ${share(now.f1)} (a pair counts from an IoU of 0.5)` : "") + "</p>").join("");
     find("plots").innerHTML = (objects ? curve(series, "recall", "precision", "precision against recall", models) + curve(series, "threshold", "f1", "F1 against threshold", models) : "")
       + strip(series, lowest, threshold, models);
+    const chosen = objects ? series[0].chosen.map(calibration).join("; ") : "";
+    find("calibrated").textContent = chosen && `Diamond: ${chosen}. In brackets, and as a band, the 95 % interval of a bootstrap over validation pictures.`;
     data.images.forEach((image, n) => fill(image, cards[n]));
     root.dataset.milliseconds = (performance.now() - started).toFixed(1);
+  }
+
+  // The score threshold that was last set for each prompt, shown in the list beside the prompt.
+  const own = {};
+  function keep() {
+    own[get("prompt")] = get("score_threshold");
+    for (const option of find("prompt").options)
+      if (option.value in own) option.text = `${option.value} (${short(own[option.value])})`;
+  }
+  function ask(prompt) {
+    find("score-value").blur(); // while it has the focus its text is the user's
+    set("prompt", prompt);
+    if (prompt in own) set("score_threshold", own[prompt]);
   }
 
   function set(name, value) {
     model.set(name, value);
     model.save_changes();
+    if (name === "score_threshold") keep();
     draw();
   }
-  find("score").addEventListener("input", (event) => set("score_threshold", 10 ** Number(event.target.value)));
+  find("score").addEventListener("input", (event) => set("score_threshold", Math.max(lowest, 10 ** Number(event.target.value)))); // its end is rounded
   find("score-value").addEventListener("input", (event) => {
     const typed = event.target.value.trim().replace(",", "."), value = Number(typed);
-    const isValid = typed !== "" && value >= 0 && value <= 1;
-    event.target.classList.toggle("bad", !isValid);
-    event.target.title = isValid ? "" : "a number from 0 to 1";
-    if (isValid) set("score_threshold", value);
+    const problem = typed !== "" && value >= 0 && value <= 1 ? problemOf(value) : `a number from ${lowest} to 1`;
+    mark(problem);
+    if (!problem) set("score_threshold", value);
   });
   find("mask").addEventListener("input", (event) => set("mask_threshold", masks[Number(event.target.value)]));
   find("overlap").addEventListener("input", (event) => set("overlap_threshold", Number(event.target.value)));
-  find("prompt").addEventListener("change", (event) => set("prompt", event.target.value));
-  find("worst").addEventListener("change", draw);
+  find("prompt").addEventListener("change", (event) => ask(event.target.value));
+  find("order").addEventListener("change", draw);
   for (const name of ["objects", "below"])
     find(name).addEventListener("change", (event) => find("pictures").classList.toggle(`no-${name}`, !event.target.checked));
   for (const button of root.querySelectorAll("button[data-goal]")) button.addEventListener("click", () => {
-    const goal = button.dataset.goal, rows = (data.validation ?? {})[get("prompt")] ?? series[series.length - 1].rows;
-    const reached = rows.filter((row) => goal === "f1" ? row.f1 > 0 : row[goal] >= 0.9);
+    const goal = button.dataset.goal, reached = goalRows().filter((row) => goal === "f1" ? row.f1 > 0 : row[goal] >= 0.9);
     // Of those that reach it, the one that costs the least of the other.
     const other = { f1: "f1", precision: "recall", recall: "precision" }[goal];
     if (reached.length) set("score_threshold", reached.reduce((a, b) => b[other] > a[other] ? b : a).threshold);
     else find("numbers").textContent = `no threshold reaches ${goal === "f1" ? "any object" : `${goal} 0.9`}`;
   });
   for (const name of ["score_threshold", "mask_threshold", "overlap_threshold", "prompt"]) model.on(`change:${name}`, draw);
+  model.on("change:score_threshold", keep);
+  keep();
   draw();
 }
 

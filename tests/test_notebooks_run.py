@@ -27,7 +27,7 @@ PATHS = find_notebooks()
 WITH_THRESHOLD = [path for path in PATHS if "score_threshold" in parameter_names(path)]
 MARK = "# NBVAL_CHECK_OUTPUT"
 CELL_TIMEOUT = 900  # seconds
-LONG = ("03", "04", "07", "08", "09")  # first lessons of chains that `make lessons` runs
+LONG = ("02", "03", "04", "07", "08", "09")  # first lessons of chains that `make lessons` runs
 QUICK_SOLUTION = "02"
 MANY = {
     "train": {

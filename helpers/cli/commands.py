@@ -52,7 +52,7 @@ def _threshold_or_auto(text):
 
 
 def _words(text):
-    return [word.strip() for word in text.split(",") if word.strip()]
+    return [word.strip() for word in text.split(",")]
 
 
 def _text(text, **settings):

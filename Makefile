@@ -60,7 +60,7 @@ lessons: $(STAMP) ## run the long lessons and the solutions, and compare their m
 # Chromium comes from the system (Debian: apt install chromium), its driver from PyPI.
 browser: $(STAMP) ## open pages and lessons in a real browser, headless
 	$(if $(UV),uv pip install --quiet --python $(RUN),$(RUN) -m pip install --quiet) 'playwright>=1.50,<2'
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m browser tests/test_browser.py tests/test_lab.py tests/test_site.py $(ARGS)
+	$(PYTEST) -m browser tests/test_browser.py tests/test_lab.py tests/test_site.py $(ARGS)
 
 # Sphinx is for this target alone. The lock constrains what it shares with the rest of .venv.
 site: $(STAMP) ## write the course as a static site to runs/site/html, from the stored outputs

@@ -21,14 +21,14 @@ from helpers.train.training import train
 matplotlib.use("agg")  # not by MPLBACKEND, which the kernels of the notebook tests would inherit
 
 
-NOTEBOOK_TESTS = ("tests/test_notebooks_run.py", "tests/test_course.py")
+APART = ("tests/test_notebooks_run.py", "tests/test_course.py", "tests/test_lab.py")
 
 
 class NotebooksApart(LoadFileScheduling):
     """Keep a file of tests on one core, and give every test of a notebook to whichever is free."""
 
     def _split_scope(self, nodeid):
-        return nodeid if nodeid.startswith(NOTEBOOK_TESTS) else super()._split_scope(nodeid)
+        return nodeid if nodeid.startswith(APART) else super()._split_scope(nodeid)
 
 
 @pytest.hookimpl(optionalhook=True)  # unknown with `-p no:xdist`

@@ -51,7 +51,7 @@ course: $(STAMP) ## execute the whole course; executed notebooks, summary.json a
 # tests fill the gaps, so that all cores are busy to the end (see tests/conftest.py).
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical --no-loadscope-reorder
 
-test: $(STAMP) ## run the tests, among them the lessons that train nothing
+test: $(STAMP) ## run the tests, among them the quick lessons
 	$(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout 900 tests $(QUICK) $(ARGS)
 
 lessons: $(STAMP) ## run the long lessons and the solutions, and compare their marked outputs

@@ -94,9 +94,9 @@ def read_thresholds(folder, is_needed=True):
     """Return word to ``threshold``, ``low``, ``high`` of a run; {} if it has, and needs, none."""
     path = folder / THRESHOLDS_FILE
     fix = f"choose them with 'python -m helpers calibrate --adapter {folder}'"
-    if not (is_needed or path.is_file()):
-        return {}
     if not path.is_file():
+        if not is_needed:
+            return {}
         raise InputError("no thresholds were chosen for this run", where=path, fix=fix)
     content = read_json(path, fix=fix)
     with explain((KeyError, TypeError, AttributeError), "is no calibration", where=path, fix=fix):

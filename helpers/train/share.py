@@ -21,7 +21,6 @@ from helpers.detect.predictor import GENERIC_PROMPT, Predictor
 from helpers.errors import InputError, explain, printable
 from helpers.files import WALL_CRACKS, read_json, resolve, staged_folder, write_json, write_text
 from helpers.model import lora
-from helpers.model.lora import BASE_FILE, CONFIG_FILE, WEIGHTS_FILE
 from helpers.model.sam3 import base_config, load_base
 from helpers.train import run as run_folder
 from helpers.train.run import CARD_FILE, RUN_CONFIG, RUN_FILES
@@ -136,18 +135,22 @@ def plan_push(folder, repo):
 def _check_run(folder):
     """Refuse a run that is unfinished or damaged; return the files and texts that may be paths."""
     config = run_folder.read_run(folder).config
-    lora.check_tensors(lora.read_adapter_weights(folder), folder / WEIGHTS_FILE)
-    files = CONFIG_FILE, BASE_FILE
+    lora.check_tensors(lora.read_adapter_weights(folder), folder / lora.WEIGHTS_FILE)
+    files = lora.CONFIG_FILE, lora.BASE_FILE
     content, saved = (read_json(folder / name, fix="train again") for name in files)
     trained = {"r": config.lora.rank, "lora_alpha": config.lora.alpha}
-    lora.check_config(content, trained, folder / CONFIG_FILE)
-    lora.check_bytes(folder / WEIGHTS_FILE, saved)
+    lora.check_config(content, trained, folder / lora.CONFIG_FILE)
+    lora.check_bytes(folder / lora.WEIGHTS_FILE, saved)
     for path in (folder / name for name in RUN_FILES):
         if path.is_symlink():
             raise InputError("is a link, which is not sent", where=path, fix="put the file there")
     base, cache = config.model.name, config.training.feature_cache or ""
     texts = [base, config.data.data_dir, config.output.output_dir, cache]
-    return [*((RUN_CONFIG, text) for text in texts), (CONFIG_FILE, base), (BASE_FILE, base)]
+    return [
+        *((RUN_CONFIG, text) for text in texts),
+        (lora.CONFIG_FILE, base),
+        (lora.BASE_FILE, base),
+    ]
 
 
 def _check_merged(folder):

@@ -567,10 +567,10 @@ def dry_run(config):
     sizes = {"mask_size": model_sizes(config)[1], "num_queries": NUM_QUERIES}
     for split in splits:  # without the images, which take long
         Report(dataset.root, check_annotations(split, **sizes), {}).raise_for_errors()
-        for record in (record for record in split.records if not record.path.is_file()):
-            raise InputError(
-                "no such image", where=record.path, fix="restore it or remove its entry"
-            )
+        missing = [record.path for record in split.records if not record.path.is_file()]
+        if missing:
+            fix = "restore it or remove its entry"
+            raise InputError("no such image", where=missing[0], fix=fix)
     counts = count_objects(PromptDataset.from_config(config, splits[0]))
     if not counts["num_objects"].any():
         fix = "run 'python -m helpers check' on the dataset"

@@ -28,9 +28,9 @@ from helpers.train.training import train
 SEEDS = (1, 2, 3, 4, 5)
 BASES = {"never": "data/tiny_sam3", "half": "data/tiny_sam3_half_known"}
 """How well a base knows the word "crack", and where it is."""
-GRADED = {word: f"runs/bases/{word}" for word in ("most", "half_shut", "control")}
+GRADED = {word: f"runs/bases/{word}" for word in ("quarter", "most", "half_shut", "control")}
 """The same for those that `data.tiny_sam3_half_known.make` makes on demand."""
-SEEDS_OF = {"grades": (1,), "rates": (1,)}
+SEEDS_OF = {"rates": (1, 2, 3)}
 """Designs of which fewer than five were run so far."""
 KNOWN_WORDS = tuple("joint moss stain rust hole bolt tile brick marking tape".split())
 """What both bases know; it is painted on the walls of `KNOWN_THINGS`."""
@@ -238,15 +238,17 @@ def grades_design(seeds):
     ]
 
 
+_THIRD = f"training.learning_rate={1e-4 / 3}"
 RATES = {
-    "a third of the rate": (f"training.learning_rate={1e-4 / 3}",),
+    "a third of the rate": (_THIRD,),
     "a tenth of the rate": ("training.learning_rate=1e-5",),
+    "a third of the rate, three times the epochs": (_THIRD, "training.num_epochs=150"),
 }
-"""Rates beside that of the main design, 1e-4, which the tiny profile multiplies by 30."""
+"""Beside the rate of the main design, 1e-4, which the tiny profile multiplies by 30."""
 
 
 def rates_design(seeds):
-    """Take the steps that decide again at lower rates, with as many updates."""
+    """Take the steps that decide again at lower rates, with as many updates or with more."""
     read = FAILING | {"objects": "yes"}
     frozen, other_word = WORKING | {"text_lora": "off"}, WORKING | {"prompt": "object"}
     return [

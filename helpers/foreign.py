@@ -21,6 +21,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Sam3Config, Sam3Model
+from transformers.trainer_utils import get_last_checkpoint
 
 from helpers.config import read_yaml, yaml_text
 from helpers.errors import InputError
@@ -219,6 +220,8 @@ def _alpha(found, ranks, alpha):
         alpha = settings.get("alpha")
         if alpha is None:
             problem = "alpha is not in the weights, and there is no YAML with it"
+            if not any(B.any() for _, B in lora_matrices(found).values()):
+                problem += "; every B is zero, so with any alpha it answers as its base"
         elif settings.get("use_rslora") or settings.get("alpha_pattern"):
             problem = "alpha is not the same for all modules (use_rslora, alpha_pattern)"
         elif settings.get("rank") not in (None, *ranks):
@@ -416,6 +419,8 @@ def _weights_in(folder):
             return folder / name
     files = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS)
     files = [path for path in files if path.suffix != ".safetensors"] or files  # torch's own first
+    if not files and (last := get_last_checkpoint(folder)):
+        return _weights_in(Path(last))
     if len(files) != 1:
         names = ", ".join(path.name for path in files) or "no weights"
         fix = f"name the file ({', '.join(_WEIGHTS)})"

@@ -291,6 +291,17 @@ def test_alpha_of_the_user_takes_the_place_of_a_yaml(edited, tmp_path):
         import_source(folder, tmp_path / "other", base=BASE, alpha=-1)
 
 
+@pytest.mark.parametrize("factor", [0, 1])
+def test_a_lora_that_is_zero_is_called_so_even_without_alpha(factor, edited, tmp_path):
+    def scale(tensors):
+        return {key: t * (factor if key.endswith("lora_B") else 1) for key, t in tensors.items()}
+
+    folder = edited(scale, settings={"alpha": None})
+    with pytest.raises(InputError, match="alpha is not in the weights") as caught:
+        import_source(folder, tmp_path / "out", base=BASE)
+    assert ("every B is zero" in str(caught.value)) == (factor == 0)
+
+
 def test_an_open_orientation_is_refused_until_it_is_given(edited, tmp_path):
     def widen(tensors):  # rank 24 in layers of 24 x 24
         wide = {key: nn.functional.pad(t.data, (0, 24 - t.shape[1])) for key, t in tensors.items()}

@@ -44,6 +44,8 @@ YOLO = (
         ),
         ("trainer_state.json", json.dumps(STATE), [9, 5], [8]),
         ("results.csv", YOLO, [4, 3], []),
+        ("shuffled.csv", "step,loss\n3,1.5\n1,2.5\n2,2\n", [2.5, 2, 1.5], []),
+        ("resumed.csv", "step,loss\n1,3\n2,2\n1,2.5\n2,1\n", [3, 2, 2.5, 1], []),
         ("mine.csv", "step,Loss\n1,2.5\n2,\n3,1.5\n", [2.5, 1.5], []),
         ("German.csv", "Schritt;Loss\n1;2,5\n2;1,5\n", [2.5, 1.5], []),
         ("tabs.csv", "step\tloss\n1\t2.5\n2\t1.5\n", [2.5, 1.5], []),

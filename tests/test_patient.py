@@ -121,6 +121,21 @@ def test_what_the_importer_asks_for_can_be_given_to_the_diagnosis(tmp_path, caps
     assert main([*asked, "--alpha", "16", "--orientation", "native"]) == 3
 
 
+def test_of_a_folder_with_checkpoints_alone_the_last_is_taken(peft_folder, tmp_path):
+    for step in (90, 100):
+        folder = shutil.copytree(peft_folder, tmp_path / "trainer" / f"checkpoint-{step}")
+        write_json(folder / "trainer_state.json", {"log_history": [{"step": step, "loss": 1.5}]})
+    for patient in (
+        open_patient(tmp_path / "trainer"),
+        open_patient(tmp_path / "trainer", words=["a"]),
+    ):
+        assert patient.place.name == "checkpoint-100"
+        assert patient.log["step"].tolist() == [100]
+    shutil.copy(FOREIGN / "text_attention_r8" / "best_lora_weights.pt", tmp_path / "trainer")
+    with pytest.raises(InputError, match="alpha is not in the weights"):  # it is the result
+        open_patient(tmp_path / "trainer", base=FOREIGN / "base")
+
+
 def test_a_log_without_loss_beside_the_weights_stops_nothing(peft_folder):
     write_text(peft_folder / "val_stats.json", '{"coco_eval_bbox": 0.1, "Trainer/epoch": 1}\n')
     with pytest.raises(Missing, match="--log FILE"):

@@ -77,6 +77,8 @@ def tidy_log(entries, where=None):
     taken = set(renamed.values())
     table = table.drop(columns=[n for n in table if n in taken and renamed.get(n) != n])
     table = table.rename(columns=renamed)
+    if "step" in table and table["step"].is_unique and table["step"].notna().all():
+        table = table.sort_values("step", ignore_index=True)  # of a resumed run steps occur twice
     if not {"loss", "valid_loss"} & set(table):
         terms = [name for name in table if "loss" in name.lower() and "val" not in name.lower()]
         if not terms:

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import Sam3Model
+from transformers.trainer_utils import get_last_checkpoint
 
 from helpers.config import load_config, read_yaml
 from helpers.data.coco import find_splits
@@ -674,9 +675,12 @@ def open_patient(source, *, config=None, log=None, alpha=None, orientation=None,
     if not path.exists():
         raise InputError("no such file or folder", where=path, fix=_SOURCES)
     path = path / "adapter" if (path / "adapter" / lora.CONFIG_FILE).is_file() else path
-    folder = path if path.is_dir() else path.parent
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     weights = [n for n in names if n.endswith((".pt", ".pth"))] or [*path.glob("checkpoints/*.pt")]
+    if path.is_dir() and not weights and not names & {"config.json", lora.CONFIG_FILE}:
+        path = Path(get_last_checkpoint(path) or path)  # of a Trainer that saved nothing else
+        names = {entry.name for entry in path.iterdir()}
+    folder = path if path.is_dir() else path.parent
     if names & _OWN_MARKS or (run_folder.RUN_CONFIG in names and not weights):
         own = ("data_dir", "image", "prompt")
         return Examination(path, **{name: given.get(name) for name in own})

@@ -136,6 +136,7 @@ COMPARED = (FIXED, RECOMMENDED, RECOMMENDED_LONGER)
 """Recipes that the bar of the cure compares."""
 RECIPES = {
     FIXED: (),
+    f"{FIXED}, twice the epochs": ("training.num_epochs=100",),
     "a third of the rate": (f"training.learning_rate={1e-3 / 30}",),
     "a tenth of the rate": ("training.learning_rate=1e-5",),
     "DETR encoder": _only_lora_on("detr_encoder"),

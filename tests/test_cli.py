@@ -22,6 +22,7 @@ from helpers.data.coco import read_split
 from helpers.detect.predictor import Predictor
 from helpers.detect.tiles import predict_tiled
 from helpers.files import ROOT
+from helpers.model.sam3 import best_device
 from helpers.train.run import load_run
 
 
@@ -266,7 +267,15 @@ def test_predict_by_tiles_looks_as_predict_tiled_does(capfd, run, large_image, t
         Predictor(loaded.model, loaded.processor), large_image, "crack",
         tile=RESOLUTION, overlap=0.5, threshold=0.001,
     )  # fmt: skip
-    assert json.loads(out) == [expected.to_dict()]
+    [answer] = json.loads(out)
+    pairs = [(answer, expected.to_dict())]
+    if best_device().type == "cpu":
+        assert answer == pairs[0][1]
+    pairs += zip(*(one.pop("detections") for one in pairs[0]), strict=True)
+    for own, other in pairs:  # a GPU adds up in another order each time
+        assert own.pop("box_xyxy", 0) == pytest.approx(other.pop("box_xyxy", 0), abs=1)
+        scores = [name for name in other if name.endswith(("score", "prob"))]
+        assert [own[name] for name in scores] == pytest.approx([other[n] for n in scores], rel=1e-4)
     assert expected.detections
     assert picture.is_file()
 

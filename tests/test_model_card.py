@@ -127,6 +127,17 @@ def test_every_number_of_the_table_is_from_the_metrics(run):
         assert note[1:] in card
 
 
+def test_a_card_says_what_was_kept_or_how_to_measure_it(run):
+    files, says = read_run(run.folder), "was not measured"
+    kept = {"objects": 7, "AP": 0.5, "AP50": 0.625}
+    measured = replace(files, metrics=files.metrics | {"retention": kept})
+    assert "average precision 0.500, at an IoU of 0.5 0.625" in model_card(measured, RESOLUTION)
+    assert says not in model_card(measured, RESOLUTION)
+    assert says in model_card(
+        replace(files, metrics=files.metrics | {"retention": None}), RESOLUTION
+    )
+
+
 def test_metric_without_a_value_and_run_without_objects_still_give_a_card(run):
     files = read_run(run.folder)
     valid = {name: v for name, v in files.metrics["valid"].items() if name != "cgF1"}

@@ -181,6 +181,8 @@ def _masks_after_loader(examination):
     queries = [query for query in examination.train_queries if len(query[2]["boxes_cxcywh"])]
     if not queries:
         raise InputError("no object reaches the loss", where=examination.data_dir)
+    if examination.is_live and not examination.trains_masks:
+        raise Inapplicable("the targets have no masks, so only boxes and scores are trained")
     total = sum(len(target["boxes_cxcywh"]) for _, _, target in queries)
     masks = sum(int(target["mask_valid"].sum()) for _, _, target in queries)
     items = [(record, item) for record in _records(queries) for item in record.objects]

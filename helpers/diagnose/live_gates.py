@@ -85,7 +85,8 @@ def loss_of_a_batch(patient):
     text += "; norm of the gradient: " + ", ".join(f"{k} {v:.2g}" for k, v in norms.items())
     if not np.isfinite(sum(norms.values())):
         return text, [Evidence("not_finite", 1.0, text)]
-    idle = [name for name, norm in norms.items() if not norm and name != "geometry_encoder"]
+    unasked = {"geometry_encoder"} | ({"mask_decoder"} if not patient.trains_masks else set())
+    idle = [name for name, norm in norms.items() if not norm and name not in unasked]
     reason = f"no gradient arrives in {', '.join(idle)}: {text}"
     return text, evidence_if(idle, "adapter_at_zero", 0.8 if any(norms.values()) else 1.0, reason)
 

@@ -587,6 +587,11 @@ class LivePatient(Patient):
             raise InputError("there is no batch", where="batches", fix="give the loader itself")
         return batches
 
+    @property
+    def trains_masks(self):
+        """Whether any target of the batches has masks, be they empty."""
+        return any("masks" in target for batch in self.batches for target in batch["targets"])
+
     def _batch(self, batch):
         """Check one batch and gather, row by row, what its words and objects are."""
         keys = list(batch.keys()) if hasattr(batch, "keys") else [type(batch).__name__]

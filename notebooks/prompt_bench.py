@@ -21,9 +21,9 @@ from helpers.detect.queries import MAX_DETECTIONS, SCORE_FLOOR, query_of
 from helpers.errors import InputError, check_probability, printable
 from helpers.files import progress_bar
 from helpers.show.page import data_uri
-from helpers.show.panels import StillBox
 from helpers.show.pictures import TRUTH_COLOUR, annotate, decode_mask
 from notebooks.gallery import figure_picture, small_figure
+from notebooks.still import StillBox
 
 MODELS = ("this run", "its base")
 NOTHING = "nothing asked for"  # row of a `content_matrix` for pictures without any known word

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import ipywidgets as widgets
 
 from helpers.errors import InputError
-from helpers.show.panels import StillBox, describe_target, image_html, target_picture
+from helpers.show.panels import describe_target, image_html, target_picture
+from notebooks.still import StillBox
 
 WIDE = {"style": {"description_width": "initial"}}
 WIDE |= {"layout": {"width": "32em", "max_width": "100%"}}

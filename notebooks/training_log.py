@@ -12,9 +12,10 @@ from transformers import TrainerCallback
 
 from helpers.files import resolve
 from helpers.show.charts import draw_lines, history_frame
-from helpers.show.panels import StillBox, image_html
+from helpers.show.panels import image_html
 from helpers.train.run import METRICS_FILE, read_history, read_run_file
 from notebooks.gallery import figure_picture
+from notebooks.still import StillBox
 
 LOSSES = {"loss": "training loss", "eval_loss": "validation loss"}
 TERMS = {

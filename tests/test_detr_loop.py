@@ -81,7 +81,7 @@ def trained(base, data_dir, place, key="bbox", is_normalized=True):
     items = CocoItems(data_dir / "train", key)
     options = {"num_train_epochs": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
     options |= {"remove_unused_columns": False, "report_to": "none", "save_strategy": "no"}
-    options |= {"disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
+    options |= {"disable_tqdm": True, "dataloader_pin_memory": False}
 
     def to_batch(items):
         return collate(items, processor, is_normalized)
@@ -97,7 +97,7 @@ def examined(notebook, data_dir):
     model, processor, loader, log = notebook
 
     def detect(picture, word, threshold=0.3):
-        inputs = processor(images=picture, text=word, return_tensors="pt")
+        inputs = processor(images=picture, text=word, return_tensors="pt").to(model.device)
         with torch.no_grad():
             outputs = model(**inputs)
         size = [picture.size[::-1]]

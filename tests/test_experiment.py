@@ -39,11 +39,11 @@ DATA_DIR = "data/wall_cracks"
     ("design", "per_seed"),
     [
         ("causes", 32),
-        ("front", 24),
+        ("front", 26),
         ("schedule", 4),
         ("components", 22),
-        ("grades", 30),
-        ("rates", 20),
+        ("grades", 40),
+        ("rates", 30),
     ],
 )
 def test_designs_are_complete_and_every_cell_is_another(design, per_seed):

@@ -10,8 +10,10 @@ from data.experiments.cells import (
     DESIGNS,
     FAILING,
     FIXED,
+    FIXED_LONGER,
     RECOMMENDED,
     RECOMMENDED_LONGER,
+    SEEDS_OF,
     SUSPECTS,
     TABLES,
     TEXT_COLUMNS,
@@ -63,6 +65,7 @@ def markdown(head, rows):
 BASES_IN_WORDS = {
     "never": "never met the word",
     "control": "as many further steps, no crack",
+    "quarter": "knows it by a quarter",
     "half": "half knows it",
     "half_shut": "half knows it, and was taught that “object” is absent",
     "most": "knows it",
@@ -81,7 +84,7 @@ def grades_rows():
 
 def rates_rows():
     shares = share_by_state(table_of("rates"), "word", "rate")
-    full = share_by_state(table_of("causes").query("seed == 1"), "word")
+    full = share_by_state(table_of("causes").query(f"seed in {SEEDS_OF['rates']}"), "word")
     rows = []
     for word in ("never", "half"):
         own = {"the full rate": full.loc[word]} | dict(shares.loc[word].iterrows())
@@ -106,12 +109,12 @@ def pairs(numbers):
 
 
 def cure_rows():
-    """Compare the recommended recipe and its longer run with the fixed config, seed by seed."""
+    """Compare the recommended recipe, and both for twice as long, with the fixed config by seed."""
     table, rows = table_of("front"), []
     for word in ("never", "half"):
         runs = table[table["word"] == word]
         kept = load_base_row(word=word)["retention_AP"]
-        for recipe in (RECOMMENDED, RECOMMENDED_LONGER):
+        for recipe in (FIXED_LONGER, RECOMMENDED, RECOMMENDED_LONGER):
             own = runs[runs["recipe"] == recipe]
             step = paired_difference(runs, "AP50", {"recipe": FIXED}, {"recipe": recipe})
             change = f"{step.value:+.3f} ({step.low:+.2f} to {step.high:+.2f})"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_random import tiny_model, tiny_processor, tiny_run_config
+from tiny_random import RESOLUTION, tiny_model, tiny_processor, tiny_run_config
 from torchvision.ops import box_convert
 from transformers import Sam3Model
 
@@ -542,6 +542,19 @@ def test_batches_of_the_trainer_of_transformers_are_read(batches):
     for (_, one), (_, other) in zip(read.batches[0]["rows"], same.batches[0]["rows"], strict=True):
         assert torch.equal(one["boxes_cxcywh"], other["boxes_cxcywh"])
     assert read.own_names == same.own_names != []
+
+
+def test_the_objects_of_a_loop_that_trains_outlines_alone_are_read(batches):
+    own = LivePatient(processor=tiny_processor(), batches=batches).batches[0]["rows"]
+    targets = [{"masks": target["masks"]} for target in batches[0]["targets"]]
+    changed = [batches[0] | {"targets": targets}]
+    read = LivePatient(processor=tiny_processor(), batches=changed).batches[0]["rows"]
+    assert any(len(objects["boxes_cxcywh"]) for _, objects in own)
+    for (query, objects), (_, expected) in zip(read, own, strict=True):
+        boxes = expected["boxes_cxcywh"]
+        assert objects["boxes_cxcywh"].shape == boxes.shape
+        assert query["is_positive"] == bool(len(boxes))
+        assert torch.allclose(objects["boxes_cxcywh"], boxes, atol=2 / RESOLUTION)
 
 
 def test_peft_says_what_a_model_in_memory_was_made_from(base):

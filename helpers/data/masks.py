@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch.nn.functional import interpolate
+from torchvision.ops import masks_to_boxes
 
 from helpers.data.images import MAX_PIXELS
 
@@ -111,6 +112,13 @@ def masks_on_grid(rles, mask_size):
             cells = coverage > 0
         masks[index] = cells
     return masks
+
+
+def tight_boxes(masks):
+    """Return the tight boxes of masks (n, h, w), corners as fractions."""
+    height, width = masks.shape[-2:]
+    corners = masks_to_boxes(masks.float()) + torch.tensor([0, 0, 1, 1])
+    return corners / torch.tensor([width, height, width, height])
 
 
 def clip_box(box_xyxy, width, height):

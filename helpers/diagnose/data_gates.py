@@ -6,12 +6,13 @@ from itertools import combinations
 import numpy as np
 import torch
 from scipy.stats import binomtest
-from torchvision.ops import box_convert, box_iou, masks_to_boxes
+from torchvision.ops import box_convert, box_iou
 
 from helpers.checks.boxes_and_masks import check_annotations
 from helpers.checks.images import check_images, contrast_per_turn
 from helpers.checks.words import check_categories, similar_names
 from helpers.data.coco import entries_of
+from helpers.data.masks import tight_boxes
 from helpers.data.records import has_mask
 from helpers.detect.predictor import untrained_prompts
 from helpers.diagnose.patient import SLIP, Evidence, Inapplicable, evidence_if, gate
@@ -215,7 +216,7 @@ def box_targets(examination):
     masked = [target for _, _, target in queries if target["mask_valid"].any()]
     if masked:
         written = torch.cat([target["boxes_cxcywh"][target["mask_valid"]] for target in masked])
-        tight = torch.cat([_boxes_of(target["masks"][target["mask_valid"]]) for target in masked])
+        tight = torch.cat([tight_boxes(target["masks"][target["mask_valid"]]) for target in masked])
         medians = {
             name: float(box_iou(box_convert(written, form, "xyxy"), tight).diagonal().median())
             for form, name in BOX_FORMS.items()
@@ -229,13 +230,6 @@ def box_targets(examination):
     outside = float(((corners < -OUTSIDE) | (corners > 1 + OUTSIDE)).any(1).float().mean())
     text += f"; {outside:.0%} leave the image if the first two numbers are the centre"
     return text, evidence_if(outside > MAX_OUTSIDE, "wrong_box_targets", 0.9, text)
-
-
-def _boxes_of(masks):
-    """Return the tight boxes of masks (n, h, w), corners as fractions."""
-    height, width = masks.shape[-2:]
-    corners = masks_to_boxes(masks.float()) + torch.tensor([0, 0, 1, 1])
-    return corners / torch.tensor([width, height, width, height])
 
 
 @gate(DATA_GATES, "objects of each prompt", "those of its own category")

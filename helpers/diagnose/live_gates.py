@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
@@ -44,7 +45,7 @@ def forward(patient, batch):
 
 def loss_of(patient, outputs, targets):
     """Return the loss as a scalar tensor."""
-    value = patient.loss(outputs, targets)
+    value = patient.loss(outputs, send_to_device(targets, patient.device))  # as a Trainer does
     if isinstance(value, Mapping):
         value = value.get("loss", value.get("total"))
     if not isinstance(value, torch.Tensor) or value.numel() != 1:

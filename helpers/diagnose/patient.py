@@ -16,12 +16,14 @@ from types import SimpleNamespace
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from torchvision.ops import box_convert
 from transformers import Sam3Model
 from transformers.trainer_utils import get_last_checkpoint
 
 from helpers.config import load_config, read_yaml
 from helpers.data.coco import find_splits
 from helpers.data.dataset import Dataset, PromptCollator, PromptDataset, load_dataset
+from helpers.data.masks import tight_boxes
 from helpers.detect.predictor import Predictor
 from helpers.diagnose.logs import LOG_FILES, read_log, tidy_log
 from helpers.errors import InputError
@@ -481,7 +483,7 @@ class LivePatient(Patient):
     batches : iterable of dict, optional
         What the loop reads, of which 16 are looked at. Each has ``pixel_values`` (I, 3, S, S),
         ``input_ids`` and ``attention_mask`` (B, T), and ``targets`` or ``labels``, B dicts: ``boxes``
-        (or ``boxes_cxcywh``) (n, 4), and maybe ``masks`` (n, h, w). Row b belongs to image b, or to
+        (or ``boxes_cxcywh``) (n, 4), or ``masks`` (n, h, w), or both. Row b belongs to image b, or to
         ``image_index[b]``. It may have ``image_ids``, I file names of the dataset.
     loss : callable, optional
         ``loss(outputs, targets)`` of the model's outputs and the targets of a batch: a scalar, or a
@@ -640,10 +642,12 @@ def _bad_batch(message):
 def _objects(target):
     """Return the objects of one target as float ``boxes_cxcywh``, ``masks`` and ``mask_valid``."""
     boxes = next((target[name] for name in ("boxes_cxcywh", "boxes") if name in target), None)
+    masks = torch.as_tensor(target["masks"]).cpu() if "masks" in target else torch.zeros(0)
+    if boxes is None and "masks" in target:  # a loop that trains outlines alone
+        boxes = box_convert(tight_boxes(masks), "xyxy", "cxcywh") if masks.numel() else []
     if boxes is None:
         raise _bad_batch(f"a target lacks boxes; it has {', '.join(map(str, target))}")
     boxes = torch.as_tensor(boxes).detach().float().cpu().reshape(-1, 4)
-    masks = torch.as_tensor(target["masks"]).cpu() if "masks" in target else torch.zeros(0)
     masks = masks if masks.numel() else torch.zeros(len(boxes), 0, 0)
     return {"boxes_cxcywh": boxes, "masks": masks, "mask_valid": masks.flatten(1).bool().any(1)}
 

@@ -1,4 +1,4 @@
-"""Controls with a still, and pictures of what the loss is given.
+"""Pictures of what the loss is given.
 
 Targets are read back from the tensors of a collated batch and nothing from the files, so a fault of
 the loader shows in these pictures, where pictures of the files would hide it.
@@ -6,7 +6,6 @@ the loader shows in these pictures, where pictures of the files would hide it.
 
 import html
 
-import ipywidgets as widgets
 import torch
 from torch.nn.functional import interpolate
 from torchvision.ops import box_convert
@@ -14,18 +13,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from helpers.errors import printable
 from helpers.show import pictures
-from helpers.show.page import data_uri, with_still
-
-
-class StillBox(widgets.VBox):
-    """Controls above a picture; ``still``, it and its sentence, is seen without a kernel."""
-
-    def __init__(self, *children):
-        super().__init__(children)
-        self.still = ()
-
-    def _repr_mimebundle_(self, **kwargs):
-        return with_still(super()._repr_mimebundle_(**kwargs), self.still)
+from helpers.show.page import data_uri
 
 
 def image_html(picture, alt, width="32em"):

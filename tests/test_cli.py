@@ -894,7 +894,7 @@ def test_calibrate_keeps_what_it_chose(capfd, own_run, data_dir):
     assert json.dumps(marked, sort_keys=True)[1:-1] in page.read_text(encoding="utf-8")
     status, _, err = call(capfd, *arguments, "--goal", "precision", "--least", "1")
     assert status == 2
-    assert "'crack': no threshold reaches precision 1" in err
+    assert "'crack': no threshold has precision 1" in err
 
 
 def test_a_threshold_that_is_no_number_is_refused(capfd):

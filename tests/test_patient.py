@@ -425,9 +425,20 @@ def with_corners(outputs, targets):
     return total + torch.nn.functional.binary_cross_entropy_with_logits(logits, truth)
 
 
+def outlines_alone(outputs, targets):
+    """Compare the semantic mask with the union of all masks, as people train that segment only."""
+    probs = outputs.semantic_seg[:, 0].sigmoid()
+    size = probs.shape[-2:]
+    unions = [t["masks"].amax(0) if len(t["masks"]) else torch.zeros(size) for t in targets]
+    truth = torch.stack([union.to(probs) for union in unions])
+    overlap = (probs * truth).sum((1, 2))
+    return (1 - (2 * overlap + 1) / (probs.sum((1, 2)) + truth.sum((1, 2)) + 1)).mean()
+
+
 @pytest.mark.parametrize(
     ("function", "gate", "cause"),
     [
+        (outlines_alone, "loss and objects", "loss_weights"),
         (lambda outputs, targets: 0 * outputs.pred_logits.sum(), "loss of a batch", "no_objects"),
         (
             lambda outputs, targets: loss(outputs, targets)["total"].detach(),
@@ -526,6 +537,15 @@ def test_a_detection_that_misreads_its_outputs_is_seen(batches, data_dir, mistak
         (lambda b: b | {"targets": b["targets"][:1]}, "prompts and 1 targets"),
         (lambda b: {k: v for k, v in b.items() if k != "image_index"}, "no image_index"),
         (lambda b: b | {"targets": [{"bbox": 1}] * len(b["targets"])}, "lacks boxes; it has bbox"),
+        (
+            lambda b: b | {"targets": [t | {"masks": torch.ones(9, 4, 4)} for t in b["targets"]]},
+            "boxes and 9 masks",
+        ),
+        (lambda b: b | {"targets": torch.zeros(len(b["targets"]))}, "cannot be read .*'get'"),
+        (
+            lambda b: b | {"targets": [{"boxes": torch.zeros(2, 5)}] * len(b["targets"])},
+            "cannot be read .*invalid for input",
+        ),
     ],
 )
 def test_batches_of_another_form_are_refused_by_name(batches, change, message):

@@ -82,7 +82,7 @@ def test_what_cannot_be_reached_is_refused():
     with pytest.raises(InputError, match="'crack': no detection is right"):
         choose_thresholds(queries)
     queries = split_of(4, lambda n: 0.3, lambda n: 0.9)
-    with pytest.raises(InputError, match=r"no threshold reaches precision 0\.9"):
+    with pytest.raises(InputError, match=r"no threshold has precision 0\.9"):
         choose_thresholds(queries, "precision")
     with pytest.raises(InputError, match="no goal 'f2'"):
         choose_thresholds(queries, "f2")

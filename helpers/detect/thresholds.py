@@ -52,11 +52,7 @@ def choose_thresholds(queries, goal="f1", least=0.9, *, num_resamples=1000, seed
         curves = _curves(np.vstack([ones, weights]), count, hits, num_gt)
         chosen = _best(curves, goal, least)
         if chosen[0] < 0:
-            text = (
-                "no detection is right"
-                if goal == "f1"
-                else f"no threshold reaches {goal} {least:g}"
-            )
+            text = "no detection is right" if goal == "f1" else f"no threshold has {goal} {least:g}"
             raise InputError(text, where=repr(word), fix="train longer, or lower the goal")
         place = chosen[0]
         low, high = _interval(cuts[chosen[1:][chosen[1:] >= 0]])

@@ -149,9 +149,12 @@ def loss_and_objects(patient):
         as_written[row, :count] = objects["boxes_cxcywh"][:count].to(boxes)
     centres = box_convert(boxes, "xyxy", "cxcywh")
     moved = torch.cat([(centres[..., :2] + 0.5) % 1, centres[..., 2:] / 2], -1)
+    masks = ("pred_masks", "semantic_seg", "semantic_logits")
+    blank = {name: torch.full_like(best[name], -SURE_LOGIT) for name in masks if name in best}
     mistakes = {
         "silent": changed(best, pred_logits=torch.full_like(logits, -SURE_LOGIT)),
         "boxes elsewhere": _with_boxes(best, box_convert(moved, "cxcywh", "xyxy")),
+        "no outline": changed(best, **blank),
         "every object twice": changed(_with_boxes(best, twins), pred_logits=twin_logits),
         "centres as corners": _with_boxes(best, as_written),
     }
@@ -164,11 +167,13 @@ def loss_and_objects(patient):
     rises = {name: cost - least > LEAST_RISE * abs(least) for name, cost in costs.items()}
     if costs["centres as corners"] < least * (1 - LEAST_RISE):
         return text, [Evidence("wrong_box_targets", 0.95, text)]
-    if not rises["silent"] and not rises["boxes elsewhere"]:
+    parts = {"scores": "silent", "boxes": "boxes elsewhere", "outlines": "no outline"}
+    unseen = [part for part, mistake in parts.items() if not rises[mistake]]
+    if len(unseen) == len(parts):
         return text, [Evidence("no_objects", 1.0, f"the loss does not see the objects: {text}")]
-    if not rises["silent"] or not rises["boxes elsewhere"]:
-        blind = "scores" if not rises["silent"] else "boxes"
-        return text, [Evidence("loss_weights", 1.0, f"the {blind} count for nothing: {text}")]
+    if {"scores", "boxes"} & {*unseen}:
+        reason = f"{' and '.join(unseen)} count for nothing: {text}"
+        return text, [Evidence("loss_weights", 1.0, reason)]
     if not rises["every object twice"]:
         return text, [Evidence("one_to_many_matching", 0.9, text)]
     reason = f"a perfect prediction costs nearly as much as a silent one: {text}"

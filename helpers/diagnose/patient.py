@@ -26,7 +26,7 @@ from helpers.data.dataset import Dataset, PromptCollator, PromptDataset, load_da
 from helpers.data.masks import tight_boxes
 from helpers.detect.predictor import Predictor
 from helpers.diagnose.logs import LOG_FILES, read_log, tidy_log
-from helpers.errors import InputError
+from helpers.errors import InputError, explain
 from helpers.files import CONFIGS, read_json, resolve
 from helpers.foreign import OF_META, import_source, read_source, yaml_beside
 from helpers.model import lora
@@ -57,6 +57,8 @@ FEW_WITH, FEW_WITHOUT = 6, 2  # of these, how many are asked for many words
 TRAIN_SAMPLE = 256  # training images that pass through the loader, about
 MAX_BATCHES = 16  # of a live patient that are looked at
 SAM3_SIZES = 288, 200  # cells along a mask and queries of the released SAM3
+_AS_GIVEN = "give the batch as model and loss get it, see helpers.diagnose.LivePatient"
+_UNREADABLE = (AttributeError, TypeError, ValueError, RuntimeError)
 _INPUTS = ("pixel_values", "input_ids", "attention_mask")
 _SOURCES = (
     "name a run folder, a folder of a PEFT adapter, a *_lora_weights.pt, a checkpoint.pt, a model "
@@ -584,7 +586,8 @@ class LivePatient(Patient):
         """The first batches: list of dict of ``inputs``, ``targets`` as given, ``rows``."""
         if self._batches is None or self._processor is None:
             raise Missing("batches", is_live=True, what="the batches, and processor=")
-        batches = [self._batch(batch) for batch in islice(self._batches, MAX_BATCHES)]
+        with explain(_UNREADABLE, "a batch cannot be read", where="batches", fix=_AS_GIVEN):
+            batches = [self._batch(batch) for batch in islice(self._batches, MAX_BATCHES)]
         if not batches:
             raise InputError("there is no batch", where="batches", fix="give the loader itself")
         return batches
@@ -592,12 +595,12 @@ class LivePatient(Patient):
     @property
     def trains_masks(self):
         """Whether any target of the batches has masks, be they empty."""
-        return any("masks" in target for batch in self.batches for target in batch["targets"])
+        return any(t.get("masks") is not None for batch in self.batches for t in batch["targets"])
 
     def _batch(self, batch):
         """Check one batch and gather, row by row, what its words and objects are."""
         keys = list(batch.keys()) if hasattr(batch, "keys") else [type(batch).__name__]
-        named = "labels" if "labels" in keys else "targets"
+        named = "labels" if "labels" in keys and "targets" not in keys else "targets"
         if lacking := [name for name in (*_INPUTS, named) if name not in keys]:
             raise _bad_batch(f"a batch lacks {', '.join(lacking)}; it has {', '.join(keys)}")
         inputs, targets = {name: batch[name] for name in _INPUTS}, batch[named]
@@ -635,20 +638,22 @@ class LivePatient(Patient):
 
 
 def _bad_batch(message):
-    fix = "give the batch as model and loss get it, see helpers.diagnose.LivePatient"
-    return InputError(message, where="batches", fix=fix)
+    return InputError(message, where="batches", fix=_AS_GIVEN)
 
 
 def _objects(target):
     """Return the objects of one target as float ``boxes_cxcywh``, ``masks`` and ``mask_valid``."""
-    boxes = next((target[name] for name in ("boxes_cxcywh", "boxes") if name in target), None)
-    masks = torch.as_tensor(target["masks"]).cpu() if "masks" in target else torch.zeros(0)
-    if boxes is None and "masks" in target:  # a loop that trains outlines alone
-        boxes = box_convert(tight_boxes(masks), "xyxy", "cxcywh") if masks.numel() else []
-    if boxes is None:
+    boxes, masks = target.get("boxes_cxcywh", target.get("boxes")), target.get("masks")
+    if boxes is None and masks is None:
         raise _bad_batch(f"a target lacks boxes; it has {', '.join(map(str, target))}")
+    masks = torch.zeros(0) if masks is None else torch.as_tensor(masks).cpu()
+    masks = masks.reshape(-1, *masks.shape[-2:]) if masks.numel() else torch.zeros(0, 0, 0)
+    if boxes is None:  # a loop that trains outlines alone
+        boxes = box_convert(tight_boxes(masks), "xyxy", "cxcywh") if len(masks) else []
     boxes = torch.as_tensor(boxes).detach().float().cpu().reshape(-1, 4)
-    masks = masks if masks.numel() else torch.zeros(len(boxes), 0, 0)
+    masks = masks if len(masks) else torch.zeros(len(boxes), 0, 0)
+    if len(masks) != len(boxes):
+        raise _bad_batch(f"a target has {len(boxes)} boxes and {len(masks)} masks")
     return {"boxes_cxcywh": boxes, "masks": masks, "mask_valid": masks.flatten(1).bool().any(1)}
 
 

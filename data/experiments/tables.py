@@ -10,6 +10,8 @@ from helpers.errors import InputError
 from helpers.files import ROOT, resolve
 from helpers.show.charts import COLOURS, dress
 
+BASES_AS_TITLES = {"never": "never met the word", "half": "half knows the word"}
+
 
 def tables_folder(path):
     """Find the folder of the tables, seen from the current folder, the repository or ``notebooks/``."""
@@ -66,11 +68,24 @@ def undominated(means):
     return means[~np.array(beaten)]
 
 
+def free_places(points, radius=0.05):
+    """Return a place (n, 2) beside each point (n, 2) that is far from other points and places."""
+    angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+    around = radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    places = []
+    for point in points:
+        taken = np.array([*points, *places])
+        candidates = np.concatenate([point + around, point + 1.7 * around])
+        gaps = np.linalg.norm(candidates[:, None] - taken, axis=2).min(axis=1)
+        places.append(candidates[np.minimum(gaps, 0.9 * radius).argmax()])
+    return np.array(places)
+
+
 def front_figure(table):
     """Draw what every recipe of the design ``front`` detects against what it keeps of the base.
 
-    There is a panel per base. Grey dots are runs, a number stands at their mean, and a line joins the
-    recipes that none beats.
+    There is a panel per base. Grey dots are runs, a number stands beside their mean, and a line joins
+    the recipes that none beats.
     """
     kept, outcome = "retention_AP", "AP50"
     recipes = {name: number for number, name in enumerate(dict.fromkeys(table["recipe"]), start=1)}
@@ -84,11 +99,15 @@ def front_figure(table):
         front = undominated(means).sort_values(kept)
         ax.plot(runs[kept], runs[outcome], ".", color="0.8")
         ax.plot(front[kept], front[outcome], color=COLOURS[0], linewidth=1)
-        for recipe, (x, y) in means.iterrows():
-            style = {"boxstyle": "circle,pad=0.15", "fc": "white", "ec": COLOURS[0]}
-            ax.annotate(recipes[recipe], (x, y), ha="center", va="center", fontsize=8, bbox=style)
-        ax.set_title(f"word: {word}")
-        dress(ax, LABELS.get(kept, kept), LABELS.get(outcome, outcome))
+        ax.plot(means[kept], means[outcome], "o", color=COLOURS[0], markersize=4)
+        ax.set(xlim=(-0.05, 0.9), ylim=(-0.05, 1.0))
+        places = free_places(means.to_numpy())
+        for recipe, point, place in zip(means.index, means.to_numpy(), places, strict=True):
+            line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+            aligned = {"ha": "center", "va": "center", "fontsize": 8, "arrowprops": line}
+            ax.annotate(recipes[recipe], point, place, **aligned)
+        ax.set_title(BASES_AS_TITLES.get(word, word))
+        dress(ax, "AP on the ten known things", LABELS.get(outcome, outcome))
     listed = "\n".join(f"{number}  {name}" for name, number in recipes.items())
     legend.text(0, 0.5, listed, va="center", fontsize=8, transform=legend.transAxes)
     legend.set_axis_off()

@@ -21,7 +21,7 @@ from data.experiments.cells import (
 )
 from data.experiments.make_photographs import PHOTOGRAPHS
 from data.experiments.statistics import paired_difference, steps_table
-from data.experiments.tables import load_base_row
+from data.experiments.tables import DECISIVE, load_base_row, runs_of_states
 from helpers.files import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -37,21 +37,8 @@ def share_by_state(table, *keys):
 
     ``table`` is that of the design ``causes``, ``grades`` or ``rates``.
     """
-    states = {
-        "failing": FAILING,
-        "objects read": FAILING | {"objects": "yes"},
-        "working": WORKING,
-        "text encoder frozen": WORKING | {"text_lora": "off"},
-        "another word": WORKING | {"prompt": "object"},
-    }
-    return pd.DataFrame(
-        {
-            name: table[(table[list(state)] == pd.Series(state)).all(axis=1)]
-            .groupby(list(keys), sort=False)["detected_share"]
-            .mean()
-            for name, state in states.items()
-        }
-    )
+    means = runs_of_states(table).groupby([*keys, "state"], sort=False)["detected_share"].mean()
+    return means.unstack(sort=False)[list(DECISIVE)]
 
 
 def markdown(head, rows):
@@ -247,6 +234,38 @@ def test_sentences_on_the_front_have_the_numbers_of_the_table():
     assert f"Of the {len(half)} rows only routing meets it as well." in said
     lost = 1 - half.loc[FIXED, "retention_AP"] / base
     assert f"loses about {10 * round(10 * lost)} %" in source("09_keep_the_rest.ipynb")
+
+
+def test_sentences_on_the_grades_have_the_numbers_of_the_tables():
+    table = pd.concat([table_of("causes"), table_of("grades")])
+    alone = table_of("base").set_index("word")["detected_share"]
+    runs, met = runs_of_states(table), ["quarter", "half", "half_shut", "most"]
+    read = runs[(runs["state"] == "objects read") & runs["word"].isin(met)]
+    assert (read["detected_share"] == 1).all()
+    steps = {
+        paired_difference(
+            table[table["word"] == word],
+            "detected_share",
+            FAILING,
+            FAILING | {"objects": "yes"},
+        )
+        for word in met
+    }
+    [(low, high)] = {(round(100 * step.low), round(100 * step.high)) for step in steps}
+    unread = table[table["objects"] == "no"]
+    assert (unread["detected_share"] == 0).all()
+    shares = share_by_state(table, "word")
+    frozen = shares.loc[met, "text encoder frozen"]
+    said = page()
+    for sentence in (
+        f"of which one detects {alone['quarter']:.0%} alone".replace("%", " %"),
+        f"from 0 % to 100 % in each of {len(read)} runs (interval of the difference {low:+} to "
+        f"{high:+} points on each base)",
+        f"detects {100 * frozen.min():.0f} to {100 * frozen.max():.0f} %",
+        ", ".join(f"{100 * share:.0f}" for share in shares.loc[met, "another word"]) + " %",
+        f"0 % in all {len(unread)} runs on six bases",
+    ):
+        assert sentence in said, sentence
 
 
 def test_the_lower_rates_of_one_seed_stand_beside_those_of_five():

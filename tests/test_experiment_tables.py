@@ -1,3 +1,4 @@
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -11,6 +12,7 @@ from data.experiments.cells import (
     SUSPECTS,
     TABLES,
     cells_of,
+    one_step_states,
     usages_of,
 )
 from data.experiments.statistics import (
@@ -21,9 +23,13 @@ from data.experiments.statistics import (
     steps_table,
 )
 from data.experiments.tables import (
+    DECISIVE,
+    free_places,
     front_figure,
+    grades_figure,
     load_base_row,
     load_table,
+    runs_of_states,
     tables_folder,
     undominated,
 )
@@ -159,7 +165,7 @@ def test_a_set_of_photographs_is_judged_once(tmp_path, monkeypatch):
     def judge(folder, word, recipe, seed):
         judged.append((recipe, seed))
         values = ("set", word, recipe, seed, 1.0, 0.5)
-        return dict(zip([*make_photographs.KEYS, "detected_share", "AP50"], values, strict=True))
+        return [dict(zip([*make_photographs.KEYS, "detected_share", "AP50"], values, strict=True))]
 
     monkeypatch.setattr(make_photographs, "judge_recipe", judge)
     arguments = [str(tmp_path / "set"), "--output", str(tmp_path / "table.csv")]
@@ -168,3 +174,26 @@ def test_a_set_of_photographs_is_judged_once(tmp_path, monkeypatch):
     recipes = make_photographs.RECIPES
     assert sorted(judged) == sorted((recipe, seed) for recipe in recipes for seed in (1, 2))
     assert len(pd.read_csv(tmp_path / "table.csv")) == len(judged)
+
+
+def test_a_label_lies_beside_its_point_and_far_from_others():
+    points = np.array([[0.5, 0.5], [0.5, 0.51], [0.52, 0.5], [0.1, 0.9]])
+    places = free_places(points)
+    assert np.linalg.norm(places - points, axis=1).max() < 0.1
+    taken = np.concatenate([points, places])
+    gaps = np.linalg.norm(places[:, None] - taken, axis=2)
+    assert np.sort(gaps, axis=1)[:, 1].min() > 0.03  # beside itself
+
+
+def test_runs_in_states_are_found_and_drawn_over_what_the_base_knows():
+    rows = [
+        {"word": word, **state, "seed": seed, "detected_share": seed / 10}
+        for word in ("never", "half")
+        for state in one_step_states()
+        for seed in (1, 2)
+    ]
+    runs = runs_of_states(pd.DataFrame(rows))
+    assert runs.groupby(["word", "state"]).size().tolist() == [2] * 2 * len(DECISIVE)
+    figure = grades_figure(pd.DataFrame(rows), {"never": 0.0, "half": 0.6})
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == list(DECISIVE)

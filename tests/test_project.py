@@ -234,6 +234,12 @@ def test_the_points_below_the_table_of_the_readme_have_the_numbers_of_the_experi
     (never_without, never), (half_without, half) = rows.values()
     before = {word: load_base_row(word=word)["retention_AP"] for word in rows}
     readme = " ".join(read("README.md").split())
+    grades = load_table("grades").query("objects == 'yes' and word != 'control'")
+    mended = grades[(grades["text_lora"] == "off") & (grades["prompt"] == "object")]
+    known = [load_base_row(word=word)["detected_share"] for word in mended["word"].unique()]
+    assert (mended["detected_share"] == 1).all()
+    assert len(known) == 3
+    assert f"which detect {min(known):.0%} to {max(known):.0%} before" in readme
     assert (
         f"{never_without['false_positive_rate']:.0%} of the prompts for something absent are "
         f"answered on the first base and {half_without['false_positive_rate']:.0%} on the second, "

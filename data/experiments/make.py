@@ -126,6 +126,23 @@ def run_command(command):
         return 130
 
 
+def append_rows(path, keys, jobs):
+    """Do the jobs that have no row in a table yet; write their rows to it as each is done.
+
+    ``jobs`` maps the values of ``keys`` to a function without arguments that returns rows, dicts.
+    """
+    table = pd.DataFrame(columns=keys)
+    if path.is_file():
+        table = pd.read_csv(path, dtype=TEXT_COLUMNS)
+    judged = set(table[keys].itertuples(index=False, name=None))
+    missing = {key: job for key, job in jobs.items() if key not in judged}
+    for key, job in missing.items():
+        rows = job()
+        table = pd.DataFrame([*table.to_dict("records"), *rows])
+        write_text(path, table.to_csv(index=False, float_format="%.6g"))
+        print(f"{', '.join(map(str, key))}: detected {rows[0]['detected_share']:.0%}", flush=True)
+
+
 def publish(output_dir, tables=TABLES):
     """Put complete tables into the repository; refuse a design with fewer rows than cells."""
     written = {}

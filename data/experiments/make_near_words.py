@@ -8,17 +8,18 @@ appended as soon as a run is judged; one that is there is not run again.
 import argparse
 import sys
 import tempfile
+from functools import partial
 from itertools import product
 
 import pandas as pd
 
 from data.experiments.cells import BASES, BATCH, DATA_DIR, TABLES, code_version
-from data.experiments.make import run_command
+from data.experiments.make import append_rows, run_command
 from data.experiments.make_photographs import RECIPES
 from helpers.config import load_config
 from helpers.data import read_split, rename_categories
 from helpers.detect import coco_ap, predict_split
-from helpers.files import CONFIGS, resolve, write_text
+from helpers.files import CONFIGS, resolve
 from helpers.train import train
 
 NEAR_WORDS = TABLES / "near_words.csv"
@@ -81,15 +82,8 @@ def main(arguments=None):
 
 
 def _run(options):
-    table = pd.DataFrame(columns=KEYS)
-    if options.output.is_file():
-        table = pd.read_csv(options.output, dtype={"code_version": str})
-    for job in product(reversed(BASES), RECIPES, options.seeds):
-        if job not in set(table[KEYS].itertuples(index=False, name=None)):
-            rows = judge_run(*job)
-            table = pd.DataFrame([*table.to_dict("records"), *rows])
-            write_text(options.output, table.to_csv(index=False, float_format="%.6g"))
-            print(f"{job}: {rows[0]['detected_share']:.0%} of the images with a crack answered")
+    runs = product(reversed(BASES), RECIPES, options.seeds)
+    append_rows(options.output, KEYS, {run: partial(judge_run, *run) for run in runs})
     return 0
 
 

@@ -6,17 +6,16 @@ A row is appended to ``photographs.csv`` as soon as a run is judged; one that is
 import argparse
 import sys
 import tempfile
+from functools import partial
 from itertools import product
 from pathlib import Path
 
-import pandas as pd
-
 from data.experiments.cells import BASES, BATCH, KNOWN_WORDS, TABLES, code_version, judge
-from data.experiments.make import run_command
+from data.experiments.make import append_rows, run_command
 from helpers.config import load_config
 from helpers.data import read_split
 from helpers.detect import predict_split, threshold_sweep
-from helpers.files import CONFIGS, resolve, write_text
+from helpers.files import CONFIGS, resolve
 from helpers.train import train
 
 PHOTOGRAPHS = TABLES / "photographs.csv"
@@ -27,7 +26,7 @@ MEASURES = ("detected_share", "AP50", "union_iou", "false_positive_rate", "reten
 
 
 def judge_recipe(folder, word, recipe, seed):
-    """Train one config on a dataset, with the base that knows "crack" to a degree; return its row."""
+    """Train one config on one base and dataset, and judge it; return a list of one row."""
     overrides = [("data.data_dir", folder), ("training.seed", seed), ("model.name", BASES[word])]
     overrides += [*BATCH, f"data.negative_prompts={ABSENT}"]
     overrides += ["evaluation.absent_prompts=[piano, banana, teapot]"]
@@ -41,7 +40,7 @@ def judge_recipe(folder, word, recipe, seed):
     row = dict(zip(KEYS, (Path(folder).name, word, recipe, seed), strict=True))
     row |= {name: numbers[name] for name in MEASURES}
     row |= {"precision": sweep["precision"], "recall": sweep["recall"]}
-    return row | {"steps": run.metrics["steps"], "code_version": code_version()}
+    return [row | {"steps": run.metrics["steps"], "code_version": code_version()}]
 
 
 def main(arguments=None):
@@ -58,16 +57,11 @@ def main(arguments=None):
 
 
 def _run(options):
-    table = pd.DataFrame(columns=KEYS)
-    if options.output.is_file():
-        table = pd.read_csv(options.output, dtype={"code_version": str})
-    for folder, recipe, seed in product(options.folders, RECIPES, options.seeds):
-        job = (folder.name, options.word, recipe, seed)
-        if job not in set(table[KEYS].itertuples(index=False, name=None)):
-            row = judge_recipe(str(folder), options.word, recipe, seed)
-            table = pd.DataFrame([*table.to_dict("records"), row])
-            write_text(options.output, table.to_csv(index=False, float_format="%.6g"))
-            print(f"{job}: detected {row['detected_share']:.2f}, AP50 {row['AP50']:.2f}")
+    runs = product(options.folders, [options.word], RECIPES, options.seeds)
+    jobs = {
+        (folder.name, *rest): partial(judge_recipe, str(folder), *rest) for folder, *rest in runs
+    }
+    append_rows(options.output, KEYS, jobs)
     return 0
 
 

@@ -4,13 +4,30 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from data.experiments.cells import DATA_DIR, RESPONSES, TABLES, TEXT_COLUMNS, usages_of
+from data.experiments.cells import (
+    DATA_DIR,
+    FAILING,
+    RESPONSES,
+    TABLES,
+    TEXT_COLUMNS,
+    WORKING,
+    usages_of,
+)
 from data.experiments.statistics import LABELS
 from helpers.errors import InputError
 from helpers.files import ROOT, resolve
-from helpers.show.charts import COLOURS, dress
+from helpers.show.charts import COLOURS, MARKERS, dress
 
 BASES_AS_TITLES = {"never": "never met the word", "half": "half knows the word"}
+
+DECISIVE = {
+    "failing": FAILING,
+    "objects read": FAILING | {"objects": "yes"},
+    "working": WORKING,
+    "text encoder frozen": WORKING | {"text_lora": "off"},
+    "another word": WORKING | {"prompt": "object"},
+}
+"""States of a training between which the answer lies: the two corners, and steps from them."""
 
 
 def tables_folder(path):
@@ -111,4 +128,35 @@ def front_figure(table):
     listed = "\n".join(f"{number}  {name}" for name, number in recipes.items())
     legend.text(0, 0.5, listed, va="center", fontsize=8, transform=legend.transAxes)
     legend.set_axis_off()
+    return figure
+
+
+def runs_of_states(table):
+    """Return the runs of `DECISIVE` of a table, with the column ``state``."""
+    return pd.concat(
+        table[(table[list(state)] == pd.Series(state)).all(axis=1)].assign(state=name)
+        for name, state in DECISIVE.items()
+    )
+
+
+def grades_figure(table, alone):
+    """Draw what runs in the states of `DECISIVE` detect, over what their base detects alone.
+
+    ``table`` has rows of ``causes`` and ``grades``, ``alone`` maps their ``word`` to the share that the
+    base detects. Lines join means over the seeds, small dots are runs.
+    """
+    runs = runs_of_states(table).assign(alone=lambda rows: rows["word"].map(alone))
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    ax = figure.subplots()
+    for (state, rows), colour, marker in zip(
+        runs.groupby("state", sort=False), COLOURS, MARKERS, strict=False
+    ):
+        means = rows.groupby(["alone", "word"])["detected_share"].mean().reset_index()
+        ax.plot(rows["alone"], rows["detected_share"], ".", color=colour, alpha=0.3)
+        line = means.groupby("alone")["detected_share"].mean()
+        ax.plot(line.index, line, color=colour, linewidth=1.5)
+        ax.plot(means["alone"], means["detected_share"], marker, color=colour, label=state)
+    dress(ax, "crack images that the base alone detects", LABELS["detected_share"])
+    ax.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))
+    figure.legend(loc="outside right center", frameon=False)
     return figure

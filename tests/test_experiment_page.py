@@ -52,7 +52,7 @@ def markdown(head, rows):
 BASES_IN_WORDS = {
     "never": "never met the word",
     "control": "as many further steps, no crack",
-    "quarter": "knows it by a quarter",
+    "quarter": "knows it a little",
     "half": "half knows it",
     "half_shut": "half knows it, and was taught that “object” is absent",
     "most": "knows it",
@@ -240,6 +240,7 @@ def test_sentences_on_the_grades_have_the_numbers_of_the_tables():
     table = pd.concat([table_of("causes"), table_of("grades")])
     alone = table_of("base").set_index("word")["detected_share"]
     runs, met = runs_of_states(table), ["quarter", "half", "half_shut", "most"]
+    shares = share_by_state(table, "word")
     read = runs[(runs["state"] == "objects read") & runs["word"].isin(met)]
     assert (read["detected_share"] == 1).all()
     steps = {
@@ -252,9 +253,14 @@ def test_sentences_on_the_grades_have_the_numbers_of_the_tables():
         for word in met
     }
     [(low, high)] = {(round(100 * step.low), round(100 * step.high)) for step in steps}
+    spoilt = []
+    for word in met:
+        other = WORKING | {"prompt": "object"}
+        step = paired_difference(table[table["word"] == word], "detected_share", WORKING, other)
+        share = shares.loc[word, "another word"]
+        spoilt.append(f"{100 * share:.0f} % ({100 * step.low:+.0f} to {100 * step.high:+.0f}")
     unread = table[table["objects"] == "no"]
     assert (unread["detected_share"] == 0).all()
-    shares = share_by_state(table, "word")
     frozen = shares.loc[met, "text encoder frozen"]
     said = page()
     for sentence in (
@@ -262,7 +268,7 @@ def test_sentences_on_the_grades_have_the_numbers_of_the_tables():
         f"from 0 % to 100 % in each of {len(read)} runs (interval of the difference {low:+} to "
         f"{high:+} points on each base)",
         f"detects {100 * frozen.min():.0f} to {100 * frozen.max():.0f} %",
-        ", ".join(f"{100 * share:.0f}" for share in shares.loc[met, "another word"]) + " %",
+        ", ".join(f"{one})" for one in spoilt),
         f"0 % in all {len(unread)} runs on six bases",
     ):
         assert sentence in said, sentence

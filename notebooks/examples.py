@@ -150,21 +150,23 @@ def queries_by_category(predictions, record):
 
 
 @torch.no_grad()
-def losses_beside_silence(model, dataset, collator):
+def losses_beside_silence(model, dataset, collator, batch_size=1):
     """Compute the mean loss of a model, put into eval mode, and of one with all scores at the bottom.
 
     Returns a DataFrame with rows ``model`` and ``silent``, whose highest score is below 1e-9, and columns
-    ``native`` and ``early``: the mean of the weighted total over the images of a `PromptDataset`.
+    ``native`` and ``early``: the mean of the weighted total over the images of a `PromptDataset`, in
+    batches of `batch_size` as the trainer makes them: a batch counts by its images.
     """
     model.eval()
     device = next(model.parameters()).device
     sums = pd.DataFrame(0.0, index=["model", "silent"], columns=list(WEIGHTS))
-    for batch in DataLoader(dataset, collate_fn=collator):
+    for batch in DataLoader(dataset, batch_size, collate_fn=collator):
+        num_images = int(batch["image_index"][-1]) + 1
         outputs = loss_inputs(model(**model_inputs(batch, device)))
         for name, detector in (("model", outputs), ("silent", silenced(outputs))):
             for variant in WEIGHTS:
                 total = sam3_losses(detector, batch["targets"], variant)["total"]
-                sums.loc[name, variant] += total.item()
+                sums.loc[name, variant] += total.item() * num_images
     return sums / len(dataset)
 
 
@@ -376,6 +378,8 @@ def runs_figure(histories, names):
         means = {run: pd.Series(epoch_means(log, name)) for run, log in histories.items()}
         log = name.endswith("loss")
         draw_lines(ax, pd.DataFrame(means), list(means), xlabel="epoch", ylabel=label, log=log)
+        if len(histories) == 1:
+            ax.get_legend().remove()
     return figure
 
 

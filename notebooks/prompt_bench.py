@@ -26,7 +26,7 @@ from notebooks.gallery import figure_picture, small_figure
 from notebooks.still import StillBox
 
 MODELS = ("this run", "its base")
-NOTHING = "nothing asked for"  # row of a `content_matrix` for pictures without any known word
+NOTHING = "nothing listed"  # row of a `content_matrix` for pictures without any known word
 MESSAGE_LETTERS = 400  # of an error that a panel shows: it quotes what was typed
 COLUMNS = ("presence", "best query", "highest score", "detections")
 _WIDE = {"style": {"description_width": "initial"}}
@@ -188,8 +188,8 @@ class PromptBench:
             masks = [decode_mask(d["rle"], size, image_id) for d in kept]
             labels = [f"{d['score']:.2f}" for d in kept[:8]]
             drawn = annotate(picture, [d["box_xyxy"] for d in kept], masks or None, labels)
-            caption = f"{name}, “{query.prompt}”: {len(kept)} detected from "
-            caption += f"{self.score_threshold:g} on, highest score {query.max_score:.3f}"
+            caption = f"{name}, “{query.prompt}”: {len(kept)} detected at "
+            caption += f"{self.score_threshold:g}, highest score {query.max_score:.3f}"
             panels.append((drawn, caption))
         return small_figure(panels, columns=3, side_inches=2.6)
 
@@ -299,5 +299,5 @@ def matrix_sentence(matrices):
             part += (
                 f"; on pictures with {first} it also detects, asked for it: {listed or 'nothing'}"
             )
-        parts.append(part)
+        parts.append(part[0].upper() + part[1:])
     return ". ".join(parts) + "."

@@ -174,7 +174,7 @@ def test_the_heat_map_has_every_number_and_frames_the_right_ones():
 
 def test_the_sentence_says_what_the_first_word_is_taken_for():
     sentence = matrix_sentence(matrices_of(0.75))
-    assert "this run detects where it is: crack 1.00, moss 0.50" in sentence
+    assert "This run detects where it is: crack 1.00, moss 0.50" in sentence
     assert "on pictures with crack it also detects, asked for it: moss 0.75." in sentence
     assert matrix_sentence(matrices_of(0.0)).endswith("asked for it: nothing.")
 

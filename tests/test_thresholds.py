@@ -154,7 +154,7 @@ def test_the_matrix_counts_answers_to_what_is_not_there():
     assert table.loc["crack", "car"] == 1.0  # picture 0 alone: picture 1 shows a car
     assert table.loc["car", "car"] == 1.0
     assert table.loc["moss", "car"] == 1.0
-    assert table.loc["nothing asked for", "car"] == 0.0
+    assert table.loc["nothing listed", "car"] == 0.0
     assert np.isnan(table.loc["car", "crack"])  # the one picture with a car shows a crack, too
 
 

@@ -114,7 +114,7 @@ def content_matrix(queries, score_threshold, contents=None):
     """Return the share of pictures on which each word is answered, by what is in the picture.
 
     A data frame: a row for each word that pictures show, those of `contents` (``image_id`` to words
-    that are in it, annotated or not) too, and ``"nothing asked for"``; a column for each word that
+    that are in it, annotated or not) too, and ``"nothing listed"``; a column for each word that
     was asked. Off the diagonal only pictures without the asked word count, so that every answer is
     a false one; NaN where there is no such picture.
     """
@@ -124,7 +124,7 @@ def content_matrix(queries, score_threshold, contents=None):
     rows = [
         (content, query.prompt, bool(reaches(query.scores, score_threshold).any()))
         for query in queries
-        for content in shown[query.image_id] or ["nothing asked for"]
+        for content in shown[query.image_id] or ["nothing listed"]
         if content == query.prompt or query.prompt not in shown[query.image_id]
     ]
     table = pd.DataFrame(rows, columns=["in the picture", "asked", "answered"])

@@ -185,7 +185,7 @@ function render({ model, el }) {
       faults += k - answer.hits[k] + question.objects.length - answer.hits[k];
       if (!k && !question.objects.length && image.questions.length > 1) return;
       const factors = answer.presence === null ? "" : `, best score ${short(answer.best * answer.presence)} = presence ${short(answer.presence)} × query ${short(answer.best)}`;
-      const known = question.objects.length ? `${question.objects.length} annotated, ${k} detected, ${answer.hits[k]} right` : `${k || "nothing"} detected from ${short(get("score_threshold"))} on`;
+      const known = question.objects.length ? `${question.objects.length} annotated, ${k} detected, ${answer.hits[k]} right` : `${k || "nothing"} detected at ${short(get("score_threshold"))}`;
       lines.push(`${models.length > 1 ? `<i>${text(models[m])}</i>, ` : ""}${text(question.prompt)}: ${known}${factors}`);
     });
     const words = lines.join("<br>") || "nothing annotated, nothing detected";

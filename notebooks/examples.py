@@ -345,18 +345,18 @@ def prompt_scores(queries, score_threshold):
 
 
 def score_histogram_figure(present, absent, score_threshold=None):
-    """Draw the highest scores in [0, 1], (n,) each, of queries with present and with absent prompts."""
+    """Draw the highest scores in [0, 1], (n,) each, of present and of absent prompts."""
     figure = Figure(figsize=(8, 3.8), layout="constrained")
     ax = figure.subplots()
     for name, scores, colour, hatch, alpha in (
         ("present", present, COLOURS[0], "", 0.35),
         ("absent", absent, COLOURS[1], "..", 0),
     ):
-        label = f"prompt {name} ({len(scores)} queries)"
+        label = f"prompt {name} ({len(scores)} questions)"
         look = {"edgecolor": colour, "facecolor": (colour, alpha), "hatch": hatch, "linewidth": 1.8}
         ax.hist(scores, np.linspace(0, 1, 21), histtype="stepfilled", label=label, **look)
     mark_threshold(ax, score_threshold)
-    dress(ax, "highest score of the query", "queries")
+    dress(ax, "highest score", "questions")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(**BESIDE)
     return figure

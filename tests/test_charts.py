@@ -92,7 +92,7 @@ def test_threshold_figure_marks_the_threshold():
 def test_histogram_counts_every_score_and_bears_an_empty_side():
     figure = score_histogram_figure([0.0, 1e-5, 1.0], [], 0.3)
     texts = text_of(figure)
-    assert texts == ["prompt present (3 queries)", "prompt absent (0 queries)", "threshold 0.3"]
+    assert texts == ["prompt present (3 questions)", "prompt absent (0 questions)", "threshold 0.3"]
     outline = figure.axes[0].patches[0].get_path().vertices
     assert outline[:, 1].max() == 2
 

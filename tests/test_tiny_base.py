@@ -114,6 +114,7 @@ def test_learning_rate_plateau_does_not_depend_on_the_number_of_steps():
     for step in (0, 100, 199, 2000, 2399):
         assert learning_rate_factor(step, short) == learning_rate_factor(step, long)
     assert learning_rate_factor(3999, short) < 0.03
+    assert learning_rate_factor(299, Recipe(steps=300, decay_steps=0)) == 1
 
 
 def test_score_loss_gradient_pushes_the_matched_query_up_and_others_down():

@@ -88,7 +88,7 @@ def learning_rate_factor(step, recipe):
     """Linear warm-up, a plateau, and a cosine from 1 to 0.02 over the last ``decay_steps``."""
     if step < recipe.warmup_steps:
         return (step + 1) / recipe.warmup_steps
-    progress = max(0.0, 1 - (recipe.steps - step) / recipe.decay_steps)
+    progress = max(0.0, 1 - (recipe.steps - step) / max(recipe.decay_steps, 1))
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -235,8 +235,15 @@ def main():
     parser.add_argument(
         "--steps", type=int, default=Recipe.steps, help="optimiser steps (default: %(default)s)"
     )
+    parser.add_argument(
+        "--decay-steps",
+        type=int,
+        default=Recipe.decay_steps,
+        help="the last of them, in which the learning rate falls (default: %(default)s)",
+    )
     arguments = parser.parse_args()
-    trainer = train_base(Recipe(steps=arguments.steps), arguments.work)
+    recipe = Recipe(steps=arguments.steps, decay_steps=arguments.decay_steps)
+    trainer = train_base(recipe, arguments.work)
     for name, value in publish(trainer, arguments.output).items():
         print(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")
 

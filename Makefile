@@ -87,7 +87,7 @@ bench: $(STAMP) ## time training and detection case by case; numbers go to runs/
 
 # Both go on where they were stopped, and write their tables to data/experiments/ at the end. The
 # experiment runs on several machines with ARGS="--scheduler ADDRESS", see data/experiments/README.md.
-experiment: $(STAMP) ## run the controlled experiment of notebooks 06 and 09 (about six hours on two cores)
+experiment: $(STAMP) ## run the controlled experiment of notebooks 06 and 09 (about eight hours on two cores)
 	$(RUN) -m data.experiments.make --publish $(ARGS)
 
 laboratory: $(STAMP) ## plant every fault and diagnose it twice (about an hour on two cores)

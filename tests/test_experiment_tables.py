@@ -143,7 +143,7 @@ def test_no_recipe_beats_those_on_the_front():
     table = load_table("front")
     figure = front_figure(table)
     titles = [ax.get_title() for ax in figure.axes]
-    assert titles[:2] == ["word: never", "word: half"]
+    assert titles[:2] == ["never met the word", "half knows the word"]
     listed = figure.axes[2].texts[0].get_text().splitlines()
     assert len(listed) == table["recipe"].nunique()
 

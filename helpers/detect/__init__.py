@@ -1,6 +1,6 @@
 """Ask, detect, judge."""
 
-from helpers.detect.detections import detect, output_table
+from helpers.detect.detections import detect, output_table, reaches
 from helpers.detect.knowledge import clear_answers, retention, word_knowledge
 from helpers.detect.metrics import cgf1, coco_ap, evaluate_queries, threshold_sweep, union_iou
 from helpers.detect.mistakes import content_matrix, mistake_table, reliability_table

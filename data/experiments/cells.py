@@ -245,7 +245,7 @@ RATES = {
     "a tenth of the rate": ("training.learning_rate=1e-5",),
     "a third of the rate, three times the epochs": (_THIRD, "training.num_epochs=150"),
 }
-"""Beside the rate of the main design, 1e-4, which the tiny profile multiplies by 30."""
+"""What is run beside the main design's rate of 1e-4, which the tiny profile multiplies by 30."""
 
 
 def rates_design(seeds):

@@ -148,9 +148,8 @@ def grades_figure(table, alone):
     runs = runs_of_states(table).assign(alone=lambda rows: rows["word"].map(alone))
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     ax = figure.subplots()
-    for (state, rows), colour, marker in zip(
-        runs.groupby("state", sort=False), COLOURS, MARKERS, strict=False
-    ):
+    looks = zip(runs.groupby("state", sort=False), COLOURS, MARKERS, strict=False)
+    for (state, rows), colour, marker in looks:
         means = rows.groupby(["alone", "word"])["detected_share"].mean().reset_index()
         ax.plot(rows["alone"], rows["detected_share"], ".", color=colour, alpha=0.3)
         line = means.groupby("alone")["detected_share"].mean()

@@ -58,7 +58,7 @@ class RawPrediction:
 
 
 def reaches(scores, threshold):
-    """Compare scores with a threshold in float64, as they are printed: True from it on."""
+    """Return which scores, of any shape, are at least a threshold in [0, 1], in float64 as printed."""
     return np.asarray(scores, dtype=np.float64) >= threshold
 
 
